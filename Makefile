@@ -1,0 +1,49 @@
+# make demo | test | lint     Everything installs into .venv first; `make demo VENV=` uses the
+#                             python that is active instead and installs nothing.
+
+VENV ?= .venv
+PYTHON ?= python3
+MODE ?= full
+BIN := $(if $(VENV),$(VENV)/bin/,)
+PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+
+PHANTOM := data/phantom
+PLANES := axial coronal sagittal
+TASK := acl
+# A phantom of 200 exams is a sixth of MRNet: fewer steps an epoch want a higher learning rate.
+DEMO := --data-dir $(PHANTOM) --epochs 4 --lr 3e-5
+
+.PHONY: demo test lint clean
+
+demo: $(VENV:%=%/installed) $(PHANTOM)/valid-acl.csv
+	@for plane in $(PLANES); do \
+	  echo; echo "== $(TASK), $$plane"; \
+	  $(PY) train.py --task $(TASK) --plane $$plane $(DEMO) || exit; \
+	done
+	@echo; echo "== $(TASK), the three planes combined"
+	@$(PY) train_logistic_regression.py --task $(TASK) --data-dir $(PHANTOM)
+	@echo; echo "Next:"
+	@echo "  $(BIN)tensorboard --logdir logs                 # curves, slices, ROC"
+	@echo "  $(PY) train.py --task meniscus --plane coronal $(DEMO)"
+	@echo "  less data/README.md                            # MRNet itself, or your own exams"
+
+$(PHANTOM)/valid-acl.csv: | $(VENV:%=%/installed)
+	$(PY) data/phantom/prepare.py
+
+test: $(VENV:%=%/installed-dev)
+	$(PY) -m pytest
+
+lint: $(VENV:%=%/installed-dev)
+	$(PY) -m ruff check .
+
+$(VENV)/installed: requirements.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt requirements-dicom.txt $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf models/* logs/*

@@ -1,0 +1,476 @@
+"""How fast one epoch is, beside the article's own loop, with each ingredient taken away in turn.
+
+    python benchmark.py                          # make bench: about 8 minutes on two cores
+    python benchmark.py --exams 1130 --valid 120 --runs 3 --device cuda
+    python benchmark.py --growth                 # time against slices and exams
+
+Makes random volumes of MRNet's size in a temporary folder, runs every variant once a round so that
+a machine that slows down slows all of them, and prints medians over the rounds with their spread.
+Writes benchmarks/<what>-<device>-<torch>.csv.
+
+The slow row is the article's loop, written here from the article's description: a DataLoader of
+one exam a batch with workers, rotation and shift as two bilinear resamplings one after the other,
+three float copies of the grey image, the whole AlexNet in fp32, loss and AUC over a growing list
+and a TensorBoard point in every step, and a validation that records gradients.
+"""
+
+import argparse
+import copy
+import csv
+import io
+import math
+import random
+import re
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.models import alexnet
+
+import engine
+from checkpoint import write_text
+from dataloader import PLANES, Augmentation, MRDataset, resample
+from model import MRNet, first_convolution_of_grey
+
+SIDE = 256
+# MRNet's slices an exam: 17 to 61, mean about 30 (Bien et al. 2018 and the data set's volumes).
+FEWEST, MOST = 17, 61
+OURS, ARTICLE = "ours", "the article's loop"
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--exams", type=int, default=16, help="training exams an epoch; MRNet 1130")
+    parser.add_argument("--valid", type=int, default=4, help="validation exams; MRNet 120")
+    parser.add_argument("--runs", type=int, default=5, help="rounds; the median of each is shown")
+    parser.add_argument("--workers", type=int, default=2, help="of the article's DataLoader")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="leave out the other variants")
+    parser.add_argument(
+        "--growth", action="store_true", help="time against slices and exams instead"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--cache", choices=engine.CACHES, default="auto")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks"))
+    return parser.parse_args()
+
+
+def write_exams(root, counts, slices):
+    """Random smooth volumes in MRNet's layout: the arithmetic does not depend on the picture."""
+    rng = np.random.default_rng(0)
+    coarse = torch.from_numpy(rng.random((1, MOST * 4, 40, 40), np.float32))
+    knee = F.interpolate(coarse, size=(SIDE, SIDE), mode="bilinear")[0].mul(255).byte().numpy()
+    first = 0
+    for split, n in counts.items():
+        (root / split / PLANES[0]).mkdir(parents=True, exist_ok=True)
+        labels = [int(i % 5 == 0) for i in range(n)]
+        for i in range(n):
+            s = slices(rng)
+            start = rng.integers(0, len(knee) - s)
+            np.save(root / split / PLANES[0] / f"{first + i:04d}.npy", knee[start : start + s])
+        rows = "".join(f"{first + i},{label}\n" for i, label in enumerate(labels))
+        (root / f"{split}-acl.csv").write_text(rows)
+        first += n
+
+
+def mrnet_slices(rng):
+    """A slice count as MRNet's: 17 to 61 with mean 30, drawn from a beta distribution."""
+    return round(FEWEST + (MOST - FEWEST) * rng.beta(2.2, 5.2))
+
+
+# --- the article's loop ---------------------------------------------------------------------------
+
+
+def bilinear_by_hand(volume, matrix):
+    """One affine resampling of (c, H, W) by four gathers a channel, as its library did it."""
+    channels, height, width = volume.shape
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    points = torch.stack([rows.flatten() + 0.5 - height / 2, columns.flatten() + 0.5 - width / 2])
+    moved = matrix[:2, :2] @ points + matrix[:2, 2:]  # (2, H W)
+    y = (moved[0] - 0.5 + height / 2).clamp(0, height - 1)
+    x = (moved[1] - 0.5 + width / 2).clamp(0, width - 1)
+    y0, x0 = y.floor().clamp(max=height - 2), x.floor().clamp(max=width - 2)
+    flat = volume.reshape(channels, -1)
+    corners = [(y0 + dy).long() * width + (x0 + dx).long() for dy in (0, 1) for dx in (0, 1)]
+    wy, wx = y - y0, x - x0
+    weights = [(1 - wy) * (1 - wx), (1 - wy) * wx, wy * (1 - wx), wy * wx]
+    values = [
+        flat.gather(1, c.expand(channels, -1)) * w for c, w in zip(corners, weights, strict=True)
+    ]
+    return sum(values).view(channels, height, width)
+
+
+def articles_transform(volume):
+    """Rotate, then shift, then flip, then three copies: (s, H, W) -> (s, 3, H, W) float32."""
+    volume = torch.tensor(volume, dtype=torch.float32)
+    angle = math.radians(random.uniform(-25, 25))
+    turn = torch.tensor(
+        [[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]]
+    )
+    volume = bilinear_by_hand(volume, turn)
+    shift = torch.tensor([[1, 0, random.uniform(-25, 25)], [0, 1, random.uniform(-25, 25)]])
+    volume = bilinear_by_hand(volume, shift)
+    if random.random() < 0.5:
+        volume = volume.flip(-1)
+    return volume.repeat(3, 1, 1, 1).permute(1, 0, 2, 3)
+
+
+class ArticlesDataset(torch.utils.data.Dataset):
+    """Loads a volume from disk each time it is asked, augments on the CPU, weights both outputs."""
+
+    def __init__(self, exams, train):
+        self.exams, self.train = exams, train
+
+    def __len__(self):
+        return len(self.exams)
+
+    def __getitem__(self, i):
+        volume = np.load(self.exams.paths[i])
+        label = torch.FloatTensor([self.exams.labels[i]])
+        weight = torch.FloatTensor([self.exams.weights[i]])
+        if self.train:
+            return articles_transform(volume), label, weight
+        return torch.FloatTensor(np.stack((volume,) * 3, axis=1)), label, weight
+
+
+class ArticlesNet(nn.Module):
+    """The whole AlexNet is kept, though only its features are used."""
+
+    def __init__(self):
+        super().__init__()
+        self.pretrained_model = alexnet(weights=None)
+        self.pooling_layer = nn.AdaptiveAvgPool2d(1)
+        self.classifer = nn.Linear(256, 1)
+
+    def forward(self, x):
+        x = torch.squeeze(x, dim=0)
+        pooled = self.pooling_layer(self.pretrained_model.features(x))
+        return self.classifer(torch.max(pooled.view(pooled.size(0), -1), 0, keepdim=True)[0])
+
+
+class ArticlesLoop:
+    """One epoch of training and of validation as the article wrote them."""
+
+    def __init__(self, train_set, valid_set, device, workers, folder):
+        self.device = device
+        self.loaders = [
+            DataLoader(
+                ArticlesDataset(exams, train), batch_size=1, shuffle=train, num_workers=workers
+            )
+            for exams, train in ((train_set, True), (valid_set, False))
+        ]
+        self.model = ArticlesNet().to(device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-5, weight_decay=0.1)
+        self.writer = SummaryWriter(folder)
+
+    def epoch(self, train):
+        self.model.train(train)
+        labels, predictions, losses = [], [], []
+        for step, (volume, label, weight) in enumerate(self.loaders[0 if train else 1]):
+            volume, label, weight = (x.to(self.device) for x in (volume, label, weight))
+            if train:
+                self.optimizer.zero_grad()
+            logit = self.model(volume.float())
+            loss = F.binary_cross_entropy_with_logits(logit, label, weight=weight)
+            if train:
+                loss.backward()
+                self.optimizer.step()
+            losses.append(loss.item())
+            labels.append(int(label.item()))
+            predictions.append(torch.sigmoid(logit).item())
+            auc = roc_auc_score(labels, predictions) if len(set(labels)) == 2 else 0.5
+            self.writer.add_scalar("loss", losses[-1], step)
+            self.writer.add_scalar("auc", auc, step)
+
+    def train(self):
+        self.epoch(train=True)
+
+    def evaluate(self):
+        self.epoch(train=False)
+
+
+# --- ours, and ours with an ingredient removed ----------------------------------------------------
+
+
+class Ours:
+    """One epoch of engine.py, the loop that train.py runs."""
+
+    def __init__(
+        self,
+        train_set,
+        valid_set,
+        device,
+        precision="auto",
+        network=MRNet,
+        fused=True,
+        augmentation=Augmentation,
+    ):
+        self.train_set, self.valid_set = copy.copy(train_set), valid_set
+        self.train_set.transform = augmentation()
+        self.device, self.precision = device, engine.pick_precision(precision, device)
+        self.model = network().to(device)
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=1e-5, weight_decay=0.1, fused=fused
+        )
+
+    def train(self):
+        engine.train_epoch(self.model, self.train_set, self.optimizer, self.device, self.precision)
+
+    def evaluate(self):
+        engine.predict(self.model, self.valid_set, self.device, self.precision)
+
+
+class ThreeChannels(MRNet):
+    def forward(self, x):
+        return super().forward(x.expand(-1, -1, 3, -1, -1).contiguous())
+
+
+class WithoutBlocks(MRNet):
+    """The summed first convolution as it stands: 11 x 11, stride 4, one channel."""
+
+    def feature_maps(self, x):
+        first = self.pretrained_model[0]
+        x = F.conv2d(x, first.weight.sum(1, keepdim=True), first.bias, first.stride, first.padding)
+        return self.after_first_convolution(x)
+
+
+class WithoutChannelsLast(MRNet):
+    def __init__(self):
+        super().__init__()
+        self.to(memory_format=torch.contiguous_format)
+
+    def feature_maps(self, x):
+        x = first_convolution_of_grey(x, self.pretrained_model[0]).contiguous()
+        return self.after_first_convolution(x)
+
+
+class ReluBeforePooling(MRNet):
+    def feature_maps(self, x):
+        return self.pretrained_model[1:](first_convolution_of_grey(x, self.pretrained_model[0]))
+
+
+class TwoResamplings(Augmentation):
+    def __call__(self, grey, pose):
+        still = torch.zeros_like(pose)
+        still[3] = 1.0
+        turned = torch.cat([pose[:1], still[1:3], pose[3:]])
+        return resample(resample(grey, turned), torch.cat([still[:1], pose[1:3], still[3:]]))
+
+
+def variants(device, workers, folder):
+    """Name -> maker of something with train() and evaluate(), the slow baseline last."""
+    made = {
+        OURS: Ours,
+        "- bf16 (fp32)": partial(Ours, precision="fp32"),
+        "- channels_last": partial(Ours, network=WithoutChannelsLast),
+        "- one channel (3 copies)": partial(Ours, network=ThreeChannels),
+        "- 4x4 blocks": partial(Ours, network=WithoutBlocks),
+        "- pooling before ReLU": partial(Ours, network=ReluBeforePooling),
+        "- one resampling (2)": partial(Ours, augmentation=TwoResamplings),
+        "- fused Adam": partial(Ours, fused=False),
+        ARTICLE: partial(ArticlesLoop, workers=workers, folder=folder),
+    }
+    if not engine.has_bf16(device):
+        del made["- bf16 (fp32)"]
+    return made
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def seconds(work, device):
+    """Wall time of work(), the device's queue included."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def product_rate(device, precision, side=2048, runs=15):
+    """FLOP/s of a square matrix product, median: what the hardware gives at best."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    a @ b
+    return 2 * side**3 / statistics.median(seconds(lambda: a @ b, device) for _ in range(runs))
+
+
+def flops_a_slice():
+    """Floating point operations a slice of 256 x 256 for one training step and one evaluation."""
+    model, x = MRNet(), torch.zeros(1, 1, 3, SIDE, SIDE)
+    with FlopCounterMode(display=False) as training:
+        model(x).sum().backward()
+    with FlopCounterMode(display=False) as evaluation, torch.inference_mode():
+        model(x)
+    return training.get_total_flops(), evaluation.get_total_flops()
+
+
+def memory(device):
+    """Bytes in use: peak on a GPU, resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return psutil.Process().memory_info().rss
+
+
+def measure(args, device, root):
+    """Every variant in every round: {name: (train seconds, evaluation seconds, bytes)}."""
+    makers = variants(device, args.workers, root / "logs")
+    if args.only:
+        makers = {name: make for name, make in makers.items() if name in args.only}
+    times = {name: ([], [], []) for name in makers}
+    sets = [MRDataset(root, "acl", PLANES[0], train=train) for train in (True, False)]
+    cached = [copy.deepcopy(exams) for exams in sets]
+    engine.keep_volumes(cached, args.cache, device)
+    for round_ in range(args.runs + 1):  # the first round warms up and is thrown away
+        for name, make in makers.items():
+            print(f"round {round_} of {args.runs}: {name:<30}", end="\r", file=sys.stderr)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            loop = make(*(sets if name == ARTICLE else cached), device)
+            measured = seconds(loop.train, device), seconds(loop.evaluate, device), memory(device)
+            if round_:
+                for kept, value in zip(times[name], measured, strict=True):
+                    kept.append(value)
+    return times, [sum(shape[0] for shape in exams.shapes) for exams in sets]
+
+
+def table(times, slices, device, precision):
+    """Rows of plain values: one a variant and the floor."""
+    rate = product_rate(device, precision)
+    floors = [1e3 * flops / rate for flops in flops_a_slice()]
+    epochs = {name: [a + b for a, b in zip(*t[:2], strict=True)] for name, t in times.items()}
+    middle = statistics.median
+    rows = []
+    for name, (train, evaluation, used) in times.items():
+        a_slice = [1e3 * t / slices[0] for t in train]
+        row = {
+            "variant": name,
+            "train ms/slice": middle(a_slice),
+            "min": min(a_slice),
+            "max": max(a_slice),
+            "evaluate ms/slice": 1e3 * middle(evaluation) / slices[1],
+            "epoch s": middle(epochs[name]),
+        }
+        # Ratios round by round: a machine that slows down slows both sides.
+        for title, other in (("slower than ours", OURS), ("faster than article", ARTICLE)):
+            if other in epochs:
+                pairs = list(zip(epochs[name], epochs[other], strict=True))
+                row[title] = middle(a / b if other == OURS else b / a for a, b in pairs)
+        row["GB"] = max(used) / 1e9
+        rows.append(row)
+    floor = f"floor: {precision} matrix product, {rate / 1e9:,.0f} GFLOP/s"
+    return [*rows, {"variant": floor, "train ms/slice": floors[0], "evaluate ms/slice": floors[1]}]
+
+
+def as_text(rows, digits=2):
+    """Rows of plain values as one aligned table."""
+    columns = list(rows[0])
+    cells = [columns] + [
+        [
+            f"{v:.{digits}f}" if isinstance(v, float) else str(v)
+            for v in map(row.get, columns, [""] * 99)
+        ]
+        for row in rows
+    ]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join(
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
+    )
+
+
+def save(rows, path):
+    """Write the rows as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(
+        {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
+    )
+    write_text(path, text.getvalue())
+    print(f"\nwritten  {path}")
+
+
+def growth(device, runs):
+    """Training time of one exam against its slices, and of an epoch against its exams."""
+    rows = []
+    for s in (10, 20, 50, 100, 200):
+        with tempfile.TemporaryDirectory() as folder:
+            write_exams(Path(folder), {"train": 6, "valid": 2}, lambda _, s=s: s)
+            exams = MRDataset(folder, "acl", PLANES[0])
+            engine.keep_volumes([exams], "auto", device)
+            loop = Ours(exams, exams, device)
+            loop.train()
+            took = statistics.median(seconds(loop.train, device) for _ in range(runs))
+            rows.append(
+                {
+                    "slices": s,
+                    "exams": 6,
+                    "ms an exam": 1e3 * took / 6,
+                    "ms a slice": 1e3 * took / 6 / s,
+                }
+            )
+    for n in (6, 12, 24):
+        with tempfile.TemporaryDirectory() as folder:
+            write_exams(Path(folder), {"train": n, "valid": 2}, lambda _: 30)
+            exams = MRDataset(folder, "acl", PLANES[0])
+            engine.keep_volumes([exams], "auto", device)
+            loop = Ours(exams, exams, device)
+            loop.train()
+            took = statistics.median(seconds(loop.train, device) for _ in range(runs))
+            rows.append(
+                {
+                    "slices": 30,
+                    "exams": n,
+                    "ms an exam": 1e3 * took / n,
+                    "ms a slice": 1e3 * took / n / 30,
+                }
+            )
+    return rows
+
+
+def main():
+    args = parse_arguments()
+    device = engine.pick_device(args.device)
+    precision = engine.pick_precision("auto", device)
+    engine.start_up(args, device, precision)
+    if args.growth:
+        rows, what = growth(device, args.runs), "growth"
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            counts = {"train": args.exams, "valid": args.valid}
+            write_exams(Path(folder), counts, mrnet_slices)
+            times, slices = measure(args, device, Path(folder))
+        rows, what = table(times, slices, device, precision), "epoch"
+        print(
+            f"an epoch: {args.exams} exams with {slices[0]} slices, and {args.valid} with "
+            f"{slices[1]} to validate; medians of {args.runs} rounds after a warm-up"
+        )
+    print("\n" + as_text(rows))
+    name = re.sub(r"[^a-z0-9]+", "-", engine.device_name(device).lower()).strip("-")
+    save(rows, args.out / f"{what}-{name}-torch-{torch.__version__.split('+')[0]}.csv")
+
+
+if __name__ == "__main__":
+    engine.run(main)

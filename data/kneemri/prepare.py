@@ -1,0 +1,371 @@
+"""The Rijeka KneeMRI volumes to MRNet's layout.
+
+    python data/kneemri/prepare.py ~/kneemri data/kneemri                   # 60:20:20 by exam
+    python data/kneemri/prepare.py ~/kneemri data/kneemri --split folder    # Stanford's split
+    python train.py --task acl --plane sagittal --data-dir data/kneemri
+
+917 sagittal volumes (proton density, fat-suppressed, 1.5 T) with the state of the anterior cruciate
+ligament: Stajduhar et al., Computer Methods and Programs in Biomedicine 140, 2017. Unpack the
+archives so that SOURCE holds metadata.csv and vol01 .. vol10 with their .pck files.
+
+Writes OUT/{train,valid,test}/sagittal/0000.npy, uint8 (s, 256, 256), numbered as in metadata.csv,
+and OUT/<split>-{acl,acl-complete}.csv. A .pck is a pickle, which may hold code: ours is read by a
+reader that builds one array and can call nothing.
+"""
+
+import argparse
+import csv
+import io
+import os
+import pickle
+import re
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+TASKS = {"acl": 0, "acl-complete": 1}  # positive above this aclDiagnosis (0, 1 partial, 2 complete)
+FOLDERS = {  # Stanford's split, Bien et al., PLOS Medicine 2018
+    "train": ("vol03", "vol04", "vol06", "vol07", "vol08", "vol09"),
+    "valid": ("vol05", "vol10"),
+    "test": ("vol01", "vol02"),
+}
+COLUMNS = ("examId", "aclDiagnosis", "volumeFilename")  # those of the eleven that are used
+SIDE = 256  # px; MRNet's slices
+WINDOW = (0.5, 99.5)  # percentiles of a volume that become 0 and 255
+MAX_BYTES = 2**28  # of one .pck; the set's largest are under 20 MB
+MAX_SIDE = 4096  # px
+
+
+class InputError(Exception):
+    """Something that the user gave is wrong. The message is one line: what, where, the mend."""
+
+
+# --- .pck -----------------------------------------------------------------------------------------
+# While a pickle is read, its arrays are these plain stand-ins: not even NumPy's own hooks, which
+# trust what they are given, see the file's bytes before they are checked.
+
+
+class PickledDtype:
+    """Stands for numpy.dtype: keeps the name, such as 'u2', and the byte order."""
+
+    def __init__(self, name="", *_):
+        self.name, self.order = name, "|"
+
+    def __setstate__(self, state):
+        self.order = state[1]
+
+
+class PickledArray:
+    """Stands for numpy.ndarray: keeps shape, dtype and bytes."""
+
+    def __init__(self, *_):
+        self.shape = self.dtype = self.data = None
+        self.fortran = False
+
+    def __setstate__(self, state):
+        _, self.shape, self.dtype, self.fortran, self.data = state
+
+    @classmethod
+    def from_buffer(cls, data, dtype, shape, order):  # pickle protocol 5
+        array = cls()
+        array.__setstate__((1, shape, dtype, order == "F", data))
+        return array
+
+    def array(self):
+        """-> integer array with the shape that the pickle tells. Raises ValueError."""
+        name, order = as_text(self.dtype.name), as_text(self.dtype.order)
+        if not re.fullmatch("[iu][1248]", name) or order not in ("<", ">", "|", "="):
+            raise ValueError(f"it holds {name!r:.20}, not whole numbers")
+        data = self.data.encode("latin1") if isinstance(self.data, str) else bytes(self.data)
+        dtype = np.dtype(name).newbyteorder(order)
+        return np.frombuffer(data, dtype).reshape(self.shape, order="F" if self.fortran else "C")
+
+
+def as_text(value):
+    return value.decode("latin1") if isinstance(value, bytes) else str(value)
+
+
+def encode_latin1(text, encoding):
+    """Stands for _codecs.encode, which Python 3 writes for bytes in old protocols."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"encoding {encoding!r:.20}")
+    return text.encode("latin1")
+
+
+ADMITTED = {
+    ("numpy", "dtype"): PickledDtype,
+    ("numpy", "ndarray"): PickledArray,
+    ("_codecs", "encode"): encode_latin1,
+    ("numpy.core.multiarray", "_reconstruct"): PickledArray,  # NumPy 1
+    ("numpy._core.multiarray", "_reconstruct"): PickledArray,  # NumPy 2
+    ("numpy.core.numeric", "_frombuffer"): PickledArray.from_buffer,
+    ("numpy._core.numeric", "_frombuffer"): PickledArray.from_buffer,
+}
+
+
+class ArrayUnpickler(pickle._Unpickler):
+    """Admits one array. The unpickler in Python: the one in C can be made to reserve
+    gigabytes by a few bytes (memo indices, lengths of strings)."""
+
+    # a bytearray would be reserved before its bytes are there: read it as bytes
+    dispatch = {
+        **pickle._Unpickler.dispatch,
+        pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8,
+    }
+
+    def find_class(self, module, name):
+        if (module, name) not in ADMITTED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs"[:120])
+        return ADMITTED[module, name]
+
+
+def read_pck(path):
+    """One pickled volume -> integer array (s, H, W). Runs nothing that the file asks for.
+
+    Raises:
+        InputError: missing, damaged, too large, more than one array of whole numbers, or not
+            three-dimensional.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"over {MAX_BYTES >> 20} MiB")
+        # latin1 keeps the bytes of strings that Python 2 wrote
+        content = ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+        if not isinstance(content, PickledArray):
+            raise ValueError("it holds no array")
+        volume = content.array()
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise InputError(f"{path}: refused, {reason}; unpack the archive again") from None
+    if volume.ndim != 3 or min(volume.shape) < 1 or max(volume.shape) > MAX_SIDE:
+        raise InputError(f"{path}: shape {volume.shape}, expected (s, H, W); unpack it again")
+    return volume
+
+
+def to_uint8(volume, path):
+    """Integers (s, H, W) -> uint8 (s, 256, 256): percentile window, padded to square, resized."""
+    grey = volume.astype(np.float32)
+    low, high = np.percentile(grey, WINDOW)
+    if not high > low:
+        low, high = grey.min(), grey.max()
+    if not high > low:
+        raise InputError(f"{path}: every pixel has the same value; unpack the archive again")
+    grey = np.clip((grey - low) * (255 / (high - low)), 0, 255)
+    s, height, width = grey.shape
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    square = np.zeros((s, side, side), np.float32)
+    square[:, top : top + height, left : left + width] = grey
+    resized = [
+        np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+        for image in square
+    ]
+    return np.rint(np.stack(resized)).astype(np.uint8)
+
+
+# --- metadata and splits --------------------------------------------------------------------------
+
+
+def read_metadata(path):
+    """metadata.csv -> list of dict with examId, aclDiagnosis (int) and volumeFilename.
+
+    Columns are found by name, in any order.
+
+    Raises:
+        InputError: no such file, a column missing, a diagnosis other than 0, 1 or 2, a file name
+            twice or with a folder in it.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            table = list(csv.DictReader(file, skipinitialspace=True))
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as a CSV ({error}); download it again") from None
+    rows, seen = [], set()
+    for line, cells in enumerate(table, start=2):
+        row = {name: str(cells.get(name) or "").strip() for name in COLUMNS}
+        where, name, diagnosis = f"{path}, line {line}", row["volumeFilename"], row["aclDiagnosis"]
+        missing = [column for column in COLUMNS if not row[column]]
+        if missing:
+            raise InputError(f"{where}: no {' and no '.join(missing)}; download it again")
+        if re.search(r"[/\\:]|^\.", name):
+            raise InputError(f"{where}: volumeFilename {name!r} is a path; give a plain file name")
+        if name in seen:
+            raise InputError(f"{where}: volumeFilename {name!r} stands here twice; keep one row")
+        if diagnosis not in ("0", "1", "2"):
+            raise InputError(f"{where}: aclDiagnosis {diagnosis!r} is not 0, 1 or 2; correct it")
+        seen.add(name)
+        rows.append({**row, "aclDiagnosis": int(diagnosis)})
+    if not rows:
+        raise InputError(f"{path}: no rows; download it again")
+    return rows
+
+
+def split_by_exam(rows, valid, test, seed):
+    """One split name per row: drawn within each diagnosis, all series of one exam on one side."""
+    worst = defaultdict(int)
+    for row in rows:
+        worst[row["examId"]] = max(worst[row["examId"]], row["aclDiagnosis"])
+    rng, side = np.random.default_rng(seed), {}
+    for diagnosis in (0, 1, 2):
+        exams = sorted(exam for exam, d in worst.items() if d == diagnosis)
+        rng.shuffle(exams)
+        n_valid, n_test = round(valid * len(exams)), round(test * len(exams))
+        for i, exam in enumerate(exams):
+            side[exam] = "valid" if i < n_valid else "test" if i < n_valid + n_test else "train"
+    return [side[row["examId"]] for row in rows]
+
+
+def split_by_folder(rows, found):
+    """One split name per row, by the volNN folder of its file; None where that says nothing."""
+    side = {folder: split for split, folders in FOLDERS.items() for folder in folders}
+    paths = (found.get(row["volumeFilename"]) for row in rows)
+    return [side.get(path.parent.name.lower()) if path else None for path in paths]
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def write_whole(path, data):
+    """Bytes -> file `path`, which appears only once it is whole and on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with open(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(handle)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_volume(path, volume):
+    data = io.BytesIO()  # straight into the file, NumPy hides why a write failed
+    np.save(data, volume, allow_pickle=False)
+    write_whole(path, data.getbuffer())
+
+
+def write_csv(path, rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def say(text, stream=None):
+    """One line beside the progress bar, without control characters that a file may bring."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    tqdm.write(text, file=stream or sys.stdout)
+
+
+def prepare(args):
+    """Convert everything -> exit status."""
+    start = time.perf_counter()
+    if not args.source.is_dir():
+        raise InputError(f"{args.source}: no such folder; unpack KneeMRI's archives there")
+    rows = read_metadata(args.metadata or args.source / "metadata.csv")
+    found = {path.name: path for path in sorted(args.source.rglob("*.pck"))}
+    if args.split == "exam":
+        splits = split_by_exam(rows, args.valid, args.test, args.seed)
+    else:
+        splits = split_by_folder(rows, found)
+    if not args.overwrite:
+        outputs = [args.out / split for split in FOLDERS] + ([args.id_map] if args.id_map else [])
+        for path in filter(Path.exists, outputs):
+            raise InputError(f"{path}: exists; choose another folder or add --overwrite")
+
+    labels, written, failures = defaultdict(list), [], 0
+    bar = tqdm(zip(rows, splits, strict=True), total=len(rows), unit="volume", disable=None)
+    for number, (row, split) in enumerate(bar):
+        name = row["volumeFilename"]
+        try:
+            if name not in found:
+                raise InputError(f"{args.source}: no {name} in it; unpack its archive there")
+            if split is None:
+                raise InputError(f"{found[name]}: not in a folder vol01 .. vol10; use --split exam")
+            volume = to_uint8(read_pck(found[name]), found[name])
+        except InputError as error:
+            failures += 1
+            say(f"error: {error}", sys.stderr)
+            continue
+        write_volume(args.out / split / "sagittal" / f"{number:04d}.npy", volume)
+        written.append((number, name))
+        for task, above in TASKS.items():
+            labels[split, task].append((number, int(row["aclDiagnosis"] > above)))
+    for (split, task), pairs in labels.items():
+        write_csv(args.out / f"{split}-{task}.csv", pairs)
+    if args.id_map:
+        write_csv(args.id_map, [("id", "volumeFilename"), *written])
+
+    for split in FOLDERS:
+        counts = {task: [label for _, label in labels.get((split, task), [])] for task in TASKS}
+        positives = ", ".join(f"{task} {sum(values)}" for task, values in counts.items())
+        say(f"{split:5}  {len(counts['acl']):4d} volumes, positive: {positives}")
+    say(
+        f"{len(written)} of {len(rows)} volumes in {time.perf_counter() - start:.1f} s "
+        f"-> {args.out}; failures: {failures}"
+    )
+    if not written:
+        raise InputError(f"{args.source}: no volume could be used; unpack KneeMRI's archives there")
+    return 1 if failures else 0
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description="The Rijeka KneeMRI volumes to MRNet's layout. Research use only.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("source", type=Path, help="folder with metadata.csv and vol01 .. vol10")
+    parser.add_argument("out", type=Path, help="data folder to write to")
+    parser.add_argument("--metadata", type=Path, help="metadata.csv, if it is not in SOURCE")
+    group = parser.add_argument_group("split")
+    group.add_argument(
+        "--split",
+        choices=("exam", "folder"),
+        default="exam",
+        help="exam: drawn, series of one exam stay together; folder: Stanford's, to compare with "
+        "the published 0.824 and 0.911 on its test set",
+    )
+    group.add_argument("--valid", type=float, default=0.2, help="part of the exams, for exam")
+    group.add_argument("--test", type=float, default=0.2, help="part of the exams, 0 for none")
+    group.add_argument("--seed", type=int, default=0, help="of the draw; results need its number")
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--overwrite",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="write into OUT though it holds exams; delete it instead if the split changes",
+    )
+    group.add_argument("--id-map", type=Path, metavar="CSV", help="also write id,volumeFilename")
+    args = parser.parse_args(argv)
+    if not (0 < args.valid < 1 and 0 <= args.test < 1 and args.valid + args.test < 1):
+        parser.error(f"--valid {args.valid} and --test {args.test} leave nothing to train on")
+    if args.seed < 0:
+        parser.error(f"--seed {args.seed}: use 0 or more")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    try:
+        return prepare(args)
+    except InputError as error:
+        say(f"error: {error}", sys.stderr)
+        return 2
+    except OSError as error:
+        say(f"error: {error.filename or args.out}: {error.strerror}", sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted; run it again with --overwrite", sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

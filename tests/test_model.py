@@ -1,0 +1,105 @@
+"""MRNet against torchvision's own AlexNet and against closed forms."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import alexnet
+
+from model import MRNet, first_convolution_of_grey
+
+
+def articles_forward(model, x):
+    """The article's forward, written out with plain eager modules on three channels."""
+    maps = x.squeeze(0)
+    for layer in model.pretrained_model:
+        maps = layer(maps)
+    slices = nn.functional.adaptive_avg_pool2d(maps, 1).view(maps.shape[0], -1)
+    return model.classifier(torch.max(slices, 0, keepdim=True)[0])
+
+
+def gradients(model, logit):
+    model.zero_grad()
+    logit.sum().backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("size", [(256, 256), (63, 63), (64, 70), (113, 112), (99, 257)])
+@pytest.mark.parametrize("slices", [1, 5])
+def test_one_channel_is_three_equal_channels(size, slices):
+    # In float64: at a kink of ReLU or maximum, rounding in fp32 may send a gradient elsewhere.
+    torch.manual_seed(0)
+    model = MRNet().double()
+    grey = torch.randn(1, slices, 1, *size, dtype=torch.float64)
+    wanted = articles_forward(model, grey.expand(1, slices, 3, *size))
+    wanted_gradients = gradients(model, wanted)
+    for x in (grey, grey.expand(1, slices, 3, *size)):
+        logit = model(x)
+        assert logit.shape == (1, 1)
+        torch.testing.assert_close(logit, wanted, atol=1e-12, rtol=1e-10)
+        for mine, theirs in zip(gradients(model, logit), wanted_gradients, strict=True):
+            assert (mine - theirs).norm() <= 1e-10 * theirs.norm() + 1e-15
+
+
+def test_one_channel_is_three_equal_channels_in_fp32():
+    torch.manual_seed(0)
+    model = MRNet()
+    brightness = torch.arange(1, 7).view(1, 6, 1, 1, 1)  # slices that differ, as an exam's do
+    grey = torch.rand(1, 6, 1, 256, 256) * brightness
+    wanted = articles_forward(model, grey.expand(1, 6, 3, 256, 256))
+    wanted_gradients = gradients(model, wanted)
+    logit = model(grey)
+    torch.testing.assert_close(logit, wanted, atol=1e-4, rtol=1e-4)
+    for mine, theirs in zip(gradients(model, logit), wanted_gradients, strict=True):
+        assert (mine - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+def test_features_are_torchvisions():
+    torch.manual_seed(0)
+    reference = alexnet(weights=None).features
+    model = MRNet(reference.state_dict())
+    x = torch.randn(2, 3, 256, 256)
+    maps = model.feature_maps(x)
+    assert maps.shape == (2, 256, 7, 7)
+    torch.testing.assert_close(maps, reference(x), atol=1e-5, rtol=1e-4)
+
+
+def test_first_convolution_has_the_article_shape_and_pixel_alignment():
+    conv = nn.Conv2d(3, 64, 11, 4, 2)
+    x = torch.zeros(1, 1, 256, 256)
+    x[0, 0, 0, 0] = 1.0  # a corner: a misplaced border would show here
+    x[0, 0, 255, 255] = 1.0
+    torch.testing.assert_close(
+        first_convolution_of_grey(x, conv), conv(x.expand(1, 3, 256, 256)), atol=1e-6, rtol=1e-5
+    )
+
+
+def test_only_the_convolutions_of_alexnet():
+    model = MRNet()
+    assert sum(p.numel() for p in model.parameters()) == 2_469_696 + 256 + 1
+    assert model.pretrained_model[0].weight.shape == (64, 3, 11, 11)
+    assert not any(p.is_meta for p in model.parameters())
+
+
+def test_logit_is_a_maximum_over_slices():
+    torch.manual_seed(0)
+    model = MRNet().eval()
+    x = torch.randn(1, 6, 1, 64, 64)
+    with torch.inference_mode():
+        logit = model(x)
+        torch.testing.assert_close(model(x[:, [5, 2, 0, 1, 4, 3]]), logit)  # order of slices
+        torch.testing.assert_close(model(torch.cat([x, x[:, :2]], 1)), logit)  # repeated slices
+        assert (model(x[:, :1]) - logit).abs() > 1e-6
+
+
+def test_several_hundred_slices():
+    with torch.inference_mode():
+        assert MRNet().eval()(torch.randn(1, 400, 1, 64, 64)).shape == (1, 1)
+
+
+def test_dropout_only_while_training():
+    torch.manual_seed(0)
+    model = MRNet(dropout=0.5)
+    x = torch.randn(1, 2, 1, 64, 64)
+    assert model(x) != model(x)
+    model.eval()
+    assert model(x) == model(x)
