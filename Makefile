@@ -1,4 +1,4 @@
-# make demo | test | lint     Everything installs into .venv first; `make demo VENV=` uses the
+# make demo | test | bench | lint   Everything installs into .venv first; `make demo VENV=` uses the
 #                             python that is active instead and installs nothing.
 
 VENV ?= .venv
@@ -13,7 +13,7 @@ TASK := acl
 # A phantom of 200 exams is a sixth of MRNet: fewer steps an epoch want a higher learning rate.
 DEMO := --data-dir $(PHANTOM) --epochs 4 --lr 3e-5
 
-.PHONY: demo test lint clean
+.PHONY: demo bench test lint clean
 
 demo: $(VENV:%=%/installed) $(PHANTOM)/valid-acl.csv
 	@for plane in $(PLANES); do \
@@ -29,6 +29,10 @@ demo: $(VENV:%=%/installed) $(PHANTOM)/valid-acl.csv
 
 $(PHANTOM)/valid-acl.csv: | $(VENV:%=%/installed)
 	$(PY) data/phantom/prepare.py
+
+bench: $(VENV:%=%/installed)
+	$(PY) benchmark.py
+	$(PY) benchmark.py --growth
 
 test: $(VENV:%=%/installed-dev)
 	$(PY) -m pytest

@@ -12,6 +12,7 @@ read by an unpickler that admits NumPy arrays only.
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import socket
@@ -93,9 +94,19 @@ def write_checkpoint(path, content):
         torch.save(content, temporary)
 
 
-def model_path(models_dir, task, plane):
-    """Where the best model of a task and plane is kept."""
-    return Path(models_dir) / f"{task}-{plane}.pt"
+def run_suffix(fold=None, folds=1, seed=None):
+    """What tells the files of one of several trainings apart: "" or "-fold2of5-seed1"."""
+    return (f"-fold{fold}of{folds}" if folds > 1 else "") + ("" if seed is None else f"-seed{seed}")
+
+
+def model_path(models_dir, task, plane, suffix=""):
+    """Where the best model of a task and plane is kept; `suffix` is a `run_suffix`."""
+    return Path(models_dir) / f"{task}-{plane}{suffix}.pt"
+
+
+def stack_path(models_dir, task, suffix=""):
+    """Where a task's stacked model is kept."""
+    return Path(models_dir) / f"{task}-stack{suffix}.json"
 
 
 def save_model(path, model, about):
@@ -231,3 +242,48 @@ class ArrayUnpickler(pickle.Unpickler):
 def save_stack(path, stack):
     """Write a stacked model (plain dict) as JSON."""
     write_text(path, json.dumps({"format": STACK_FORMAT, **stack}, indent=2) + "\n")
+
+
+def load_stack(models_dir, task):
+    """A task's stacked model.
+
+    Returns:
+        dict with at least `task`; `features`, "probability" or "logit"; `members`, the file names
+        of each plane's networks; and `combinations`, for each set of planes ("axial+sagittal")
+        its `coefficients`, `intercept` and `threshold`.
+
+    Raises:
+        InputError: missing, damaged, or not a stack of this task.
+    """
+    path = stack_path(models_dir, task)
+    try:
+        stack = json.loads(path.read_text(encoding="utf-8"))
+        whole = (
+            stack["format"] == STACK_FORMAT
+            and stack["task"] == task
+            and stack["features"] in ("probability", "logit")
+            and all(is_combination(planes, c) for planes, c in stack["combinations"].items())
+            and all(is_member(f) for files in stack["members"].values() for f in files)
+        )
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: no such stack; run `python train_logistic_regression.py --task {task}`"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise InputError(f"{path}: damaged, or not a stack of {task}; make it again")
+    return stack
+
+
+def is_combination(planes, content):
+    """Whether a combination of `planes` holds finite numbers, one coefficient a plane."""
+    numbers = [*content["coefficients"], content["intercept"], content["threshold"]]
+    return len(numbers) == len(planes.split("+")) + 2 and all(
+        type(number) in (int, float) and math.isfinite(number) for number in numbers
+    )
+
+
+def is_member(name):
+    """Whether a network's file name stays in its folder."""
+    return isinstance(name, str) and Path(name).name == name and name.endswith(".pt")

@@ -8,6 +8,7 @@ Layout: data/README.md. Sources: the article's `dataloader.py` (classes, labels,
 augmentation); Stanford's released loader (intensities), Bien et al., PLOS Medicine 2018.
 """
 
+import copy
 import csv
 import hashlib
 import math
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.model_selection import StratifiedKFold
 from torch.utils.data import Dataset
 
 from model import SMALLEST_SIDE
@@ -173,6 +175,22 @@ def standardize(grey, intensity):
     return grey if intensity == "raw" else (grey - MEAN) / STD
 
 
+def split_exams(labels, parts, seed):
+    """Stratified folds: for each of `parts` the rows it holds out, int arrays that cover all rows.
+
+    Raises:
+        InputError: the rarer class has fewer exams than there are parts.
+    """
+    rarer = int(min((labels == 0).sum(), (labels == 1).sum()))
+    if rarer < parts:
+        raise InputError(
+            f"{parts} folds of {len(labels)} exams: the rarer class has {rarer} exams, so a fold "
+            f"would hold one class only; use at most {rarer} folds"
+        )
+    folds = StratifiedKFold(parts, shuffle=True, random_state=seed)
+    return [held_out for _, held_out in folds.split(np.zeros(len(labels)), labels)]
+
+
 class Augmentation:
     """The article's augmentation: rotation, shift and flip, drawn once for all slices of an exam.
 
@@ -290,10 +308,15 @@ class MRDataset(Dataset):
             torch.from_numpy(read_volume(self.paths[i])) if self.kept[i] is None else self.kept[i]
         )
 
-    def subset(self, rows):
-        """The same data set with the exams at `rows` only (class weights unchanged)."""
-        part = object.__new__(MRDataset)
-        part.__dict__.update(self.__dict__)
+    def rows_of(self, ids):
+        """Rows of exams by id."""
+        row = {exam_id: i for i, exam_id in enumerate(self.ids)}
+        return [row[exam_id] for exam_id in ids]
+
+    def subset(self, rows, transform=None):
+        """The exams at `rows` only, with another transform; class weights unchanged."""
+        part = copy.copy(self)
+        part.transform = transform
         part.labels, part.weights = self.labels[rows], self.weights[rows]
         for name in ("ids", "paths", "shapes", "kept"):
             setattr(part, name, [getattr(self, name)[row] for row in rows])

@@ -17,9 +17,10 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
+from scipy.special import expit
 from tqdm import tqdm
 
-from dataloader import Augmentation, InputError
+from dataloader import PLANES, Augmentation, InputError
 from metrics import MetricError
 
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -220,16 +221,38 @@ def predict(model, exams, device, precision, what="predict"):
     return logits.cpu().numpy()
 
 
-def losses_of(exams, logits):
-    """Class-weighted cross-entropy of each exam: float32 (n,)."""
-    return F.binary_cross_entropy_with_logits(
-        torch.from_numpy(logits),
-        torch.from_numpy(exams.labels),
-        torch.from_numpy(exams.weights),
-        reduction="none",
-    ).numpy()
+def combine(stack, probabilities):
+    """What a stack makes of the planes that are there.
+
+    Args:
+        stack: dict as `checkpoint.load_stack` returns it.
+        probabilities: {plane: float64 (n,)}, at least one plane.
+
+    Returns:
+        float64 (n,) stacked probability, and the threshold of this set of planes.
+    """
+    planes = [plane for plane in PLANES if plane in probabilities]
+    combination = stack["combinations"]["+".join(planes)]
+    features = np.stack([probabilities[plane] for plane in planes], axis=1)  # (n, planes)
+    if stack["features"] == "logit":
+        features = logit(features)
+    score = features @ np.asarray(combination["coefficients"]) + combination["intercept"]
+    return expit(score), combination["threshold"]
+
+
+def losses_of(labels, weights, logits):
+    """Class-weighted cross-entropy of each exam: three float32 (n,) -> float32 (n,)."""
+    logits, labels, weights = (torch.from_numpy(x) for x in (logits, labels, weights))
+    return F.binary_cross_entropy_with_logits(logits, labels, weights, reduction="none").numpy()
 
 
 def sigmoid(logits):
     """Probabilities of logits, float64."""
-    return torch.from_numpy(np.asarray(logits, np.float64)).sigmoid().numpy()
+    return expit(np.asarray(logits, np.float64))
+
+
+def logit(probabilities):
+    """Log odds of probabilities, finite even for 0 and 1."""
+    tiny = np.finfo(np.float32).tiny
+    p = np.asarray(probabilities, np.float64)
+    return np.log(np.clip(p, tiny, None)) - np.log(np.clip(1 - p, tiny, None))

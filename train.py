@@ -3,6 +3,7 @@
     python train.py --task acl --plane sagittal                            # MRNet under data/
     python train.py --task acl --plane axial --data-dir data/phantom --lr 1e-4 --epochs 10
     python train.py --task acl --plane sagittal --resume                   # after an interruption
+    python train.py --task acl --plane sagittal --protocol held-out --folds 5 --repeat 3
 
 Writes models/<task>-<plane>.pt (the epoch with the best validation AUC, about 10 MB) and
 logs/<task>/<plane>/<time>/ for `tensorboard --logdir logs`.
@@ -11,12 +12,17 @@ The default recipe is the article's ("How to train an MRI classifier with PyTorc
 weight decay 0.1, one exam a step, class-weighted cross-entropy, rotation, shift and flip, learning
 rate times 0.3 after 3 epochs without a better validation loss, stop after 5. README tells where the
 article's code differs and why.
+
+Protocols: `article` chooses the epoch on the validation exams that it reports (optimistic);
+`held-out` chooses it on a tenth of the training exams and touches the validation exams once.
+`--folds K` trains K networks, each without a K-th of the training exams, for honest stacking.
 """
 
 import argparse
 import math
 import os
 import time
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -30,18 +36,22 @@ from checkpoint import (
     load_model,
     model_path,
     read_checkpoint,
+    run_suffix,
     save_model,
     write_checkpoint,
+    write_text,
 )
-from dataloader import INTENSITIES, PLANES, Augmentation, InputError, MRDataset
+from dataloader import INTENSITIES, PLANES, Augmentation, InputError, MRDataset, split_exams
 from figures import exam_picture, roc_figure
-from metrics import roc_auc
+from metrics import auc_interval, roc_auc
 from model import MRNet
 
 LR, WEIGHT_DECAY, EPOCHS, PATIENCE = 1e-5, 0.1, 50, 5  # the article's
 PLATEAU_PATIENCE, PLATEAU_FACTOR, PLATEAU_THRESHOLD = 3, 0.3, 1e-4  # the article's
 STEP_EPOCHS, STEP_FACTOR = 3, 0.5  # the article's
 STATE_FORMAT = "mrnet-training-1"
+PROTOCOLS = ("article", "held-out")
+TUNING_PARTS = 10  # held-out: one part in ten of the training exams chooses the epoch
 
 
 def parse_arguments():
@@ -124,6 +134,28 @@ def parse_arguments():
         "--seed", type=int, default=0, help="fixes order, augmentation and initial classifier"
     )
 
+    protocol = parser.add_argument_group("protocol")
+    protocol.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        default="article",
+        help="what chooses the epoch and stops the run: the validation exams themselves "
+        "(optimistic) or a held-out part of the training exams",
+    )
+    protocol.add_argument(
+        "--folds",
+        type=positive_int,
+        default=1,
+        help="train so many networks, each without its fold of the training exams; 3 to 5 for "
+        "honest stacking, 1 is the article's",
+    )
+    protocol.add_argument(
+        "--repeat",
+        type=positive_int,
+        default=1,
+        help="train with so many seeds, from --seed on; differences below their spread are noise",
+    )
+
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     machine.add_argument(
@@ -152,7 +184,8 @@ def parse_arguments():
     files.add_argument(
         "--resume",
         action="store_true",
-        help="go on after the last whole epoch of an interrupted run with these arguments",
+        help="skip trainings that are finished, go on after the last whole epoch of one that was "
+        "interrupted",
     )
     return parser.parse_args()
 
@@ -195,11 +228,68 @@ def make_scheduler(name, optimizer):
     return schedules.ConstantLR(optimizer, factor=1.0)
 
 
+@dataclass
+class Run:
+    """One network to train: its exams and the names of its files."""
+
+    seed: int
+    fold: int  # 1 to folds; 0 where there is one network only
+    train_set: MRDataset
+    choose_set: MRDataset  # chooses the epoch and stops the run
+    valid_set: MRDataset
+    held_out: list  # ids of the training exams that this network never sees
+    suffix: str
+
+    @property
+    def chosen_on(self):
+        return "valid" if self.choose_set is self.valid_set else "tune"
+
+
+def plan_runs(args, train_set, valid_set):
+    """All networks that the arguments ask for: folds within seeds."""
+    runs = []
+    for seed in range(args.seed, args.seed + args.repeat):
+        held_out_rows = [np.array([], int)]
+        if args.folds > 1:
+            held_out_rows = split_exams(train_set.labels, args.folds, seed)
+        for number, out in enumerate(held_out_rows):
+            rows = np.setdiff1d(np.arange(len(train_set)), out)
+            choose_set = valid_set
+            if args.protocol == "held-out":
+                # A cut of its own seed: folds and tuning exams must not depend on each other.
+                tuning = split_exams(train_set.labels[rows], TUNING_PARTS, seed + 1000)[0]
+                choose_set = train_set.subset(rows[tuning], transform=None)
+                rows = np.delete(rows, tuning)
+            fold = number + 1 if args.folds > 1 else 0
+            runs.append(
+                Run(
+                    seed=seed,
+                    fold=fold,
+                    train_set=train_set.subset(rows, transform=train_set.transform),
+                    choose_set=choose_set,
+                    valid_set=valid_set,
+                    held_out=[train_set.ids[row] for row in out],
+                    suffix=run_suffix(fold, args.folds, seed if args.repeat > 1 else None),
+                )
+            )
+    return runs
+
+
+def write_folds(args, runs):
+    """models/<task>-folds.csv: which network never saw which training exam."""
+    rows = [f"{run.seed},{exam_id},{run.fold}\n" for run in runs for exam_id in run.held_out]
+    if rows:
+        write_text(args.models_dir / f"{args.task}-folds.csv", "seed,id,fold\n" + "".join(rows))
+
+
 class Training:
     """Everything that changes from epoch to epoch, and nothing else: what a resumed run needs."""
 
-    def __init__(self, args, device):
-        torch.manual_seed(args.seed)
+    PLAIN = ("epoch", "best_loss", "bad_epochs", "best_auc", "best_epoch", "log_dir")
+    PARTS = ("model", "optimizer", "scheduler")
+
+    def __init__(self, args, run, device):
+        torch.manual_seed(random_state(run))
         features = imagenet_features() if args.pretrained else None
         self.model = MRNet(features, dropout=args.dropout).to(device)
         self.optimizer = torch.optim.Adam(
@@ -210,9 +300,6 @@ class Training:
         self.best_loss, self.bad_epochs = math.inf, 0  # for early stopping
         self.best_auc, self.best_epoch = -math.inf, 0  # for the model that is kept
         self.log_dir = ""
-
-    PLAIN = ("epoch", "best_loss", "bad_epochs", "best_auc", "best_epoch", "log_dir")
-    PARTS = ("model", "optimizer", "scheduler")
 
     def state(self):
         plain = {name: getattr(self, name) for name in self.PLAIN}
@@ -225,12 +312,16 @@ class Training:
             getattr(self, name).load_state_dict(state[name])
 
 
+def random_state(run, epoch=0):
+    """Everything random in an epoch follows from seed, fold and epoch: resuming needs no more."""
+    return (run.seed * 1009 + run.fold) * 100_003 + epoch
+
+
 def recipe_of(args):
     """The arguments that change the result, as plain values; a resumed run must agree on them."""
-    machine = ("models_dir", "logs_dir", "log_every", "resume", "device", "epochs", "cache")
-    return {
-        k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in machine
-    }
+    kept = ("task", "plane", "intensity", "augment", "epochs", "lr", "weight_decay", "lr_scheduler")
+    kept += ("patience", "dropout", "pretrained", "seed", "protocol", "folds", "repeat")
+    return {name: getattr(args, name) for name in kept}
 
 
 def check_writable(folder):
@@ -246,120 +337,198 @@ def check_writable(folder):
         ) from None
 
 
-def resume(training, args, state_path):
-    """Take up the state of an interrupted run."""
-    if not state_path.is_file():
-        raise InputError(f"{state_path}: nothing to resume; start without --resume")
-    state = read_checkpoint(state_path, wanted=STATE_FORMAT)
+def saved_state(args, run, path):
+    """The state of an interrupted run, or None where there is none."""
+    if not path.is_file():
+        return None
+    state = read_checkpoint(path, wanted=STATE_FORMAT)
     mine, theirs = recipe_of(args), state["recipe"]
-    other = [k for k in mine if mine[k] != theirs.get(k)]
+    # More epochs than were asked for at first are welcome; the finished ones stay as they are.
+    other = [name for name in mine if name != "epochs" and mine[name] != theirs.get(name)]
     if other:
-        said = ", ".join(f"--{k.replace('_', '-')} {theirs.get(k)}" for k in other)
-        raise InputError(f"{state_path}: was trained with {said}; resume with the same arguments")
-    training.restore(state["training"])
-    print(f"resumed    {state_path} after epoch {training.epoch}")
+        said = ", ".join(f"--{name.replace('_', '-')} {theirs.get(name)}" for name in other)
+        raise InputError(
+            f"{path}: was trained with {said}; resume with the same arguments, or delete it"
+        )
+    if state["data"] != fingerprints(run):
+        raise InputError(
+            f"{path}: was trained on other exams; delete it, or start without --resume"
+        )
+    return state["training"]
 
 
-def log_epoch(writer, training, args, exams, order, logits, losses, valid, seconds):
+def fingerprints(run):
+    """Which exams a run trains, chooses and reports on."""
+    return {
+        "train": run.train_set.fingerprint(),
+        "choose": run.choose_set.fingerprint(),
+        "valid": run.valid_set.fingerprint(),
+    }
+
+
+def is_finished(args, run, path):
+    """Whether this very training ran to its end before."""
+    if not path.is_file():
+        return False
+    _, about = load_model(path)
+    return about.get("arguments") == recipe_of(args) and about.get("data") == fingerprints(run)
+
+
+def log_epoch(writer, training, args, run, order, logits, losses, train, chosen, seconds):
     """Curves within the epoch (running means, from the steps' own logits) and of the epoch."""
-    epoch, n, labels = training.epoch, len(order), exams.labels[order]
+    epoch, n, labels = training.epoch, len(order), run.train_set.labels[order]
     for end in [*range(args.log_every, n, args.log_every), n]:
         step = (epoch - 1) * n + end
         writer.add_scalar("within-epoch/train-loss", losses[:end].mean(), step)
         if len(set(labels[:end])) == 2:
             writer.add_scalar("within-epoch/train-auc", roc_auc(labels[:end], logits[:end]), step)
-    writer.add_scalars("loss", {"train": losses.mean(), "valid": valid["loss"]}, epoch)
-    writer.add_scalars("auc", {"train": roc_auc(labels, logits), "valid": valid["auc"]}, epoch)
-    writer.add_scalar("learning-rate", valid["lr"], epoch)
+    for metric in ("loss", "auc"):
+        writer.add_scalar(f"{metric}/train", train[metric], epoch)
+        writer.add_scalar(f"{metric}/{run.chosen_on}", chosen[metric], epoch)
+    writer.add_scalar("learning-rate", training.optimizer.param_groups[0]["lr"], epoch)
     writer.add_scalar("exams-per-second", n / seconds, epoch)
     writer.flush()
 
 
-def one_epoch(training, args, train_set, valid_set, device, precision, writer):
+def measure(exams, logits):
+    """Mean weighted loss and AUC of predictions for some exams."""
+    losses = engine.losses_of(exams.labels, exams.weights, logits)
+    return {"loss": float(losses.mean()), "auc": roc_auc(exams.labels, logits)}
+
+
+def one_epoch(training, args, run, device, precision, writer):
     """Train, evaluate, step the schedule, print one line, keep the best model."""
     began = time.perf_counter()
     training.epoch += 1
-    # Everything random in an epoch follows from the seed and the epoch's number.
-    torch.manual_seed(args.seed * 1_000_003 + training.epoch)
+    torch.manual_seed(random_state(run, training.epoch))
     what = f"epoch {training.epoch}/{args.epochs}"
     lr = training.optimizer.param_groups[0]["lr"]
     order, logits, losses = engine.train_epoch(
-        training.model, train_set, training.optimizer, device, precision, what
+        training.model, run.train_set, training.optimizer, device, precision, what
     )
     bad = np.flatnonzero(~np.isfinite(losses))
     if len(bad):
         raise engine.RunError(
             f"the loss became {losses[bad[0]]} in epoch {training.epoch} at "
-            f"{train_set.paths[order[bad[0]]]}; look at that exam, or lower --lr. "
+            f"{run.train_set.paths[order[bad[0]]]}; look at that exam, or lower --lr. "
             "The models of earlier epochs are kept"
         )
     seconds = time.perf_counter() - began
-    valid_logits = engine.predict(training.model, valid_set, device, precision, f"{what} valid")
-    valid = {
-        "loss": float(engine.losses_of(valid_set, valid_logits).mean()),
-        "auc": roc_auc(valid_set.labels, valid_logits),
-        "lr": lr,
-    }
-    train = {"loss": float(losses.mean()), "auc": roc_auc(train_set.labels[order], logits)}
-    training.scheduler.step(*([valid["loss"]] if args.lr_scheduler == "plateau" else []))
+    train = {"loss": float(losses.mean()), "auc": roc_auc(run.train_set.labels[order], logits)}
+    chosen = measure(
+        run.choose_set, engine.predict(training.model, run.choose_set, device, precision, what)
+    )
+    if args.lr_scheduler == "plateau":
+        training.scheduler.step(chosen["loss"])
+    else:
+        training.scheduler.step()
 
-    if valid["loss"] < training.best_loss:
-        training.best_loss, training.bad_epochs = valid["loss"], 0
+    if chosen["loss"] < training.best_loss:
+        training.best_loss, training.bad_epochs = chosen["loss"], 0
     else:
         training.bad_epochs += 1
-    better = valid["auc"] > training.best_auc
+    better = chosen["auc"] > training.best_auc
     if better:
-        training.best_auc, training.best_epoch = valid["auc"], training.epoch
-        save_model(
-            model_path(args.models_dir, args.task, args.plane),
-            training.model,
-            {
-                "task": args.task,
-                "plane": args.plane,
-                "intensity": args.intensity,
-                "pretrained": args.pretrained,
-                "precision": precision,
-                "epoch": training.epoch,
-                "metrics": {
-                    "train_loss": train["loss"],
-                    "train_auc": train["auc"],
-                    "valid_loss": valid["loss"],
-                    "valid_auc": valid["auc"],
-                },
-                "arguments": recipe_of(args),
-                "class_weights": list(train_set.class_weights),
-                "data": {"train": train_set.fingerprint(), "valid": valid_set.fingerprint()},
-                "git": engine.git_sha(),
-                "versions": engine.versions(),
-            },
-        )
+        training.best_auc, training.best_epoch = chosen["auc"], training.epoch
+        path = model_path(args.models_dir, args.task, args.plane, run.suffix)
+        save_model(path, training.model, describe(args, run, training, precision, train, chosen))
     print(
-        f"{training.epoch:5d}  {train['loss']:10.4f}  {train['auc']:9.4f}  {valid['loss']:10.4f}  "
-        f"{valid['auc']:9.4f}  {lr:7.1e}  {time.perf_counter() - began:7.1f}  "
-        f"{len(order) / seconds:7.1f}"
-        f"{'  best' if better else ''}",
+        f"{training.epoch:5d}  {train['loss']:10.4f}  {train['auc']:9.4f}  {chosen['loss']:10.4f}  "
+        f"{chosen['auc']:9.4f}  {lr:7.1e}  {time.perf_counter() - began:7.1f}  "
+        f"{len(order) / seconds:7.1f}{'  best' if better else ''}",
         flush=True,
     )
-    log_epoch(writer, training, args, train_set, order, logits, losses, valid, seconds)
+    log_epoch(writer, training, args, run, order, logits, losses, train, chosen, seconds)
 
 
-def log_end(writer, training, args, valid_set, device, precision):
-    """Curves of the best model, and the arguments beside the final metrics."""
-    model, _ = load_model(model_path(args.models_dir, args.task, args.plane))
-    probabilities = engine.sigmoid(engine.predict(model.to(device), valid_set, device, precision))
-    writer.add_pr_curve("precision-recall", valid_set.labels, probabilities, training.best_epoch)
-    title = f"{args.task}, {args.plane}, epoch {training.best_epoch}"
-    figure = roc_figure(valid_set.labels, {title: probabilities})
-    writer.add_figure("roc", figure, training.best_epoch)
-    writer.add_hparams(
-        recipe_of(args),
-        {
-            "best/valid-auc": training.best_auc,
-            "best/valid-loss": training.best_loss,
-            "best/epoch": training.best_epoch,
-        },
-        run_name=".",
+def describe(args, run, training, precision, train, chosen):
+    """What a saved model says of itself: plain values only."""
+    return {
+        "task": args.task,
+        "plane": args.plane,
+        "intensity": args.intensity,
+        "pretrained": args.pretrained,
+        "precision": precision,
+        "epoch": training.epoch,
+        "seed": run.seed,
+        "fold": run.fold,
+        "held_out": run.held_out,
+        "protocol": args.protocol,
+        "metrics": {"train": train, run.chosen_on: chosen},
+        "arguments": recipe_of(args),
+        "data_dir": str(args.data_dir),
+        "class_weights": list(run.train_set.class_weights),
+        "data": fingerprints(run),
+        "git": engine.git_sha(),
+        "versions": engine.versions(),
+    }
+
+
+def finish(args, run, training, writer, device, precision):
+    """Evaluate the best model on the validation exams, log its curves, say where things are."""
+    path = model_path(args.models_dir, args.task, args.plane, run.suffix)
+    model, about = load_model(path)
+    logits = engine.predict(model.to(device), run.valid_set, device, precision)
+    valid = about["metrics"]["valid"] = measure(run.valid_set, logits)
+    save_model(path, model, about)
+    probabilities = engine.sigmoid(logits)
+    writer.add_pr_curve("precision-recall", run.valid_set.labels, probabilities, about["epoch"])
+    title = f"{args.task}, {args.plane}, epoch {about['epoch']}"
+    figure = roc_figure(run.valid_set.labels, {title: probabilities})
+    writer.add_figure("roc", figure, about["epoch"])
+    results = {"best/valid-auc": valid["auc"], "best/valid-loss": valid["loss"]}
+    writer.add_hparams(recipe_of(args), results | {"best/epoch": about["epoch"]}, run_name=".")
+    low, high = auc_interval(run.valid_set.labels, logits)[1:]
+    honest = "optimistic: these exams chose the epoch"
+    if run.chosen_on == "tune":
+        honest = "the epoch was chosen on other exams"
+    print(
+        f"\nvalidation AUC {valid['auc']:.4f} [{low:.3f}, {high:.3f}], epoch {about['epoch']} "
+        f"({honest})\nmodel  {path}\nlogs   {training.log_dir}"
     )
+
+
+def fit(args, run, device, precision):
+    """Train one network to its end, or to where Ctrl-C leaves it to be resumed."""
+    path = model_path(args.models_dir, args.task, args.plane, run.suffix)
+    state_path = path.with_suffix(".state")
+    training = Training(args, run, device)
+    state = saved_state(args, run, state_path) if args.resume else None
+    if args.resume and state is None and is_finished(args, run, path):
+        print(f"\nfinished before: {path}")
+        return
+    if state is not None:
+        training.restore(state)
+        print(f"\nresumed {state_path} after epoch {training.epoch}")
+    training.log_dir = training.log_dir or str(
+        args.logs_dir / args.task / f"{args.plane}{run.suffix}" / f"{datetime.now():%Y%m%d-%H%M%S}"
+    )
+
+    def keep_state():
+        content = {"recipe": recipe_of(args), "data": fingerprints(run)}
+        content |= {"format": STATE_FORMAT, "training": training.state()}
+        write_checkpoint(state_path, content)
+
+    keep_state()  # before the first model: a model without a state beside it is a finished one
+    purge = training.epoch + 1 if state is not None else None
+    with SummaryWriter(training.log_dir, purge_step=purge) as writer:
+        torch.manual_seed(random_state(run))
+        picture = exam_picture(run.train_set[0][0], args.intensity)
+        writer.add_image("an augmented training exam", picture)
+        print(
+            f"\n{'epoch':>5}  {'train loss':>10}  {'train auc':>9}  {run.chosen_on + ' loss':>10}  "
+            f"{run.chosen_on + ' auc':>9}  {'lr':>7}  {'seconds':>7}  {'exams/s':>7}"
+        )
+        try:
+            while training.epoch < args.epochs and training.bad_epochs < args.patience:
+                one_epoch(training, args, run, device, precision, writer)
+                keep_state()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("Go on with the same command and --resume") from None
+        if training.bad_epochs >= args.patience:
+            print(f"stopped: {run.chosen_on} loss has not improved for {args.patience} epochs")
+        finish(args, run, training, writer, device, precision)
+    state_path.unlink(missing_ok=True)
 
 
 def main():
@@ -386,42 +555,15 @@ def main():
             f"{min(slices)} to {max(slices)} slices"
         )
     print("class weights  negative {:g}, positive {:.3f}".format(*train_set.class_weights))
-    engine.keep_volumes((train_set, valid_set), args.cache, device)
     if not args.pretrained:
         print("weights    RANDOM (--no-pretrained): no ImageNet features")
-
-    training = Training(args, device)
-    state_path = args.models_dir / f"{args.task}-{args.plane}.state"
-    if args.resume:
-        resume(training, args, state_path)
-    training.log_dir = training.log_dir or str(
-        args.logs_dir / args.task / args.plane / f"{datetime.now():%Y%m%d-%H%M%S}"
-    )
-    writer = SummaryWriter(training.log_dir, purge_step=training.epoch + 1 if args.resume else None)
-    writer.add_image("an augmented training exam", exam_picture(train_set[0][0], args.intensity))
-    print(
-        f"\n{'epoch':>5}  {'train loss':>10}  {'train auc':>9}  {'valid loss':>10}  "
-        f"{'valid auc':>9}  {'lr':>7}  {'seconds':>7}  {'exams/s':>7}"
-    )
-    try:
-        while training.epoch < args.epochs and training.bad_epochs < args.patience:
-            one_epoch(training, args, train_set, valid_set, device, precision, writer)
-            write_checkpoint(
-                state_path,
-                {"format": STATE_FORMAT, "recipe": recipe_of(args), "training": training.state()},
-            )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("Go on with the same command and --resume") from None
-    if training.bad_epochs >= args.patience:
-        print(f"stopped: validation loss has not improved for {args.patience} epochs")
-    log_end(writer, training, args, valid_set, device, precision)
-    writer.close()
-    state_path.unlink(missing_ok=True)
-    print(
-        f"\nbest validation AUC {training.best_auc:.4f} (epoch {training.best_epoch}; optimistic: "
-        "the epoch was chosen on these exams)"
-    )
-    print(f"model  {model_path(args.models_dir, args.task, args.plane)}\nlogs   {training.log_dir}")
+    engine.keep_volumes((train_set, valid_set), args.cache, device)
+    runs = plan_runs(args, train_set, valid_set)
+    write_folds(args, runs)
+    for number, run in enumerate(runs, start=1):
+        if len(runs) > 1:
+            print(f"\n-- network {number} of {len(runs)}: seed {run.seed}, fold {run.fold}")
+        fit(args, run, device, precision)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,30 @@
-"""Combine the three planes' networks of one task: logistic regression on their probabilities.
+"""Combine the three planes' networks of one task: logistic regression on their predictions.
 
     python train_logistic_regression.py                        # task acl, MRNet under data/
     python train_logistic_regression.py --task meniscus --data-dir data/phantom
+    python train_logistic_regression.py --folds 5 --repeat 3   # what train.py made with these
 
-Loads models/<task>-{axial,coronal,sagittal}.pt, predicts all training exams (without augmentation)
-and validation exams, fits scikit-learn's LogisticRegression on the training predictions, and writes
-models/<task>-stack.json, models/<task>-predictions.csv and logs/<task>/stack/<time>/.
+Loads models/<task>-{axial,coronal,sagittal}*.pt, predicts training exams (without augmentation) and
+validation exams, fits scikit-learn's LogisticRegression on the training predictions, reports AUC
+with its interval, operating points and calibration, and writes models/<task>-stack.json,
+<task>-predictions.csv, <task>-results.json, <task>-roc.png, <task>-reliability.png and
+logs/<task>/stack/<time>/.
 
-Source: the article, section on combining the planes (its script was never published); Bien et al.,
-PLOS Medicine 2018, "the predictions from the three series were combined by logistic regression".
+With `--folds 1`, the article's way, the regression is fitted on exams that the networks have learnt
+from. With `--folds K` each training exam is predicted by the network that never saw it, and the K
+networks are averaged for every other exam.
+
+Sources: the article, section on combining the planes (its script was never published); Bien et al.,
+PLOS Medicine 2018: logistic regression on the three planes' probabilities. Out-of-fold stacking:
+Wolpert, "Stacked generalization", Neural Networks 5(2), 1992.
 """
 
 import argparse
 import csv
 import io
+import itertools
+import json
+import statistics
 from datetime import datetime
 from pathlib import Path
 
@@ -22,12 +33,21 @@ from sklearn.linear_model import LogisticRegression
 from torch.utils.tensorboard import SummaryWriter
 
 import engine
-from checkpoint import load_model, model_path, save_stack, write_text
-from dataloader import PLANES, InputError, MRDataset, read_labels
-from figures import roc_figure
-from metrics import roc_auc
+from checkpoint import (
+    atomic,
+    load_model,
+    model_path,
+    run_suffix,
+    save_stack,
+    stack_path,
+    write_text,
+)
+from dataloader import PLANES, InputError, MRDataset
+from figures import reliability_figure, roc_figure
+from metrics import auc_difference, auc_interval, choose_threshold, summary
 
 SPLITS = ("train", "valid")
+STACK = "stack"
 
 
 def parse_arguments():
@@ -41,113 +61,287 @@ def parse_arguments():
         default=Path("data"),
         help="the folder that the planes were trained on",
     )
+    parser.add_argument(
+        "--features",
+        choices=("probability", "logit"),
+        default="probability",
+        help="what the regression is fed; the article and Stanford feed probabilities",
+    )
+    parser.add_argument("--folds", type=int, default=1, help="as given to train.py")
+    parser.add_argument("--repeat", type=int, default=1, help="as given to train.py")
+    parser.add_argument("--seed", type=int, default=0, help="as given to train.py")
+    parser.add_argument(
+        "--sensitivity",
+        type=float,
+        default=None,
+        help="choose each threshold for this sensitivity on training predictions; by default "
+        "for the greatest sensitivity + specificity (Youden)",
+    )
     parser.add_argument("--models-dir", type=Path, default=Path("models"))
     parser.add_argument("--logs-dir", type=Path, default=Path("logs"), help="for TensorBoard")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=engine.PRECISIONS, default="auto")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.folds < 1 or args.repeat < 1:
+        parser.error("--folds and --repeat are at least 1")
+    if args.sensitivity is not None and not 0 < args.sensitivity <= 1:
+        parser.error("--sensitivity is above 0 and at most 1")
+    return args
 
 
-def load_planes(args):
-    """The three planes' models and what they say of themselves: {plane: (model, about)}."""
-    missing = [p for p in PLANES if not model_path(args.models_dir, args.task, p).is_file()]
-    if missing:
-        commands = "; ".join(
-            f"python train.py --task {args.task} --plane {p} --data-dir {args.data_dir}"
-            for p in missing
+def members_of(args, plane, seed):
+    """Paths of one plane's networks for one seed: one, or one a fold."""
+    named = seed if args.repeat > 1 else None
+    folds = range(1, args.folds + 1) if args.folds > 1 else [0]
+    return [
+        model_path(args.models_dir, args.task, plane, run_suffix(fold, args.folds, named))
+        for fold in folds
+    ]
+
+
+def check_members(args, seeds):
+    """Name the planes that are not trained, with the command that trains them."""
+    for plane in PLANES:
+        for seed in seeds:
+            for path in members_of(args, plane, seed):
+                if not path.is_file():
+                    more = f" --folds {args.folds}" if args.folds > 1 else ""
+                    more += f" --repeat {args.repeat}" if args.repeat > 1 else ""
+                    raise InputError(
+                        f"{path}: the {plane} plane of {args.task} is not trained. Run python "
+                        f"train.py --task {args.task} --plane {plane} --data-dir {args.data_dir}"
+                        f"{more} --resume"
+                    )
+
+
+def predict_plane(args, plane, seed, sets, device, precision):
+    """One plane's probabilities for one seed.
+
+    Training exams are predicted by the network that did not see them where there is one (folds),
+    else by the only network; validation exams by the mean over the networks.
+
+    Returns:
+        {"train": float64 (n,), "valid": float64 (m,)} and the networks' protocol.
+    """
+    train_set, valid_set = sets["train"], sets["valid"]
+    out = np.full(len(train_set), np.nan)
+    valid = np.zeros(len(valid_set))
+    members = members_of(args, plane, seed)
+    for path in members:
+        model, about = load_model(path)
+        if about["task"] != args.task or about["plane"] != plane:
+            raise InputError(f"{path}: is a model of {about['task']}, {about['plane']}; rename it")
+        if about["data"]["valid"] != valid_set.fingerprint():
+            raise InputError(
+                f"{path}: was trained beside other validation exams than {args.data_dir} holds; "
+                "give the --data-dir that it was trained on, or train it again"
+            )
+        train_set.intensity = valid_set.intensity = about["intensity"]
+        rows = train_set.rows_of(about["held_out"]) if args.folds > 1 else range(len(train_set))
+        what = path.stem
+        model = model.to(device)
+        out[rows] = engine.sigmoid(
+            engine.predict(model, train_set.subset(rows), device, precision, what)
         )
-        raise InputError(
-            f"{args.models_dir}: no {args.task} model for {', '.join(missing)}. Run {commands}"
-        )
-    return {plane: load_model(model_path(args.models_dir, args.task, plane)) for plane in PLANES}
+        valid += engine.sigmoid(engine.predict(model, valid_set, device, precision, what))
+    if np.isnan(out).any():
+        raise InputError(f"{members[0]}: its folds leave training exams out; train all folds again")
+    return {"train": out, "valid": valid / len(members)}, about["protocol"]
 
 
-def predict_split(args, planes, split, device, precision):
-    """Each plane's probability for each exam of a split: float64 (n, 3)."""
-    columns = []
-    for plane, (model, about) in planes.items():
-        exams = MRDataset(
-            args.data_dir, args.task, plane, train=split == "train", intensity=about["intensity"]
-        )
-        if exams.fingerprint() != about["data"][split]:
-            print(f"warning: {plane} was trained on other exams than {args.data_dir} holds")
-        logits = engine.predict(model.to(device), exams, device, precision, f"{plane} {split}")
-        columns.append(engine.sigmoid(logits))
-    return np.stack(columns, axis=1)
+def fit_combinations(args, features, labels):
+    """A regression for each set of planes, so that an exam that lacks a plane has one too.
+
+    Args:
+        features: {plane: float64 (n,)} probabilities of the training exams.
+
+    Returns:
+        {"axial+coronal+sagittal": {"coefficients", "intercept", "threshold"}, ...}
+    """
+    combinations = {}
+    for size in range(1, len(PLANES) + 1):
+        for planes in itertools.combinations(PLANES, size):
+            x = np.stack([features[plane] for plane in planes], axis=1)
+            x = engine.logit(x) if args.features == "logit" else x
+            fitted = LogisticRegression().fit(x, labels)
+            combinations["+".join(planes)] = {
+                "coefficients": fitted.coef_[0].tolist(),
+                "intercept": float(fitted.intercept_[0]),
+                "threshold": threshold_for(args, labels, fitted.predict_proba(x)[:, 1]),
+            }
+    return combinations
 
 
-def print_table(task, labels, scores):
-    """One row for each plane and the stack: AUC on both splits."""
+def threshold_for(args, labels, probabilities):
+    """A threshold chosen on training predictions, never on the exams that are reported."""
+    if args.sensitivity is None:
+        return choose_threshold(labels, probabilities)
+    return choose_threshold(labels, probabilities, "sensitivity", args.sensitivity)
+
+
+def make_stack(args, features, labels):
+    """Fit and apply one stack.
+
+    Args:
+        features: {split: {plane: float64 (n,)}}.
+
+    Returns:
+        the stack as `checkpoint.save_stack` takes it, {split: {name: probabilities}} with the
+        planes and the stack, and {name: threshold}.
+    """
+    stack = {
+        "task": args.task,
+        "features": args.features,
+        "combinations": fit_combinations(args, features["train"], labels["train"]),
+    }
+    scores, thresholds = {split: dict(features[split]) for split in SPLITS}, {}
+    for split in SPLITS:
+        scores[split][STACK], thresholds[STACK] = engine.combine(stack, features[split])
+    for plane in PLANES:
+        thresholds[plane] = threshold_for(args, labels["train"], features["train"][plane])
+    return stack, scores, thresholds
+
+
+def print_report(args, labels, scores, thresholds, protocol):
+    """One row for each plane and the stack; returns the numbers for results.json."""
     counts = {s: f"{len(labels[s])} exams, {int(labels[s].sum())} positive" for s in SPLITS}
-    print(f"\n{task}: training {counts['train']}; validation {counts['valid']}\n")
-    print(f"{'':<10}  {'train AUC':>9}  {'valid AUC':>9}")
-    for name in scores["valid"]:
-        aucs = (roc_auc(labels[split], scores[split][name]) for split in SPLITS)
-        print(f"{name:<10}  " + "  ".join(f"{auc:9.4f}" for auc in aucs))
+    print(f"\n{args.task}: training {counts['train']}; validation {counts['valid']}")
+    print(f"protocol {protocol}, folds {args.folds}, stacked on each plane's {args.features}\n")
+    fitted = "out-of-fold AUC" if args.folds > 1 else "train AUC"
     print(
-        "\noptimistic: the planes' epochs were chosen on these validation exams, and the stack was "
-        "fitted\non predictions for exams that the networks had learnt from, as in the article"
+        f"{'':<9} {fitted:>15}  {'valid AUC [95 %]':>20}  {'threshold':>9}  {'sensitivity':>11}  "
+        f"{'specificity':>11}  {'accuracy':>8}  {'at 0.5: sens, spec, acc':>23}  {'Brier':>6}  "
+        f"{'ECE':>5}"
     )
+    rows = {}
+    for name in scores["valid"]:
+        p = scores["valid"][name]
+        row = summary(labels["valid"], p, thresholds[name])
+        half = summary(labels["valid"], p, 0.5)
+        row["train_auc"] = auc_interval(labels["train"], scores["train"][name]).value
+        row |= {f"{key}_at_half": half[key] for key in ("sensitivity", "specificity", "accuracy")}
+        rows[name] = row
+        print(
+            f"{name:<9} {row['train_auc']:15.4f}  {row['auc']:6.4f} [{row['auc_low']:.3f}, "
+            f"{row['auc_high']:.3f}]  {row['threshold']:9.3f}  {row['sensitivity']:11.3f}  "
+            f"{row['specificity']:11.3f}  {row['accuracy']:8.3f}  "
+            f"{half['sensitivity']:9.3f} {half['specificity']:6.3f} {half['accuracy']:6.3f}  "
+            f"{row['brier']:6.3f}  {row['ece']:5.3f}"
+        )
+    best = max(PLANES, key=lambda plane: rows[plane]["train_auc"])
+    gain = auc_difference(labels["valid"], scores["valid"][STACK], scores["valid"][best])
+    print(
+        f"\nstack against {best}, the plane with the best training AUC: {gain.value:+.4f} "
+        f"[{gain.low:+.3f}, {gain.high:+.3f}], p = {gain.p:.2g} (paired DeLong)"
+    )
+    for line in caveats(args, protocol):
+        print(line)
+    return rows | {"stack against best plane": {"plane": best} | gain._asdict()}
 
 
-def predictions_csv(args, labels, scores):
+def caveats(args, protocol):
+    """What a reader must know before believing the table."""
+    said = ["thresholds were chosen on training predictions"]
+    if protocol == "article":
+        said.append("OPTIMISTIC: the epochs were chosen on the validation exams reported here")
+    if args.folds == 1:
+        said.append("the stack was fitted on exams that the networks had learnt from (the article)")
+    return said
+
+
+def predictions_csv(sets, scores):
     """Each exam's probabilities, both splits, as CSV text."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["split", "id", "label", *scores["valid"]])
     for split in SPLITS:
-        ids, _ = read_labels(args.data_dir, args.task, split)
-        for i, exam_id in enumerate(ids):
-            values = (f"{column[i]:.8f}" for column in scores[split].values())
-            rows.writerow([split, exam_id, int(labels[split][i]), *values])
+        for i, exam_id in enumerate(sets[split].ids):
+            values = (f"{column[i]:.9f}" for column in scores[split].values())
+            rows.writerow([split, exam_id, int(sets[split].labels[i]), *values])
     return text.getvalue()
+
+
+def save_figures(args, labels, scores):
+    """ROC curves and reliability diagram, as PNG and for TensorBoard."""
+    figures = {
+        "roc": roc_figure(labels["valid"], scores["valid"], band=STACK),
+        "reliability": reliability_figure(labels["valid"], scores["valid"][STACK], args.task),
+    }
+    for name, figure in figures.items():
+        path = args.models_dir / f"{args.task}-{name}.png"
+        with atomic(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
+    log_dir = args.logs_dir / args.task / "stack" / f"{datetime.now():%Y%m%d-%H%M%S}"
+    with SummaryWriter(log_dir) as writer:
+        for name, figure in figures.items():
+            writer.add_figure(name, figure)
+        writer.add_pr_curve("precision-recall", labels["valid"], scores["valid"][STACK])
+        for name, values in scores["valid"].items():
+            writer.add_scalar(f"valid-auc/{name}", auc_interval(labels["valid"], values).value)
+    return log_dir
 
 
 def main():
     args = parse_arguments()
     device = engine.pick_device(args.device)
     precision = engine.pick_precision(args.precision, device)
-    labels = {split: read_labels(args.data_dir, args.task, split)[1] for split in SPLITS}
-    planes = load_planes(args)
+    seeds = range(args.seed, args.seed + args.repeat)
+    sets = {
+        plane: {
+            split: MRDataset(args.data_dir, args.task, plane, train=split == "train")
+            for split in SPLITS
+        }
+        for plane in PLANES
+    }
+    labels = {split: sets[PLANES[0]][split].labels for split in SPLITS}
+    check_members(args, seeds)
     engine.start_up(args, device, precision)
 
-    features = {split: predict_split(args, planes, split, device, precision) for split in SPLITS}
-    stack = LogisticRegression().fit(features["train"], labels["train"])
-    scores = {}
-    for split in SPLITS:
-        scores[split] = dict(zip(PLANES, features[split].T, strict=True))
-        scores[split]["stack"] = stack.predict_proba(features[split])[:, 1]
-    print_table(args.task, labels, scores)
+    # {split: {plane: [one (n,) a seed]}}
+    collected = {split: {plane: [] for plane in PLANES} for split in SPLITS}
+    for plane in PLANES:
+        for seed in seeds:
+            features, protocol = predict_plane(args, plane, seed, sets[plane], device, precision)
+            for split in SPLITS:
+                collected[split][plane].append(features[split])
+    if args.repeat > 1:
+        aucs = []
+        for k, seed in enumerate(seeds):
+            one = {s: {plane: collected[s][plane][k] for plane in PLANES} for s in SPLITS}
+            _, scores, _ = make_stack(args, one, labels)
+            aucs.append(auc_interval(labels["valid"], scores["valid"][STACK]).value)
+            print(f"seed {seed}: stack, validation AUC {aucs[-1]:.4f}")
+        spread = statistics.stdev(aucs)
+        print(f"{args.repeat} seeds: mean {statistics.mean(aucs):.4f}, deviation {spread:.4f}")
+        print("the table below is their ensemble: each plane's networks averaged, then stacked")
+    averaged = {s: {p: np.mean(collected[s][p], axis=0) for p in PLANES} for s in SPLITS}
+    stack, scores, thresholds = make_stack(args, averaged, labels)
+    rows = print_report(args, labels, scores, thresholds, protocol)
 
-    stack_path = args.models_dir / f"{args.task}-stack.json"
-    save_stack(
-        stack_path,
-        {
-            "task": args.task,
-            "planes": list(PLANES),
-            "features": "probability",
-            "coefficients": stack.coef_[0].tolist(),
-            "intercept": float(stack.intercept_[0]),
-            "metrics": {
-                split: {
-                    name: roc_auc(labels[split], values) for name, values in scores[split].items()
-                }
-                for split in SPLITS
-            },
-            "data": planes[PLANES[0]][1]["data"],
-            "git": engine.git_sha(),
-            "versions": engine.versions(),
-        },
-    )
+    path = stack_path(args.models_dir, args.task)
+    provenance = {
+        "protocol": protocol,
+        "folds": args.folds,
+        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "data": {split: sets[PLANES[0]][split].fingerprint() for split in SPLITS},
+        "git": engine.git_sha(),
+        "versions": engine.versions(),
+    }
+    members = {p: [m.name for seed in seeds for m in members_of(args, p, seed)] for p in PLANES}
+    save_stack(path, stack | {"members": members} | provenance)
+    results = {"task": args.task, "valid": rows, "caveats": caveats(args, protocol)} | provenance
+    if args.repeat > 1:
+        results["stack_auc_of_seeds"] = aucs
+    results_path = args.models_dir / f"{args.task}-results.json"
+    write_text(results_path, json.dumps(results, indent=2) + "\n")
     predictions_path = args.models_dir / f"{args.task}-predictions.csv"
-    write_text(predictions_path, predictions_csv(args, labels, scores))
-    log_dir = args.logs_dir / args.task / "stack" / f"{datetime.now():%Y%m%d-%H%M%S}"
-    with SummaryWriter(log_dir) as writer:
-        writer.add_figure("roc", roc_figure(labels["valid"], scores["valid"]))
-        writer.add_pr_curve("precision-recall", labels["valid"], scores["valid"]["stack"])
-        for name, values in scores["valid"].items():
-            writer.add_scalar(f"valid-auc/{name}", roc_auc(labels["valid"], values))
-    print(f"\nstack        {stack_path}\npredictions  {predictions_path}\nlogs         {log_dir}")
+    write_text(predictions_path, predictions_csv(sets[PLANES[0]], scores))
+    log_dir = save_figures(args, labels, scores)
+    print(
+        f"\nstack        {path}\nresults      {results_path}\npredictions  {predictions_path}\n"
+        f"figures      {args.models_dir / args.task}-roc.png, -reliability.png\n"
+        f"logs         {log_dir}"
+    )
 
 
 if __name__ == "__main__":

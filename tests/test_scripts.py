@@ -12,6 +12,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import engine
+from checkpoint import load_model, load_stack
+from dataloader import MRDataset
+
 PLANES = ("axial", "coronal", "sagittal")
 QUICK = ("--no-pretrained", "--epochs", "2", "--lr", "1e-4", "--log-every", "5")
 
@@ -105,11 +109,17 @@ def test_stack_is_scikit_learns_on_the_written_predictions(trained):
         y = np.array([int(row["label"]) for row in part])
         by_split[split] = x, y, np.array([float(row["stack"]) for row in part])
     reference = LogisticRegression().fit(*by_split["train"][:2])
-    stack = json.loads((work / "models" / "acl-stack.json").read_text())
-    np.testing.assert_allclose(stack["coefficients"], reference.coef_[0], atol=1e-4)
+    stack = load_stack(work / "models", "acl")
+    combination = stack["combinations"]["axial+coronal+sagittal"]
+    np.testing.assert_allclose(combination["coefficients"], reference.coef_[0], atol=1e-4)
     x, y, p = by_split["valid"]
     np.testing.assert_allclose(p, reference.predict_proba(x)[:, 1], atol=1e-5)
     assert f"{roc_auc_score(y, p):.4f}" in said["stack"].stdout
+    results = json.loads((work / "models" / "acl-results.json").read_text())
+    assert results["valid"]["stack"]["auc"] == pytest.approx(roc_auc_score(y, p), abs=1e-6)
+    assert stack["members"]["axial"] == ["acl-axial.pt"]
+    for name in ("roc", "reliability"):
+        assert (work / "models" / f"acl-{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_same_seed_same_numbers_to_the_last_digit(trained):
@@ -207,5 +217,108 @@ def test_diverging_run_says_where(tmp_path):
     assert_one_line_error(done, "epoch", ".npy", "--lr", status=1)
 
 
-def test_resume_without_a_state(exams):
-    assert_one_line_error(train(exams, "--resume"), "nothing to resume")
+def saved(exams, suffix="", models="models"):
+    path = exams.parent / models / f"acl-axial{suffix}.pt"
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_training(one, two):
+    assert one["about"]["metrics"] == two["about"]["metrics"]
+    assert one["about"]["epoch"] == two["about"]["epoch"]
+    assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
+
+
+def test_resumed_is_uninterrupted_to_the_last_digit(exams, monkeypatch):
+    elsewhere = ("--models-dir", exams.parent / "whole", "--epochs", "4")
+    assert train(exams, *elsewhere).returncode == 0
+    calls, real = [], engine.predict
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:  # while the third epoch is evaluated
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(engine, "predict", interrupted)
+    stopped = train(exams, "--epochs", "4")
+    assert stopped.returncode == 130 and "--resume" in stopped.stderr
+    done = train(exams, "--epochs", "4", "--resume")
+    assert done.returncode == 0 and "after epoch 2" in done.stdout
+    assert_same_training(saved(exams), saved(exams, models="whole"))
+
+
+def test_resume_starts_where_there_is_nothing_and_repeats_nothing(exams):
+    assert train(exams, "--resume").returncode == 0
+    before = (exams.parent / "models" / "acl-axial.pt").read_bytes()
+    done = train(exams, "--resume")
+    assert "finished before" in done.stdout and "epoch  " not in done.stdout
+    assert (exams.parent / "models" / "acl-axial.pt").read_bytes() == before
+    assert "finished before" not in train(exams, "--resume", "--seed", "1").stdout
+
+
+def test_resume_refuses_other_arguments(exams, monkeypatch):
+    monkeypatch.setattr(engine, "predict", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert train(exams).returncode == 130
+    assert_one_line_error(train(exams, "--resume", "--lr", "1e-5"), "--lr 0.0001")
+
+
+def test_held_out_protocol_keeps_the_validation_exams_for_the_end(tmp_path):
+    exams = write_exams(tmp_path / "data", train=36)
+    done = train(exams, "--protocol", "held-out")
+    assert done.returncode == 0, done.stderr
+    about = saved(exams)["about"]
+    assert set(about["metrics"]) == {"train", "tune", "valid"}
+    assert "chosen on other exams" in done.stdout and "tune auc" in done.stdout
+    fingerprints = set(about["data"].values())
+    assert len(fingerprints) == 3
+    # Other validation labels change nothing that training does.
+    flipped = [line.split(",") for line in (exams / "valid-acl.csv").read_text().split()]
+    rows = "".join(f"{i},{1 - int(label)}\n" for i, label in flipped)
+    (exams / "valid-acl.csv").write_text(rows)
+    train(exams, "--protocol", "held-out", "--models-dir", exams.parent / "flipped")
+    two = saved(exams, models="flipped")
+    assert two["about"]["metrics"]["tune"] == about["metrics"]["tune"]
+    assert all(torch.equal(two["model"][k], v) for k, v in saved(exams)["model"].items())
+
+
+def test_folds_and_seeds_stack_out_of_fold(exams):
+    more = ("--folds", "2", "--repeat", "2")
+    files = ("--data-dir", exams, "--models-dir", exams.parent / "models", "--logs-dir",
+             exams.parent / "logs")  # fmt: skip
+    for plane in PLANES:
+        done = train(exams, "--plane", plane, *more)
+        assert done.returncode == 0, done.stderr
+    ids = {}
+    for plane in PLANES:
+        for seed in (0, 1):
+            parts = []
+            for fold in (1, 2):
+                path = exams.parent / "models" / f"acl-{plane}-fold{fold}of2-seed{seed}.pt"
+                parts.append(torch.load(path, weights_only=True)["about"]["held_out"])
+            assert sorted(parts[0] + parts[1], key=int) == [str(i) for i in range(12)]
+            ids.setdefault(seed, parts)
+            assert ids[seed] == parts  # the same in the three planes
+    assert ids[0] != ids[1]
+    with open(exams.parent / "models" / "acl-folds.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 24
+    done = run_script("train_logistic_regression.py", *files, *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "out-of-fold AUC" in done.stdout and "2 seeds: mean" in done.stdout
+    stack = load_stack(exams.parent / "models", "acl")
+    assert len(stack["members"]["axial"]) == 4
+    # The written training prediction of an exam is that of the networks that did not see it.
+    valid = MRDataset(exams, "acl", "axial")
+    row = valid.rows_of(["5"])[0]
+    expected = []
+    for seed in (0, 1):
+        fold = 1 if "5" in ids[seed][0] else 2
+        model, _ = load_model(exams.parent / "models" / f"acl-axial-fold{fold}of2-seed{seed}.pt")
+        with torch.inference_mode():
+            expected.append(model(valid[row][0][None]).sigmoid().item())
+    with open(exams.parent / "models" / "acl-predictions.csv", newline="") as file:
+        rows = {(r["split"], r["id"]): r for r in csv.DictReader(file)}
+    assert float(rows["train", "5"]["axial"]) == pytest.approx(np.mean(expected), abs=2e-3)
+
+
+def test_more_folds_than_the_rarer_class_has_exams(exams):
+    assert_one_line_error(train(exams, "--folds", "5"), "5 folds", "at most 4")
