@@ -1,9 +1,10 @@
-# make demo | test | bench | lint   Everything installs into .venv first; `make demo VENV=` uses the
-#                             python that is active instead and installs nothing.
+# make demo | test | reproduce | bench | lint
+# Everything installs into .venv first; `make demo VENV=` uses the python that is active instead
+# and installs nothing. `make reproduce DATA=data/phantom ARGS="--epochs 4 --lr 3e-5"`.
 
 VENV ?= .venv
 PYTHON ?= python3
-MODE ?= full
+DATA ?= data
 BIN := $(if $(VENV),$(VENV)/bin/,)
 PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 
@@ -13,7 +14,7 @@ TASK := acl
 # A phantom of 200 exams is a sixth of MRNet: fewer steps an epoch want a higher learning rate.
 DEMO := --data-dir $(PHANTOM) --epochs 4 --lr 3e-5
 
-.PHONY: demo bench test lint clean
+.PHONY: demo reproduce bench test lint clean
 
 demo: $(VENV:%=%/installed) $(PHANTOM)/valid-acl.csv
 	@for plane in $(PLANES); do \
@@ -33,6 +34,9 @@ $(PHANTOM)/valid-acl.csv: | $(VENV:%=%/installed)
 bench: $(VENV:%=%/installed)
 	$(PY) benchmark.py
 	$(PY) benchmark.py --growth
+
+reproduce: $(VENV:%=%/installed)
+	$(PY) reproduce.py --data-dir $(DATA) $(if $(ARGS),-- $(ARGS))
 
 test: $(VENV:%=%/installed-dev)
 	$(PY) -m pytest

@@ -1,0 +1,123 @@
+"""Train every task on every plane, stack them, and print one table beside the published figures.
+
+    python reproduce.py                                     # make reproduce: MRNet under data/
+    python reproduce.py --data-dir data/phantom -- --epochs 4 --lr 3e-5
+    python reproduce.py --tasks acl -- --protocol held-out --folds 5
+
+Runs train.py and train_logistic_regression.py as they stand; what follows `--` goes to train.py.
+Interrupt it and start it again: no finished model is repeated. Writes models/results.json and
+models/results.md.
+
+A root file of its own: it only runs the other scripts, so it can live in none of them.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import engine
+from checkpoint import write_text
+from dataloader import PLANES, InputError, tasks
+
+# (who, protocol, {task: AUC}); none of these is ours.
+PUBLISHED = (
+    (
+        "Stanford MRNet (Bien et al., PLOS Medicine 2018)",
+        "hidden test set of 120 exams",
+        {"abnormal": 0.937, "acl": 0.965, "meniscus": 0.847},
+    ),
+    (
+        "AlexNet rebuild by FragLegs (GitHub)",
+        "the public 120 validation exams, not used for choices",
+        {"abnormal": 0.940, "acl": 0.960, "meniscus": 0.839},
+    ),
+    (
+        "the article",
+        "the public 120, which chose the epochs; stack fitted on exams learnt from",
+        {"acl": 0.95},
+    ),
+)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="in MRNet's layout")
+    parser.add_argument("--tasks", nargs="+", help="default: all tasks in the data folder")
+    parser.add_argument("--models-dir", type=Path, default=Path("models"))
+    parser.add_argument("--logs-dir", type=Path, default=Path("logs"))
+    parser.add_argument("recipe", nargs="*", help="after `--`: arguments for train.py")
+    return parser.parse_args()
+
+
+def call(script, *arguments):
+    """Run one of the project's scripts; end with its status if it fails."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]
+    print(f"\n$ python {script} {' '.join(map(str, arguments))}", flush=True)
+    status = subprocess.run(command).returncode
+    if status in (130, -2):
+        raise KeyboardInterrupt("Start it again: finished models are kept")
+    if status:
+        raise engine.RunError(f"{script} ended with status {status}; mend it and start again")
+
+
+def shared_with_stack(recipe):
+    """The arguments of train.py that train_logistic_regression.py must hear as well."""
+    shared = []
+    for i, word in enumerate(recipe):
+        if word in ("--folds", "--repeat", "--seed"):
+            shared += recipe[i : i + 2]
+    return shared
+
+
+def markdown(results):
+    """One table: a row for each task's planes and stack, and the published figures below."""
+    first = next(iter(results.values()))
+    lines = [
+        "| who | protocol | " + " | ".join(results) + " |",
+        "|---|---|" + "---|" * len(results),
+    ]
+    protocol = f"{first['protocol']}, folds {first['folds']}"
+    if first["protocol"] == "article":
+        protocol += " (optimistic)"
+    for name in (*PLANES, "stack"):
+        cells = []
+        for result in results.values():
+            row = result["valid"][name]
+            cells.append(f"{row['auc']:.3f} [{row['auc_low']:.3f}, {row['auc_high']:.3f}]")
+        lines.append(f"| ours, {name} | {protocol} | " + " | ".join(cells) + " |")
+    for who, how, figures in PUBLISHED:
+        cells = [f"{figures[task]:.3f}" if task in figures else "" for task in results]
+        if any(cells):
+            lines.append(f"| {who} | {how} | " + " | ".join(cells) + " |")
+    n, positives = first["valid"]["stack"]["n"], first["valid"]["stack"]["positives"]
+    lines.append(f"\nValidation AUC [95 % interval, DeLong]; {n} exams, in the first task ")
+    lines[-1] += f"{positives} positive. Published figures are those of MRNet's exams."
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    args = parse_arguments()
+    wanted = args.tasks or tasks(args.data_dir)
+    if not wanted:
+        raise InputError(f"{args.data_dir}: no train-<task>.csv with a valid-<task>.csv there")
+    places = ("--data-dir", args.data_dir, "--models-dir", args.models_dir)
+    places += ("--logs-dir", args.logs_dir)
+    results = {}
+    for task in wanted:
+        for plane in PLANES:
+            call("train.py", "--task", task, "--plane", plane, *places, "--resume", *args.recipe)
+        call("train_logistic_regression.py", "--task", task, *places,
+             *shared_with_stack(args.recipe))  # fmt: skip
+        results[task] = json.loads((args.models_dir / f"{task}-results.json").read_text())
+    table = markdown(results)
+    write_text(args.models_dir / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(args.models_dir / "results.md", table)
+    print(f"\n{table}\nwritten  {args.models_dir / 'results.json'}, results.md")
+
+
+if __name__ == "__main__":
+    engine.run(main)
