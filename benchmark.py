@@ -215,19 +215,36 @@ class Ours:
         device,
         precision="auto",
         network=MRNet,
-        fused=True,
         augmentation=Augmentation,
+        graphs=True,
     ):
         self.train_set, self.valid_set = copy.copy(train_set), valid_set
         self.train_set.transform = augmentation()
         self.device, self.precision = device, engine.pick_precision(precision, device)
         self.model = network().to(device)
+        cuda = device.type == "cuda"
+        graphs = graphs and cuda and train_set.kept[0] is not None and train_set.kept[0].is_cuda
         self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=1e-5, weight_decay=0.1, fused=fused
+            self.model.parameters(),
+            lr=torch.tensor(1e-5, device=device),
+            weight_decay=0.1,
+            fused=cuda,
+            capturable=cuda,
         )
+        self.graphs = None
+        if graphs:
+            self.graphs = engine.GraphedSteps(self.model, self.optimizer, self.precision)
+            self.train()  # captures the graphs: once a run, not once an epoch
 
     def train(self):
-        engine.train_epoch(self.model, self.train_set, self.optimizer, self.device, self.precision)
+        engine.train_epoch(
+            self.model,
+            self.train_set,
+            self.optimizer,
+            self.device,
+            self.precision,
+            graphs=self.graphs,
+        )
 
     def evaluate(self):
         engine.predict(self.model, self.valid_set, self.device, self.precision)
@@ -280,11 +297,13 @@ def variants(device, workers, folder):
         "- 4x4 blocks": partial(Ours, network=WithoutBlocks),
         "- pooling before ReLU": partial(Ours, network=ReluBeforePooling),
         "- one resampling (2)": partial(Ours, augmentation=TwoResamplings),
-        "- fused Adam": partial(Ours, fused=False),
+        "- CUDA graphs": partial(Ours, graphs=False),
         ARTICLE: partial(ArticlesLoop, workers=workers, folder=folder),
     }
     if not engine.has_bf16(device):
         del made["- bf16 (fp32)"]
+    if device.type != "cuda":
+        del made["- CUDA graphs"]
     return made
 
 

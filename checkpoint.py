@@ -22,12 +22,13 @@ import tarfile
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torchvision.models import AlexNet_Weights
 
-from dataloader import InputError, one_line
+from dataloader import INTENSITIES, PLANES, InputError, one_line
 from model import MRNet
 
 FORMAT = "mrnet-model-1"
@@ -287,3 +288,67 @@ def is_combination(planes, content):
 def is_member(name):
     """Whether a network's file name stays in its folder."""
     return isinstance(name, str) and Path(name).name == name and name.endswith(".pt")
+
+
+class TaskModels(NamedTuple):
+    """Everything saved for one task."""
+
+    task: str
+    networks: dict  # plane -> [(MRNet in evaluation mode, its intensity), ...]; several with folds
+    stack: dict | None  # as `load_stack` returns it
+
+
+def saved_tasks(models_dir):
+    """Names of the tasks that have a stack or a model of a plane, sorted.
+
+    Raises:
+        InputError: there is none.
+    """
+    folder = Path(models_dir)
+    endings = ["-stack.json", *(f"-{plane}.pt" for plane in PLANES)]
+    names = {p.name.removesuffix(end) for end in endings for p in folder.glob(f"*{end}")}
+    if not names:
+        raise InputError(
+            f"{folder}: no saved models; run `make demo`, or train.py and "
+            "train_logistic_regression.py, or give another --models-dir"
+        )
+    return sorted(names)
+
+
+def load_task(models_dir, task, device="cpu"):
+    """The networks of a task, on `device`, and its stack if there is one.
+
+    Raises:
+        InputError: no such task, or a saved model that is damaged or of another task or plane.
+    """
+    folder = Path(models_dir)
+    if task not in saved_tasks(folder):
+        raise InputError(
+            f"{folder}: no models of task '{task}'; tasks here: {', '.join(saved_tasks(folder))}"
+        )
+    stack = load_stack(folder, task) if stack_path(folder, task).is_file() else None
+    if stack:
+        paths = {
+            plane: [folder / name for name in names] for plane, names in stack["members"].items()
+        }
+    else:
+        paths = {plane: [model_path(folder, task, plane)] for plane in PLANES}
+        paths = {plane: found for plane, found in paths.items() if found[0].is_file()}
+    networks = {
+        plane: [load_member(path, task, plane, device) for path in paths[plane]] for plane in paths
+    }
+    return TaskModels(task, networks, stack)
+
+
+def load_member(path, task, plane, device):
+    """One network of a task and plane -> (MRNet on `device`, intensity)."""
+    model, about = load_model(path)
+    if (about["task"], about["plane"]) != (task, plane):
+        raise InputError(
+            f"{path}: a model of {about['task']}, {about['plane']}, not of {task}, {plane}; "
+            "put the right file there, or train again"
+        )
+    finite = all(bool(torch.isfinite(weights).all()) for weights in model.parameters())
+    if about["intensity"] not in INTENSITIES or not finite:
+        raise InputError(f"{path}: its weights or intensity make no sense; train again")
+    return model.to(device), about["intensity"]

@@ -297,7 +297,11 @@ class MRDataset(Dataset):
 
     def exam(self, i, transform=None, device=None):
         """Exam i as the network is fed it, on `device`: float32 (s, 1, H, W)."""
-        grey = rescale(self.volume(i).to(device, non_blocking=True), self.intensity)
+        return self.feed(self.volume(i).to(device, non_blocking=True), transform)
+
+    def feed(self, volume, transform=None):
+        """A volume as the network is fed it: uint8 (s, H, W) -> float32 (s, 1, H, W)."""
+        grey = rescale(volume, self.intensity)
         if transform is not None:
             grey = transform(grey)
         return standardize(grey, self.intensity)[:, None]  # (s, H, W) -> (s, 1, H, W)

@@ -8,10 +8,14 @@ import errno
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -20,7 +24,7 @@ import torch.nn.functional as F
 from scipy.special import expit
 from tqdm import tqdm
 
-from dataloader import PLANES, Augmentation, InputError
+from dataloader import PLANES, Augmentation, InputError, rescale, standardize
 from metrics import MetricError
 
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -106,11 +110,15 @@ def keep_volumes(data_sets, where, device):
         for exams in data_sets:
             exams.keep(device if where == "device" else "cpu", partial(progress, what="reading"))
     print(f"cache      {where} ({wanted / 1e9:.2f} GB of volumes)")
+    return where
 
 
 def autocast(device, precision):
     """Context in which convolutions run in `precision`."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    # Each weight is used once a step, so autocast's cache of cast weights would save nothing.
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
+    )
 
 
 def git_sha():
@@ -174,7 +182,98 @@ def progress(items, what, total=None):
     )
 
 
-def train_epoch(model, exams, optimizer, device, precision, what="train"):
+def training_step(model, optimizer, volume, label, weight, precision):
+    """Forward, class-weighted cross-entropy, backward, update, for one exam.
+
+    Args:
+        volume: float32 (s, 1, H, W) as the network is fed it; label, weight: float32 (1,).
+
+    Returns:
+        logit (1,) and weighted loss (), on the device: nothing here waits for it.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    with autocast(volume.device, precision):
+        logit = model(volume[None])[0]  # (s, 1, H, W) -> (1, s, 1, H, W) -> (1, 1) -> (1,)
+    loss = F.binary_cross_entropy_with_logits(logit, label, weight)
+    loss.backward()
+    optimizer.step()
+    return logit.detach(), loss.detach()
+
+
+def fill_bucket(volume, buffer):
+    """Copy (s, H, W) into (b, H, W), b >= s, repeating the last slice.
+
+    Repeated slices change neither the maximum over slices nor the sum of its gradients.
+    """
+    s = len(volume)
+    buffer[:s].copy_(volume, non_blocking=True)
+    buffer[s:].copy_(volume[-1:].expand_as(buffer[s:]), non_blocking=True)
+
+
+class GraphedSteps:
+    """Whole training steps as CUDA graphs, one for each bucket of slice counts.
+
+    Replaying a graph costs one launch where a step launches some hundred kernels, which is what an
+    eager step of this small network waits for. The graph holds augmentation, forward, backward and
+    update; the optimizer must be capturable with its learning rate in a tensor.
+    """
+
+    BUCKET = 4  # slices; at most 3 are repeated
+    EAGER = 3  # steps before the first capture: the optimizer's state and the libraries' must exist
+
+    def __init__(self, model, optimizer, precision):
+        self.model, self.optimizer, self.precision = model, optimizer, precision
+        self.graphs, self.pool, self.stream = {}, None, torch.cuda.Stream()
+        self.eager_left = self.EAGER
+
+    def __call__(self, exams, i, pose, label, weight):
+        """One step on exam i: logit (1,) and loss (), valid until the next call."""
+        volume = exams.volume(i)
+        bucket = -(-len(volume) // self.BUCKET) * self.BUCKET
+        key = (bucket, *volume.shape[1:], pose is None)
+        if self.eager_left:
+            self.eager_left -= 1
+            buffers = self.make_buffers(key, volume.device)
+            self.fill(buffers, volume, pose, label, weight)
+            with torch.cuda.stream(self.stream):
+                self.stream.wait_stream(torch.cuda.default_stream())
+                results = self.run(exams, *buffers)
+            torch.cuda.default_stream().wait_stream(self.stream)
+            return results
+        if key not in self.graphs:
+            self.graphs[key] = self.capture(exams, key, volume.device)
+        graph, buffers, results = self.graphs[key]
+        self.fill(buffers, volume, pose, label, weight)
+        graph.replay()
+        return results
+
+    def make_buffers(self, key, device):
+        """What a graph reads: volume uint8 (b, H, W), pose (4,) or None, label and weight (1,)."""
+        volume = torch.zeros(key[:3], dtype=torch.uint8, device=device)
+        pose = None if key[3] else torch.zeros(4, device=device)
+        return volume, pose, torch.zeros(1, device=device), torch.zeros(1, device=device)
+
+    def fill(self, buffers, volume, pose, label, weight):
+        fill_bucket(volume, buffers[0])
+        for buffer, value in zip(buffers[1:], (pose, label, weight), strict=True):
+            if buffer is not None:
+                buffer.copy_(value)
+
+    def run(self, exams, volume, pose, label, weight):
+        transform = None if pose is None else partial(exams.transform, pose=pose)
+        fed = exams.feed(volume, transform)
+        return training_step(self.model, self.optimizer, fed, label, weight, self.precision)
+
+    def capture(self, exams, key, device):
+        buffers = self.make_buffers(key, device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            results = self.run(exams, *buffers)
+        self.pool = self.pool or graph.pool()
+        return graph, buffers, results
+
+
+def train_epoch(model, exams, optimizer, device, precision, what="train", graphs=None):
     """One pass over all exams in random order, one exam a step.
 
     Random numbers come from torch's default generator: seed it before each epoch and the epoch is
@@ -182,6 +281,7 @@ def train_epoch(model, exams, optimizer, device, precision, what="train"):
 
     Args:
         exams: MRDataset with an Augmentation, another transform or none.
+        graphs: GraphedSteps, for volumes kept on a CUDA device.
 
     Returns:
         order int (n,), and logits and weighted losses float32 (n,), in the order of the steps.
@@ -189,7 +289,7 @@ def train_epoch(model, exams, optimizer, device, precision, what="train"):
     model.train()
     n = len(exams)
     order = torch.randperm(n).tolist()
-    transforms = [exams.transform] * n
+    poses, transforms = [None] * n, [exams.transform] * n
     if isinstance(exams.transform, Augmentation):  # all draws cross to the device at once
         poses = exams.transform.draw(n).to(device)
         transforms = [partial(exams.transform, pose=pose) for pose in poses]
@@ -197,16 +297,13 @@ def train_epoch(model, exams, optimizer, device, precision, what="train"):
     weights = torch.from_numpy(exams.weights[order]).to(device)
     logits, losses = torch.empty(n, device=device), torch.empty(n, device=device)
     for step, i in enumerate(progress(order, what)):
-        volume = exams.exam(i, transforms[step], device)
-        optimizer.zero_grad(set_to_none=True)
-        with autocast(device, precision):
-            logit = model(volume[None])  # (s, 1, H, W) -> (1, s, 1, H, W) -> (1, 1)
-        loss = F.binary_cross_entropy_with_logits(
-            logit[0], labels[step : step + 1], weights[step : step + 1]
-        )
-        loss.backward()
-        optimizer.step()
-        logits[step], losses[step] = logit.detach()[0, 0], loss.detach()
+        label, weight = labels[step : step + 1], weights[step : step + 1]
+        if graphs is None:
+            volume = exams.exam(i, transforms[step], device)
+            logit, loss = training_step(model, optimizer, volume, label, weight, precision)
+        else:
+            logit, loss = graphs(exams, i, poses[step], label, weight)
+        logits[step : step + 1], losses[step] = logit, loss
     return np.array(order), logits.cpu().numpy(), losses.cpu().numpy()
 
 
@@ -256,3 +353,203 @@ def logit(probabilities):
     tiny = np.finfo(np.float32).tiny
     p = np.asarray(probabilities, np.float64)
     return np.log(np.clip(p, tiny, None)) - np.log(np.clip(1 - p, tiny, None))
+
+
+class Exam(NamedTuple):
+    """One exam's volumes on disk."""
+
+    name: str  # file name without .npy
+    split: str  # the folder of its plane folders, below what the user named: "valid", or ""
+    paths: dict  # plane -> Path, of the planes that are there
+
+
+class Exams:
+    """The exams under `root` in MRNet's layout: <root>/<any folders>/<plane>/<exam>.npy.
+
+    Keeps their names only: 100,000 exams take some 10 MB.
+    """
+
+    def __init__(self, root):
+        self.root = Path(root)
+        self.names = {folder: exam_names(folder) for folder in plane_folders(root)}
+
+    def __len__(self):
+        return sum(len(names) for names in self.names.values())
+
+    def __iter__(self):
+        for folder, names in self.names.items():
+            split = folder.relative_to(self.root).as_posix()
+            for name in names:
+                paths = {plane: folder / plane / f"{name}.npy" for plane in PLANES}
+                paths = {plane: path for plane, path in paths.items() if os.path.lexists(path)}
+                yield Exam(name, "" if split == "." else split, paths)
+
+
+def plane_folders(root):
+    """Folders at or below `root` with a folder axial, coronal or sagittal, links followed once."""
+    seen = set()
+    for folder, below, _ in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        below[:] = sorted(name for name in below if real not in seen and not name.startswith("."))
+        seen.add(real)
+        if not set(PLANES).isdisjoint(below):
+            yield Path(folder)
+            below[:] = [name for name in below if name not in PLANES]
+
+
+def exam_names(folder):
+    """Names of the exams that have a volume of at least one plane, sorted."""
+    names = set()
+    for plane in PLANES:
+        if (folder / plane).is_dir():
+            files = (file.name for file in os.scandir(folder / plane))
+            # Names that start with a dot are half-written files, or macOS's resource forks.
+            names |= {f[: -len(".npy")] for f in files if f.endswith(".npy") and f[0] != "."}
+    return sorted(names)
+
+
+@contextmanager
+def open_exams(sources, plane=None, say=print):
+    """The exams that a user names on the command line.
+
+    Args:
+        sources: list of one Path, a folder in MRNet's layout, or a folder or zip of DICOM or NIfTI;
+            or of one to three, the .npy files of one exam.
+        plane: of a single .npy file, where its path does not tell.
+        say: prints what the DICOM importer says of its choice of series.
+
+    Yields:
+        an iterable of Exam with a length, and how many volumes could not be converted. What was
+        converted lies in a temporary folder, gone when the context ends.
+
+    Raises:
+        InputError: nothing there, or nothing that can be used.
+    """
+    for source in sources:
+        if not source.exists():
+            raise InputError(f"{source}: no such file or folder; give an exam or a data folder")
+    if all(source.suffix == ".npy" for source in sources):
+        yield [exam_of_files(sources, plane)], 0
+        return
+    source = sources[0]
+    if len(sources) > 1:
+        raise InputError(f"{source}: give one folder or zip, or the .npy files of one exam")
+    if plane:
+        raise InputError(f"{source}: --plane is for a single .npy file; leave it out")
+    exams = Exams(source)
+    if len(exams):
+        yield exams, 0
+        return
+    if source.is_dir() and any(source.glob("*.npy")):
+        raise InputError(
+            f"{source}: its .npy files lie in no folder axial, coronal or sagittal; give the "
+            "folder above these, or the files of one exam"
+        )
+    with tempfile.TemporaryDirectory(prefix="mrnet-") as folder:
+        failures = convert_dicom(source, folder, say)
+        yield Exams(Path(folder) / "valid"), failures
+
+
+def exam_of_files(paths, plane=None):
+    """The Exam that one to three .npy files make.
+
+    A file's plane is `plane`, or its folder's name, or stands in its own name; the exam's name is
+    the rest of it ("knee7-axial.npy" is knee7), or the folder's where nothing is left.
+    """
+    if plane and len(paths) > 1:
+        raise InputError(f"{paths[0]}: --plane is for a single .npy file; leave it out")
+    found, names = {}, {}
+    for path in paths:
+        folder = path.absolute().parent.name
+        named = [p for p in PLANES if p in path.stem.lower()]
+        if plane or folder in PLANES:
+            where, name = plane or folder, path.stem
+        elif len(named) == 1:
+            where = named[0]
+            name = re.sub(f"[ ._-]*{where}", "", path.stem, flags=re.I).strip(" ._-") or folder
+        else:
+            raise InputError(
+                f"{path}: which plane is it? Name it axial.npy, coronal.npy or sagittal.npy, put "
+                "it into such a folder, or give --plane"
+            )
+        if where in found:
+            raise InputError(f"{path}: a second {where} volume; give one file a plane")
+        found[where], names[name] = path, path
+    if len(names) > 1:
+        raise InputError(
+            f"{paths[-1]}: not of the same exam as the others ({', '.join(names)}); give the files "
+            "of one exam, named alike"
+        )
+    return Exam(*names, "", {p: found[p] for p in PLANES if p in found})
+
+
+def convert_dicom(source, folder, say):
+    """Run data/dicom/prepare.py on `source`, into `folder`; how many volumes failed.
+
+    A process of its own: the reader of foreign files shares no memory with the models.
+    """
+    importer = Path(__file__).parent / "data" / "dicom" / "prepare.py"
+    command = [sys.executable, str(importer), "--", str(source), str(folder)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+    for line in done.stdout.splitlines():
+        say(line)
+    lines = done.stderr.splitlines()
+    last = lines.pop() if done.returncode not in (0, 1) and lines else ""
+    for line in lines:
+        print(line, file=sys.stderr)
+    if done.returncode == 130:
+        raise KeyboardInterrupt
+    if done.returncode not in (0, 1):
+        last = last.removeprefix("error: ") or f"{source}: {importer} ended with {done.returncode}"
+        raise InputError(last)
+    return sum(line.startswith("error: ") for line in lines)
+
+
+def feed(volume, intensity, device):
+    """uint8 array (s, H, W) -> float32 (s, 1, H, W) on `device`, as training feeds an exam."""
+    grey = rescale(torch.from_numpy(volume).to(device), intensity)
+    return standardize(grey, intensity)[:, None]  # (s, H, W) -> (s, 1, H, W)
+
+
+@torch.inference_mode()
+def predict_volume(networks, volume, device, precision):
+    """Probability of one plane of one exam, the mean over its networks: float.
+
+    Args:
+        networks: list of (MRNet, intensity), as in `checkpoint.TaskModels`.
+        volume: uint8 array (s, H, W).
+    """
+    logits = []
+    for model, intensity in networks:
+        with autocast(device, precision):
+            logits.append(model(feed(volume, intensity, device)[None]).item())
+    return float(sigmoid(logits).mean())
+
+
+@torch.inference_mode()
+def class_activation_maps(model, volume):
+    """Where an exam's logit comes from, exactly.
+
+    The logit is linear in the last feature maps: each channel's maximum over slices is the spatial
+    mean of its map in one slice. That map, times the classifier's weight, over h * w, is what the
+    channel adds; the sum over all slices and cells, plus the classifier's bias, is the logit. Class
+    activation maps: Zhou et al., CVPR 2016.
+
+    Args:
+        model: MRNet.
+        volume: float32 (s, 1, H, W) as the network is fed it, on the model's device.
+
+    Returns:
+        maps: float32 array (s, h, w), in units of the logit; above 0 speaks for the finding.
+        logit: float, as `model` gives it in evaluation mode.
+    """
+    features = model.feature_maps(volume).float()  # (s, 256, h, w)
+    s, channels, h, w = features.shape
+    slices = features.mean(dim=(2, 3))  # (s, 256, h, w) -> (s, 256)
+    exam, winner = slices.max(dim=0)  # (256,), and the slice that each channel took
+    weight = model.classifier.weight[0]
+    won = features[winner, torch.arange(channels, device=winner.device)]  # (256, h, w)
+    maps = torch.zeros(s, h, w, device=features.device)
+    maps.index_add_(0, winner, won * (weight / (h * w))[:, None, None])
+    logit = (exam @ weight.float()).item() + model.classifier.bias.item()
+    return maps.cpu().numpy(), logit

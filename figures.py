@@ -5,6 +5,8 @@ A root file of its own: train.py and train_logistic_regression.py draw the same 
 
 import matplotlib
 import numpy as np
+import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 from torchvision.utils import make_grid
@@ -13,6 +15,9 @@ from dataloader import MEAN, STD
 from metrics import auc_interval, brier, calibration_curve, expected_calibration_error, roc_band
 
 matplotlib.use("Agg")
+
+CELL_STEP, CELL_FIRST = 32, 31  # px: strides and paddings of AlexNet's convolutions and poolings
+OPACITY = 0.75  # of the strongest heat
 
 
 def exam_picture(volume, intensity, columns=6):
@@ -76,3 +81,67 @@ def reliability_figure(labels, probabilities, task):
     lower.bar(bins.predicted, bins.count, width=0.04)
     lower.set(xlabel="predicted probability", ylabel="exams", xlim=(-0.03, 1.03))
     return figure
+
+
+def heat_colours():
+    """Colours of -1 to 1 in 256 steps, uint8 (256, 3): cyan against, black at 0, yellow for.
+
+    Crameri's managua, turned round: perceptually uniform from the middle to either end, and told
+    apart with any common colour vision deficiency (Crameri et al., Nature Communications 2020).
+    """
+    return (matplotlib.colormaps["managua_r"](np.linspace(0, 1, 256))[:, :3] * 255).astype(np.uint8)
+
+
+def enlarge(maps, height, width):
+    """Maps bilinearly enlarged to slices, each cell in the middle of what it saw.
+
+    AlexNet's cell i sees pixels around CELL_STEP * i + CELL_FIRST, wherever the last cell ends:
+    stretching 7 cells over 256 px would be off by up to 13 px. Beyond the outer cells, their value.
+
+    Args:
+        maps: float32 array (s, h, w).
+
+    Returns:
+        float32 array (s, height, width).
+    """
+    h, w = maps.shape[1:]
+    # Position of each pixel in cells, then in grid_sample's -1..1 between the outer cells' centres.
+    y, x = ((torch.arange(n) - CELL_FIRST) / CELL_STEP for n in (height, width))
+    y, x = 2 * y / max(h - 1, 1) - 1, 2 * x / max(w - 1, 1) - 1
+    grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)[None]  # (1, H, W, 2)
+    maps = torch.from_numpy(maps)[None]  # the slices are the channels: (1, s, h, w)
+    return F.grid_sample(maps, grid, padding_mode="border", align_corners=True)[0].numpy()
+
+
+def overlay(volume, maps, opacity=OPACITY, scale=None):
+    """Slices with their heat maps on top.
+
+    Args:
+        volume: uint8 array (s, H, W).
+        maps: float32 array (s, h, w), as `engine.class_activation_maps` returns them.
+        opacity: of the strongest colour, 0 to 1; it falls to 0 where the map is 0.
+        scale: the map's value that gets the end of the colour scale; by default its largest.
+
+    Returns:
+        uint8 array (s, H, W, 3).
+    """
+    scale = scale or float(np.abs(maps).max()) or 1.0
+    heat = np.clip(enlarge(maps, *volume.shape[1:]) / scale, -1, 1)  # (s, H, W)
+    colour = heat_colours()[np.rint((heat + 1) * 127.5).astype(np.uint8)]  # (s, H, W, 3)
+    cover = (opacity * np.abs(heat))[..., None]
+    grey = np.asarray(volume, np.float32)[..., None]
+    return np.rint(grey + cover * (colour - grey)).astype(np.uint8)
+
+
+def overlay_picture(volume, maps, columns=6):
+    """All slices of one exam with their heat maps, as one picture for TensorBoard.
+
+    Args:
+        volume: uint8 array (s, H, W).
+        maps: float32 array (s, h, w).
+
+    Returns:
+        float32 (3, rows, columns), 0 to 1.
+    """
+    slices = torch.from_numpy(overlay(volume, maps)).permute(0, 3, 1, 2)  # -> (s, 3, H, W)
+    return make_grid(slices / 255, nrow=columns, padding=2, pad_value=0.5)

@@ -172,6 +172,13 @@ def parse_arguments():
         help="where volumes stay between epochs; auto: the first with room; disk always works",
     )
 
+    machine.add_argument(
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="replay whole steps as CUDA graphs: for a GPU that waits for Python",
+    )
+
     files = parser.add_argument_group("files")
     files.add_argument("--models-dir", type=Path, default=Path("models"))
     files.add_argument("--logs-dir", type=Path, default=Path("logs"), help="for TensorBoard")
@@ -292,9 +299,15 @@ class Training:
         torch.manual_seed(random_state(run))
         features = imagenet_features() if args.pretrained else None
         self.model = MRNet(features, dropout=args.dropout).to(device)
+        graphs = args.cuda_graphs
         self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
+            self.model.parameters(),
+            lr=torch.tensor(args.lr, device=device) if graphs else args.lr,
+            weight_decay=args.weight_decay,
+            fused=device.type == "cuda",
+            capturable=graphs,
         )
+        self.graphs = None
         self.scheduler = make_scheduler(args.lr_scheduler, self.optimizer)
         self.epoch = 0  # epochs done
         self.best_loss, self.bad_epochs = math.inf, 0  # for early stopping
@@ -310,6 +323,7 @@ class Training:
             setattr(self, name, state[name])
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
+        self.graphs = None  # they hold the addresses of the tensors that were replaced
 
 
 def random_state(run, epoch=0):
@@ -385,7 +399,7 @@ def log_epoch(writer, training, args, run, order, logits, losses, train, chosen,
     for metric in ("loss", "auc"):
         writer.add_scalar(f"{metric}/train", train[metric], epoch)
         writer.add_scalar(f"{metric}/{run.chosen_on}", chosen[metric], epoch)
-    writer.add_scalar("learning-rate", training.optimizer.param_groups[0]["lr"], epoch)
+    writer.add_scalar("learning-rate", float(training.optimizer.param_groups[0]["lr"]), epoch)
     writer.add_scalar("exams-per-second", n / seconds, epoch)
     writer.flush()
 
@@ -402,9 +416,11 @@ def one_epoch(training, args, run, device, precision, writer):
     training.epoch += 1
     torch.manual_seed(random_state(run, training.epoch))
     what = f"epoch {training.epoch}/{args.epochs}"
-    lr = training.optimizer.param_groups[0]["lr"]
+    lr = float(training.optimizer.param_groups[0]["lr"])
+    if args.cuda_graphs and training.graphs is None:
+        training.graphs = engine.GraphedSteps(training.model, training.optimizer, precision)
     order, logits, losses = engine.train_epoch(
-        training.model, run.train_set, training.optimizer, device, precision, what
+        training.model, run.train_set, training.optimizer, device, precision, what, training.graphs
     )
     bad = np.flatnonzero(~np.isfinite(losses))
     if len(bad):
@@ -557,7 +573,9 @@ def main():
     print("class weights  negative {:g}, positive {:.3f}".format(*train_set.class_weights))
     if not args.pretrained:
         print("weights    RANDOM (--no-pretrained): no ImageNet features")
-    engine.keep_volumes((train_set, valid_set), args.cache, device)
+    kept = engine.keep_volumes((train_set, valid_set), args.cache, device)
+    if args.cuda_graphs and (device.type != "cuda" or kept != "device"):
+        raise InputError("--cuda-graphs: needs --device cuda and room for --cache device")
     runs = plan_runs(args, train_set, valid_set)
     write_folds(args, runs)
     for number, run in enumerate(runs, start=1):

@@ -43,13 +43,13 @@ PLANES = {
 }
 
 # --- how hard the tasks are -----------------------------------------------------------------------
-PARTIAL_TEARS = 0.25  # share of torn ACLs that are partial: smaller, darker, some fibres left
+PARTIAL_TEARS = 0.35  # share of torn ACLs that are partial: smaller, darker, some fibres left
 PARTIAL_SIZE, PARTIAL_SIGNAL = 0.75, 0.75  # of a complete tear's
 TEAR_RADIUS = (8.5, 13.5)  # mm; half length of the bright mass in place of torn fibres
-TEAR_SIGNAL = (0.75, 1.00)  # of that mass; fluid is 0.95, muscle 0.38
+TEAR_SIGNAL = (0.70, 1.00)  # of that mass; fluid is 0.95, muscle 0.38
 INTACT_SIGNAL = (0.03, 0.17)  # an intact ACL may be grey too (mucoid change, partial volume)
 INTACT_RADIUS = (3.6, 5.2)  # mm; half thickness of an ACL
-NOTCH_FLUID = 0.30  # share of knees with some harmless fluid beside the cruciates
+NOTCH_FLUID = 0.40  # share of knees with some harmless fluid beside the cruciates
 CLEFT_WIDTH = (2.0, 3.4)  # mm; a meniscal tear's bright line
 CLEFT_SIGNAL = (0.70, 1.00)  # of fluid's
 CLEFT_HALF_ANGLE = (0.35, 0.70)  # rad round the meniscus; 15 mm each

@@ -1,0 +1,136 @@
+"""The loops: buckets, caches and precisions change no result; no step waits for a GPU."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_exams
+
+import engine
+from dataloader import Augmentation, InputError, MRDataset
+from model import MRNet
+
+CPU = torch.device("cpu")
+
+
+def one_epoch(exams, precision="fp32", graphs=None, device=CPU, seed=0):
+    torch.manual_seed(seed)
+    model = MRNet().to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(1e-5, device=device),
+                                 weight_decay=0.1, capturable=device.type == "cuda")  # fmt: skip
+    if graphs is not None:
+        graphs = graphs(model, optimizer, precision)
+    results = engine.train_epoch(model, exams, optimizer, device, precision, graphs=graphs)
+    return model, results
+
+
+def test_repeated_slices_change_neither_logit_nor_gradients():
+    torch.manual_seed(0)
+    model = MRNet().double()
+    volume = torch.randint(0, 256, (5, 64, 64), dtype=torch.uint8)
+    buffer = torch.full((8, 64, 64), 7, dtype=torch.uint8)
+    engine.fill_bucket(volume, buffer)
+    assert torch.equal(buffer[:5], volume) and all(torch.equal(b, volume[4]) for b in buffer[5:])
+    logits, gradients = [], []
+    for slices in (volume, buffer):
+        model.zero_grad()
+        logit = model(slices[None, :, None].double() / 255)
+        logit.sum().backward()
+        logits.append(logit)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(logits[0], logits[1])
+    assert (gradients[0] - gradients[1]).norm() <= 1e-10 * gradients[0].norm()
+
+
+def test_an_epoch_is_adam_on_the_weighted_loss_written_out(shared_exams):
+    exams = MRDataset(shared_exams, "acl", "axial")
+    model, (order, logits, losses) = one_epoch(exams)
+    torch.manual_seed(0)
+    reference = MRNet()
+    adam = torch.optim.Adam(reference.parameters(), lr=1e-5, weight_decay=0.1, foreach=False)
+    assert sorted(order) == list(range(12))
+    for step, i in enumerate(order):
+        volume, label, weight = exams[i]
+        logit = reference(volume[None].expand(1, -1, 3, -1, -1))[0, 0]
+        p = torch.sigmoid(logit)
+        loss = -weight * (label * p.log() + (1 - label) * (1 - p).log())
+        adam.zero_grad()
+        loss.sum().backward()
+        adam.step()
+        assert logits[step] == pytest.approx(logit.item(), abs=2e-4)
+        assert losses[step] == pytest.approx(loss.item(), abs=2e-4)
+
+
+def test_caches_give_the_same_numbers(shared_exams, capsys):
+    results = []
+    for where in ("disk", "ram", "auto", "device"):
+        exams = MRDataset(shared_exams, "acl", "axial", transform=Augmentation())
+        engine.keep_volumes([exams], where, CPU)
+        assert (exams.kept[0] is None) == (where == "disk")
+        results.append(one_epoch(exams)[1])
+    for other in results[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert "cache      disk" in capsys.readouterr().out
+
+
+def test_cache_without_room_is_refused_or_falls_back(shared_exams, monkeypatch, capsys):
+    exams = MRDataset(shared_exams, "acl", "axial")
+    room = type("Memory", (), {"available": engine.RAM_ROOM + exams.nbytes - 1})
+    monkeypatch.setattr(engine.psutil, "virtual_memory", lambda: room)
+    with pytest.raises(InputError, match="--cache ram.*--cache disk"):
+        engine.keep_volumes([exams], "ram", CPU)
+    engine.keep_volumes([exams], "auto", CPU)
+    assert "cache      disk" in capsys.readouterr().out
+
+
+def test_same_seed_same_numbers_other_seed_others(shared_exams):
+    exams = MRDataset(shared_exams, "acl", "axial", transform=Augmentation())
+    one, two, other = (one_epoch(exams, seed=seed)[1] for seed in (0, 0, 1))
+    assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+    assert not np.array_equal(one[1], other[1])
+
+
+@pytest.mark.skipif(not engine.has_bf16(CPU), reason="this CPU has no bf16")
+def test_bf16_is_close_to_fp32(shared_exams):
+    exams = MRDataset(shared_exams, "acl", "axial")
+    model = MRNet()
+    fp32, bf16 = (engine.predict(model, exams, CPU, p) for p in ("fp32", "bf16"))
+    assert fp32.dtype == np.float32 and len(fp32) == len(exams)
+    np.testing.assert_allclose(bf16, fp32, atol=5e-3)
+
+
+def test_bf16_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(engine, "has_bf16", lambda device: False)
+    assert engine.pick_precision("auto", CPU) == "fp32"
+    with pytest.raises(InputError, match="--precision bf16"):
+        engine.pick_precision("bf16", CPU)
+
+
+def test_predictions_do_not_depend_on_the_other_exams(tmp_path):
+    exams = MRDataset(write_exams(tmp_path / "data"), "acl", "axial")
+    model = MRNet()
+    whole = engine.predict(model, exams, CPU, "fp32")
+    part = engine.predict(model, copy.copy(exams).subset([4, 2]), CPU, "fp32")
+    np.testing.assert_array_equal(part, whole[[4, 2]])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graphs_equal_eager_steps_and_wait_for_nothing(shared_exams):
+    cuda = torch.device("cuda")
+    exams = MRDataset(shared_exams, "acl", "axial", transform=Augmentation())
+    engine.keep_volumes([exams], "device", cuda)
+    eager = one_epoch(exams, device=cuda)[1]
+    graphed = one_epoch(exams, device=cuda, graphs=engine.GraphedSteps)[1]
+    np.testing.assert_array_equal(eager[0], graphed[0])
+    np.testing.assert_allclose(eager[1], graphed[1], atol=1e-3)
+    torch.manual_seed(0)
+    model = MRNet().to(cuda)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+    fed = exams.exam(0, None, cuda)
+    label = weight = torch.ones(1, device=cuda)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.training_step(model, optimizer, fed, label, weight, "bf16")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
