@@ -95,22 +95,24 @@ def mrnet_slices(rng):
 
 
 def bilinear_by_hand(volume, matrix):
-    """One affine resampling of (c, H, W) by four gathers a channel, as its library did it."""
-    channels, height, width = volume.shape
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    points = torch.stack([rows.flatten() + 0.5 - height / 2, columns.flatten() + 0.5 - width / 2])
-    moved = matrix[:2, :2] @ points + matrix[:2, 2:]  # (2, H W)
-    y = (moved[0] - 0.5 + height / 2).clamp(0, height - 1)
-    x = (moved[1] - 0.5 + width / 2).clamp(0, width - 1)
-    y0, x0 = y.floor().clamp(max=height - 2), x.floor().clamp(max=width - 2)
-    flat = volume.reshape(channels, -1)
-    corners = [(y0 + dy).long() * width + (x0 + dx).long() for dy in (0, 1) for dx in (0, 1)]
+    """One affine resampling of (s, H, W) as the article's library did it: the slices are channels,
+    and each channel computes its own copy of the coordinates, weights and four gathers."""
+    s, height, width = volume.shape
+    pixels = torch.from_numpy(np.indices((height, width)).reshape(2, -1).T)  # (H W, 2)
+    centre = torch.tensor([height / 2 - 0.5, width / 2 - 0.5])
+    points = pixels.unsqueeze(0).repeat(s, 1, 1).float() - centre  # (s, H W, 2)
+    points = points.bmm(matrix[:, :2].T.repeat(s, 1, 1)) + matrix[:, 2] + centre
+    y, x = points[..., 0].clamp(0, height - 2), points[..., 1].clamp(0, width - 2)
+    y0, x0 = y.floor(), x.floor()
     wy, wx = y - y0, x - x0
-    weights = [(1 - wy) * (1 - wx), (1 - wy) * wx, wy * (1 - wx), wy * wx]
-    values = [
-        flat.gather(1, c.expand(channels, -1)) * w for c, w in zip(corners, weights, strict=True)
-    ]
-    return sum(values).view(channels, height, width)
+    flat = volume.reshape(s, -1)
+    corner = (y0 * width + x0).long()
+    return (
+        flat.gather(1, corner) * (1 - wy) * (1 - wx)
+        + flat.gather(1, corner + 1) * (1 - wy) * wx
+        + flat.gather(1, corner + width) * wy * (1 - wx)
+        + flat.gather(1, corner + width + 1) * wy * wx
+    ).view(s, height, width)
 
 
 def articles_transform(volume):
@@ -261,7 +263,7 @@ class WithoutBlocks(MRNet):
     def feature_maps(self, x):
         first = self.pretrained_model[0]
         x = F.conv2d(x, first.weight.sum(1, keepdim=True), first.bias, first.stride, first.padding)
-        return self.after_first_convolution(x)
+        return self.pretrained_model[1:](x)
 
 
 class WithoutChannelsLast(MRNet):
@@ -271,12 +273,7 @@ class WithoutChannelsLast(MRNet):
 
     def feature_maps(self, x):
         x = first_convolution_of_grey(x, self.pretrained_model[0]).contiguous()
-        return self.after_first_convolution(x)
-
-
-class ReluBeforePooling(MRNet):
-    def feature_maps(self, x):
-        return self.pretrained_model[1:](first_convolution_of_grey(x, self.pretrained_model[0]))
+        return self.pretrained_model[1:](x)
 
 
 class TwoResamplings(Augmentation):
@@ -295,7 +292,6 @@ def variants(device, workers, folder):
         "- channels_last": partial(Ours, network=WithoutChannelsLast),
         "- one channel (3 copies)": partial(Ours, network=ThreeChannels),
         "- 4x4 blocks": partial(Ours, network=WithoutBlocks),
-        "- pooling before ReLU": partial(Ours, network=ReluBeforePooling),
         "- one resampling (2)": partial(Ours, augmentation=TwoResamplings),
         "- CUDA graphs": partial(Ours, graphs=False),
         ARTICLE: partial(ArticlesLoop, workers=workers, folder=folder),

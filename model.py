@@ -12,8 +12,6 @@ PLOS Medicine 15(11), 2018 (MRNet); Krizhevsky, "One weird trick for parallelizi
 neural networks", arXiv:1404.5997 (this AlexNet); torchvision.models.alexnet (its layers).
 """
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -80,20 +78,7 @@ class MRNet(nn.Module):
         """Last feature maps of each slice: (s, 1 or 3, H, W) -> (s, 256, h, w)."""
         first = self.pretrained_model[0]
         x = first(x) if x.shape[1] == 3 else first_convolution_of_grey(x, first)
-        return self.after_first_convolution(x)
-
-    def after_first_convolution(self, x):
-        """(s, 64, h', w') -> (s, 256, h, w): AlexNet's other layers, pooling before ReLU.
-
-        The two commute, and pooling first leaves ReLU a quarter of the numbers.
-        """
-        layers = list(self.pretrained_model[1:])
-        for i, (layer, following) in enumerate(pairwise(layers)):
-            if isinstance(layer, nn.ReLU) and isinstance(following, nn.MaxPool2d):
-                layers[i], layers[i + 1] = following, layer
-        for layer in layers:
-            x = layer(x)
-        return x
+        return self.pretrained_model[1:](x)
 
 
 def first_convolution_of_grey(x, conv):

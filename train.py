@@ -42,7 +42,7 @@ from checkpoint import (
     write_text,
 )
 from dataloader import INTENSITIES, PLANES, Augmentation, InputError, MRDataset, split_exams
-from figures import exam_picture, roc_figure
+from figures import exam_picture, overlay_picture, roc_figure
 from metrics import auc_interval, roc_auc
 from model import MRNet
 
@@ -492,6 +492,11 @@ def finish(args, run, training, writer, device, precision):
     title = f"{args.task}, {args.plane}, epoch {about['epoch']}"
     figure = roc_figure(run.valid_set.labels, {title: probabilities})
     writer.add_figure("roc", figure, about["epoch"])
+    for label, name in ((1, "positive"), (0, "negative")):
+        i = int(np.flatnonzero(run.valid_set.labels == label)[0])
+        maps, _ = engine.class_activation_maps(model, run.valid_set.exam(i, None, device))
+        picture = overlay_picture(run.valid_set.volume(i).cpu().numpy(), maps)
+        writer.add_image(f"heat map of a {name} validation exam", picture, about["epoch"])
     results = {"best/valid-auc": valid["auc"], "best/valid-loss": valid["loss"]}
     writer.add_hparams(recipe_of(args), results | {"best/epoch": about["epoch"]}, run_name=".")
     low, high = auc_interval(run.valid_set.labels, logits)[1:]

@@ -93,7 +93,8 @@ def test_tensorboard_holds_the_curves(trained):
     tags = events.Tags()
     assert {"within-epoch/train-loss", "learning-rate", "exams-per-second"} <= set(tags["scalars"])
     assert [point.step for point in events.Scalars("learning-rate")] == [1, 2]
-    assert {"an augmented training exam", "roc"} <= set(tags["images"])
+    images = {"an augmented training exam", "roc", "heat map of a positive validation exam"}
+    assert images <= set(tags["images"])
     assert "precision-recall" in tags["tensors"]
 
 
