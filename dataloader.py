@@ -170,9 +170,18 @@ def rescale(volume, intensity):
     return (grey - low) * (255.0 / (high - low).clamp(min=1.0))
 
 
-def standardize(grey, intensity):
-    """Grey levels 0..255 -> what the network is fed, any shape (Stanford's mean and deviation)."""
-    return grey if intensity == "raw" else (grey - MEAN) / STD
+def feed(volume, intensity, transform=None):
+    """A volume as the network is fed it: uint8 (s, H, W) -> float32 (s, 1, H, W), same device.
+
+    Args:
+        transform: moves grey levels 0..255 before they are standardised, so that black stays black.
+    """
+    grey = rescale(volume, intensity)
+    if transform is not None:
+        grey = transform(grey)
+    if intensity == "standardized":
+        grey = (grey - MEAN) / STD
+    return grey[:, None]  # (s, H, W) -> (s, 1, H, W)
 
 
 def split_exams(labels, parts, seed):
@@ -297,14 +306,7 @@ class MRDataset(Dataset):
 
     def exam(self, i, transform=None, device=None):
         """Exam i as the network is fed it, on `device`: float32 (s, 1, H, W)."""
-        return self.feed(self.volume(i).to(device, non_blocking=True), transform)
-
-    def feed(self, volume, transform=None):
-        """A volume as the network is fed it: uint8 (s, H, W) -> float32 (s, 1, H, W)."""
-        grey = rescale(volume, self.intensity)
-        if transform is not None:
-            grey = transform(grey)
-        return standardize(grey, self.intensity)[:, None]  # (s, H, W) -> (s, 1, H, W)
+        return feed(self.volume(i).to(device, non_blocking=True), self.intensity, transform)
 
     def volume(self, i):
         """Exam i as stored: uint8 tensor (s, H, W), from memory if `keep` was called."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PLANES = ("axial", "coronal", "sagittal")
 
 
 def write_exams(root, task="acl", train=12, valid=8, size=64, seed=0):
@@ -22,7 +23,7 @@ def write_exams(root, task="acl", train=12, valid=8, size=64, seed=0):
         rows = []
         for exam_id in range(first, first + n):
             label = int(exam_id % 3 == 0)
-            for plane in ("axial", "coronal", "sagittal"):
+            for plane in PLANES:
                 volume = rng.integers(0, 120, (rng.integers(2, 5), size, size), dtype=np.uint8)
                 if label:
                     volume[0, 10:50, 10:50] = 250
@@ -51,6 +52,26 @@ def run_process(script, *args):
     """Run a script of the project as a process of its own, text output."""
     command = [sys.executable, str(ROOT / script), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+QUICK = ("--no-pretrained", "--epochs", "2", "--lr", "1e-4", "--log-every", "5")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A tiny phantom, three trained planes and their stack: folder and each command's output.
+
+    For tests that only read.
+    """
+    work = tmp_path_factory.mktemp("trained")
+    phantom = ("--exams", 20, "--valid", 10, "--size", 64, "--out", work / "data")
+    said = {"phantom": run_process("data/phantom/prepare.py", *phantom)}
+    files = ("--data-dir", work / "data", "--models-dir", work / "models", "--logs-dir",
+             work / "logs", "--precision", "fp32")  # fmt: skip
+    for plane in PLANES:
+        said[plane] = run_script("train.py", "--task", "acl", "--plane", plane, *files, *QUICK)
+    said["stack"] = run_script("train_logistic_regression.py", *files)
+    return work, said
 
 
 class Finished(NamedTuple):

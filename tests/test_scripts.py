@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line_error, run_process, run_script, write_exams
+from conftest import QUICK, assert_one_line_error, run_script, write_exams
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,38 +17,6 @@ from checkpoint import load_model, load_stack
 from dataloader import MRDataset
 
 PLANES = ("axial", "coronal", "sagittal")
-QUICK = ("--no-pretrained", "--epochs", "2", "--lr", "1e-4", "--log-every", "5")
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A tiny phantom, three trained planes and their stack: folder and each command's output."""
-    work = tmp_path_factory.mktemp("trained")
-    said = {
-        "phantom": run_process(
-            "data/phantom/prepare.py",
-            "--exams",
-            20,
-            "--valid",
-            10,
-            "--size",
-            64,
-            "--out",
-            work / "data",
-        )
-    }
-    files = (
-        "--data-dir",
-        work / "data",
-        "--models-dir",
-        work / "models",
-        "--logs-dir",
-        work / "logs",
-    )
-    for plane in PLANES:
-        said[plane] = run_script("train.py", "--task", "acl", "--plane", plane, *files, *QUICK)
-    said["stack"] = run_script("train_logistic_regression.py", *files)
-    return work, said
 
 
 def test_every_script_ends_well(trained):

@@ -1,0 +1,274 @@
+"""explain.py: exact maps, the page as a browser shows it, the pointing game's geometry."""
+
+import importlib
+import importlib.util
+import json
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import PLANES, ROOT, assert_one_line_error, run_script
+from PIL import Image
+
+import engine
+from dataloader import feed
+from figures import enlarge, heat_colours, overlay
+from model import MRNet
+
+spec = importlib.util.spec_from_file_location("explain", ROOT / "explain.py")
+explain = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = explain
+spec.loader.exec_module(explain)
+
+
+def random_network(seed=0):
+    torch.manual_seed(seed)
+    return MRNet().eval()
+
+
+@pytest.mark.parametrize("slices, height, width", [(1, 63, 63), (7, 100, 140), (24, 256, 256)])
+def test_maps_and_bias_are_the_logit(slices, height, width):
+    model = random_network()
+    volume = torch.randn(slices, 1, height, width)
+    maps, logit = engine.class_activation_maps(model, volume)
+    with torch.inference_mode():
+        expected = model(volume[None]).item()
+    assert logit == pytest.approx(expected, abs=1e-4)
+    total = maps.sum(dtype=np.float64) + model.classifier.bias.item()
+    assert total == pytest.approx(expected, abs=1e-4)
+
+
+def test_maps_are_gradient_times_activation():
+    """A second derivation by autograd: the head is linear in what it takes of the last maps."""
+    model = random_network(1)
+    volume = torch.randn(6, 1, 128, 96)
+    features = model.feature_maps(volume).detach().requires_grad_()
+    pooled = features.mean(dim=(2, 3)).amax(dim=0)
+    model.classifier(pooled).sum().backward()
+    expected = (features * features.grad).sum(dim=1).detach().numpy()
+    maps, _ = engine.class_activation_maps(model, volume)
+    np.testing.assert_allclose(maps, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("row, column", [(40, 40), (127, 95), (200, 60), (95, 220)])
+def test_maps_point_at_a_planted_square(row, column):
+    """A network of positive weights sees brightness only, so its map must peak at the square."""
+    model = random_network(2)
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            weights.abs_() if name.endswith("weight") else weights.zero_()
+    volume = np.zeros((9, 256, 256), np.uint8)
+    volume[6, row - 12 : row + 12, column - 12 : column + 12] = 255
+    fed = feed(torch.from_numpy(volume), "raw")
+    maps, _ = engine.class_activation_maps(model, fed)
+    found = explain.strongest_voxel(maps)
+    assert found[0] == 6
+    assert np.abs(found[1:] - (row, column)).max() <= 24  # a cell is 32 px, its pooling 96
+    big = enlarge(maps, 256, 256)
+    peak = np.unravel_index(big.argmax(), big.shape)
+    assert peak[0] == 6 and np.abs(np.array(peak[1:]) - (row, column)).max() <= 24
+
+
+def test_colours_are_clear_at_zero_and_strong_at_the_ends():
+    volume = np.full((2, 64, 64), 90, np.uint8)
+    assert (overlay(volume, np.zeros((2, 1, 1), np.float32)) == 90).all()
+    colours = heat_colours().astype(int)
+    yellow, cyan = colours[255], colours[0]
+    assert yellow[0] > yellow[2] + 60 and cyan[2] > cyan[0] + 60
+    light = colours @ (0.2126, 0.7152, 0.0722)  # rises from the middle to either end
+    assert (np.diff(light[140:]) > -1).all() and (np.diff(light[:116]) < 1).all()
+
+
+# --- pointing game --------------------------------------------------------------------------------
+
+
+def test_near_is_a_distance_in_millimetres():
+    box = [(np.array([10.0, 10, 10]), np.array([20.0, 30, 40]))]
+    points = np.array([[15, 20, 30], [20 + 14.9, 20, 30], [20 + 15.1, 20, 30], [29, 42, 30]], float)
+    assert explain.near(points, box).tolist() == [True, True, False, True]  # 9, 12 -> 15 mm
+    assert explain.near(points[2], [*box, (np.array([30.0, 0, 0]), np.array([50.0, 99, 99]))])
+
+
+def test_chance_is_the_share_of_the_limb_that_would_hit():
+    volume = np.zeros((5, 128, 128), np.uint8)
+    volume[:, 32:96, 32:96] = 200
+    step = np.array([5.0, 1.0, 1.0])
+    low, high = np.array([0.0, 64, 0]), np.array([20.0, 200, 200])
+    # The lower half of the square, and the 15 mm above it.
+    assert explain.chance_of(volume, step, [(low, high)]) == pytest.approx((32 + 15) / 64, abs=0.06)
+
+
+def test_pointing_game_prints_every_task_and_plane(trained):
+    work, _ = trained
+    done = run_script("explain.py", "--pointing-game", work / "data", "--models-dir",
+                      work / "models", "--task", "acl")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for plane in PLANES:
+        assert re.search(rf"^acl +{plane} +\d", done.stdout, re.M)
+
+
+def test_pointing_game_needs_lesions(trained, exams):
+    done = run_script("explain.py", "--pointing-game", exams, "--models-dir", trained[0] / "models")
+    assert_one_line_error(done, "lesions.json", "phantom")
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def explained(trained, tmp_path_factory):
+    """One validation exam explained: the folder, and what was said."""
+    work, out = trained[0], tmp_path_factory.mktemp("explained")
+    done = run_script("explain.py", work / "data", "--exam", "valid/0020", "--task", "acl",
+                      "--models-dir", work / "models", "--out", out,
+                      "--precision", "fp32")  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, done.stdout
+
+
+def content_of(page):
+    text = page.read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text,
+                                re.S)[1])  # fmt: skip
+
+
+def test_page_says_what_was_predicted(trained, explained):
+    work, (out, said) = trained[0], explained
+    done = run_script("predict.py", work / "data", "--jsonl", "--models-dir", work / "models",
+                      "--precision", "fp32")  # fmt: skip
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    row = next(r for r in rows if (r["split"], r["exam"]) == ("valid", "0020"))
+    content = content_of(out / "0020-acl.html")
+    assert content["judged"]["probability"] == pytest.approx(row["stack"], abs=1e-6)
+    assert content["judged"]["verdict"] == row["verdict"] and row["verdict"] in said
+    for plane in content["planes"]:
+        assert plane["probability"] == pytest.approx(row[plane["plane"]], abs=1e-6)
+        assert sum(plane["parts"]) + plane["bias"] == pytest.approx(plane["logit"], abs=1e-4)
+        assert len(plane["slices"]) == len(plane["parts"])
+
+
+def test_page_loads_nothing_from_anywhere(explained):
+    text = (explained[0] / "0020-acl.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?:|//cdn|<link|src=[\"'](?!data:)", text)
+    assert "default-src 'none'" in text and "Research use only" in text
+
+
+def test_picture_and_film(explained):
+    sheet = Image.open(explained[0] / "0020-acl.png")
+    assert sheet.width >= 1000 and np.asarray(sheet.convert("RGB")).std() > 20
+    film = Image.open(explained[0] / "0020-acl.gif")
+    slices = max(len(p["slices"]) for p in content_of(explained[0] / "0020-acl.html")["planes"])
+    assert film.n_frames == slices and film.info["loop"] == 0
+
+
+def test_a_name_cannot_put_code_into_the_page(trained, tmp_path):
+    name = "<img src=x onerror=alert(1)>"
+    source = trained[0] / "data" / "valid" / "axial" / "0020.npy"
+    (tmp_path / "axial").mkdir()
+    shutil.copy(source, tmp_path / "axial" / f"{name}.npy")
+    done = run_script("explain.py", tmp_path, "--task", "acl", "--models-dir",
+                      trained[0] / "models", "--out", tmp_path / "out")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (page,) = (tmp_path / "out").glob("*.html")
+    assert "<img src=x" not in page.read_text(encoding="utf-8")
+    assert content_of(page)["exam"] == name and content_of(page)["missing"] == [
+        "coronal",
+        "sagittal",
+    ]
+
+
+def test_which_exam_in_one_line(trained, tmp_path):
+    args = ("--task", "acl", "--models-dir", trained[0] / "models", "--out", tmp_path)
+    data = trained[0] / "data"
+    assert_one_line_error(run_script("explain.py", data, *args), "30 exams", "--exam")
+    assert_one_line_error(run_script("explain.py", data, "--exam", "999", *args), "--exam")
+    assert_one_line_error(
+        run_script("explain.py", data, "--exam", "20", "--task", "cyst", *args[2:]), "cyst", "acl"
+    )
+
+
+# --- the page in a browser ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("needs chromium and chromedriver on the PATH")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1400,1100"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield driver
+    driver.quit()
+
+
+PIXELS = """
+const canvas = document.querySelectorAll("canvas.view")[arguments[0]];
+return [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data]
+"""
+
+
+COLOUR = 40  # grey levels between red, green and blue; a grey slice has 0
+
+
+def test_page_in_a_browser(browser, explained, tmp_path):
+    page = explained[0] / "0020-acl.html"
+    content = content_of(page)
+    browser.get(page.as_uri())
+    find = browser.find_elements
+    sections, sliders = find("css selector", "section"), find("css selector", "input.slice")
+    assert [s.get_attribute("aria-label") for s in sections] == list(PLANES)
+
+    def pixels(plane):
+        data = np.array(browser.execute_script(PIXELS, plane), np.uint8)
+        size = content["planes"][plane]["height"], content["planes"][plane]["width"], 4
+        return data.reshape(size)[..., :3].astype(int)
+
+    def colourful(plane):
+        return bool(np.ptp(pixels(plane), axis=2).max() > COLOUR)
+
+    move = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))"
+    for plane, slider in enumerate(sliders):  # opens at the slice that adds most
+        parts = content["planes"][plane]["parts"]
+        assert int(slider.get_attribute("value")) == int(np.argmax(parts)) + 1
+        browser.execute_script(move, slider, int(np.argmax(np.abs(parts))) + 1)
+    waiting = importlib.import_module("selenium.webdriver.support.wait")
+    waiting.WebDriverWait(browser, 10).until(lambda _: all(map(colourful, range(3))))
+
+    # The heat map goes and comes back, by the box and by the key.
+    heat = browser.find_element("id", "heat")
+    heat.click()
+    assert not any(map(colourful, range(3)))
+    browser.find_element("tag name", "body").send_keys("h")
+    assert all(map(colourful, range(3)))
+
+    # Opacity 0 leaves the grey slice.
+    opacity = browser.find_element("id", "opacity")
+    browser.execute_script(move, opacity, 0)
+    assert not colourful(0)
+    browser.execute_script(move, opacity, 70)
+
+    # Sliders and arrow keys move one plane, to the slice that they say.
+    others = pixels(1)
+    browser.execute_script(move, sliders[0], 1)
+    assert "slice 1 of" in sections[0].text and (pixels(1) == others).all()
+    find("css selector", "section")[0].find_element("tag name", "h2").click()
+    browser.find_element("tag name", "body").send_keys("\ue014")  # arrow right
+    assert sliders[0].get_attribute("value") == "2"
+    best = sections[0].find_elements("css selector", "li button")[0]
+    best.click()
+    assert (
+        int(sliders[0].get_attribute("value")) == int(np.argmax(content["planes"][0]["parts"])) + 1
+    )
+
+    picture = tmp_path / "page.png"
+    assert browser.save_screenshot(str(picture))
+    assert np.asarray(Image.open(picture).convert("L")).std() > 10
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []

@@ -1,0 +1,221 @@
+"""predict.py: the same numbers as training printed, missing planes, resuming, hostile files."""
+
+import csv
+import json
+import math
+import os
+import pickle
+import shutil
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from conftest import PLANES, assert_one_line_error, run_process, run_script
+
+from checkpoint import read_checkpoint, write_checkpoint
+from exams import Exams, exam_of_files
+
+
+def predict(trained, *args):
+    models = ("--models-dir", trained[0] / "models", "--precision", "fp32")
+    return run_script("predict.py", *models, *args)
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def whole(trained, tmp_path_factory):
+    """All 30 exams of the tiny phantom predicted: folder with all.csv, and what was said."""
+    out = tmp_path_factory.mktemp("predicted")
+    done = predict(trained, trained[0] / "data", "--out", out / "all.csv")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, done.stdout
+
+
+@pytest.fixture
+def valid(trained, tmp_path):
+    """A copy of the ten validation exams, for tests that damage it."""
+    shutil.copytree(trained[0] / "data" / "valid", tmp_path / "scans")
+    return tmp_path / "scans"
+
+
+def test_same_numbers_as_training_wrote(trained, whole):
+    written = {
+        (r["split"], int(r["id"])): r
+        for r in rows_of(trained[0] / "models" / "acl-predictions.csv")
+    }
+    rows = rows_of(whole[0] / "all.csv")
+    assert len(rows) == len(written) == 30
+    for row in rows:
+        other = written[row["split"], int(row["exam"])]
+        for name in (*PLANES, "stack"):
+            assert float(row[name]) == pytest.approx(float(other[name]), abs=1e-6)
+        positive = float(row["stack"]) >= float(row["threshold"])
+        assert row["verdict"] == ("positive" if positive else "negative")
+        assert row["planes"] == "+".join(PLANES) and row["missing"] == row["note"] == ""
+    assert "30 exams" in whole[1] and "exams/s" in whole[1]
+
+
+def test_missing_planes_are_said_and_stacked_without(trained, valid, tmp_path):
+    name = sorted(p.stem for p in (valid / "axial").iterdir())[0]
+    (valid / "coronal" / f"{name}.npy").unlink()
+    done = predict(trained, valid, "--out", tmp_path / "p.csv")
+    assert done.returncode == 0, done.stderr
+    row = next(r for r in rows_of(tmp_path / "p.csv") if r["exam"] == name)
+    assert row["coronal"] == "" and row["missing"] == "coronal"
+    assert row["planes"] == "axial+sagittal" and "no coronal volume" in row["note"]
+    stack = json.loads((trained[0] / "models" / "acl-stack.json").read_text())
+    fit = stack["combinations"]["axial+sagittal"]
+    a, b = fit["coefficients"]
+    score = a * float(row["axial"]) + b * float(row["sagittal"]) + fit["intercept"]
+    assert float(row["stack"]) == pytest.approx(1 / (1 + math.exp(-score)), abs=1e-6)
+    assert float(row["threshold"]) == pytest.approx(fit["threshold"], abs=1e-6)
+
+
+def test_lines_of_json_say_the_same(trained, whole):
+    done = predict(trained, trained[0] / "data", "--jsonl")
+    assert done.returncode == 0
+    for line, row in zip(done.stdout.splitlines(), rows_of(whole[0] / "all.csv"), strict=True):
+        content = json.loads(line)
+        assert content["exam"] == row["exam"] and content["missing"] == []
+        assert content["stack"] == pytest.approx(float(row["stack"]), abs=1e-8)
+
+
+@pytest.mark.parametrize("jsonl", [(), ("--jsonl",)])
+@pytest.mark.parametrize("kept", [0.0, 0.03, 0.5, 0.97])
+def test_resumed_file_is_the_uninterrupted_one(trained, whole, tmp_path, kept, jsonl):
+    out = tmp_path / "p"
+    assert predict(trained, trained[0] / "data", "--out", out, *jsonl).returncode == 0
+    full = out.read_bytes()
+    out.write_bytes(full[: int(kept * len(full))])  # as a kill in mid-line leaves it
+    done = predict(trained, trained[0] / "data", "--out", out, "--resume", *jsonl)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == full
+
+
+def test_an_existing_file_stays(trained, tmp_path):
+    out = tmp_path / "p.csv"
+    out.write_text("precious")
+    done = predict(trained, trained[0] / "data", "--out", out)
+    assert_one_line_error(done, "p.csv", "--resume", "--overwrite")
+    done = predict(trained, trained[0] / "data", "--out", out, "--resume")
+    assert_one_line_error(done, "p.csv", "not written by this command")
+    assert out.read_text() == "precious"
+    assert predict(trained, trained[0] / "data", "--out", out, "--overwrite").returncode == 0
+
+
+class Evil:
+    """What runs a command when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def hostile(path, proof):
+    np.save(path, np.array([Evil(proof)], dtype=object), allow_pickle=True)
+
+
+def truncated(path, proof):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def bare_pickle(path, proof):
+    path.write_bytes(pickle.dumps(Evil(proof)))
+
+
+def flat(path, proof):
+    np.save(path, np.zeros(70, np.uint8))
+
+
+@pytest.mark.parametrize("damage", [hostile, truncated, bare_pickle, flat])
+def test_a_bad_exam_is_named_and_the_others_go_on(trained, valid, tmp_path, damage):
+    bad = sorted((valid / "axial").iterdir())[3]
+    damage(bad, tmp_path / "proof")
+    done = predict(trained, valid, "--out", tmp_path / "p.csv")
+    assert done.returncode == 1
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 2 and str(bad) in lines[0] and "1 exams" in lines[1]
+    assert len(rows_of(tmp_path / "p.csv")) == 9
+    assert not (tmp_path / "proof").exists()
+
+
+def test_files_of_one_exam(trained, whole, tmp_path):
+    row = rows_of(whole[0] / "all.csv")[0]
+    for plane in PLANES:
+        source = trained[0] / "data" / row["split"] / plane / f"{row['exam']}.npy"
+        shutil.copy(source, tmp_path / f"knee7-{plane}.npy")
+    done = predict(trained, *(tmp_path / f"knee7-{plane}.npy" for plane in PLANES), "--jsonl")
+    content = json.loads(done.stdout)
+    assert content["exam"] == "knee7"
+    assert content["stack"] == pytest.approx(float(row["stack"]), abs=1e-8)
+
+
+def test_which_plane_a_file_is(tmp_path):
+    for plane in PLANES:
+        (tmp_path / plane).mkdir()
+    paths = [tmp_path / "axial" / "7.npy", tmp_path / "coronal" / "7.npy"]
+    assert exam_of_files(paths) == ("7", "", {"axial": paths[0], "coronal": paths[1]})
+    assert exam_of_files([tmp_path / "x.npy"], "sagittal").paths == {"sagittal": tmp_path / "x.npy"}
+
+
+def test_files_that_do_not_fit_together(trained, tmp_path):
+    for name in ("x.npy", "a-axial.npy", "b-coronal.npy"):
+        np.save(tmp_path / name, np.zeros((2, 64, 64), np.uint8))
+    assert_one_line_error(predict(trained, tmp_path / "x.npy"), "x.npy", "--plane")
+    done = predict(trained, tmp_path / "a-axial.npy", tmp_path / "b-coronal.npy")
+    assert_one_line_error(done, "b-coronal.npy", "same exam")
+
+
+def test_nothing_there(trained, tmp_path):
+    assert_one_line_error(predict(trained, tmp_path / "none"), "none", "no such")
+    (tmp_path / "empty").mkdir()
+    assert_one_line_error(predict(trained, tmp_path / "empty"), "empty", "DICOM")
+    done = run_script("predict.py", tmp_path / "empty", "--models-dir", tmp_path / "empty")
+    assert_one_line_error(done, "no saved models", "train.py")
+    assert_one_line_error(predict(trained, tmp_path / "empty", "--task", "cyst"), "cyst", "acl")
+
+
+def test_a_model_of_another_plane_task_or_version(trained, tmp_path):
+    models = tmp_path / "models"
+    shutil.copytree(trained[0] / "models", models)
+    args = ("predict.py", trained[0] / "data", "--models-dir", models)
+    shutil.copy(models / "acl-axial.pt", models / "acl-coronal.pt")
+    assert_one_line_error(run_script(*args), "acl-coronal.pt", "axial", "train again")
+    content = read_checkpoint(models / "acl-axial.pt")
+    write_checkpoint(models / "acl-coronal.pt", content | {"format": "mrnet-model-0"})
+    assert_one_line_error(run_script(*args), "acl-coronal.pt", "version")
+    torch.save(Evil(tmp_path / "proof"), models / "acl-coronal.pt")
+    assert_one_line_error(run_script(*args), "acl-coronal.pt")
+    assert not (tmp_path / "proof").exists()
+
+
+def test_names_of_many_exams_take_little_memory(tmp_path):
+    """Some 10 MB for 100,000 exams; a list of paths would take ten times as much."""
+    folder = tmp_path / "valid" / "axial"
+    folder.mkdir(parents=True)
+    for i in range(5000):
+        (folder / f"{i:06d}.npy").touch()
+    tracemalloc.start()
+    try:
+        exams = Exams(tmp_path)
+        count = sum(1 for _ in exams)
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert count == len(exams) == 5000
+    assert kept < 5000 * 150 and peak < 5000 * 400  # bytes an exam
+
+
+def test_standard_output_holds_rows_only(trained):
+    done = run_process(
+        "predict.py", trained[0] / "data", "--models-dir", trained[0] / "models", "--jsonl"
+    )
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 30
+    assert "exams/s" in done.stderr
