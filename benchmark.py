@@ -96,22 +96,25 @@ def mrnet_slices(rng):
 
 def bilinear_by_hand(volume, matrix):
     """One affine resampling of (s, H, W) as the article's library did it: the slices are channels,
-    and each channel computes its own copy of the coordinates, weights and four gathers."""
+    each channel has its own copy of the coordinates, and each of the four corners its own integer
+    rows, columns and addresses."""
     s, height, width = volume.shape
     pixels = torch.from_numpy(np.indices((height, width)).reshape(2, -1).T)  # (H W, 2)
     centre = torch.tensor([height / 2 - 0.5, width / 2 - 0.5])
     points = pixels.unsqueeze(0).repeat(s, 1, 1).float() - centre  # (s, H W, 2)
-    points = points.bmm(matrix[:, :2].T.repeat(s, 1, 1)) + matrix[:, 2] + centre
+    points = points.bmm(matrix[:, :2].T.repeat(s, 1, 1)) + matrix[:, 2].expand_as(points) + centre
     y, x = points[..., 0].clamp(0, height - 2), points[..., 1].clamp(0, width - 2)
     y0, x0 = y.floor(), x.floor()
-    wy, wx = y - y0, x - x0
+    rows = (y0 * width).long(), ((y0 + 1) * width).long()
+    columns = x0.long(), (x0 + 1).long()
     flat = volume.reshape(s, -1)
-    corner = (y0 * width + x0).long()
+    below, right = y - y0, x - x0
+    above, left = 1 - below, 1 - right
     return (
-        flat.gather(1, corner) * (1 - wy) * (1 - wx)
-        + flat.gather(1, corner + 1) * (1 - wy) * wx
-        + flat.gather(1, corner + width) * wy * (1 - wx)
-        + flat.gather(1, corner + width + 1) * wy * wx
+        flat.gather(1, rows[0] + columns[0]) * above * left
+        + flat.gather(1, rows[0] + columns[1]) * above * right
+        + flat.gather(1, rows[1] + columns[0]) * below * left
+        + flat.gather(1, rows[1] + columns[1]) * below * right
     ).view(s, height, width)
 
 

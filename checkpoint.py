@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torchvision.models import AlexNet_Weights
 
 from dataloader import INTENSITIES, PLANES, InputError, one_line
@@ -91,8 +92,33 @@ def read_checkpoint(path, wanted=FORMAT):
 
 def write_checkpoint(path, content):
     """Write a dict of tensors, numbers and strings atomically."""
+    # Serialised in memory first: on a full disk torch.save fails with a RuntimeError of its own.
+    serialised = io.BytesIO()
+    torch.save(content, serialised)
     with atomic(path) as temporary:
-        torch.save(content, temporary)
+        temporary.write_bytes(serialised.getbuffer())
+
+
+@contextmanager
+def claimed(path):
+    """Hold a saved model's lock, so that no two runs write it; what a killed run left is removed.
+
+    Raises:
+        InputError: another run holds it.
+    """
+    lock = FileLock(path.with_name(f".{path.stem}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"{path}: another run is training it; wait for that one, or give another --models-dir"
+        ) from None
+    try:
+        for left in path.parent.glob(f".{path.stem}.*.tmp"):
+            left.unlink()
+        yield
+    finally:
+        lock.release()
 
 
 def run_suffix(fold=None, folds=1, seed=None):

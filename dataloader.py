@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from model import SMALLEST_SIDE
 
 PLANES = ("axial", "coronal", "sagittal")
+SPLITS = ("train", "valid")
 MEAN, STD = 58.09, 49.73  # grey levels of MRNet's volumes; Stanford's released loader
 MAX_ROTATION = 25.0  # degrees; the article
 MAX_SHIFT = 25 / 256  # of the side: the article's 25 px of 256, and as much at other sizes
@@ -54,6 +55,41 @@ def tasks(root_dir):
     return sorted(name for name in names if (root / f"valid-{name}.csv").is_file())
 
 
+def label_rows(root_dir, task, split):
+    """Read the CSV of one split row by row.
+
+    Yields:
+        (id without leading zeros, 0.0 or 1.0, None) for a good row, (None, None, what is wrong with
+        it and the mend, one line) for another.
+    """
+    path = Path(root_dir) / f"{split}-{task}.csv"
+    seen = set()
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            for number, row in enumerate(csv.reader(file), start=1):
+                if not row:
+                    continue
+                where = f"{path}, line {number}"
+                if len(row) != 2 or not re.fullmatch(r"\s*[0-9]{1,12}\s*", row[0], re.ASCII):
+                    yield None, None, f"{where}: expected `id,label` with a whole-number id"
+                    continue
+                exam_id, label = row[0].strip().lstrip("0") or "0", row[1].strip()
+                if label not in ("0", "1"):
+                    yield None, None, f"{where}: label {row[1]!r:.40} is not 0 or 1"
+                elif exam_id in seen:
+                    yield None, None, f"{where}: id {exam_id} stands here twice; keep one row"
+                else:
+                    yield exam_id, float(label), None
+                seen.add(exam_id)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = one_line(error)
+        yield (
+            None,
+            None,
+            f"{path}: cannot be read as a CSV of `id,label` ({reason}); write it again",
+        )
+
+
 def read_labels(root_dir, task, split):
     """Ids and labels of one split.
 
@@ -66,7 +102,6 @@ def read_labels(root_dir, task, split):
             0 or 1, an id twice, or one class only.
     """
     root = Path(root_dir)
-    path = root / f"{split}-{task}.csv"
     if not root.is_dir():
         raise InputError(f"{root}: no such data folder. {HOW_TO_GET_DATA}")
     if not tasks(root):
@@ -74,25 +109,14 @@ def read_labels(root_dir, task, split):
     if task not in tasks(root):
         raise InputError(f"{root}: no task '{task}'; tasks here: {', '.join(tasks(root))}")
     labels = {}
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            for number, row in enumerate(csv.reader(file), start=1):
-                if not row:
-                    continue
-                where = f"{path}, line {number}"
-                if len(row) != 2 or not re.fullmatch(r"\s*[0-9]{1,12}\s*", row[0]):
-                    raise InputError(f"{where}: expected `id,label` with a whole-number id")
-                exam_id = row[0].strip().lstrip("0") or "0"
-                if row[1].strip() not in ("0", "1"):
-                    raise InputError(f"{where}: label {row[1]!r:.40} is not 0 or 1")
-                if exam_id in labels:
-                    raise InputError(f"{where}: id {exam_id} stands here twice; keep one row")
-                labels[exam_id] = float(row[1])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read as a CSV of `id,label` ({error})") from None
+    for exam_id, label, fault in label_rows(root, task, split):
+        if fault:
+            raise InputError(fault)
+        labels[exam_id] = label
     if len(set(labels.values())) < 2:
         raise InputError(
-            f"{path}: {len(labels)} exams of one class only; training and AUC need both 0 and 1"
+            f"{root}/{split}-{task}.csv: {len(labels)} exams of one class only; training and AUC "
+            "need both 0 and 1"
         )
     return list(labels), np.fromiter(labels.values(), np.float32, len(labels))
 

@@ -8,8 +8,11 @@ import errno
 import importlib.metadata
 import os
 import platform
+import shlex
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +36,14 @@ class RunError(Exception):
     """The run failed for a reason outside the code; the message is one line. Exit status 1."""
 
 
+class Interrupted(Exception):
+    """A signal asked to stop; all is saved, the message says how to go on. Exit status 128 + n."""
+
+    def __init__(self, number, message):
+        super().__init__(message)
+        self.number = number
+
+
 def run(main):
     """Call `main` and leave with the project's exit status; users see one line, no traceback."""
     script = Path(sys.argv[0]).name
@@ -43,10 +54,16 @@ def run(main):
         status, message = 2, f"error: {error}"
     except RunError as error:
         status, message = 1, f"failed: {error}"
+    except Interrupted as stop:
+        status, message = 128 + stop.number, f"interrupted. {stop}"
     except KeyboardInterrupt as interrupt:
         status, message = 130, f"interrupted. {interrupt}".strip()
     except torch.OutOfMemoryError:
         status, message = 1, "failed: out of device memory; try --cache disk, --precision bf16"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        status, message = 1, "failed: out of memory; try --cache disk, or close other programs"
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status, message = 1, "failed: nobody reads the output any more"
@@ -57,6 +74,65 @@ def run(main):
     if status:
         print(f"{script}: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+@contextmanager
+def stop_after_step():
+    """Within it SIGINT and SIGTERM only ask `train_epoch` to stop; a second one stops at once.
+
+    Yields:
+        list that holds the signal's number once one has come.
+    """
+
+    def ask(number, frame):
+        asked.append(number)
+        restore()
+        print("\nstopping after this step; the same again stops at once", file=sys.stderr)
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        restore()
+        asked.clear()
+
+
+asked = []  # the signal that asks to stop
+
+
+def command_to_resume():
+    """What the user types to go on."""
+    words = [word for word in sys.argv[1:] if word != "--resume"]
+    return shlex.join(["python", Path(sys.argv[0]).name, *words, "--resume"])
+
+
+class NoWriter:
+    """Stands in for TensorBoard's SummaryWriter where logs cannot be written."""
+
+    def __getattr__(self, name):
+        return lambda *args, **more: None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+def open_writer(folder, purge_step=None):
+    """TensorBoard's SummaryWriter, or a NoWriter, said in one line, where it cannot write."""
+    # Half a second to import, and predicting does not need it.
+    from torch.utils.tensorboard import SummaryWriter
+
+    try:
+        return SummaryWriter(folder, purge_step=purge_step)
+    except OSError as error:
+        print(f"logs       NONE: {folder} cannot be written ({error.strerror}); going on without")
+        return NoWriter()
 
 
 def pick_device(name):
@@ -269,7 +345,7 @@ class GraphedSteps:
         return graph, buffers, results
 
 
-def train_epoch(model, exams, optimizer, device, precision, what="train", graphs=None):
+def train_epoch(model, exams, optimizer, device, precision, what="train", graphs=None, done=None):
     """One pass over all exams in random order, one exam a step.
 
     Random numbers come from torch's default generator: seed it before each epoch and the epoch is
@@ -278,9 +354,12 @@ def train_epoch(model, exams, optimizer, device, precision, what="train", graphs
     Args:
         exams: MRDataset with an Augmentation, another transform or none.
         graphs: GraphedSteps, for volumes kept on a CUDA device.
+        done: what an interrupted epoch left, to go on with: {"logits", "losses", "random"}, float32
+            (k,), (k,) and the state of torch's generator.
 
     Returns:
-        order int (n,), and logits and weighted losses float32 (n,), in the order of the steps.
+        order int (n,), and logits and weighted losses float32 (n,), in the order of the steps; only
+        those of the first steps where `stop_after_step` was asked to stop.
     """
     model.train()
     n = len(exams)
@@ -292,7 +371,14 @@ def train_epoch(model, exams, optimizer, device, precision, what="train", graphs
     labels = torch.from_numpy(exams.labels[order]).to(device)
     weights = torch.from_numpy(exams.weights[order]).to(device)
     logits, losses = torch.empty(n, device=device), torch.empty(n, device=device)
-    for step, i in enumerate(progress(order, what)):
+    begin = 0
+    if done is not None:
+        begin = len(done["logits"])
+        logits[:begin], losses[:begin] = done["logits"], done["losses"]
+        torch.set_rng_state(done["random"])
+    end = begin
+    for end, i in enumerate(progress(order[begin:], what), start=begin + 1):
+        step = end - 1
         label, weight = labels[step : step + 1], weights[step : step + 1]
         if graphs is None:
             volume = exams.exam(i, transforms[step], device)
@@ -300,7 +386,9 @@ def train_epoch(model, exams, optimizer, device, precision, what="train", graphs
         else:
             logit, loss = graphs(exams, i, poses[step], label, weight)
         logits[step : step + 1], losses[step] = logit, loss
-    return np.array(order), logits.cpu().numpy(), losses.cpu().numpy()
+        if asked:
+            break
+    return np.array(order), logits[:end].cpu().numpy(), losses[:end].cpu().numpy()
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ A root file of its own: it only runs the other scripts, so it can live in none o
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -57,9 +58,19 @@ def call(script, *arguments):
     """Run one of the project's scripts; end with its status if it fails."""
     command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]
     print(f"\n$ python {script} {' '.join(map(str, arguments))}", flush=True)
-    status = subprocess.run(command).returncode
-    if status in (130, -2):
-        raise KeyboardInterrupt("Start it again: finished models are kept")
+    # A process group of its own gets no Ctrl-C from the terminal: it would get ours as well, and a
+    # second signal means at once.
+    child = subprocess.Popen(command, start_new_session=True)
+    before = {
+        number: signal.signal(number, lambda number, _: child.send_signal(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    status = child.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    number = status - 128 if status > 128 else -status
+    if number in before:
+        raise engine.Interrupted(number, "Start it again: what is finished is not repeated")
     if status:
         raise engine.RunError(f"{script} ended with status {status}; mend it and start again")
 

@@ -28,10 +28,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 import engine
 from checkpoint import (
+    claimed,
     imagenet_features,
     load_model,
     model_path,
@@ -292,7 +292,7 @@ def write_folds(args, runs):
 class Training:
     """Everything that changes from epoch to epoch, and nothing else: what a resumed run needs."""
 
-    PLAIN = ("epoch", "best_loss", "bad_epochs", "best_auc", "best_epoch", "log_dir")
+    PLAIN = ("epoch", "best_loss", "bad_epochs", "best_auc", "best_epoch", "log_dir", "part")
     PARTS = ("model", "optimizer", "scheduler")
 
     def __init__(self, args, run, device):
@@ -313,6 +313,7 @@ class Training:
         self.best_loss, self.bad_epochs = math.inf, 0  # for early stopping
         self.best_auc, self.best_epoch = -math.inf, 0  # for the model that is kept
         self.log_dir = ""
+        self.part = None  # of an epoch that a signal interrupted, as engine.train_epoch takes it
 
     def state(self):
         plain = {name: getattr(self, name) for name in self.PLAIN}
@@ -351,24 +352,32 @@ def check_writable(folder):
         ) from None
 
 
-def saved_state(args, run, path):
-    """The state of an interrupted run, or None where there is none."""
+def restore_state(args, run, training, path):
+    """Put `training` where an interrupted run left it; False where there is none.
+
+    Raises:
+        InputError: the state is damaged, of other arguments or of other exams.
+    """
     if not path.is_file():
-        return None
+        return False
     state = read_checkpoint(path, wanted=STATE_FORMAT)
-    mine, theirs = recipe_of(args), state["recipe"]
-    # More epochs than were asked for at first are welcome; the finished ones stay as they are.
-    other = [name for name in mine if name != "epochs" and mine[name] != theirs.get(name)]
-    if other:
-        said = ", ".join(f"--{name.replace('_', '-')} {theirs.get(name)}" for name in other)
-        raise InputError(
-            f"{path}: was trained with {said}; resume with the same arguments, or delete it"
-        )
-    if state["data"] != fingerprints(run):
-        raise InputError(
-            f"{path}: was trained on other exams; delete it, or start without --resume"
-        )
-    return state["training"]
+    try:
+        mine, theirs = recipe_of(args), state["recipe"]
+        # More epochs than were asked for at first are welcome; the finished ones stay as they are.
+        other = [name for name in mine if name != "epochs" and mine[name] != theirs.get(name)]
+        if other:
+            said = ", ".join(f"--{name.replace('_', '-')} {theirs.get(name)}" for name in other)
+            raise InputError(
+                f"{path}: was trained with {said}; resume with the same arguments, or delete it"
+            )
+        if state["data"] != fingerprints(run):
+            raise InputError(
+                f"{path}: was trained on other exams; delete it, or start without --resume"
+            )
+        training.restore(state["training"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        raise InputError(f"{path}: lacks parts of a training; delete it and train again") from None
+    return True
 
 
 def fingerprints(run):
@@ -388,20 +397,22 @@ def is_finished(args, run, path):
     return about.get("arguments") == recipe_of(args) and about.get("data") == fingerprints(run)
 
 
-def log_epoch(writer, training, args, run, order, logits, losses, train, chosen, seconds):
+def log_epoch(writers, training, args, run, order, logits, losses, train, chosen, speed):
     """Curves within the epoch (running means, from the steps' own logits) and of the epoch."""
+    writer, within = writers
     epoch, n, labels = training.epoch, len(order), run.train_set.labels[order]
     for end in [*range(args.log_every, n, args.log_every), n]:
         step = (epoch - 1) * n + end
-        writer.add_scalar("within-epoch/train-loss", losses[:end].mean(), step)
+        within.add_scalar("within-epoch/train-loss", losses[:end].mean(), step)
         if len(set(labels[:end])) == 2:
-            writer.add_scalar("within-epoch/train-auc", roc_auc(labels[:end], logits[:end]), step)
+            within.add_scalar("within-epoch/train-auc", roc_auc(labels[:end], logits[:end]), step)
     for metric in ("loss", "auc"):
         writer.add_scalar(f"{metric}/train", train[metric], epoch)
         writer.add_scalar(f"{metric}/{run.chosen_on}", chosen[metric], epoch)
     writer.add_scalar("learning-rate", float(training.optimizer.param_groups[0]["lr"]), epoch)
-    writer.add_scalar("exams-per-second", n / seconds, epoch)
-    writer.flush()
+    writer.add_scalar("exams-per-second", speed, epoch)
+    for one in writers:
+        one.flush()
 
 
 def measure(exams, logits):
@@ -410,26 +421,41 @@ def measure(exams, logits):
     return {"loss": float(losses.mean()), "auc": roc_auc(exams.labels, logits)}
 
 
-def one_epoch(training, args, run, device, precision, writer):
-    """Train, evaluate, step the schedule, print one line, keep the best model."""
+def one_epoch(training, args, run, device, precision, writers):
+    """Train, evaluate, step the schedule, print one line, keep the best model.
+
+    Where a signal asks to stop within the training, only `training.part` is set.
+    """
     began = time.perf_counter()
-    training.epoch += 1
-    torch.manual_seed(random_state(run, training.epoch))
-    what = f"epoch {training.epoch}/{args.epochs}"
+    epoch, done = training.epoch + 1, training.part
+    torch.manual_seed(random_state(run, epoch))
+    what = f"epoch {epoch}/{args.epochs}"
     lr = float(training.optimizer.param_groups[0]["lr"])
     if args.cuda_graphs and training.graphs is None:
         training.graphs = engine.GraphedSteps(training.model, training.optimizer, precision)
     order, logits, losses = engine.train_epoch(
-        training.model, run.train_set, training.optimizer, device, precision, what, training.graphs
+        training.model,
+        run.train_set,
+        training.optimizer,
+        device,
+        precision,
+        what,
+        training.graphs,
+        done,
     )
     bad = np.flatnonzero(~np.isfinite(losses))
     if len(bad):
         raise engine.RunError(
-            f"the loss became {losses[bad[0]]} in epoch {training.epoch} at "
+            f"the loss became {losses[bad[0]]} in epoch {epoch} at "
             f"{run.train_set.paths[order[bad[0]]]}; look at that exam, or lower --lr. "
             "The models of earlier epochs are kept"
         )
-    seconds = time.perf_counter() - began
+    if len(losses) < len(order):
+        parts = {"logits": torch.from_numpy(logits), "losses": torch.from_numpy(losses)}
+        training.part = parts | {"random": torch.get_rng_state()}
+        return
+    training.epoch, training.part = epoch, None
+    speed = (len(order) - (len(done["logits"]) if done else 0)) / (time.perf_counter() - began)
     train = {"loss": float(losses.mean()), "auc": roc_auc(run.train_set.labels[order], logits)}
     chosen = measure(
         run.choose_set, engine.predict(training.model, run.choose_set, device, precision, what)
@@ -451,10 +477,10 @@ def one_epoch(training, args, run, device, precision, writer):
     print(
         f"{training.epoch:5d}  {train['loss']:10.4f}  {train['auc']:9.4f}  {chosen['loss']:10.4f}  "
         f"{chosen['auc']:9.4f}  {lr:7.1e}  {time.perf_counter() - began:7.1f}  "
-        f"{len(order) / seconds:7.1f}{'  best' if better else ''}",
+        f"{speed:7.1f}{'  best' if better else ''}",
         flush=True,
     )
-    log_epoch(writer, training, args, run, order, logits, losses, train, chosen, seconds)
+    log_epoch(writers, training, args, run, order, logits, losses, train, chosen, speed)
 
 
 def describe(args, run, training, precision, train, chosen):
@@ -510,17 +536,17 @@ def finish(args, run, training, writer, device, precision):
 
 
 def fit(args, run, device, precision):
-    """Train one network to its end, or to where Ctrl-C leaves it to be resumed."""
+    """Train one network to its end, or to where a signal leaves it to be resumed."""
     path = model_path(args.models_dir, args.task, args.plane, run.suffix)
     state_path = path.with_suffix(".state")
     training = Training(args, run, device)
-    state = saved_state(args, run, state_path) if args.resume else None
-    if args.resume and state is None and is_finished(args, run, path):
+    resumed = args.resume and restore_state(args, run, training, state_path)
+    if args.resume and not resumed and is_finished(args, run, path):
         print(f"\nfinished before: {path}")
         return
-    if state is not None:
-        training.restore(state)
-        print(f"\nresumed {state_path} after epoch {training.epoch}")
+    if resumed:
+        steps = f" and {len(training.part['logits'])} steps" if training.part else ""
+        print(f"\nresumed {state_path} after epoch {training.epoch}{steps}")
     training.log_dir = training.log_dir or str(
         args.logs_dir / args.task / f"{args.plane}{run.suffix}" / f"{datetime.now():%Y%m%d-%H%M%S}"
     )
@@ -531,21 +557,32 @@ def fit(args, run, device, precision):
         write_checkpoint(state_path, content)
 
     keep_state()  # before the first model: a model without a state beside it is a finished one
-    purge = training.epoch + 1 if state is not None else None
-    with SummaryWriter(training.log_dir, purge_step=purge) as writer:
-        torch.manual_seed(random_state(run))
-        picture = exam_picture(run.train_set[0][0], args.intensity)
-        writer.add_image("an augmented training exam", picture)
+    # A killed run may have logged an epoch that it did not keep; TensorBoard forgets all from a
+    # step on. Epochs and exams count steps differently, so each has its own writer.
+    first = (training.epoch + 1, training.epoch * len(run.train_set) + 1)
+    epochs_from, exams_from = first if resumed else (None, None)
+    with (
+        engine.open_writer(training.log_dir, epochs_from) as writer,
+        engine.open_writer(f"{training.log_dir}/within-epoch", exams_from) as within,
+        engine.stop_after_step() as asked,
+    ):
+        if training.epoch == 0:
+            torch.manual_seed(random_state(run))
+            picture = exam_picture(run.train_set[0][0], args.intensity)
+            writer.add_image("an augmented training exam", picture, 1)
         print(
             f"\n{'epoch':>5}  {'train loss':>10}  {'train auc':>9}  {run.chosen_on + ' loss':>10}  "
             f"{run.chosen_on + ' auc':>9}  {'lr':>7}  {'seconds':>7}  {'exams/s':>7}"
         )
         try:
             while training.epoch < args.epochs and training.bad_epochs < args.patience:
-                one_epoch(training, args, run, device, precision, writer)
+                one_epoch(training, args, run, device, precision, (writer, within))
                 keep_state()
+                if asked:
+                    how = f"Go on with: {engine.command_to_resume()}"
+                    raise engine.Interrupted(asked[0], how)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("Go on with the same command and --resume") from None
+            raise KeyboardInterrupt(f"Go on with: {engine.command_to_resume()}") from None
         if training.bad_epochs >= args.patience:
             print(f"stopped: {run.chosen_on} loss has not improved for {args.patience} epochs")
         finish(args, run, training, writer, device, precision)
@@ -586,7 +623,8 @@ def main():
     for number, run in enumerate(runs, start=1):
         if len(runs) > 1:
             print(f"\n-- network {number} of {len(runs)}: seed {run.seed}, fold {run.fold}")
-        fit(args, run, device, precision)
+        with claimed(model_path(args.models_dir, args.task, args.plane, run.suffix)):
+            fit(args, run, device, precision)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
-from torch.utils.tensorboard import SummaryWriter
 
 import engine
 from checkpoint import (
@@ -42,11 +41,10 @@ from checkpoint import (
     stack_path,
     write_text,
 )
-from dataloader import PLANES, InputError, MRDataset
+from dataloader import PLANES, SPLITS, InputError, MRDataset
 from figures import reliability_figure, roc_figure
 from metrics import auc_difference, auc_interval, choose_threshold, summary
 
-SPLITS = ("train", "valid")
 STACK = "stack"
 
 
@@ -272,7 +270,7 @@ def save_figures(args, labels, scores):
         with atomic(path) as temporary:
             figure.savefig(temporary, format="png", dpi=120)
     log_dir = args.logs_dir / args.task / "stack" / f"{datetime.now():%Y%m%d-%H%M%S}"
-    with SummaryWriter(log_dir) as writer:
+    with engine.open_writer(log_dir) as writer:
         for name, figure in figures.items():
             writer.add_figure(name, figure)
         writer.add_pr_curve("precision-recall", labels["valid"], scores["valid"][STACK])

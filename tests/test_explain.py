@@ -1,17 +1,22 @@
 """explain.py: exact maps, the page as a browser shows it, the pointing game's geometry."""
 
+import base64
+import csv
 import importlib
 import importlib.util
+import io
 import json
 import re
 import shutil
 import sys
 
 import numpy as np
+import pydicom
 import pytest
 import torch
 from conftest import PLANES, ROOT, assert_one_line_error, run_script
 from PIL import Image
+from pydicom.uid import MRImageStorage
 
 import engine
 from dataloader import feed
@@ -188,6 +193,64 @@ def test_which_exam_in_one_line(trained, tmp_path):
     assert_one_line_error(
         run_script("explain.py", data, "--exam", "20", "--task", "cyst", *args[2:]), "cyst", "acl"
     )
+
+
+# --- from DICOM, as README says ------------------------------------------------------------------
+
+
+def write_dicom(data, exam_id, out):
+    """A phantom exam as a scanner would export it: three series, a file a slice, fine pixels."""
+    entry = json.loads((data / "lesions.json").read_text())[str(exam_id)]
+    for number, (plane, cut) in enumerate(entry["planes"].items(), start=1):
+        volume = np.load(data / entry["split"] / plane / f"{exam_id:04d}.npy")
+        # Unit vectors along slices, rows and columns of the volume, in DICOM's coordinates.
+        along = np.zeros((3, 3))
+        along[range(3), cut["axes"]] = cut["directions"]
+        start = np.zeros(3)
+        start[cut["axes"]] = np.array(cut["start_mm"]) * cut["directions"]
+        fine = volume.repeat(4, axis=1).repeat(4, axis=2)
+        start -= (along[1] + along[2]) * cut["step_mm"][1] * 3 / 8  # the middle of the first pixel
+        for i, image in enumerate(fine):
+            ds = pydicom.Dataset()
+            ds.SOPClassUID, ds.SOPInstanceUID = MRImageStorage, pydicom.uid.generate_uid()
+            ds.StudyInstanceUID, ds.SeriesInstanceUID = "1.2.3", f"1.2.3.{number}"
+            ds.PatientName, ds.PatientID, ds.Modality = "DOE^JOHN", "4711", "MR"
+            ds.SeriesNumber, ds.SeriesDescription = number, f"PD FS {plane}"
+            ds.ImageOrientationPatient = [*along[2], *along[1]]
+            position = start + i * cut["step_mm"][0] * along[0]
+            ds.ImagePositionPatient = [f"{v:.8g}" for v in position]
+            ds.PixelSpacing = [cut["step_mm"][1] / 4] * 2
+            ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+            ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 12, 11, 0
+            ds.Rows, ds.Columns = image.shape
+            ds.PixelData = (image.astype("<u2") * 7).tobytes()
+            ds.file_meta = pydicom.dataset.FileMetaDataset()
+            ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+            out.mkdir(parents=True, exist_ok=True)
+            ds.save_as(out / f"{number}-{i:03d}.dcm", enforce_file_format=True)
+    return out
+
+
+def test_readmes_commands_from_dicom_to_the_page(trained, tmp_path):
+    scan = write_dicom(trained[0] / "data", 20, tmp_path / "knee7")
+    models = ("--models-dir", trained[0] / "models")
+    done = run_script("predict.py", scan, "--out", tmp_path / "knee7.csv", *models)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = csv.DictReader((tmp_path / "knee7.csv").read_text().splitlines())
+    assert row["planes"] == "axial+coronal+sagittal" and row["verdict"]
+    done = run_script("explain.py", scan, "--task", "acl", "--out", tmp_path / "report", *models)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (page,) = (tmp_path / "report").glob("*.html")
+    planes = {plane["plane"]: plane for plane in content_of(page)["planes"]}
+    for plane in PLANES:  # the very slices of the exam, in their order
+        volume = np.load(trained[0] / "data" / "valid" / plane / "0020.npy")
+        assert len(planes[plane]["slices"]) == len(volume)
+        for uri, image in zip(planes[plane]["slices"], volume, strict=True):
+            picture = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
+            shown = np.asarray(picture.resize(image.shape[::-1]), float).ravel()
+            assert np.corrcoef(shown, image.ravel())[0, 1] > 0.97
+    text = page.read_text(encoding="utf-8")
+    assert "DOE" not in text and "4711" not in text
 
 
 # --- the page in a browser ------------------------------------------------------------------------

@@ -59,7 +59,9 @@ def test_tensorboard_holds_the_curves(trained):
     (run,) = (work / "logs" / "acl" / "axial").iterdir()
     events = EventAccumulator(str(run)).Reload()
     tags = events.Tags()
-    assert {"within-epoch/train-loss", "learning-rate", "exams-per-second"} <= set(tags["scalars"])
+    assert {"auc/valid", "learning-rate", "exams-per-second"} <= set(tags["scalars"])
+    within = EventAccumulator(str(run / "within-epoch")).Reload()
+    assert [p.step for p in within.Scalars("within-epoch/train-loss")][-1] == 40
     assert [point.step for point in events.Scalars("learning-rate")] == [1, 2]
     images = {"an augmented training exam", "roc", "heat map of a positive validation exam"}
     assert images <= set(tags["images"])

@@ -1,0 +1,63 @@
+"""benchmark.py: its baseline computes what the article's library did, and its table adds up."""
+
+import csv
+import importlib.util
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_one_line_error, run_script
+from scipy import ndimage
+
+spec = importlib.util.spec_from_file_location("benchmark", ROOT / "benchmark.py")
+benchmark = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(benchmark)
+
+
+@pytest.mark.parametrize("degrees, down, right", [(0, 3.5, -2.25), (17, 0, 0), (-25, 4, 6)])
+def test_baseline_resamples_as_scipy_does(degrees, down, right):
+    volume = np.random.default_rng(0).random((3, 40, 52), np.float32)
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    turn = np.array([[c, -s], [s, c]])
+    matrix = torch.tensor(np.column_stack([turn, [down, right]]), dtype=torch.float32)
+    ours = benchmark.bilinear_by_hand(torch.from_numpy(volume), matrix).numpy()
+    centre = (np.array(volume.shape[1:]) - 1) / 2
+    offset = centre - turn @ centre + (down, right)
+    theirs = [ndimage.affine_transform(v, turn, offset, order=1, mode="nearest") for v in volume]
+    # Away from the borders, where the library's clamping leaves the last row and column out.
+    rows, columns = np.mgrid[:40, :52]
+    source = np.tensordot(turn, [rows, columns], 1) + offset[:, None, None]
+    inside = ((source > 0) & (source < np.array([38, 50])[:, None, None])).all(axis=0)
+    assert inside.mean() > 0.5
+    np.testing.assert_allclose(ours[:, inside], np.array(theirs)[:, inside], atol=2e-5)
+
+
+def test_floor_counts_alexnets_operations():
+    """Multiply-adds of torchvision's AlexNet features at 256 x 256, layer by layer, by hand."""
+    layers = ((63, 3, 64, 11), (31, 64, 192, 5), (15, 192, 384, 3), (15, 384, 256, 3))
+    layers += ((15, 256, 256, 3),)
+    macs = [side**2 * fan_in * out * kernel**2 for side, fan_in, out, kernel in layers]
+    training, evaluation = benchmark.flops_a_slice()
+    assert evaluation == pytest.approx(2 * sum(macs), rel=1e-3)
+    # Backward: the gradients of weights and inputs, but the image needs none.
+    assert training == pytest.approx(2 * (3 * sum(macs) - macs[0]), rel=1e-3)
+
+
+def test_table_of_two_variants(tmp_path):
+    names = [benchmark.OURS, benchmark.ARTICLE]
+    done = run_script("benchmark.py", "--exams", 2, "--valid", 2, "--runs", 1, "--workers", 0,
+                      "--only", *names, "--out", tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("epoch-*.csv")
+    with open(path, newline="") as file:
+        rows = {row["variant"]: row for row in csv.DictReader(file)}
+    ours, article = (rows[name] for name in names)
+    ratio = float(article["epoch s"]) / float(ours["epoch s"])
+    assert float(ours["faster than article"]) == pytest.approx(ratio, rel=0.01)
+    assert any(name.startswith("floor") for name in rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_device_that_is_not_there():
+    assert_one_line_error(run_script("benchmark.py", "--device", "cuda"), "--device cpu")

@@ -1,0 +1,69 @@
+"""check.py: every fault at once, on a folder that has all of them."""
+
+import shutil
+
+import numpy as np
+import pytest
+from conftest import PLANES, run_script, write_exams
+
+
+def check(root):
+    return run_script("check.py", root)
+
+
+def test_sound_exams_have_no_fault(exams):
+    done = check(exams)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no faults" in done.stdout
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert ["acl", "train", "12", "4", "33", "%"] in rows
+    assert ["acl", "valid", "8", "3", "38", "%"] in rows  # ids 12 to 19: 12, 15, 18
+    assert any(row[:3] == ["axial", "train", "12"] and row[-1] == "64x64" for row in rows)
+
+
+def test_every_fault_at_once(exams):
+    write_exams(exams, task="cyst", train=11, valid=8)
+    (exams / "valid-cyst.csv").write_text("11,0\n12,0\n")
+    labels = exams / "train-acl.csv"
+    labels.write_text(labels.read_text() + "5,1\n12,0\n13,2\nx,1\n")
+    train, valid = exams / "train" / "axial", exams / "valid" / "axial"
+    (train / "0000.npy").unlink()
+    (train / "0001.npy").write_bytes((train / "0001.npy").read_bytes()[:-10])
+    np.save(train / "0002.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.save(train / "0003.npy", np.full((3, 64, 64), 0.5))
+    np.save(train / "0004.npy", np.zeros((64, 64), np.uint8))
+    np.save(train / "0005.npy", np.full((3, 64, 64), 7, np.uint8))
+    shutil.copy(train / "0006.npy", valid / "0013.npy")
+    np.save(train / "0099.npy", np.load(train / "0007.npy") + 1)
+    for plane in PLANES[1:]:
+        (exams / "valid" / plane / "0014.npy").unlink()
+
+    done = check(exams)
+    assert done.returncode == 2
+    lines = done.stdout.splitlines()
+    for words in (
+        ("axial/0000.npy", "no such volume"),
+        ("axial/0001.npy", "not a whole"),
+        ("axial/0002.npy", "not a whole"),
+        ("axial/0003.npy", "float64"),
+        ("axial/0004.npy", "2 dimensions"),
+        ("axial/0005.npy", "every voxel is 7"),
+        ("axial/0006.npy", "valid/axial/0013.npy", "LEAKS"),
+        ("axial/0099.npy", "no train CSV"),
+        ("0014.npy", "coronal, sagittal", "axial"),
+        ("train-acl.csv, line 13", "id 5", "twice"),
+        ("train-acl.csv, line 15", "'2'"),
+        ("train-acl.csv, line 16", "whole-number id"),
+        ("valid-acl.csv", "also in train-acl.csv", "12"),
+        ("valid-cyst.csv", "one class only"),
+        ("valid-cyst.csv", "lacks"),
+    ):
+        assert any(all(word in line for word in words) for line in lines), words
+    assert "faults" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["none", "empty"])
+def test_no_data_in_one_line(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    done = check(tmp_path / name)
+    assert done.returncode == 2 and "phantom" in done.stderr and done.stdout == ""

@@ -1,0 +1,302 @@
+"""Nothing is lost: real processes, real signals, a real full disk; see docs/reliability.md."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import PLANES, ROOT, assert_one_line_error, run_script, write_exams
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import engine
+from checkpoint import claimed, load_model, read_checkpoint
+
+RECIPE = ("--task", "acl", "--plane", "axial", "--no-pretrained", "--lr", "1e-4", "--log-every",
+          "5", "--patience", "99", "--precision", "fp32")  # fmt: skip
+
+
+def arguments(work, *more, models="models"):
+    return [*RECIPE, "--data-dir", work / "data", "--models-dir", work / models, "--logs-dir",
+            work / f"{models}-logs", *more]  # fmt: skip
+
+
+@pytest.fixture
+def work(tmp_path):
+    write_exams(tmp_path / "data")
+    return tmp_path
+
+
+def model_of(work, models="models"):
+    return torch.load(work / models / "acl-axial.pt", weights_only=True)
+
+
+def assert_same_training(one, two):
+    assert one["about"]["metrics"] == two["about"]["metrics"]
+    assert one["about"]["epoch"] == two["about"]["epoch"]
+    assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
+
+
+# --- kills ----------------------------------------------------------------------------------------
+
+# Imports once, then forks a real process for each run: importing torch takes longer than training.
+LAUNCHER = """
+import os, resource, runpy, signal, sys
+import train
+sys.modules.pop("train")
+for line in sys.stdin:
+    output, limit, *argv = line.rstrip("\\n").split("\\t")
+    child = os.fork()
+    if not child:
+        signal.alarm(120)
+        out = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(out, 1), os.dup2(out, 2)
+        os.setsid()
+        if limit != "-":
+            used = 4096 * int(open("/proc/self/statm").read().split()[0])
+            resource.setrlimit(resource.RLIMIT_AS, (used + int(limit),) * 2)
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Launcher:
+    """Runs train.py in processes that start in a moment."""
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def start(self, output, argv, limit="-"):
+        """-> process id."""
+        words = [str(output), str(limit), str(ROOT / "train.py"), *map(str, argv)]
+        self.process.stdin.write("\t".join(words) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def wait(self):
+        """-> exit status, negative for a signal."""
+        return int(self.process.stdout.readline())
+
+    def run(self, output, argv, limit="-"):
+        self.start(output, argv, limit)
+        return self.wait()
+
+
+@pytest.fixture(scope="module")
+def launcher():
+    one = Launcher()
+    yield one
+    one.process.stdin.close()
+    one.process.wait()
+
+
+def epochs_said(text):
+    """[(epoch, whether it was the best), ...] of a run's lines."""
+    lines = re.findall(r"^ +(\d+) .*?( best)?$", text, re.M)
+    return [(int(epoch), bool(best)) for epoch, best in lines]
+
+
+KILLS, EPOCHS = 50, 40
+
+
+def test_fifty_kills_lose_nothing(work, launcher):
+    """SIGKILL at random moments, within epochs and while files are written, then to the end."""
+    assert (
+        launcher.run(work / "whole.txt", arguments(work, "--epochs", EPOCHS, models="whole")) == 0
+    )
+    argv = arguments(work, "--epochs", EPOCHS, "--resume")
+    moments, kills, done, best = random.Random(0), 0, 0, 0
+    path = work / "models" / "acl-axial.pt"
+    while kills < KILLS:
+        output = work / f"run{kills}.txt"
+        child = launcher.start(output, argv)
+        time.sleep(moments.uniform(0.0, 0.8))
+        os.kill(child, signal.SIGKILL)
+        assert launcher.wait() == -signal.SIGKILL
+        kills += 1
+        said = epochs_said(output.read_text()) if output.exists() else []
+        if said:
+            assert said[0][0] in (done, done + 1)  # at most one epoch is repeated
+            done = said[-1][0]
+            best = max([best, *(epoch for epoch, is_best in said if is_best)])
+        if done == EPOCHS:  # it must not finish before it was killed often enough
+            shutil.rmtree(work / "models")
+            shutil.rmtree(work / "models-logs")
+            done = best = 0
+        if best:
+            assert load_model(path)[1]["epoch"] >= best
+        if path.with_suffix(".state").exists():
+            read_checkpoint(path.with_suffix(".state"), wanted="mrnet-training-1")
+    assert launcher.run(work / "last.txt", argv) == 0
+    assert_same_training(model_of(work), model_of(work, "whole"))
+    assert not list((work / "models").glob(".*.tmp")) and not list(path.parent.glob("*.state"))
+    (log,) = (work / "models-logs" / "acl" / "axial").iterdir()
+    for folder, tag in ((log, "auc/train"), (log / "within-epoch", "within-epoch/train-loss")):
+        steps = [point.step for point in EventAccumulator(str(folder)).Reload().Scalars(tag)]
+        assert len(steps) == len(set(steps)) and steps == sorted(steps)
+    assert steps[-1] == EPOCHS * 12
+
+
+# --- signals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_and_saves(work, monkeypatch, number, status):
+    """Sent to the process in the seventh of twelve steps of the second epoch."""
+    assert run_script("train.py", *arguments(work, "--epochs", 3, models="whole")).returncode == 0
+    steps, real = [], engine.training_step
+
+    def step(*args):
+        steps.append(1)
+        if len(steps) == 12 + 7:
+            os.kill(os.getpid(), number)
+        return real(*args)
+
+    monkeypatch.setattr(engine, "training_step", step)
+    done = run_script("train.py", *arguments(work, "--epochs", 3))
+    assert done.returncode == status and len(steps) == 19
+    assert "--epochs 3 --resume" in done.stderr.splitlines()[-1]
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    done = run_script("train.py", *arguments(work, "--epochs", 3, "--resume"))
+    assert done.returncode == 0 and "after epoch 1 and 7 steps" in done.stdout
+    assert len(steps) == 36  # none was repeated
+    assert_same_training(model_of(work), model_of(work, "whole"))
+
+
+def test_a_second_signal_stops_at_once(work, launcher):
+    child = launcher.start(work / "out.txt", arguments(work, "--epochs", 10_000))
+    deadline = time.monotonic() + 60
+    while not (work / "models" / "acl-axial.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(child, signal.SIGTERM)
+    os.kill(child, signal.SIGTERM)
+    assert launcher.wait() in (-signal.SIGTERM, 143)
+    load_model(work / "models" / "acl-axial.pt")
+
+
+def test_reproduce_passes_a_signal_on_and_repeats_nothing(work):
+    """Interrupted in its second plane, started again: the first plane is not trained again."""
+    recipe = ["--no-pretrained", "--epochs", "2", "--lr", "1e-4"]
+    files = ("--data-dir", work / "data", "--models-dir", work / "models", "--logs-dir",
+             work / "logs")  # fmt: skip
+    command = [sys.executable, ROOT / "reproduce.py", *files, "--", *recipe]
+    first = subprocess.Popen(
+        [*map(str, command)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while not (work / "models" / "acl-coronal.state").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    first.send_signal(signal.SIGINT)
+    _, said = first.communicate(timeout=120)
+    assert first.returncode == 130 and "Start it again" in said
+    axial = (work / "models" / "acl-axial.pt").read_bytes()
+    done = run_script("reproduce.py", *files, "--", *recipe)
+    assert done.returncode == 0, done.stderr
+    assert (work / "models" / "acl-axial.pt").read_bytes() == axial
+    table = (work / "models" / "results.md").read_text()
+    for words in ("ours, stack", "optimistic", "Bien et al.", "0.965", "0.95"):
+        assert words in table
+    assert all((work / "models" / f"acl-{plane}.pt").exists() for plane in PLANES)
+
+
+# --- resources ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 45 MB: room for one model and one state, not for a second state."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=45m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_in_one_line_and_keeps_the_best(work, small_disk):
+    more = ("--models-dir", small_disk, "--epochs", 3)
+    done = run_script("train.py", *arguments(work), *more)
+    assert_one_line_error(done, "No space left on device", status=1)
+    assert load_model(small_disk / "acl-axial.pt")[1]["epoch"] == 1
+    assert not list(small_disk.glob(".*.tmp"))
+    # With room again it goes on, to the same end.
+    shutil.copytree(small_disk, work / "models")
+    assert run_script("train.py", *arguments(work, "--epochs", 3, "--resume")).returncode == 0
+    run_script("train.py", *arguments(work, "--epochs", 3, models="whole"))
+    assert_same_training(model_of(work), model_of(work, "whole"))
+
+
+def test_out_of_memory_in_one_line(tmp_path, launcher):
+    work = tmp_path
+    write_exams(work / "data", size=256)
+    for path in (work / "data").glob("*/axial/*.npy"):
+        np.save(path, np.zeros((120, 256, 256), np.uint8))
+    argv = arguments(work, "--epochs", 1, "--cache", "disk")
+    assert launcher.run(work / "out.txt", argv, limit=100_000_000) == 1
+    last = (work / "out.txt").read_text().splitlines()[-1]
+    assert "out of memory" in last and "--cache disk" in last
+
+
+def test_logs_that_cannot_be_written(work):
+    (work / "models-logs").write_text("a file where the folder should be")
+    done = run_script("train.py", *arguments(work, "--epochs", 1))
+    assert done.returncode == 0 and "NONE" in done.stdout and done.stderr == ""
+    assert (work / "models" / "acl-axial.pt").exists()
+
+
+def test_two_runs_of_one_model(work):
+    with claimed(work / "models" / "acl-axial.pt"):
+        done = run_script("train.py", *arguments(work, "--epochs", 1))
+        assert_one_line_error(done, "acl-axial.pt", "another run", "--models-dir")
+    assert run_script("train.py", *arguments(work, "--epochs", 1)).returncode == 0
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_data_that_disappear_while_training(work, monkeypatch, everything):
+    steps, real = [], engine.training_step
+
+    def step(*args):
+        steps.append(1)
+        if len(steps) == 14:
+            folder = work / "data" / "train" / "axial"
+            shutil.rmtree(folder) if everything else (folder / "0005.npy").unlink()
+        return real(*args)
+
+    monkeypatch.setattr(engine, "training_step", step)
+    done = run_script("train.py", *arguments(work, "--epochs", 3, "--cache", "disk"))
+    assert_one_line_error(done, ".npy", "no such volume")
+    assert load_model(work / "models" / "acl-axial.pt")[1]["epoch"] == 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "other", "parts"])
+def test_a_damaged_state_is_named(work, monkeypatch, damage):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "predict", interrupt)
+        assert run_script("train.py", *arguments(work)).returncode == 130
+    path = work / "models" / "acl-axial.state"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif damage == "other":
+        torch.save({"format": "mrnet-training-0"}, path)
+    else:
+        content = read_checkpoint(path, wanted="mrnet-training-1")
+        del content["training"]["optimizer"]
+        torch.save(content, path)
+    done = run_script("train.py", *arguments(work, "--resume"))
+    assert_one_line_error(done, "acl-axial.state")
