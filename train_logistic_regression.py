@@ -126,9 +126,7 @@ def predict_plane(args, plane, seed, sets, device, precision):
     valid = np.zeros(len(valid_set))
     members = members_of(args, plane, seed)
     for path in members:
-        model, about = load_model(path)
-        if about["task"] != args.task or about["plane"] != plane:
-            raise InputError(f"{path}: is a model of {about['task']}, {about['plane']}; rename it")
+        model, about = load_model(path, args.task, plane)
         if about["data"]["valid"] != valid_set.fingerprint():
             raise InputError(
                 f"{path}: was trained beside other validation exams than {args.data_dir} holds; "

@@ -12,7 +12,16 @@ from checkpoint import ArrayUnpickler, atomic, load_model, save_model
 from dataloader import InputError
 from model import MRNet
 
-ABOUT = {"task": "acl", "plane": "axial", "intensity": "standardized", "epoch": 3}
+ABOUT = {
+    "task": "acl",
+    "plane": "axial",
+    "intensity": "standardized",
+    "protocol": "article",
+    "epoch": 3,
+    "held_out": [],
+    "data": {"valid": "0123456789abcdef"},
+    "metrics": {},
+}
 
 
 class Hostile:

@@ -295,3 +295,25 @@ def test_folds_and_seeds_stack_out_of_fold(exams):
 
 def test_more_folds_than_the_rarer_class_has_exams(exams):
     assert_one_line_error(train(exams, "--folds", "5"), "5 folds", "at most 4")
+
+
+def test_compare_two_runs(trained, tmp_path):
+    first = trained[0] / "models" / "acl-predictions.csv"
+    rows = list(csv.DictReader(first.read_text().splitlines()))
+    for row in rows:  # a perfect axial plane; the others as they were
+        row["axial"] = row["label"]
+    second = tmp_path / "p.csv"
+    with open(second, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    done = run_script("compare.py", first, second)
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line for line in done.stdout.splitlines()[2:]}
+    valid = [row for row in rows if row["split"] == "valid"]
+    labels = [int(row["label"]) for row in valid]
+    stack = roc_auc_score(labels, [float(row["stack"]) for row in valid])
+    assert f"{stack:.4f}" in lines["stack"] and "+0.0000" in lines["stack"]
+    assert "1.0000" in lines["axial"]
+    second.write_text("split,id\nvalid,1\n")
+    assert_one_line_error(run_script("compare.py", first, second), "p.csv", "predictions")

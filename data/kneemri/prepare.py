@@ -142,6 +142,7 @@ def read_pck(path):
         volume = content.array()
     except Exception as error:  # a damaged pickle can raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        reason = "".join(c for c in reason if c.isprintable())
         raise InputError(f"{path}: refused, {reason}; unpack the archive again") from None
     if volume.ndim != 3 or min(volume.shape) < 1 or max(volume.shape) > MAX_SIDE:
         raise InputError(f"{path}: shape {volume.shape}, expected (s, H, W); unpack it again")

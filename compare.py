@@ -1,0 +1,83 @@
+"""Compare two sets of predictions for the same exams: is one better, or is it chance?
+
+    python compare.py models/acl-predictions.csv other/acl-predictions.csv
+    python compare.py a.csv b.csv --names article out-of-fold
+
+Reads the CSVs that train_logistic_regression.py writes and prints, for each plane and the stack,
+the validation AUC of both, their difference with its 95 % interval and p (paired DeLong), and both
+Brier scores. A root file of its own: no other script reads two runs.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+import numpy as np
+
+import engine
+from dataloader import PLANES, InputError
+from metrics import auc_difference, brier, roc_auc
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("first", type=Path, help="<task>-predictions.csv of one run")
+    parser.add_argument("second", type=Path, help="of another run, on the same exams")
+    parser.add_argument("--names", nargs=2, default=("first", "second"), help="for the table")
+    parser.add_argument("--split", choices=("valid", "train"), default="valid")
+    return parser.parse_args()
+
+
+def read_predictions(path, split):
+    """One split of a predictions.csv.
+
+    Returns:
+        ids, labels float64 (n,), and {name: probabilities float64 (n,)}, sorted by id.
+
+    Raises:
+        InputError: not such a file.
+    """
+    names = (*PLANES, "stack")
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = sorted(
+                (row for row in csv.DictReader(file) if row["split"] == split),
+                key=lambda row: row["id"],
+            )
+        labels = np.array([float(row["label"]) for row in rows])
+        scores = {name: np.array([float(row[name]) for row in rows]) for name in names}
+        if not rows or not all(np.isfinite(values).all() for values in scores.values()):
+            raise ValueError
+    except (OSError, KeyError, TypeError, ValueError, csv.Error):
+        raise InputError(
+            f"{path}: not predictions with {split} exams; train_logistic_regression.py writes them"
+        ) from None
+    return [row["id"] for row in rows], labels, scores
+
+
+def main():
+    args = parse_arguments()
+    ids, labels, first = read_predictions(args.first, args.split)
+    other_ids, other_labels, second = read_predictions(args.second, args.split)
+    if ids != other_ids or (labels != other_labels).any():
+        raise InputError(f"{args.second}: other exams or labels than {args.first}; compare alike")
+    a, b = (name[:12] for name in args.names)
+    print(f"{len(labels)} {args.split} exams, {int(labels.sum())} positive")
+    print(
+        f"{'':<9} {'AUC ' + a:>17} {'AUC ' + b:>17}  {'difference [95 %]':>25} {'p':>6} "
+        f"{'Brier ' + a:>19} {'Brier ' + b:>19}"
+    )
+    for name in first:
+        gain = auc_difference(labels, second[name], first[name])
+        said = f"{gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
+        print(
+            f"{name:<9} {roc_auc(labels, first[name]):17.4f} {roc_auc(labels, second[name]):17.4f}"
+            f"  {said:>25} {gain.p:6.2f} {brier(labels, first[name]):19.4f} "
+            f"{brier(labels, second[name]):19.4f}"
+        )
+
+
+if __name__ == "__main__":
+    engine.run(main)

@@ -1,0 +1,274 @@
+"""Every reader of foreign files on damaged and hostile ones: one line, no traceback, no code run.
+
+python -m pytest tests/test_fuzz.py                        # half a minute, the same each time
+FUZZ_INPUTS=20000 python -m pytest tests/test_fuzz.py      # longer, other inputs each time
+"""
+
+import importlib.util
+import io
+import json
+import os
+import pickle
+import resource
+import sys
+import time
+import zipfile
+from collections import Counter
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydicom.data import get_testdata_file
+
+import engine
+from checkpoint import COMBINATIONS, FORMAT, STACK_FORMAT, load_model, load_stack, read_checkpoint
+from dataloader import InputError, read_labels, read_volume
+from model import MRNet
+
+
+def script(path, name):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+predict = script("predict.py", "predict")
+explain = script("explain.py", "explain")
+dicom = script("data/dicom/prepare.py", "dicom_prepare")
+kneemri = script("data/kneemri/prepare.py", "kneemri_prepare")
+
+BY_HAND = "FUZZ_INPUTS" in os.environ
+INPUTS = int(os.environ.get("FUZZ_INPUTS", 6000))  # of all readers together
+LONGEST, MOST = 5.0, 1e9  # seconds for one input, bytes that all of them may take
+PROOF = ROOT / "tests" / ".a-file-ran-code"
+
+
+class Evil:
+    """Leaves PROOF when it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, (f"touch {PROOF}",)
+
+
+# --- whole files to start from, sound and hostile -------------------------------------------------
+
+
+def saved(content):
+    data = io.BytesIO()
+    torch.save(content, data)
+    return data.getvalue()
+
+
+def npy(array, **more):
+    data = io.BytesIO()
+    np.save(data, array, **more)
+    return data.getvalue()
+
+
+def headed(shape, descr="|u1"):
+    """A .npy of a few bytes whose header claims `shape`."""
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + b"\x00" * 99
+
+
+def hostile_archive():
+    """A saved model whose pickle calls os.system."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Evil(), protocol=2))
+        archive.writestr("archive/version", "3\n")
+    return data.getvalue()
+
+
+ABOUT = {"task": "acl", "plane": "axial", "intensity": "raw", "protocol": "article", "epoch": 3}
+ABOUT |= {"held_out": [], "data": {"valid": "0"}, "metrics": {}}
+VOLUME = np.arange(2 * 64 * 64, dtype=np.uint8).reshape(2, 64, 64)
+STACK = {
+    "format": STACK_FORMAT,
+    "task": "acl",
+    "features": "logit",
+    "members": {"axial": ["acl-axial.pt"]},
+    "combinations": {
+        planes: {"coefficients": [1.5] * len(planes.split("+")), "intercept": 0.2, "threshold": 0.5}
+        for planes in COMBINATIONS
+    },
+}
+METADATA = (
+    "examId,seriesNo,aclDiagnosis,kneeLR,roiX,roiY,roiZ,roiHeight,roiWidth,roiDepth,volumeFilename\n"
+    "1,2,0,1,3,4,5,6,7,8,1-2.pck\n2,2,2,0,3,4,5,6,7,8,2-2.pck\n"
+)
+ROW = {
+    "exam": "7",
+    "split": "valid",
+    "task": "acl",
+    "axial": 0.25,
+    "stack": 0.5,
+    "planes": ["axial"],
+}
+
+
+def nifti():
+    voxels = np.arange(6 * 8 * 8, dtype=np.int16).reshape(6, 8, 8)
+    return nibabel.Nifti1Image(voxels, np.diag([4.0, 0.6, 0.6, 1.0])).to_bytes()
+
+
+def mr_slice(k, name="MR_small.dcm"):
+    """Slice k of a series made of one real slice, as a DICOM file."""
+    ds = pydicom.dcmread(get_testdata_file(name))
+    ds.ImagePositionPatient = [-10, -10, 3.0 * k]
+    data = io.BytesIO()
+    ds.save_as(data)
+    return data.getvalue()
+
+
+# --- readers: what they start from, and how a file of bytes is read -------------------------------
+
+
+def read_csv_of_labels(path):
+    (path.parent / "train-x.csv").write_bytes(path.read_bytes())
+    (path.parent / "valid-x.csv").write_text("1,0\n2,1\n")
+    read_labels(path.parent, "x", "train")
+
+
+def read_stack(path):
+    (path.parent / "acl-stack.json").write_bytes(path.read_bytes())
+    stack = load_stack(path.parent, "acl")
+    for planes in stack["combinations"]:
+        columns = {plane: np.array([0.3]) for plane in planes.split("+")}
+        engine.combine(stack, columns)
+
+
+def read_lesions(path):
+    (path.parent / "lesions.json").write_bytes(path.read_bytes())
+    explain.read_lesions(path.parent)
+
+
+def read_scan(path):
+    """A file among those of an exam; data/dicom/prepare.py returns a status and prints lines."""
+    scan = path.parent / "scan"
+    if not scan.exists():
+        scan.mkdir()
+        for k in range(5 if path.suffix == ".dcm" else 0):
+            (scan / f"{k}.dcm").write_bytes(mr_slice(k))
+    path.replace(scan / path.name)
+    if dicom.main([str(scan), str(path.parent / "out"), "--overwrite"]) == 2:
+        raise InputError("refused")
+
+
+READERS = {
+    "volume": (
+        [npy(VOLUME), npy(VOLUME.astype(float)), npy(np.array([Evil()], object), allow_pickle=True),
+         headed("(99999, 99999, 99999)"), headed("(1, 64, 64)", "|O"), pickle.dumps(Evil())],
+        read_volume,
+    ),
+    "labels": ([b"0,1\n1,0\n0002,1\n", "\ufeff1,0\r\n2,1\r\n".encode()], read_csv_of_labels),
+    "model": (
+        [saved({"format": FORMAT, "model": MRNet().state_dict(), "about": ABOUT}),
+         saved({"format": FORMAT, "model": {}, "about": ABOUT}), hostile_archive(), saved(Evil())],
+        load_model,
+    ),
+    "state": (
+        [saved({"format": "mrnet-training-1", "training": {"part": torch.zeros(3)}}),
+         hostile_archive()],
+        lambda path: read_checkpoint(path, "mrnet-training-1"),
+    ),
+    "stack": ([json.dumps(STACK).encode()], read_stack),
+    "lesions": ([b'{"7": {"planes": {}, "lesions": []}}'], read_lesions),
+    "predictions": (
+        [predict.csv_line(predict.COLUMNS).encode() + b"7,valid,acl,,,,,,,,,\n" * 3],
+        lambda path: predict.finished_exams(path, ["acl"], False),
+    ),
+    "json predictions": (
+        [(json.dumps(dict.fromkeys(predict.COLUMNS) | ROW) + "\n").encode() * 3],
+        lambda path: predict.finished_exams(path, ["acl"], True),
+    ),
+    "pck": (
+        [pickle.dumps(VOLUME.astype(np.int16), protocol=p) for p in (0, 2, 4, 5)]
+        + [pickle.dumps(Evil(), protocol=p) for p in (0, 4)],
+        kneemri.read_pck,
+    ),
+    "metadata": ([METADATA.encode()], kneemri.read_metadata),
+    "dicom": (
+        [mr_slice(5, name) for name in ("MR_small.dcm", "MR_small_RLE.dcm",
+         "MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm")],
+        read_scan,
+    ),
+    "nifti": ([nifti()], read_scan),
+}  # fmt: skip
+SUFFIX = {"dicom": ".dcm", "nifti": ".nii", "volume": ".npy"}
+REFUSALS = (InputError, kneemri.InputError)
+
+
+PUT = (b"\x00", b"\xff" * 8, b"9" * 30, b"\n", b'"', b"{", b"nan", b"-1")
+EDITS = st.lists(
+    st.tuples(
+        st.sampled_from(["set", "cut", "double", "put", "end"]),
+        st.integers(0, 3000),  # bytes from the start, or from the end
+        st.booleans(),
+        st.integers(1, 12),  # bytes concerned
+        st.one_of(st.sampled_from(PUT), st.binary(min_size=1, max_size=12)),
+    ),
+    max_size=6,
+)
+
+
+def mutate(whole, edits):
+    """A file with bytes near either end changed, cut out, doubled or put in."""
+    data = bytearray(whole)
+    for kind, place, from_end, some, new in edits:
+        place = len(data) - place if from_end else place
+        place = min(max(place, 0), len(data))
+        if kind == "set":
+            data[place : place + len(new)] = new
+        elif kind == "cut":
+            del data[place : place + some]
+        elif kind == "double":
+            data[place:place] = data[place : place + some] * (500 if some > 8 else 1)
+        elif kind == "put":
+            data[place:place] = new
+        else:
+            del data[place:]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_damaged_and_hostile_files(name, tmp_path, monkeypatch, capsys):
+    wholes, read = READERS[name]
+    path = tmp_path / f"fuzzed{SUFFIX.get(name, '')}"
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # waiting for the disk takes longest
+    outcomes, before = Counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    @settings(
+        max_examples=-(-INPUTS // len(READERS)),
+        deadline=None,
+        database=None,
+        derandomize=not BY_HAND,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.integers(0, len(wholes)), EDITS, st.binary(max_size=300))
+    def one(which, edits, anything):
+        path.write_bytes(mutate(wholes[which], edits) if which < len(wholes) else anything)
+        began = time.monotonic()
+        try:
+            read(path)
+            outcomes["read"] += 1
+        except REFUSALS as error:
+            assert len(str(error).splitlines()) == 1 and str(error).isprintable(), repr(str(error))
+            outcomes["refused"] += 1
+        assert time.monotonic() - began < LONGEST
+
+    one()
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    capsys.readouterr()
+    print(f"{name}: {sum(outcomes.values())} inputs, {dict(outcomes)}, {used / 1e6:.0f} MB more")
+    assert outcomes["refused"] and outcomes["read"], "the mutants test nothing"
+    assert used < MOST
+    assert not PROOF.exists(), "a file ran code"
