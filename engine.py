@@ -238,7 +238,8 @@ def start_up(args, device, precision):
     print(f"device     {device} ({device_name(device)}), {precision}")
     print(f"versions   {said}")
     print(f"commit     {git_sha()}")
-    print("arguments  " + " ".join(f"{k}={v}" for k, v in sorted(vars(args).items())))
+    plain = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in vars(args).items()}
+    print("arguments  " + " ".join(f"{k}={v}" for k, v in sorted(plain.items())))
 
 
 def progress(items, what, total=None):

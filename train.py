@@ -369,18 +369,8 @@ def restore_state(args, run, training, path):
         return False
     state = read_checkpoint(path, wanted=STATE_FORMAT)
     try:
-        mine, theirs = recipe_of(args), state["recipe"]
         # More epochs than were asked for at first are welcome; the finished ones stay as they are.
-        other = [name for name in mine if name != "epochs" and mine[name] != theirs.get(name)]
-        if other:
-            said = ", ".join(f"--{name.replace('_', '-')} {theirs.get(name)}" for name in other)
-            raise InputError(
-                f"{path}: was trained with {said}; resume with the same arguments, or delete it"
-            )
-        if state["data"] != fingerprints(run):
-            raise InputError(
-                f"{path}: was trained on other exams; delete it, or start without --resume"
-            )
+        check_same(args, run, path, state["recipe"], state["data"], but=["epochs"])
         training.restore(state["training"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError):
         raise InputError(f"{path}: lacks parts of a training; delete it and train again") from None
@@ -397,11 +387,34 @@ def fingerprints(run):
 
 
 def is_finished(args, run, path):
-    """Whether this very training ran to its end before."""
+    """Whether this very training ran to its end before.
+
+    Raises:
+        InputError: another training did, whose model must not be overwritten by resuming.
+    """
     if not path.is_file():
         return False
     _, about = load_model(path)
-    return about.get("arguments") == recipe_of(args) and about.get("data") == fingerprints(run)
+    check_same(args, run, path, about.get("arguments"), about["data"])
+    return True
+
+
+def check_same(args, run, path, recipe, data, but=()):
+    """Refuse to go on from `path` if it was made with other arguments or from other exams."""
+    mine = recipe_of(args)
+    recipe = recipe if isinstance(recipe, dict) else {}
+    other = [name for name in mine if name not in but and mine[name] != recipe.get(name)]
+    if other:
+        said = ", ".join(f"--{name.replace('_', '-')} {recipe.get(name)}" for name in other)
+        raise InputError(
+            f"{path}: was trained with {said}; resume with the same arguments, give another "
+            "--models-dir, or leave out --resume to train it again"
+        )
+    if data != fingerprints(run):
+        raise InputError(
+            f"{path}: was trained on other exams; give another --models-dir, or leave out --resume "
+            "to train it again"
+        )
 
 
 def log_epoch(writers, training, args, run, order, logits, losses, train, chosen, speed):
@@ -619,6 +632,12 @@ def main():
         print(
             f"{exams.split:<10} {len(exams)} exams, {int(exams.labels.sum())} positive, "
             f"{min(slices)} to {max(slices)} slices"
+        )
+    both = set(train_set.ids) & set(valid_set.ids)
+    if both:
+        print(
+            f"WARNING    {len(both)} ids are in both splits; if they are the same exams, no "
+            f"validation figure means anything: python check.py {args.data_dir} compares the voxels"
         )
     print("class weights  negative {:g}, positive {:.3f}".format(*train_set.class_weights))
     if not args.pretrained:

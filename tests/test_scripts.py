@@ -146,6 +146,17 @@ def train(exams, *more):
     )
 
 
+def test_ids_in_both_splits_are_warned_of(exams):
+    assert "WARNING" not in train(exams, "--epochs", "1").stdout
+    rows = (exams / "valid-acl.csv").read_text()
+    (exams / "valid-acl.csv").write_text(rows + "3,1\n")
+    for plane in PLANES:
+        source = exams / "train" / plane / "0003.npy"
+        shutil.copy(source, exams / "valid" / plane / "0003.npy")
+    done = train(exams, "--epochs", "1")
+    assert done.returncode == 0 and "1 ids are in both splits" in done.stdout
+
+
 def test_unknown_task_in_one_line(exams):
     assert_one_line_error(train(exams, "--task", "cyst"), "cyst", "acl")
 
@@ -226,7 +237,12 @@ def test_resume_starts_where_there_is_nothing_and_repeats_nothing(exams):
     done = train(exams, "--resume")
     assert "finished before" in done.stdout and "epoch  " not in done.stdout
     assert (exams.parent / "models" / "acl-axial.pt").read_bytes() == before
-    assert "finished before" not in train(exams, "--resume", "--seed", "1").stdout
+    # Resuming never trains over a model of other arguments; not resuming does.
+    done = train(exams, "--resume", "--seed", "1")
+    assert_one_line_error(done, "acl-axial.pt", "--seed 0", "--models-dir")
+    assert (exams.parent / "models" / "acl-axial.pt").read_bytes() == before
+    assert train(exams, "--seed", "1").returncode == 0
+    assert (exams.parent / "models" / "acl-axial.pt").read_bytes() != before
 
 
 def test_resume_refuses_other_arguments(exams, monkeypatch):
