@@ -37,7 +37,7 @@ bench: $(VENV:%=%/installed)
 	$(PY) benchmark.py
 	$(PY) benchmark.py --growth
 
-reproduce: $(VENV:%=%/installed)
+reproduce: $(VENV:%=%/installed) $(if $(filter $(PHANTOM),$(DATA)),$(PHANTOM)/valid-acl.csv)
 	$(PY) reproduce.py --data-dir $(DATA) $(if $(ARGS),-- $(ARGS))
 
 test: $(VENV:%=%/installed-dev)

@@ -73,9 +73,20 @@ def atomic(path):
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~UMASK)
         os.replace(temporary, path)
+        flush_folder(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def flush_folder(folder):
+    """Flush a folder, so that a renamed file keeps its name over a power loss."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 UMASK = os.umask(0)
@@ -98,6 +109,10 @@ def read_checkpoint(path, wanted=FORMAT):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such saved model") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except PermissionError:
+        raise InputError(f"{path}: may not be read; change its permissions") from None
     except Exception as error:  # a damaged archive raises many kinds, none of them ours
         raise InputError(
             f"{path}: damaged, or not a saved model ({one_line(error)}); delete it and train again"
@@ -309,8 +324,8 @@ def load_stack(models_dir, task):
 
     Returns:
         dict with at least `task`; `features`, "probability" or "logit"; `members`, the file names
-        of each plane's networks; and `combinations`, for each set of planes ("axial+sagittal")
-        its `coefficients`, `intercept` and `threshold`.
+        of each plane's networks; `digests`, the SHA-256 of each of these files; and `combinations`,
+        for each set of planes ("axial+sagittal") its `coefficients`, `intercept` and `threshold`.
 
     Raises:
         InputError: missing, damaged, or not a stack of this task.
@@ -325,6 +340,7 @@ def load_stack(models_dir, task):
             and stack["combinations"].keys() == COMBINATIONS
             and all(is_combination(planes, c) for planes, c in stack["combinations"].items())
             and stack["members"].keys() <= set(PLANES)
+            and isinstance(stack["digests"], dict)
             and all(is_member(f) for files in stack["members"].values() for f in files)
         )
     except FileNotFoundError:
@@ -337,6 +353,11 @@ def load_stack(models_dir, task):
     if not whole:
         raise InputError(f"{path}: damaged, or not a stack of {task}; make it again")
     return stack
+
+
+def digest_of(path):
+    """SHA-256 of a file, hexadecimal: a stack knows by it the networks that it was fitted on."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def is_combination(planes, content):
@@ -399,5 +420,11 @@ def load_task(models_dir, task, device="cpu"):
     networks = {}
     for plane in paths:
         loaded = [load_model(path, task, plane) for path in paths[plane]]
+        for path in paths[plane] if stack else ():
+            if stack["digests"].get(path.name) != digest_of(path):
+                raise InputError(
+                    f"{path}: trained again after the stack was fitted; run python "
+                    f"train_logistic_regression.py --task {task} with the arguments of before"
+                )
         networks[plane] = [(model.to(device), about["intensity"]) for model, about in loaded]
     return TaskModels(task, networks, stack)

@@ -66,7 +66,7 @@ def main():
     a, b = (name[:12] for name in args.names)
     print(f"{len(labels)} {args.split} exams, {int(labels.sum())} positive")
     print(
-        f"{'':<9} {'AUC ' + a:>17} {'AUC ' + b:>17}  {'difference [95 %]':>25} {'p':>6} "
+        f"{'':<9} {'AUC ' + a:>17} {'AUC ' + b:>17}  {'second - first [95 %]':>25} {'p':>6} "
         f"{'Brier ' + a:>19} {'Brier ' + b:>19}"
     )
     for name in first:

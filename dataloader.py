@@ -167,7 +167,7 @@ def read_volume(path):
         InputError: as `open_volume`, or values that are not whole numbers from 0 to 255.
     """
     try:
-        volume = np.array(open_volume(path))
+        volume = np.array(open_volume(path), order="C")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     if volume.dtype != np.uint8:

@@ -61,9 +61,13 @@ def run(main):
     except torch.OutOfMemoryError:
         status, message = 1, "failed: out of device memory; try --cache disk, --precision bf16"
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+        said = ("can't allocate memory", "can't start new thread")
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in said):
             raise
-        status, message = 1, "failed: out of memory; try --cache disk, or close other programs"
+        status, message = (
+            1,
+            "failed: out of memory; close other programs, or train with --cache disk",
+        )
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status, message = 1, "failed: nobody reads the output any more"
@@ -480,5 +484,6 @@ def class_activation_maps(model, volume):
     won = features[winner, torch.arange(channels, device=winner.device)]  # (256, h, w)
     maps = torch.zeros(s, h, w, device=features.device)
     maps.index_add_(0, winner, won * (weight / (h * w))[:, None, None])
-    logit = (exam @ weight.float()).item() + model.classifier.bias.item()
+    # No matrix product: within autocast it would be rounded to bf16, and the sum would not hold.
+    logit = (exam * weight).sum().item() + model.classifier.bias.item()
     return maps.cpu().numpy(), logit

@@ -229,7 +229,7 @@ def headline(exam, models, seen, judged):
 def contact_sheet(seen, title):
     """The slices that add most to the logit, a row for each plane: matplotlib Figure."""
     figure = Figure(figsize=(12, 0.9 + 2.55 * len(seen)), layout="constrained", facecolor="#111417")
-    figure.suptitle(title, color="w", fontsize=11)
+    figure.suptitle(title, color="w", fontsize=11, parse_math=False)
     figure.supxlabel(f"{NOTICE} Numbers: what the slice adds to the logit.", color="w", fontsize=9)
     rows = figure.subplots(len(seen), SHEET_SLICES, squeeze=False)
     colours = ListedColormap(heat_colours() / 255)

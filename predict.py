@@ -196,10 +196,8 @@ def open_output(args):
     """The file --out, opened to append with --resume.
 
     Raises:
-        InputError: it is there already, or cannot be written.
+        InputError: it cannot be written.
     """
-    if args.out.exists() and not (args.resume or args.overwrite):
-        raise InputError(f"{args.out}: exists; --resume goes on with it, --overwrite replaces it")
     try:
         return open(args.out, "a" if args.resume else "w", encoding="utf-8")
     except OSError as error:
@@ -217,26 +215,30 @@ def main():
     say = partial(print, file=sys.stderr if to_stdout else sys.stdout)
     names = sorted(set(args.task)) if args.task else saved_tasks(args.models_dir)
     tasks = [load_task(args.models_dir, name, device) for name in names]
-    with open_exams(args.exams, args.plane, say) as (exams, failed):
-        done = finished_exams(args.out, names, args.jsonl) if args.resume else set()
-        with nullcontext(sys.stdout) if to_stdout else open_output(args) as file:
-            if not to_stdout:
-                engine.start_up(args, device, precision)
-            if not args.jsonl and (to_stdout or file.tell() == 0):
-                file.write(csv_line(COLUMNS))
-            began, predicted, slices = time.perf_counter(), 0, 0
-            for exam in engine.progress(exams, "predict", total=len(exams)):
-                if f"{exam.split}/{exam.name}" in done:
-                    continue
-                try:
-                    rows, more = predict_exam(exam, tasks, device, precision)
-                except InputError as error:
-                    failed += 1
-                    tqdm.write(f"error: {error}", file=sys.stderr)
-                    continue
-                predicted, slices = predicted + 1, slices + more
-                file.write("".join(as_text(row, args.jsonl) for row in rows))
-                file.flush()
+    done = finished_exams(args.out, names, args.jsonl) if args.resume else set()
+    if not to_stdout and args.out.exists() and not (args.resume or args.overwrite):
+        raise InputError(f"{args.out}: exists; --resume goes on with it, --overwrite replaces it")
+    with (
+        open_exams(args.exams, args.plane, say) as (exams, failed),
+        nullcontext(sys.stdout) if to_stdout else open_output(args) as file,
+    ):
+        if not to_stdout:
+            engine.start_up(args, device, precision)
+        if not args.jsonl and (to_stdout or file.tell() == 0):
+            file.write(csv_line(COLUMNS))
+        began, predicted, slices = time.perf_counter(), 0, 0
+        for exam in engine.progress(exams, "predict", total=len(exams)):
+            if f"{exam.split}/{exam.name}" in done:
+                continue
+            try:
+                rows, more = predict_exam(exam, tasks, device, precision)
+            except InputError as error:
+                failed += 1
+                tqdm.write(f"error: {error}", file=sys.stderr)
+                continue
+            predicted, slices = predicted + 1, slices + more
+            file.write("".join(as_text(row, args.jsonl) for row in rows))
+            file.flush()
     seconds = time.perf_counter() - began
     skipped = f", {len(done)} were there" if done else ""
     say(

@@ -5,8 +5,8 @@
     python reproduce.py --tasks acl -- --protocol held-out --folds 5
 
 Runs train.py and train_logistic_regression.py as they stand; what follows `--` goes to train.py.
-Interrupt it and start it again: no finished model is repeated. Writes models/results.json and
-models/results.md.
+Interrupt it and start it again: no finished model is repeated. Writes models/reproduce/results.json
+and results.md, apart from the models that other commands make.
 
 A root file of its own: it only runs the other scripts, so it can live in none of them.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import engine
 from checkpoint import write_text
-from dataloader import PLANES, InputError, tasks
+from dataloader import HOW_TO_GET_DATA, PLANES, InputError, tasks
 
 # (who, protocol, {task: AUC}); none of these is ours.
 PUBLISHED = (
@@ -48,8 +48,8 @@ def parse_arguments():
     )
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="in MRNet's layout")
     parser.add_argument("--tasks", nargs="+", help="default: all tasks in the data folder")
-    parser.add_argument("--models-dir", type=Path, default=Path("models"))
-    parser.add_argument("--logs-dir", type=Path, default=Path("logs"))
+    parser.add_argument("--models-dir", type=Path, default=Path("models/reproduce"))
+    parser.add_argument("--logs-dir", type=Path, default=Path("logs/reproduce"))
     parser.add_argument("recipe", nargs="*", help="after `--`: arguments for train.py")
     return parser.parse_args()
 
@@ -60,28 +60,30 @@ def call(script, *arguments):
     print(f"\n$ python {script} {' '.join(map(str, arguments))}", flush=True)
     # A process group of its own gets no Ctrl-C from the terminal: it would get ours as well, and a
     # second signal means at once.
-    child = subprocess.Popen(command, start_new_session=True)
-    before = {
-        number: signal.signal(number, lambda number, _: child.send_signal(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    child, forwarded = subprocess.Popen(command, start_new_session=True), []
+
+    def forward(number, frame):
+        forwarded.append(number)
+        child.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     status = child.wait()
     for number, handler in before.items():
         signal.signal(number, handler)
-    number = status - 128 if status > 128 else -status
-    if number in before:
-        raise engine.Interrupted(number, "Start it again: what is finished is not repeated")
+    if forwarded:
+        raise engine.Interrupted(forwarded[0], "Start it again: what is finished is not repeated")
     if status:
         raise engine.RunError(f"{script} ended with status {status}; mend it and start again")
 
 
 def shared_with_stack(recipe):
     """The arguments of train.py that train_logistic_regression.py must hear as well."""
-    shared = []
-    for i, word in enumerate(recipe):
-        if word in ("--folds", "--repeat", "--seed"):
-            shared += recipe[i : i + 2]
-    return shared
+    names = ("--folds", "--repeat", "--seed", "--device", "--precision")
+    parser = argparse.ArgumentParser(add_help=False)
+    for name in names:
+        parser.add_argument(name)
+    known = vars(parser.parse_known_args(recipe)[0])
+    return [word for name, value in known.items() if value for word in (f"--{name}", value)]
 
 
 def markdown(results):
@@ -114,7 +116,7 @@ def main():
     args = parse_arguments()
     wanted = args.tasks or tasks(args.data_dir)
     if not wanted:
-        raise InputError(f"{args.data_dir}: no train-<task>.csv with a valid-<task>.csv there")
+        raise InputError(f"{args.data_dir}: no tasks there. {HOW_TO_GET_DATA}")
     places = ("--data-dir", args.data_dir, "--models-dir", args.models_dir)
     places += ("--logs-dir", args.logs_dir)
     results = {}

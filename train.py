@@ -137,7 +137,7 @@ def parse_arguments():
         help="start from ImageNet; --no-pretrained starts from random weights, learns far slower",
     )
     recipe.add_argument(
-        "--seed", type=int, default=0, help="fixes order, augmentation and initial classifier"
+        "--seed", type=seed, default=0, help="fixes order, augmentation and initial classifier"
     )
 
     protocol = parser.add_argument_group("protocol")
@@ -217,6 +217,10 @@ def positive_int(text):
     return number(text, int, lambda v: v >= 1, "a whole number of at least 1")
 
 
+def seed(text):
+    return number(text, int, lambda v: 0 <= v < 2**31, "a whole number from 0 to below 2^31")
+
+
 def positive_float(text):
     return number(text, float, lambda v: 0 < v < math.inf, "a number above 0")
 
@@ -270,7 +274,14 @@ def plan_runs(args, train_set, valid_set):
             choose_set = valid_set
             if args.protocol == "held-out":
                 # A cut of its own seed: folds and tuning exams must not depend on each other.
-                tuning = split_exams(train_set.labels[rows], TUNING_PARTS, seed + 1000)[0]
+                labels = train_set.labels[rows]
+                if min((labels == 0).sum(), (labels == 1).sum()) < TUNING_PARTS:
+                    raise InputError(
+                        f"--protocol held-out: needs {TUNING_PARTS} training exams of each class "
+                        f"(there are {len(labels)}, {int(labels.sum())} positive); use "
+                        "--protocol article"
+                    )
+                tuning = split_exams(labels, TUNING_PARTS, seed + 1000)[0]
                 choose_set = train_set.subset(rows[tuning], transform=None)
                 rows = np.delete(rows, tuning)
             fold = number + 1 if args.folds > 1 else 0
@@ -328,8 +339,15 @@ class Training:
     def restore(self, state):
         for name in self.PLAIN:
             setattr(self, name, state[name])
+        settings = [dict(group) for group in self.optimizer.param_groups]
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
+        # The optimizer's state comes with the settings of the machine that it ran on: keep ours,
+        # and the learning rate in the tensor that CUDA graphs read.
+        for group, ours in zip(self.optimizer.param_groups, settings, strict=True):
+            lr = float(group["lr"])
+            group |= {name: ours[name] for name in ("fused", "capturable", "foreach")}
+            group["lr"] = ours["lr"].fill_(lr) if torch.is_tensor(ours["lr"]) else lr
         self.graphs = None  # they hold the addresses of the tensors that were replaced
 
 
@@ -438,6 +456,12 @@ def log_epoch(writers, training, args, run, order, logits, losses, train, chosen
 def measure(exams, logits):
     """Mean weighted loss and AUC of predictions for some exams."""
     losses = engine.losses_of(exams.labels, exams.weights, logits)
+    bad = np.flatnonzero(~np.isfinite(losses))
+    if len(bad):
+        raise engine.RunError(
+            f"the network's answer to {exams.paths[bad[0]]} is {logits[bad[0]]}: it diverged; "
+            "lower --lr. The models of earlier epochs are kept"
+        )
     return {"loss": float(losses.mean()), "auc": roc_auc(exams.labels, logits)}
 
 
@@ -532,6 +556,7 @@ def finish(args, run, training, writer, device, precision):
     model, about = load_model(path)
     logits = engine.predict(model.to(device), run.valid_set, device, precision)
     valid = about["metrics"]["valid"] = measure(run.valid_set, logits)
+    about["arguments"] = recipe_of(args)  # epochs may have been added since that epoch
     save_model(path, model, about)
     probabilities = engine.sigmoid(logits)
     writer.add_pr_curve("precision-recall", run.valid_set.labels, probabilities, about["epoch"])
@@ -599,14 +624,17 @@ def fit(args, run, device, precision):
                 one_epoch(training, args, run, device, precision, (writer, within))
                 keep_state()
                 if asked:
-                    how = f"Go on with: {engine.command_to_resume()}"
-                    raise engine.Interrupted(asked[0], how)
+                    break
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"Go on with: {engine.command_to_resume()}") from None
+        if asked:
+            raise engine.Interrupted(asked[0], f"Go on with: {engine.command_to_resume()}")
         if training.bad_epochs >= args.patience:
             print(f"stopped: {run.chosen_on} loss has not improved for {args.patience} epochs")
         finish(args, run, training, writer, device, precision)
-    state_path.unlink(missing_ok=True)
+        state_path.unlink(missing_ok=True)
+        if asked:  # another network may be next
+            raise engine.Interrupted(asked[0], f"Go on with: {engine.command_to_resume()}")
 
 
 def main():

@@ -62,6 +62,19 @@ def test_every_fault_at_once(exams):
     assert "faults" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_a_set_of_one_plane_is_sound_and_fortran_order_too(exams):
+    for split in ("train", "valid"):
+        for plane in PLANES[:2]:
+            shutil.rmtree(exams / split / plane)
+    path = exams / "train" / "sagittal" / "0001.npy"
+    np.save(path, np.asfortranarray(np.load(path)))
+    done = check(exams)
+    assert done.returncode == 0, done.stdout
+    (exams / "train-cyst.csv").write_text("0,1\n1,0\n")
+    done = check(exams)
+    assert done.returncode == 2 and "no valid-cyst.csv" in done.stdout
+
+
 @pytest.mark.parametrize("name", ["none", "empty"])
 def test_no_data_in_one_line(tmp_path, name):
     (tmp_path / "empty").mkdir()

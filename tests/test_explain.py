@@ -46,6 +46,17 @@ def test_maps_and_bias_are_the_logit(slices, height, width):
     assert total == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.skipif(not engine.has_bf16(torch.device("cpu")), reason="needs bf16 instructions")
+def test_maps_add_up_in_bf16_too():
+    model, volume = random_network(), torch.randn(9, 1, 128, 128)
+    with engine.autocast(torch.device("cpu"), "bf16"):
+        maps, logit = engine.class_activation_maps(model, volume)
+        with torch.inference_mode():
+            expected = model(volume[None]).item()
+    total = maps.sum(dtype=np.float64) + model.classifier.bias.item()
+    assert logit == pytest.approx(expected, abs=1e-4) == pytest.approx(total, abs=1e-4)
+
+
 def test_maps_are_gradient_times_activation():
     """A second derivation by autograd: the head is linear in what it takes of the last maps."""
     model = random_network(1)

@@ -96,6 +96,7 @@ STACK = {
     "task": "acl",
     "features": "logit",
     "members": {"axial": ["acl-axial.pt"]},
+    "digests": {"acl-axial.pt": "00"},
     "combinations": {
         planes: {"coefficients": [1.5] * len(planes.split("+")), "intercept": 0.2, "threshold": 0.5}
         for planes in COMBINATIONS

@@ -196,6 +196,16 @@ def test_a_model_of_another_plane_task_or_version(trained, tmp_path):
     assert not (tmp_path / "proof").exists()
 
 
+def test_a_network_trained_after_the_stack(trained, tmp_path):
+    models = tmp_path / "models"
+    shutil.copytree(trained[0] / "models", models)
+    content = read_checkpoint(models / "acl-axial.pt")
+    content["model"]["classifier.bias"] += 1
+    write_checkpoint(models / "acl-axial.pt", content)
+    done = run_script("predict.py", trained[0] / "data", "--models-dir", models)
+    assert_one_line_error(done, "acl-axial.pt", "after the stack", "train_logistic_regression.py")
+
+
 def test_names_of_many_exams_take_little_memory(tmp_path):
     """Some 10 MB for 100,000 exams; a list of paths would take ten times as much."""
     folder = tmp_path / "valid" / "axial"

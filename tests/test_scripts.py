@@ -188,6 +188,7 @@ def test_models_folder_that_cannot_be_written(exams):
         ("--epochs", "0"),
         ("--plane", "oblique"),
         ("--lr", "nan"),
+        ("--seed", "-1"),
         ("--dropout", "1"),
     ],
 )
@@ -243,6 +244,30 @@ def test_resume_starts_where_there_is_nothing_and_repeats_nothing(exams):
     assert (exams.parent / "models" / "acl-axial.pt").read_bytes() == before
     assert train(exams, "--seed", "1").returncode == 0
     assert (exams.parent / "models" / "acl-axial.pt").read_bytes() != before
+
+
+def test_a_resumed_training_with_more_epochs_is_finished_then(exams, monkeypatch):
+    calls, real = [], engine.predict
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "predict", interrupted)
+        assert train(exams).returncode == 130
+    assert train(exams, "--resume", "--epochs", "3").returncode == 0
+    assert "finished before" in train(exams, "--resume", "--epochs", "3").stdout
+
+
+def test_an_unfinished_plane_is_not_stacked(trained, tmp_path):
+    shutil.copytree(trained[0] / "models", tmp_path / "models")
+    (tmp_path / "models" / "acl-coronal.state").write_bytes(b"")
+    places = ("--data-dir", trained[0] / "data", "--models-dir", tmp_path / "models")
+    done = run_script("train_logistic_regression.py", *places)
+    assert_one_line_error(done, "acl-coronal.pt", "to its end", "--resume")
 
 
 def test_resume_refuses_other_arguments(exams, monkeypatch):
