@@ -27,7 +27,7 @@ demo: $(VENV:%=%/installed) $(PHANTOM)/valid-acl.csv
 	@echo; echo "Next:"
 	@echo "  $(BIN)tensorboard --logdir logs                 # curves, slices, ROC"
 	@echo "  $(PY) train.py --task meniscus --plane coronal $(DEMO)"
-	@echo "  $(PY) explain.py $(PHANTOM) --exam 206 --task acl     # where did it see it?"
+	@echo "  $(PY) explain.py $(PHANTOM) --exam 237 --task acl     # where did it see it?"
 	@echo "  less data/README.md                            # MRNet itself, or your own exams"
 
 $(PHANTOM)/valid-acl.csv: | $(VENV:%=%/installed)
