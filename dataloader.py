@@ -49,10 +49,19 @@ def one_line(error):
 
 
 def tasks(root_dir):
-    """Names with both train-<task>.csv and valid-<task>.csv in `root_dir`, sorted."""
+    """Names with both train-<task>.csv and valid-<task>.csv in `root_dir`, sorted.
+
+    Raises:
+        InputError: no such folder, or no task in it, with how to get data.
+    """
     root = Path(root_dir)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such data folder. {HOW_TO_GET_DATA}")
     names = {p.name[len("train-") : -len(".csv")] for p in root.glob("train-*.csv")}
-    return sorted(name for name in names if (root / f"valid-{name}.csv").is_file())
+    names = sorted(name for name in names if (root / f"valid-{name}.csv").is_file())
+    if not names:
+        raise InputError(f"{root}: no train-<task>.csv with a valid-<task>.csv. {HOW_TO_GET_DATA}")
+    return names
 
 
 def label_rows(root_dir, task, split):
@@ -101,13 +110,9 @@ def read_labels(root_dir, task, split):
         InputError: folder, task or file missing, a row that is not `id,label`, a label other than
             0 or 1, an id twice, or one class only.
     """
-    root = Path(root_dir)
-    if not root.is_dir():
-        raise InputError(f"{root}: no such data folder. {HOW_TO_GET_DATA}")
-    if not tasks(root):
-        raise InputError(f"{root}: no train-<task>.csv with a valid-<task>.csv. {HOW_TO_GET_DATA}")
-    if task not in tasks(root):
-        raise InputError(f"{root}: no task '{task}'; tasks here: {', '.join(tasks(root))}")
+    root, known = Path(root_dir), tasks(root_dir)
+    if task not in known:
+        raise InputError(f"{root}: no task '{task}'; tasks here: {', '.join(known)}")
     labels = {}
     for exam_id, label, fault in label_rows(root, task, split):
         if fault:

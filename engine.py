@@ -407,6 +407,12 @@ def predict(model, exams, device, precision, what="predict"):
     return logits.cpu().numpy()
 
 
+def stack_features(kind, planes, probabilities):
+    """What the regression sees, "probability" or "logit": {plane: (n,)} -> (n, planes)."""
+    columns = np.stack([probabilities[plane] for plane in planes], axis=1)
+    return logit(columns) if kind == "logit" else columns
+
+
 def combine(stack, probabilities):
     """What a stack makes of the planes that are there.
 
@@ -419,11 +425,24 @@ def combine(stack, probabilities):
     """
     planes = [plane for plane in PLANES if plane in probabilities]
     combination = stack["combinations"]["+".join(planes)]
-    features = np.stack([probabilities[plane] for plane in planes], axis=1)  # (n, planes)
-    if stack["features"] == "logit":
-        features = logit(features)
+    features = stack_features(stack["features"], planes, probabilities)
     score = features @ np.asarray(combination["coefficients"]) + combination["intercept"]
     return expit(score), combination["threshold"]
+
+
+def verdict(stack, probabilities):
+    """What a stack says of one exam.
+
+    Args:
+        stack: dict as `checkpoint.load_stack` returns it.
+        probabilities: {plane: float}, at least one plane.
+
+    Returns:
+        stacked probability and threshold, floats, and "positive" or "negative".
+    """
+    columns = {plane: np.array([p]) for plane, p in probabilities.items()}
+    (stacked,), threshold = combine(stack, columns)
+    return float(stacked), threshold, "positive" if stacked >= threshold else "negative"
 
 
 def losses_of(labels, weights, logits):

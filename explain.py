@@ -140,10 +140,9 @@ def verdict(models, seen):
     """Stacked probability, threshold and verdict, or None without a stack."""
     if models.stack is None:
         return None
-    columns = {plane: np.array([one.probability]) for plane, one in seen.items()}
-    stacked, threshold = engine.combine(models.stack, columns)
-    word = "positive" if stacked[0] >= threshold else "negative"
-    return {"probability": float(stacked[0]), "threshold": threshold, "verdict": word}
+    columns = {plane: one.probability for plane, one in seen.items()}
+    said = engine.verdict(models.stack, columns)
+    return dict(zip(("probability", "threshold", "verdict"), said, strict=True))
 
 
 def pick_exam(exams, wanted, source):

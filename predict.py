@@ -21,7 +21,6 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 import engine
@@ -119,10 +118,8 @@ def make_row(exam, models, probabilities):
     if models.stack is None:
         notes.append("no stack, so no verdict")
     elif probabilities:
-        columns = {plane: np.array([p]) for plane, p in probabilities.items()}
-        stacked, threshold = engine.combine(models.stack, columns)
-        row["stack"], row["threshold"] = round(float(stacked[0]), DIGITS), threshold
-        row["verdict"] = "positive" if stacked[0] >= threshold else "negative"
+        stacked, row["threshold"], row["verdict"] = engine.verdict(models.stack, probabilities)
+        row["stack"] = round(stacked, DIGITS)
     row["note"] = "; ".join(notes) or None
     return row
 

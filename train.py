@@ -584,11 +584,11 @@ def fit(args, run, device, precision):
     """Train one network to its end, or to where a signal leaves it to be resumed."""
     path = model_path(args.models_dir, args.task, args.plane, run.suffix)
     state_path = path.with_suffix(".state")
-    training = Training(args, run, device)
-    resumed = args.resume and restore_state(args, run, training, state_path)
-    if args.resume and not resumed and is_finished(args, run, path):
+    if args.resume and not state_path.is_file() and is_finished(args, run, path):
         print(f"\nfinished before: {path}")
         return
+    training = Training(args, run, device)
+    resumed = args.resume and restore_state(args, run, training, state_path)
     if resumed:
         steps = f" and {len(training.part['logits'])} steps" if training.part else ""
         print(f"\nresumed {state_path} after epoch {training.epoch}{steps}")

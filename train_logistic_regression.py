@@ -22,7 +22,6 @@ Wolpert, "Stacked generalization", Neural Networks 5(2), 1992.
 import argparse
 import csv
 import io
-import itertools
 import json
 import statistics
 from datetime import datetime
@@ -33,6 +32,7 @@ from sklearn.linear_model import LogisticRegression
 
 import engine
 from checkpoint import (
+    COMBINATIONS,
     atomic,
     digest_of,
     load_model,
@@ -160,16 +160,14 @@ def fit_combinations(args, features, labels):
         {"axial+coronal+sagittal": {"coefficients", "intercept", "threshold"}, ...}
     """
     combinations = {}
-    for size in range(1, len(PLANES) + 1):
-        for planes in itertools.combinations(PLANES, size):
-            x = np.stack([features[plane] for plane in planes], axis=1)
-            x = engine.logit(x) if args.features == "logit" else x
-            fitted = LogisticRegression().fit(x, labels)
-            combinations["+".join(planes)] = {
-                "coefficients": fitted.coef_[0].tolist(),
-                "intercept": float(fitted.intercept_[0]),
-                "threshold": threshold_for(args, labels, fitted.predict_proba(x)[:, 1]),
-            }
+    for name in COMBINATIONS:
+        x = engine.stack_features(args.features, name.split("+"), features)
+        fitted = LogisticRegression().fit(x, labels)
+        combinations[name] = {
+            "coefficients": fitted.coef_[0].tolist(),
+            "intercept": float(fitted.intercept_[0]),
+            "threshold": threshold_for(args, labels, fitted.predict_proba(x)[:, 1]),
+        }
     return combinations
 
 
