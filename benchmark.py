@@ -3,6 +3,7 @@
     python benchmark.py                          # make bench: about 8 minutes on two cores
     python benchmark.py --exams 1130 --valid 120 --runs 3 --device cuda
     python benchmark.py --growth                 # time against slices and exams
+    python benchmark.py --whole-run --exams 1130 --valid 120    # train.py itself: start-up, memory
 
 Makes random volumes of MRNet's size in a temporary folder, runs every variant once a round so that
 a machine that slows down slows all of them, and prints medians over the rounds with their spread.
@@ -21,10 +22,13 @@ import io
 import math
 import random
 import re
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -67,9 +71,19 @@ def parse_arguments():
     parser.add_argument(
         "--growth", action="store_true", help="time against slices and exams instead"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--cache", choices=engine.CACHES, default="auto")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks"))
+    parser.add_argument(
+        "--whole-run",
+        action="store_true",
+        help="two epochs of train.py instead: start-up, seconds an epoch, memory",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: a GPU if there is one",
+    )
+    parser.add_argument("--cache", choices=engine.CACHES, default="auto", help="as in train.py")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder of the CSVs")
     return parser.parse_args()
 
 
@@ -176,6 +190,8 @@ class ArticlesLoop:
 
     def __init__(self, train_set, valid_set, device, workers, folder):
         self.device = device
+        # More workers than cores are the article's, and torch advises against them.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
         self.loaders = [
             DataLoader(
                 ArticlesDataset(exams, train), batch_size=1, shuffle=train, num_workers=workers
@@ -452,16 +468,57 @@ def growth(device, runs):
     return rows
 
 
+def whole_run(args, device, root):
+    """Two epochs of train.py in a process of its own, as a user starts it: one row of values."""
+    command = [sys.executable, str(Path(__file__).with_name("train.py")), "--task", "acl"]
+    command += ["--plane", PLANES[0], "--data-dir", str(root), "--models-dir", str(root / "models")]
+    command += ["--logs-dir", str(root / "logs"), "--epochs", "2", "--no-pretrained"]
+    command += ["--device", device.type, "--cache", args.cache]
+    began, epochs = time.perf_counter(), []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        for line in child.stdout:
+            first = line.split()[:1]
+            if first == ["epoch"]:  # the head of the table of epochs: the first step comes next
+                start_up = time.perf_counter() - began
+                last = start_up
+            elif first and first[0].isdigit():
+                now = time.perf_counter() - began
+                epochs.append((now - last, psutil.Process(child.pid).memory_info().rss))
+                last = now
+    if child.returncode:
+        raise engine.RunError(f"train.py ended with status {child.returncode}")
+    (one, after_one), (two, after_two) = epochs
+    volumes = sum(
+        exams.nbytes for exams in (MRDataset(root, "acl", PLANES[0], t) for t in (True, False))
+    )
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # Linux counts in KiB
+    return {
+        "exams": args.exams + args.valid,
+        "start-up s": start_up,
+        "epoch 1 s": one,
+        "epoch 2 s": two,
+        "volumes GB": volumes / 1e9,
+        "GB after epoch 1": after_one / 1e9,
+        "GB after epoch 2": after_two / 1e9,
+        "peak GB": peak / 1e9,
+        "peak less volumes GB": (peak - volumes) / 1e9,
+    }
+
+
 def main():
     args = parse_arguments()
     device = engine.pick_device(args.device)
     precision = engine.pick_precision("auto", device)
     engine.start_up(args, device, precision)
+    counts = {"train": args.exams, "valid": args.valid}
     if args.growth:
         rows, what = growth(device, args.runs), "growth"
+    elif args.whole_run:
+        with tempfile.TemporaryDirectory() as folder:
+            write_exams(Path(folder), counts, mrnet_slices)
+            rows, what = [whole_run(args, device, Path(folder))], "run"
     else:
         with tempfile.TemporaryDirectory() as folder:
-            counts = {"train": args.exams, "valid": args.valid}
             write_exams(Path(folder), counts, mrnet_slices)
             times, slices = measure(args, device, Path(folder))
         rows, what = table(times, slices, device, precision), "epoch"

@@ -26,7 +26,9 @@ def parse_arguments():
     parser.add_argument("first", type=Path, help="<task>-predictions.csv of one run")
     parser.add_argument("second", type=Path, help="of another run, on the same exams")
     parser.add_argument("--names", nargs=2, default=("first", "second"), help="for the table")
-    parser.add_argument("--split", choices=("valid", "train"), default="valid")
+    parser.add_argument(
+        "--split", choices=("valid", "train"), default="valid", help="train only to look for memory"
+    )
     return parser.parse_args()
 
 

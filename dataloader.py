@@ -196,7 +196,7 @@ def rescale(volume, intensity):
         return grey
     low, high = torch.aminmax(volume)  # (), ()
     low, high = low.float(), high.float()
-    return (grey - low) * (255.0 / (high - low).clamp(min=1.0))
+    return grey.sub_(low).mul_(255.0 / (high - low).clamp(min=1.0))
 
 
 def feed(volume, intensity, transform=None):
@@ -209,7 +209,7 @@ def feed(volume, intensity, transform=None):
     if transform is not None:
         grey = transform(grey)
     if intensity == "standardized":
-        grey = (grey - MEAN) / STD
+        grey = torch.sub(grey, MEAN).div_(STD)
     return grey[:, None]  # (s, H, W) -> (s, 1, H, W)
 
 

@@ -78,7 +78,9 @@ def parse_arguments():
     parser.add_argument(
         "--plane", choices=PLANES, help="of a single .npy file whose path does not tell it"
     )
-    parser.add_argument("--models-dir", type=Path, default=Path("models"))
+    parser.add_argument(
+        "--models-dir", type=Path, default=Path("models"), help="where train.py wrote"
+    )
     parser.add_argument("--out", type=Path, default=Path("."), help="folder to write to")
     parser.add_argument(
         "--pointing-game",
@@ -88,8 +90,18 @@ def parse_arguments():
         "phantom with its lesions.json",
     )
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    machine.add_argument("--precision", choices=engine.PRECISIONS, default="auto")
+    machine.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: a GPU if there is one",
+    )
+    machine.add_argument(
+        "--precision",
+        choices=engine.PRECISIONS,
+        default="auto",
+        help="auto: bf16 where the device has it",
+    )
     args = parser.parse_args()
     if args.pointing_game is None and not (args.exams and args.task):
         parser.error("give EXAM and --task, or --pointing-game DATA")

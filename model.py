@@ -107,6 +107,8 @@ def first_convolution_of_grey(x, conv):
         stride * ((side + 2 * padding - kernel) // stride + blocks) - side - padding
         for side in x.shape[-2:]
     ]
+    if torch.is_autocast_enabled(x.device.type):  # the rest only moves values: half the bytes
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     x = F.pad(x, (padding, far[1], padding, far[0]))
     x = F.pixel_unshuffle(x, stride)  # (s, 1, 4 h', 4 w') -> (s, 16, h', w')
     return F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, conv.bias)

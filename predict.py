@@ -53,7 +53,9 @@ def parse_arguments():
     )
 
     files = parser.add_argument_group("files")
-    files.add_argument("--models-dir", type=Path, default=Path("models"))
+    files.add_argument(
+        "--models-dir", type=Path, default=Path("models"), help="where train.py wrote"
+    )
     files.add_argument("--out", type=Path, default=Path("-"), help="file to write; - is stdout")
     files.add_argument(
         "--jsonl",
@@ -70,7 +72,12 @@ def parse_arguments():
     existing.add_argument("--overwrite", action="store_true", help="replace --out")
 
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    machine.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: a GPU if there is one",
+    )
     machine.add_argument(
         "--precision",
         choices=engine.PRECISIONS,

@@ -48,8 +48,15 @@ def parse_arguments():
     )
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="in MRNet's layout")
     parser.add_argument("--tasks", nargs="+", help="default: all tasks in the data folder")
-    parser.add_argument("--models-dir", type=Path, default=Path("models/reproduce"))
-    parser.add_argument("--logs-dir", type=Path, default=Path("logs/reproduce"))
+    parser.add_argument(
+        "--models-dir",
+        type=Path,
+        default=Path("models/reproduce"),
+        help="for the models and the table",
+    )
+    parser.add_argument(
+        "--logs-dir", type=Path, default=Path("logs/reproduce"), help="for TensorBoard"
+    )
     parser.add_argument("recipe", nargs="*", help="after `--`: arguments for train.py")
     return parser.parse_args()
 

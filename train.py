@@ -163,7 +163,12 @@ def parse_arguments():
     )
 
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    machine.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: a GPU if there is one",
+    )
     machine.add_argument(
         "--precision",
         choices=engine.PRECISIONS,
@@ -186,7 +191,9 @@ def parse_arguments():
     )
 
     files = parser.add_argument_group("files")
-    files.add_argument("--models-dir", type=Path, default=Path("models"))
+    files.add_argument(
+        "--models-dir", type=Path, default=Path("models"), help="for models and the state of a run"
+    )
     files.add_argument("--logs-dir", type=Path, default=Path("logs"), help="for TensorBoard")
     files.add_argument(
         "--log-every",
