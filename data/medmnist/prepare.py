@@ -1,0 +1,114 @@
+"""A 3-D set of MedMNIST with two classes to MRNet's layout: real exams that may be passed on.
+
+    python data/medmnist/prepare.py adrenalmnist3d.npz data/adrenal
+    python data/medmnist/prepare.py adrenalmnist3d.npz data/adrenal-test --valid test
+    python train.py --task adrenal --plane sagittal --data-dir data/adrenal
+
+Get the .npz from https://medmnist.com (MedMNIST v2, Yang et al., Scientific Data 10:41, 2023, CC BY
+4.0). AdrenalMNIST3D, VesselMNIST3D, NoduleMNIST3D and SynapseMNIST3D have two classes. They are no
+knees; README's figures on real exams are of AdrenalMNIST3D, shapes of adrenal glands in CT.
+
+Writes OUT/{train,valid}/{axial,coronal,sagittal}/0000.npy, uint8 (s, size, size), cut along the
+three axes, enlarged bilinearly, slices that hold nothing left out, and OUT/<split>-TASK.csv.
+"""
+
+import argparse
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+PLANES = ("axial", "coronal", "sagittal")  # along axis 0, 1, 2 of a volume
+SMALLEST_SIDE = 63  # px; what AlexNet needs
+
+
+class InputError(Exception):
+    """Something that the user gave is wrong. The message is one line: what, where, the mend."""
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help="a 3-D set's .npz, as downloaded")
+    parser.add_argument("out", type=Path, help="data folder to write to")
+    parser.add_argument("--task", help="name of the task; default: the file's, without mnist3d")
+    parser.add_argument(
+        "--size", type=int, default=112, help="px; 64 trains three times faster and sees less"
+    )
+    parser.add_argument(
+        "--valid",
+        choices=("val", "test"),
+        default="val",
+        help="the part that becomes the validation exams; test once, when all choices are made",
+    )
+    args = parser.parse_args()
+    if args.size < SMALLEST_SIDE:
+        parser.error(f"--size is at least {SMALLEST_SIDE}, which AlexNet needs")
+    args.task = args.task or args.source.stem.split("mnist3d")[0]
+    return args
+
+
+def read_part(path, part):
+    """Volumes uint8 (n, D, H, W) and labels int (n,), 0 or 1, of one part. Unpickles nothing.
+
+    Raises:
+        InputError: not such a file, another shape, or other than two classes.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            volumes, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"].ravel()
+    except (OSError, KeyError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error):
+        raise InputError(
+            f"{path}: no whole .npz with {part}_images and {part}_labels; download it again"
+        ) from None
+    if volumes.ndim != 4 or volumes.dtype != np.uint8 or len(volumes) != len(labels):
+        raise InputError(
+            f"{path}: {part}_images {volumes.dtype} {volumes.shape} with {len(labels)} labels; "
+            "expected uint8 (n, D, H, W), a 3-D set"
+        )
+    if set(labels.tolist()) != {0, 1}:
+        raise InputError(f"{path}: {part}_labels are not 0 and 1; take a set with two classes")
+    return volumes, labels.astype(int)
+
+
+def slices_along(volume, axis, size):
+    """uint8 (D, H, W) -> uint8 (s, size, size): slices along `axis` that hold anything."""
+    slices = [image for image in np.moveaxis(volume, axis, 0) if image.any()]
+    slices = slices or [np.moveaxis(volume, axis, 0)[0]]  # an exam has one slice at least
+    bilinear = Image.Resampling.BILINEAR
+    return np.stack(
+        [np.asarray(Image.fromarray(image).resize((size, size), bilinear)) for image in slices]
+    )
+
+
+def main():
+    args = parse_arguments()
+    parts = {"train": read_part(args.source, "train"), "valid": read_part(args.source, args.valid)}
+    first = 0
+    for split, (volumes, labels) in parts.items():
+        for plane in PLANES:
+            (args.out / split / plane).mkdir(parents=True, exist_ok=True)
+        for i, volume in enumerate(tqdm(volumes, split, unit="exam", disable=None), start=first):
+            for axis, plane in enumerate(PLANES):
+                path = args.out / split / plane / f"{i:04d}.npy"
+                np.save(path, slices_along(volume, axis, args.size), allow_pickle=False)
+        rows = "".join(f"{i},{label}\n" for i, label in enumerate(labels, start=first))
+        (args.out / f"{split}-{args.task}.csv").write_text(rows)
+        print(f"{split:5}  {len(labels):5d} exams, {labels.sum()} positive")
+        first += len(volumes)
+    print(f"written  {args.out}, task {args.task}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"prepare.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        sys.exit(f"prepare.py: failed: {error.filename}: {error.strerror}")
