@@ -510,22 +510,20 @@ def main():
     device = engine.pick_device(args.device)
     precision = engine.pick_precision("auto", device)
     engine.start_up(args, device, precision)
-    counts = {"train": args.exams, "valid": args.valid}
     if args.growth:
         rows, what = growth(device, args.runs), "growth"
-    elif args.whole_run:
-        with tempfile.TemporaryDirectory() as folder:
-            write_exams(Path(folder), counts, mrnet_slices)
-            rows, what = [whole_run(args, device, Path(folder))], "run"
     else:
         with tempfile.TemporaryDirectory() as folder:
-            write_exams(Path(folder), counts, mrnet_slices)
-            times, slices = measure(args, device, Path(folder))
-        rows, what = table(times, slices, device, precision), "epoch"
-        print(
-            f"an epoch: {args.exams} exams with {slices[0]} slices, and {args.valid} with "
-            f"{slices[1]} to validate; medians of {args.runs} rounds after a warm-up"
-        )
+            write_exams(Path(folder), {"train": args.exams, "valid": args.valid}, mrnet_slices)
+            if args.whole_run:
+                rows, what = [whole_run(args, device, Path(folder))], "run"
+            else:
+                times, slices = measure(args, device, Path(folder))
+                rows, what = table(times, slices, device, precision), "epoch"
+                print(
+                    f"an epoch: {args.exams} exams with {slices[0]} slices, and {args.valid} with "
+                    f"{slices[1]} to validate; medians of {args.runs} rounds after a warm-up"
+                )
     print("\n" + as_text(rows))
     name = re.sub(r"[^a-z0-9]+", "-", engine.device_name(device).lower()).strip("-")
     save(rows, args.out / f"{what}-{name}-torch-{torch.__version__.split('+')[0]}.csv")

@@ -139,6 +139,23 @@ def open_writer(folder, purge_step=None):
         return NoWriter()
 
 
+def add_machine_arguments(parser):
+    """--device and --precision, the same for every script that runs a network."""
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: a GPU if there is one",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="auto takes bf16 where the device has it: about twice as fast, and AUCs differ by no "
+        "more than those of two seeds",
+    )
+
+
 def pick_device(name):
     """ "auto", "cpu" or "cuda" -> torch.device."""
     if name == "auto":

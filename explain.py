@@ -90,18 +90,7 @@ def parse_arguments():
         "phantom with its lesions.json",
     )
     machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto: a GPU if there is one",
-    )
-    machine.add_argument(
-        "--precision",
-        choices=engine.PRECISIONS,
-        default="auto",
-        help="auto: bf16 where the device has it",
-    )
+    engine.add_machine_arguments(machine)
     args = parser.parse_args()
     if args.pointing_game is None and not (args.exams and args.task):
         parser.error("give EXAM and --task, or --pointing-game DATA")

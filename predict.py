@@ -72,19 +72,7 @@ def parse_arguments():
     existing.add_argument("--overwrite", action="store_true", help="replace --out")
 
     machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto: a GPU if there is one",
-    )
-    machine.add_argument(
-        "--precision",
-        choices=engine.PRECISIONS,
-        default="auto",
-        help="auto takes bf16 where the device has it: about twice as fast; fp32 gives the same "
-        "digits everywhere",
-    )
+    engine.add_machine_arguments(machine)
     args = parser.parse_args()
     if str(args.out) == "-" and (args.resume or args.overwrite):
         parser.error("--resume and --overwrite need a file as --out")

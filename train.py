@@ -163,18 +163,7 @@ def parse_arguments():
     )
 
     machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto: a GPU if there is one",
-    )
-    machine.add_argument(
-        "--precision",
-        choices=engine.PRECISIONS,
-        default="auto",
-        help="auto takes bf16 where the device has it: about twice as fast, same AUC",
-    )
+    engine.add_machine_arguments(machine)
 
     machine.add_argument(
         "--cache",

@@ -80,18 +80,7 @@ def parse_arguments():
         "--models-dir", type=Path, default=Path("models"), help="where train.py wrote"
     )
     parser.add_argument("--logs-dir", type=Path, default=Path("logs"), help="for TensorBoard")
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto: a GPU if there is one",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=engine.PRECISIONS,
-        default="auto",
-        help="auto: bf16 where the device has it",
-    )
+    engine.add_machine_arguments(parser)
     args = parser.parse_args()
     if args.folds < 1 or args.repeat < 1:
         parser.error("--folds and --repeat are at least 1")
