@@ -28,7 +28,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from torchvision.models import AlexNet_Weights
 
 from dataloader import INTENSITIES, PLANES, InputError, one_line
 from model import MRNet
@@ -253,6 +252,8 @@ def imagenet_features(say=print):
 
 def features_from_torchvision():
     """Download torchvision's whole AlexNet (233 MB, hash-checked), keep its convolutions."""
+    from torchvision.models import AlexNet_Weights  # 170 MB of memory, and needed only once
+
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # a firewall that drops packets would hold us forever
     try:

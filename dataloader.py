@@ -10,6 +10,7 @@ augmentation); Stanford's released loader (intensities), Bien et al., PLOS Medic
 
 import copy
 import csv
+import errno
 import hashlib
 import math
 import re
@@ -112,7 +113,11 @@ def read_labels(root_dir, task, split):
     """
     root, known = Path(root_dir), tasks(root_dir)
     if task not in known:
-        raise InputError(f"{root}: no task '{task}'; tasks here: {', '.join(known)}")
+        names = [f"{half}-{task}.csv" for half in SPLITS]
+        missing = " and ".join(name for name in names if not (root / name).is_file())
+        raise InputError(
+            f"{root}: no task '{task}' without {missing}; tasks here: {', '.join(known)}"
+        )
     labels = {}
     for exam_id, label, fault in label_rows(root, task, split):
         if fault:
@@ -146,6 +151,8 @@ def open_volume(path):
     except FileNotFoundError:
         raise InputError(f"{path}: no such volume; add it, or take its id out of the CSV") from None
     except Exception as error:  # numpy's header parser raises many kinds
+        if getattr(error, "errno", None) == errno.ENOMEM:
+            raise MemoryError(str(path)) from None  # the file is not to blame
         empty = Path(path).is_file() and Path(path).stat().st_size == 0
         reason = "it is empty" if empty else one_line(error)
         raise InputError(

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
-from torchvision.utils import make_grid
 
 from dataloader import MEAN, STD
 from metrics import auc_interval, brier, calibration_curve, expected_calibration_error, roc_band
@@ -20,17 +19,17 @@ CELL_STEP, CELL_FIRST = 32, 31  # px: strides and paddings of AlexNet's convolut
 OPACITY = 0.75  # of the strongest heat
 
 
-def exam_picture(volume, intensity, columns=6):
-    """All slices of one exam as the network is fed it, as one grey picture.
+def fed_slices(volume, intensity):
+    """The slices of one exam as the network is fed it, for TensorBoard's `add_images`.
 
     Args:
         volume: float32 (s, 1, H, W), standardised or raw.
 
     Returns:
-        float32 (3, rows, columns), 0 to 1, for TensorBoard.
+        float32 (s, 1, H, W), 0 to 1.
     """
     grey = volume if intensity == "raw" else volume * STD + MEAN
-    return make_grid((grey / 255).clamp(0, 1), nrow=columns, padding=2, pad_value=0.5)
+    return (grey / 255).clamp(0, 1)
 
 
 def roc_figure(labels, scores, band=None):
@@ -131,17 +130,3 @@ def overlay(volume, maps, opacity=OPACITY, scale=None):
     cover = (opacity * np.abs(heat))[..., None]
     grey = np.asarray(volume, np.float32)[..., None]
     return np.rint(grey + cover * (colour - grey)).astype(np.uint8)
-
-
-def overlay_picture(volume, maps, columns=6):
-    """All slices of one exam with their heat maps, as one picture for TensorBoard.
-
-    Args:
-        volume: uint8 array (s, H, W).
-        maps: float32 array (s, h, w).
-
-    Returns:
-        float32 (3, rows, columns), 0 to 1.
-    """
-    slices = torch.from_numpy(overlay(volume, maps)).permute(0, 3, 1, 2)  # -> (s, 3, H, W)
-    return make_grid(slices / 255, nrow=columns, padding=2, pad_value=0.5)

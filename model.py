@@ -15,7 +15,6 @@ neural networks", arXiv:1404.5997 (this AlexNet); torchvision.models.alexnet (it
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import alexnet
 
 FEATURES = 256  # channels of AlexNet's last convolution
 SMALLEST_SIDE = 63  # px; below it AlexNet's third pooling has nothing left to pool
@@ -24,15 +23,79 @@ SMALLEST_SIDE = 63  # px; below it AlexNet's third pooling has nothing left to p
 def alexnet_features():
     """AlexNet's convolutional part with PyTorch's default random weights, 2.5 M parameters.
 
-    Built on the meta device, so that the 58.6 M weights of AlexNet's classifier never exist.
+    Layer for layer torchvision's `alexnet().features`, written out because importing torchvision
+    takes 170 MB of memory and more than a second.
     """
-    with torch.device("meta"):
-        layers = alexnet(weights=None).features
-    layers = layers.to_empty(device="cpu")
-    for layer in layers:
-        if isinstance(layer, nn.Conv2d):
-            layer.reset_parameters()
-    return layers
+    return nn.Sequential(
+        nn.Conv2d(3, 64, kernel_size=11, stride=4, padding=2),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(kernel_size=3, stride=2),
+        nn.Conv2d(64, 192, kernel_size=5, padding=2),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(kernel_size=3, stride=2),
+        nn.Conv2d(192, 384, kernel_size=3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(384, 256, kernel_size=3, padding=1),
+        nn.ReLU(inplace=True),
+        LastConvolution(256, FEATURES, kernel_size=3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(kernel_size=3, stride=2),
+    )
+
+
+class LastConvolution(nn.Conv2d):
+    """A convolution of stride 1 with the same result and gradients as Conv2d's, made for a maximum
+    over slices behind it: backward costs what the slices that won a channel cost.
+    """
+
+    def forward(self, x):
+        # On a GPU finding the winners would wait for the device in every step.
+        if x.device.type != "cpu" or not torch.is_grad_enabled():
+            return super().forward(x)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)  # as autocast would
+        return ConvolutionOfWinners.apply(x, weight, bias)
+
+
+class ConvolutionOfWinners(torch.autograd.Function):
+    """2-D convolution ("same" padding) whose backward pass skips maps without a gradient.
+
+    A maximum over slices sends the gradient of each channel to one slice only, so of s * 256 maps
+    of the gradient 256 differ from zero. Those are gathered slice by slice, m at most in a slice,
+    unfolded, and two matrix products of a slice give both gradients: s * m instead of s * 256
+    maps are multiplied. Any other gradient is right too, only slower.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        s, c, height, width = x.shape
+        out, k = weight.shape[0], weight.shape[-1]
+        won = grad.abs().amax(dim=(2, 3)) != 0  # (s, out); a NaN counts
+        slices, channels = won.nonzero(as_tuple=True)
+        places = won.cumsum(dim=1)[slices, channels] - 1  # of a channel among those of its slice
+        m = int(places.max()) + 1 if len(places) else 1
+        maps = grad[slices, channels]
+        packed = grad.new_zeros(s, m, height, width)
+        packed[slices, places] = maps
+        packed = F.unfold(packed, k, padding=k // 2)  # (s, m k k, H W)
+        # Seen from the input a kernel is upside down: (out, c, k, k) -> (out, k k, c).
+        taps = weight.flip(2, 3).permute(0, 2, 3, 1).flatten(1, 2)
+        packed_taps = taps.new_zeros(s, m, k * k, c)
+        packed_taps[slices, places] = taps[channels]
+        grad_x = torch.bmm(packed.transpose(1, 2), packed_taps.flatten(1, 2))  # (s, H W, c)
+        grad_x = grad_x.view(s, height, width, c).permute(0, 3, 1, 2)
+        pixels = x.permute(0, 2, 3, 1).reshape(s, height * width, c)
+        grad_taps = torch.bmm(packed, pixels).view(s, m, k * k, c)[slices, places]
+        grad_weight = torch.zeros_like(taps).index_add_(0, channels, grad_taps)
+        grad_weight = grad_weight.view(out, k, k, c).permute(0, 3, 1, 2).flip(2, 3)
+        grad_bias = grad.new_zeros(out).index_add_(0, channels, maps.sum(dim=(1, 2)))
+        return grad_x, grad_weight, grad_bias
 
 
 class MRNet(nn.Module):

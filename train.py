@@ -42,7 +42,7 @@ from checkpoint import (
     write_text,
 )
 from dataloader import INTENSITIES, PLANES, Augmentation, InputError, MRDataset, split_exams
-from figures import exam_picture, overlay_picture, roc_figure
+from figures import fed_slices, overlay, roc_figure
 from metrics import auc_interval, roc_auc
 from model import MRNet
 
@@ -317,7 +317,7 @@ class Training:
             self.model.parameters(),
             lr=torch.tensor(args.lr, device=device) if graphs else args.lr,
             weight_decay=args.weight_decay,
-            fused=device.type == "cuda",
+            fused=True,
             capturable=graphs,
         )
         self.graphs = None
@@ -562,8 +562,9 @@ def finish(args, run, training, writer, device, precision):
     for label, name in ((1, "positive"), (0, "negative")):
         i = int(np.flatnonzero(run.valid_set.labels == label)[0])
         maps, _ = engine.class_activation_maps(model, run.valid_set.exam(i, None, device))
-        picture = overlay_picture(run.valid_set.volume(i).cpu().numpy(), maps)
-        writer.add_image(f"heat map of a {name} validation exam", picture, about["epoch"])
+        slices = overlay(run.valid_set.volume(i).cpu().numpy(), maps)
+        what = f"heat map of a {name} validation exam"
+        writer.add_images(what, slices, about["epoch"], dataformats="NHWC")
     results = {"best/valid-auc": valid["auc"], "best/valid-loss": valid["loss"]}
     writer.add_hparams(recipe_of(args), results | {"best/epoch": about["epoch"]}, run_name=".")
     low, high = auc_interval(run.valid_set.labels, logits)[1:]
@@ -609,8 +610,8 @@ def fit(args, run, device, precision):
     ):
         if training.epoch == 0:
             torch.manual_seed(random_state(run))
-            picture = exam_picture(run.train_set[0][0], args.intensity)
-            writer.add_image("an augmented training exam", picture, 1)
+            slices = fed_slices(run.train_set[0][0], args.intensity)
+            writer.add_images("an augmented training exam", slices, 1)
         print(
             f"\n{'epoch':>5}  {'train loss':>10}  {'train auc':>9}  {run.chosen_on + ' loss':>10}  "
             f"{run.chosen_on + ' auc':>9}  {'lr':>7}  {'seconds':>7}  {'exams/s':>7}"

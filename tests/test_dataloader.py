@@ -197,7 +197,8 @@ def test_bad_csv_is_named(exams, text, words):
 
 
 def test_unknown_task_lists_those_that_exist(exams):
-    with pytest.raises(InputError, match="no task 'meniscus'.*acl"):
+    (exams / "train-meniscus.csv").write_text("0,1\n1,0\n")
+    with pytest.raises(InputError, match="no task 'meniscus' without valid-meniscus.csv; .*acl"):
         MRDataset(exams, "meniscus", "axial")
 
 
