@@ -59,10 +59,9 @@ class LastConvolution(nn.Conv2d):
 class ConvolutionOfWinners(torch.autograd.Function):
     """2-D convolution ("same" padding) whose backward pass skips maps without a gradient.
 
-    A maximum over slices sends the gradient of each channel to one slice only, so of s * 256 maps
-    of the gradient 256 differ from zero. Those are gathered slice by slice, m at most in a slice,
-    unfolded, and two matrix products of a slice give both gradients: s * m instead of s * 256
-    maps are multiplied. Any other gradient is right too, only slower.
+    A maximum over slices sends the gradient of each channel to one slice only, so of the s * 256
+    maps of the gradient 256 differ from zero. Those are unfolded, and for each slice two matrix
+    products with its own maps give both gradients. Any other gradient is right too, only slower.
     """
 
     @staticmethod
@@ -77,22 +76,23 @@ class ConvolutionOfWinners(torch.autograd.Function):
         s, c, height, width = x.shape
         out, k = weight.shape[0], weight.shape[-1]
         won = grad.abs().amax(dim=(2, 3)) != 0  # (s, out); a NaN counts
-        slices, channels = won.nonzero(as_tuple=True)
-        places = won.cumsum(dim=1)[slices, channels] - 1  # of a channel among those of its slice
-        m = int(places.max()) + 1 if len(places) else 1
-        maps = grad[slices, channels]
-        packed = grad.new_zeros(s, m, height, width)
-        packed[slices, places] = maps
-        packed = F.unfold(packed, k, padding=k // 2)  # (s, m k k, H W)
+        slices, channels = won.nonzero(as_tuple=True)  # (n,) each, slice after slice
+        maps = grad[slices, channels]  # (n, H, W)
+        rows = F.unfold(maps[:, None], k, padding=k // 2).flatten(0, 1)  # (n k k, H W)
         # Seen from the input a kernel is upside down: (out, c, k, k) -> (out, k k, c).
         taps = weight.flip(2, 3).permute(0, 2, 3, 1).flatten(1, 2)
-        packed_taps = taps.new_zeros(s, m, k * k, c)
-        packed_taps[slices, places] = taps[channels]
-        grad_x = torch.bmm(packed.transpose(1, 2), packed_taps.flatten(1, 2))  # (s, H W, c)
-        grad_x = grad_x.view(s, height, width, c).permute(0, 3, 1, 2)
+        kernels = taps[channels].flatten(0, 1)  # (n k k, c)
         pixels = x.permute(0, 2, 3, 1).reshape(s, height * width, c)
-        grad_taps = torch.bmm(packed, pixels).view(s, m, k * k, c)[slices, places]
-        grad_weight = torch.zeros_like(taps).index_add_(0, channels, grad_taps)
+        grad_x, grad_kernels = pixels.new_empty(pixels.shape), kernels.new_empty(kernels.shape)
+        # Slice by slice: batches of ever other shapes would fill the library's cache of kernels.
+        sizes = (k * k * won.sum(dim=1)).tolist()
+        parts = zip(*(each.split(sizes) for each in (rows, kernels, grad_kernels)), strict=True)
+        for i, (its_rows, its_kernels, its_grad) in enumerate(parts):
+            torch.mm(its_rows.T, its_kernels, out=grad_x[i])
+            torch.mm(its_rows, pixels[i], out=its_grad)
+        grad_x = grad_x.view(s, height, width, c).permute(0, 3, 1, 2)
+        grad_kernels = grad_kernels.view(-1, k * k, c)
+        grad_weight = taps.new_zeros(taps.shape).index_add_(0, channels, grad_kernels)
         grad_weight = grad_weight.view(out, k, k, c).permute(0, 3, 1, 2).flip(2, 3)
         grad_bias = grad.new_zeros(out).index_add_(0, channels, maps.sum(dim=(1, 2)))
         return grad_x, grad_weight, grad_bias
