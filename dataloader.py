@@ -220,6 +220,11 @@ def feed(volume, intensity, transform=None):
     return grey[:, None]  # (s, H, W) -> (s, 1, H, W)
 
 
+def grey_levels(fed, intensity):
+    """The way back from `feed`: float32 (s, 1, H, W) -> grey levels 0 to 255, up to rounding."""
+    return fed if intensity == "raw" else fed * STD + MEAN
+
+
 def split_exams(labels, parts, seed):
     """Stratified folds: for each of `parts` the rows it holds out, int arrays that cover all rows.
 

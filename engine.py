@@ -288,6 +288,7 @@ def training_step(model, optimizer, volume, label, weight, precision):
     optimizer.zero_grad(set_to_none=True)
     with autocast(volume.device, precision):
         logit = model(volume[None])[0]  # (s, 1, H, W) -> (1, s, 1, H, W) -> (1, 1) -> (1,)
+    del volume  # backward, where memory peaks, does not need it
     loss = F.binary_cross_entropy_with_logits(logit, label, weight)
     loss.backward()
     optimizer.step()
@@ -403,8 +404,10 @@ def train_epoch(model, exams, optimizer, device, precision, what="train", graphs
         step = end - 1
         label, weight = labels[step : step + 1], weights[step : step + 1]
         if graphs is None:
-            volume = exams.exam(i, transforms[step], device)
-            logit, loss = training_step(model, optimizer, volume, label, weight, precision)
+            # No name for the volume, so that training_step can let go of it.
+            logit, loss = training_step(
+                model, optimizer, exams.exam(i, transforms[step], device), label, weight, precision
+            )
         else:
             logit, loss = graphs(exams, i, poses[step], label, weight)
         logits[step : step + 1], losses[step] = logit, loss

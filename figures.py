@@ -10,26 +10,12 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
-from dataloader import MEAN, STD
 from metrics import auc_interval, brier, calibration_curve, expected_calibration_error, roc_band
 
 matplotlib.use("Agg")
 
 CELL_STEP, CELL_FIRST = 32, 31  # px: strides and paddings of AlexNet's convolutions and poolings
 OPACITY = 0.75  # of the strongest heat
-
-
-def fed_slices(volume, intensity):
-    """The slices of one exam as the network is fed it, for TensorBoard's `add_images`.
-
-    Args:
-        volume: float32 (s, 1, H, W), standardised or raw.
-
-    Returns:
-        float32 (s, 1, H, W), 0 to 1.
-    """
-    grey = volume if intensity == "raw" else volume * STD + MEAN
-    return (grey / 255).clamp(0, 1)
 
 
 def roc_figure(labels, scores, band=None):

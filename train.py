@@ -41,8 +41,15 @@ from checkpoint import (
     write_checkpoint,
     write_text,
 )
-from dataloader import INTENSITIES, PLANES, Augmentation, InputError, MRDataset, split_exams
-from figures import fed_slices, overlay, roc_figure
+from dataloader import (
+    INTENSITIES,
+    PLANES,
+    Augmentation,
+    InputError,
+    MRDataset,
+    grey_levels,
+    split_exams,
+)
 from metrics import auc_interval, roc_auc
 from model import MRNet
 
@@ -548,6 +555,9 @@ def describe(args, run, training, precision, train, chosen):
 
 def finish(args, run, training, writer, device, precision):
     """Evaluate the best model on the validation exams, log its curves, say where things are."""
+    # With matplotlib, 25 MB that nothing needs while the memory is full.
+    from figures import overlay, roc_figure
+
     path = model_path(args.models_dir, args.task, args.plane, run.suffix)
     model, about = load_model(path)
     logits = engine.predict(model.to(device), run.valid_set, device, precision)
@@ -610,8 +620,8 @@ def fit(args, run, device, precision):
     ):
         if training.epoch == 0:
             torch.manual_seed(random_state(run))
-            slices = fed_slices(run.train_set[0][0], args.intensity)
-            writer.add_images("an augmented training exam", slices, 1)
+            slices = grey_levels(run.train_set[0][0], args.intensity) / 255
+            writer.add_images("an augmented training exam", slices.clamp(0, 1), 1)
         print(
             f"\n{'epoch':>5}  {'train loss':>10}  {'train auc':>9}  {run.chosen_on + ' loss':>10}  "
             f"{run.chosen_on + ' auc':>9}  {'lr':>7}  {'seconds':>7}  {'exams/s':>7}"

@@ -9,7 +9,7 @@ from scipy import ndimage
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import affine
 
-from dataloader import Augmentation, InputError, MRDataset, read_volume, resample
+from dataloader import Augmentation, InputError, MRDataset, feed, grey_levels, read_volume, resample
 
 
 def test_item_contract(shared_exams):
@@ -194,6 +194,14 @@ def test_bad_csv_is_named(exams, text, words):
     with pytest.raises(InputError, match=words) as caught:
         MRDataset(exams, "acl", "axial")
     assert "train-acl.csv" in str(caught.value)
+
+
+@pytest.mark.parametrize("intensity", ["standardized", "raw"])
+def test_grey_levels_are_those_that_were_fed(intensity):
+    volume = torch.randint(0, 256, (3, 64, 70), dtype=torch.uint8)
+    volume[0, 0, :2] = torch.tensor([0, 255])  # stretching changes nothing
+    grey = grey_levels(feed(volume, intensity), intensity)
+    torch.testing.assert_close(grey[:, 0], volume.float(), atol=1e-4, rtol=0)
 
 
 def test_unknown_task_lists_those_that_exist(exams):
