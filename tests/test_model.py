@@ -2,10 +2,10 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 from torchvision.models import alexnet
 
@@ -116,7 +116,7 @@ def test_a_gradient_that_is_not_a_number_is_passed_on():
 def test_scripts_do_not_import_torchvision():
     # It takes 170 MB, which the bound on memory leaves no room for.
     code = "import sys, predict, train; assert 'torchvision' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_only_the_convolutions_of_alexnet():
