@@ -45,6 +45,7 @@ test: $(VENV:%=%/installed-dev)
 
 lint: $(VENV:%=%/installed-dev)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 $(VENV)/installed: requirements.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -55,5 +56,7 @@ $(VENV)/installed-dev: requirements-dev.txt requirements-dicom.txt $(VENV)/insta
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
+# Trained models and logs stay: delete models/ and logs/ by hand.
 clean:
-	rm -rf models/* logs/*
+	rm -rf .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import engine
-from dataloader import PLANES, SPLITS, InputError, label_rows, read_volume, tasks, volume_path
+from common.errors import InputError
+from dataloader import PLANES, SPLITS, label_rows, read_volume, tasks, volume_path
 
 
 class Volume(NamedTuple):

@@ -29,11 +29,13 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from dataloader import INTENSITIES, PLANES, InputError, one_line
+from common.errors import InputError, one_line
+from dataloader import INTENSITIES, PLANES, is_dataset
 from model import MRNet
 
 FORMAT = "mrnet-model-1"
-STACK_FORMAT = "mrnet-stack-1"
+STACK_FORMAT = "mrnet-stack-2"
+FIRST_STACK_FORMAT = "mrnet-stack-1"  # its logits had gone through rounded probabilities
 # What every saved model says of itself; train.py says more.
 ABOUT = {
     "task": str,
@@ -199,6 +201,7 @@ def load_model(path, task=None, plane=None):
         whole = all(isinstance(about[name], kind) for name, kind in ABOUT.items())
         whole = whole and about["intensity"] in INTENSITIES and "valid" in about["data"]
         whole = whole and all(isinstance(exam_id, str) for exam_id in about["held_out"])
+        whole = whole and (about.get("dataset") is None or is_dataset(about["dataset"]))
         whole = whole and all(bool(torch.isfinite(w).all()) for w in model.parameters())
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
         whole = False
@@ -239,7 +242,7 @@ def imagenet_features(say=print):
             features = source()
             break
         except (OSError, RuntimeError, subprocess.SubprocessError, pickle.UnpicklingError) as error:
-            reasons.append(f"{source.host}: {str(error).strip().splitlines()[-1][:100]}")
+            reasons.append(f"{source.host}: {last_line(error)}")
     else:
         raise InputError(
             f"AlexNet's ImageNet features cannot be had ({'; '.join(reasons)}). Copy {cache} from "
@@ -248,6 +251,11 @@ def imagenet_features(say=print):
     write_checkpoint(cache, {"format": "alexnet-features", "features": features})
     say(f"kept in {cache}")
     return features
+
+
+def last_line(error):
+    """The last line of what an exception says, where pip names the cause; else its name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:100]
 
 
 def features_from_torchvision():
@@ -336,7 +344,7 @@ def load_stack(models_dir, task):
     try:
         stack = json.loads(path.read_text(encoding="utf-8"))
         whole = (
-            stack["format"] == STACK_FORMAT
+            stack["format"] in (STACK_FORMAT, FIRST_STACK_FORMAT)
             and stack["task"] == task
             and stack["features"] in ("probability", "logit")
             and stack["combinations"].keys() == set(COMBINATIONS)
@@ -354,6 +362,11 @@ def load_stack(models_dir, task):
         whole = False
     if not whole:
         raise InputError(f"{path}: damaged, or not a stack of {task}; make it again")
+    if stack["format"] == FIRST_STACK_FORMAT and stack["features"] == "logit":
+        raise InputError(
+            f"{path}: fitted on rounded logits by an earlier version; run "
+            f"`python train_logistic_regression.py --task {task} --features logit` again"
+        )
     return stack
 
 
@@ -381,6 +394,13 @@ class TaskModels(NamedTuple):
     task: str
     networks: dict  # plane -> [(MRNet in evaluation mode, its intensity), ...]; several with folds
     stack: dict | None  # as `load_stack` returns it
+    digest: str  # of the files of all networks and the stack, 12 hex digits
+    datasets: list  # what the networks learnt from: dataset.json's content, None where unknown
+
+    @property
+    def is_synthetic(self):
+        """Whether any of the networks learnt from exams that are not of patients."""
+        return any(dataset is not None and dataset["synthetic"] for dataset in self.datasets)
 
 
 def saved_tasks(models_dir):
@@ -419,14 +439,19 @@ def load_task(models_dir, task, device="cpu"):
     else:
         paths = {plane: [model_path(folder, task, plane)] for plane in PLANES}
         paths = {plane: found for plane, found in paths.items() if found[0].is_file()}
-    networks = {}
+    networks, files, datasets = {}, [], []
     for plane in paths:
         loaded = [load_model(path, task, plane) for path in paths[plane]]
-        for path in paths[plane] if stack else ():
-            if stack["digests"].get(path.name) != digest_of(path):
+        for path in paths[plane]:
+            files.append(digest_of(path))
+            if stack and stack["digests"].get(path.name) != files[-1]:
                 raise InputError(
                     f"{path}: trained again after the stack was fitted; run python "
                     f"train_logistic_regression.py --task {task} with the arguments of before"
                 )
         networks[plane] = [(model.to(device), about["intensity"]) for model, about in loaded]
-    return TaskModels(task, networks, stack)
+        datasets += [d for _, about in loaded if (d := about.get("dataset")) not in datasets]
+    if stack:
+        files.append(digest_of(stack_path(folder, task)))
+    digest = hashlib.sha256(" ".join(files).encode()).hexdigest()[:12]
+    return TaskModels(task, networks, stack, digest, datasets)

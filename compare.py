@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 import engine
-from dataloader import PLANES, InputError
+from common.errors import InputError
+from dataloader import PLANES
 from metrics import auc_difference, brier, roc_auc
 
 

@@ -12,6 +12,7 @@ import copy
 import csv
 import errno
 import hashlib
+import json
 import math
 import re
 from pathlib import Path
@@ -19,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch.utils.data import Dataset
 
+from common.errors import InputError, one_line
 from model import SMALLEST_SIDE
 
 PLANES = ("axial", "coronal", "sagittal")
@@ -31,22 +33,13 @@ MAX_ROTATION = 25.0  # degrees; the article
 MAX_SHIFT = 25 / 256  # of the side: the article's 25 px of 256, and as much at other sizes
 FLIP = 0.5  # probability; the article
 INTENSITIES = ("standardized", "raw")
+GROUPS = "groups"  # <split>-groups.csv holds no labels
 
 HOW_TO_GET_DATA = (
     "MRNet: register at https://stanfordmlgroup.github.io/competitions/mrnet and unzip it into "
     "data/; or make synthetic knees with `python data/phantom/prepare.py` and add "
     "`--data-dir data/phantom`"
 )
-
-
-class InputError(Exception):
-    """Something that the user gave is wrong. The message is one line: what, where, the mend."""
-
-
-def one_line(error):
-    """The first line of what an exception says, short enough to stand in a message."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-    return "".join(c for c in line if c.isprintable())
 
 
 def tasks(root_dir):
@@ -58,7 +51,7 @@ def tasks(root_dir):
     root = Path(root_dir)
     if not root.is_dir():
         raise InputError(f"{root}: no such data folder. {HOW_TO_GET_DATA}")
-    names = {p.name[len("train-") : -len(".csv")] for p in root.glob("train-*.csv")}
+    names = {p.name[len("train-") : -len(".csv")] for p in root.glob("train-*.csv")} - {GROUPS}
     names = sorted(name for name in names if (root / f"valid-{name}.csv").is_file())
     if not names:
         raise InputError(f"{root}: no train-<task>.csv with a valid-<task>.csv. {HOW_TO_GET_DATA}")
@@ -129,6 +122,63 @@ def read_labels(root_dir, task, split):
             "need both 0 and 1"
         )
     return list(labels), np.fromiter(labels.values(), np.float32, len(labels))
+
+
+def read_groups(root_dir, split):
+    """{id without leading zeros: group} of <split>-groups.csv, rows of id, group; {} without it.
+
+    Exams of one group (a patient, a scanner) never stand on both sides of a cut.
+
+    Raises:
+        InputError: a row that is not `id,group`, or an id twice.
+    """
+    path, groups = Path(root_dir) / f"{split}-{GROUPS}.csv", {}
+    if not path.exists():
+        return groups
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            for number, row in enumerate(csv.reader(file), start=1):
+                if row and (len(row) != 2 or not row[0].strip().isdecimal() or not row[1].strip()):
+                    raise InputError(f"{path}, line {number}: expected `id,group`")
+                exam_id = row[0].strip().lstrip("0") or "0" if row else None
+                if exam_id in groups:
+                    raise InputError(f"{path}, line {number}: id {exam_id} stands here twice")
+                if row:
+                    groups[exam_id] = row[1].strip()
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read ({one_line(error)}); write it again") from None
+    return groups
+
+
+def is_dataset(content):
+    """Whether a dict has all that `read_dataset` promises. Raises KeyError or TypeError, too."""
+    kinds = {"name": str, "version": str, "synthetic": bool, "orientation": (dict, type(None))}
+    return all(isinstance(content[name], kind) for name, kind in kinds.items())
+
+
+def read_dataset(root_dir):
+    """What the exams of a data folder are: its dataset.json as a dict, or None without one.
+
+    Returns:
+        dict with at least `name` (str), `version` (str), `synthetic` (bool) and `orientation`:
+        {plane: three letters, where slices, rows and columns grow to}, or None if not known.
+
+    Raises:
+        InputError: the file is damaged or lacks one of these.
+    """
+    path = Path(root_dir) / "dataset.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not is_dataset(content):
+            raise ValueError("name, version, synthetic or orientation is of the wrong type")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{path}: no data set's description ({one_line(error)}); write it again, see "
+            "data/README.md, or move it away"
+        ) from None
+    return content
 
 
 def volume_path(root_dir, split, plane, exam_id):
@@ -225,11 +275,15 @@ def grey_levels(fed, intensity):
     return fed if intensity == "raw" else fed * STD + MEAN
 
 
-def split_exams(labels, parts, seed):
+def split_exams(labels, parts, seed, groups=None):
     """Stratified folds: for each of `parts` the rows it holds out, int arrays that cover all rows.
 
+    Args:
+        labels: float (n,), 0 or 1.
+        groups: (n,), exams of one group go to one fold; None where each exam is one of its own.
+
     Raises:
-        InputError: the rarer class has fewer exams than there are parts.
+        InputError: too few exams or groups of a class: a fold would hold one class only.
     """
     rarer = int(min((labels == 0).sum(), (labels == 1).sum()))
     if rarer < parts:
@@ -237,8 +291,24 @@ def split_exams(labels, parts, seed):
             f"{parts} folds of {len(labels)} exams: the rarer class has {rarer} exams, so a fold "
             f"would hold one class only; use at most {rarer} folds"
         )
-    folds = StratifiedKFold(parts, shuffle=True, random_state=seed)
-    return [held_out for _, held_out in folds.split(np.zeros(len(labels)), labels)]
+    rows = np.zeros(len(labels))
+    if groups is None or len(set(groups)) == len(labels):
+        folds = StratifiedKFold(parts, shuffle=True, random_state=seed).split(rows, labels)
+    else:
+        if len(set(groups)) < parts:
+            raise InputError(
+                f"{parts} folds of {len(set(groups))} groups (train-{GROUPS}.csv): use fewer "
+                "folds, or correct the groups"
+            )
+        folds = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
+        folds = folds.split(rows, labels, groups)
+    held_out = [out for _, out in folds]
+    if any(len(set(labels[out])) < 2 for out in held_out):
+        raise InputError(
+            f"{parts} folds of {len(labels)} exams in {len(set(groups))} groups: a fold would hold "
+            f"one class only; use fewer folds, or correct train-{GROUPS}.csv"
+        )
+    return held_out
 
 
 class Augmentation:
@@ -324,10 +394,13 @@ class MRDataset(Dataset):
         *,
         intensity="standardized",
     ):
-        self.split = "train" if train else "valid"
+        self.root, self.split = Path(root_dir), "train" if train else "valid"
         self.task, self.plane = task, plane
         self.transform, self.intensity = transform, intensity
         self.ids, self.labels = read_labels(root_dir, task, self.split)
+        groups = read_groups(root_dir, self.split)
+        self.groups = [groups.get(exam_id, f"exam {exam_id}") for exam_id in self.ids]
+        self.dataset = read_dataset(root_dir)
         if weights is None:
             labels = self.labels if train else read_labels(root_dir, task, "train")[1]
             weights = (1.0, float((labels == 0).sum() / (labels == 1).sum()))
@@ -336,12 +409,14 @@ class MRDataset(Dataset):
         self.paths = [volume_path(root_dir, self.split, plane, i) for i in self.ids]
         self.shapes = [open_volume(path).shape for path in self.paths]
         self.kept = [None] * len(self.paths)
+        self.digests = [None] * len(self.paths)  # of the voxels, once they have been read
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, i):
         """-> volume float32 (s, 1, H, W), label float32 (1,), weight float32 (1,)."""
+        i = range(len(self))[i]  # -1 is the last exam; beyond the ends IndexError
         label, weight = self.labels[i : i + 1], self.weights[i : i + 1]
         return self.exam(i, self.transform), torch.from_numpy(label), torch.from_numpy(weight)
 
@@ -365,7 +440,7 @@ class MRDataset(Dataset):
         part = copy.copy(self)
         part.transform = transform
         part.labels, part.weights = self.labels[rows], self.weights[rows]
-        for name in ("ids", "paths", "shapes", "kept"):
+        for name in ("ids", "groups", "paths", "shapes", "kept", "digests"):
             setattr(part, name, [getattr(self, name)[row] for row in rows])
         return part
 
@@ -380,9 +455,19 @@ class MRDataset(Dataset):
             self.kept[i] = self.volume(i).to(device)
 
     def fingerprint(self):
-        """Hash of ids, labels and shapes, 16 hex digits: did two runs see the same data?"""
-        rows = "".join(
-            f"{i},{int(label)},{shape}\n"
-            for i, label, shape in zip(self.ids, self.labels, self.shapes, strict=True)
-        )
-        return hashlib.sha256(rows.encode()).hexdigest()[:16]
+        """Hash of ids, labels and voxels, 32 hex digits: did two runs see the same data?"""
+        for i, digest in enumerate(self.digests):
+            if digest is None:  # 1.4 GB/s: 2 s for MRNet
+                voxels = self.volume(i).cpu().numpy()
+                self.digests[i] = hashlib.sha256(voxels).hexdigest()[:32]
+        rows = zip(self.ids, self.labels, self.shapes, self.digests, strict=True)
+        text = "".join(f"{i},{int(label)},{shape},{d}\n" for i, label, shape, d in rows)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def has_fingerprint(self, fingerprint):
+        """Whether `fingerprint` is of these exams; those of earlier versions told no voxels."""
+        if len(fingerprint) == 32:
+            return fingerprint == self.fingerprint()
+        rows = zip(self.ids, self.labels, self.shapes, strict=True)
+        text = "".join(f"{i},{int(label)},{shape}\n" for i, label, shape in rows)
+        return fingerprint == hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -6,6 +6,7 @@ benchmark must run the very same loops.
 
 import errno
 import importlib.metadata
+import math
 import os
 import platform
 import shlex
@@ -23,25 +24,14 @@ import torch.nn.functional as F
 from scipy.special import expit
 from tqdm import tqdm
 
-from dataloader import PLANES, Augmentation, InputError, feed
+from common.errors import InputError, Interrupted, RunError, one_line
+from dataloader import PLANES, Augmentation, feed
 from metrics import MetricError
 
 PRECISIONS = ("auto", "fp32", "bf16")
 CACHES = ("auto", "device", "ram", "disk")
 # Room to leave beside cached volumes: what a training step on the largest exam takes.
 DEVICE_ROOM, RAM_ROOM = 2e9, 1.5e9
-
-
-class RunError(Exception):
-    """The run failed for a reason outside the code; the message is one line. Exit status 1."""
-
-
-class Interrupted(Exception):
-    """A signal asked to stop; all is saved, the message says how to go on. Exit status 128 + n."""
-
-    def __init__(self, number, message):
-        super().__init__(message)
-        self.number = number
 
 
 def run(main):
@@ -61,7 +51,9 @@ def run(main):
     except torch.OutOfMemoryError:
         status, message = 1, "failed: out of device memory; try --cache disk, --precision bf16"
     except (MemoryError, RuntimeError) as error:
-        said = ("can't allocate memory", "can't start new thread")
+        # oneDNN's convolutions have no better words for it than the last two.
+        said = ("can't allocate memory", "can't start new thread", "could not create a primitive",
+                "could not create a memory", "could not execute a primitive")  # fmt: skip
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in said):
             raise
         status, message = (
@@ -82,7 +74,8 @@ def run(main):
 
 @contextmanager
 def stop_after_step():
-    """Within it SIGINT and SIGTERM only ask `train_epoch` to stop; a second one stops at once.
+    """Within it SIGINT, SIGTERM and SIGHUP only ask `train_epoch` to stop; a second one stops at
+    once. A signal that was ignored from the start, as nohup does, stays ignored.
 
     Yields:
         list that holds the signal's number once one has come.
@@ -97,7 +90,7 @@ def stop_after_step():
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = catch_signals(ask)
     try:
         yield asked
     finally:
@@ -106,6 +99,14 @@ def stop_after_step():
 
 
 asked = []  # the signal that asks to stop
+
+
+def catch_signals(handler):
+    """Have `handler` called for what asks a process to end -> {number: handler of before}."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in numbers}
 
 
 def command_to_resume():
@@ -179,6 +180,45 @@ def pick_precision(name, device):
     return ("bf16" if has_bf16(device) else "fp32") if name == "auto" else name
 
 
+def available_memory(root=Path("/")):
+    """Bytes of memory that this process may still take: the machine's, or its container's less.
+
+    Args:
+        root: where /proc and /sys are looked for.
+    """
+    room = psutil.virtual_memory().available
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return room
+    groups = {}
+    for line in lines:  # "0::/path" is version 2, "9:memory:/path" version 1
+        _, controllers, path = line.split(":", 2)
+        if controllers == "" or "memory" in controllers.split(","):
+            groups["memory" if controllers else ""] = path.strip("/")
+    for controller, path in groups.items():
+        top = root / "sys/fs/cgroup" / controller
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        if not controller:
+            names = ("memory.max", "memory.current", "inactive_file")
+        # The limits of all groups above count too; within a container the path may not be there.
+        for folder in [top / path, *(top / path).parents]:
+            if folder.is_relative_to(top):
+                room = min(room, cgroup_room(folder, *names))
+    return max(room, 0)
+
+
+def cgroup_room(folder, limit, usage, reclaimable):
+    """Bytes between a control group's limit and what it uses; infinite without a limit."""
+    try:
+        most = (folder / limit).read_text().strip()
+        used = int((folder / usage).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return math.inf if most == "max" else int(most) - used + int(stat.get(reclaimable, 0))
+    except (OSError, ValueError):
+        return math.inf
+
+
 def keep_volumes(data_sets, where, device):
     """Keep the volumes of all data sets where training reads them fastest, and say so.
 
@@ -187,7 +227,7 @@ def keep_volumes(data_sets, where, device):
             these with room.
     """
     wanted = sum(exams.nbytes for exams in data_sets)
-    room = {"ram": psutil.virtual_memory().available - RAM_ROOM}
+    room = {"ram": available_memory() - RAM_ROOM}
     if device.type == "cuda":
         room = {"device": torch.cuda.mem_get_info(device)[0] - DEVICE_ROOM} | room
     if where == "auto":
@@ -254,13 +294,23 @@ def device_name(device):
 
 
 def start_up(args, device, precision):
-    """Print the one block that says what runs: device, versions, commit, arguments."""
+    """Print the one block that says what runs: device, versions, commit, arguments -> commit."""
     said = " ".join(f"{name} {version}" for name, version in versions().items())
     print(f"device     {device} ({device_name(device)}), {precision}")
     print(f"versions   {said}")
-    print(f"commit     {git_sha()}")
+    commit = git_sha()
+    print(f"commit     {commit}")
     plain = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in vars(args).items()}
     print("arguments  " + " ".join(f"{k}={v}" for k, v in sorted(plain.items())))
+    return commit
+
+
+def name_dataset(dataset):
+    """What a data set's description says in a few words; see `dataloader.read_dataset`."""
+    if dataset is None:
+        return "not described (no dataset.json)"
+    said = one_line(f"{dataset['name']}, version {dataset['version']}")
+    return said + (", SYNTHETIC exams" if dataset["synthetic"] else "")
 
 
 def progress(items, what, total=None):
@@ -368,6 +418,14 @@ class GraphedSteps:
         return graph, buffers, results
 
 
+def random_states(device):
+    """States of torch's generators, to go on with within an epoch: CPU, and the device's own."""
+    states = {"random": torch.get_rng_state()}
+    if device.type == "cuda":  # dropout draws there
+        states["device_random"] = torch.cuda.get_rng_state(device)
+    return states
+
+
 def train_epoch(model, exams, optimizer, device, precision, what="train", graphs=None, done=None):
     """One pass over all exams in random order, one exam a step.
 
@@ -375,10 +433,11 @@ def train_epoch(model, exams, optimizer, device, precision, what="train", graphs
     the same wherever training was resumed.
 
     Args:
-        exams: MRDataset with an Augmentation, another transform or none.
+        exams: MRDataset with an Augmentation, another transform or none; another than these two
+            cannot be part of a graph.
         graphs: GraphedSteps, for volumes kept on a CUDA device.
-        done: what an interrupted epoch left, to go on with: {"logits", "losses", "random"}, float32
-            (k,), (k,) and the state of torch's generator.
+        done: what an interrupted epoch left, to go on with: {"logits", "losses"}, float32 (k,), and
+            what `random_states` gave.
 
     Returns:
         order int (n,), and logits and weighted losses float32 (n,), in the order of the steps; only
@@ -388,6 +447,8 @@ def train_epoch(model, exams, optimizer, device, precision, what="train", graphs
     n = len(exams)
     order = torch.randperm(n).tolist()
     poses, transforms = [None] * n, [exams.transform] * n
+    if graphs is not None and not isinstance(exams.transform, Augmentation | None):
+        raise ValueError(f"no CUDA graph has a {type(exams.transform).__name__}; leave graphs out")
     if isinstance(exams.transform, Augmentation):  # all draws cross to the device at once
         poses = exams.transform.draw(n).to(device)
         transforms = [partial(exams.transform, pose=pose) for pose in poses]
@@ -399,6 +460,8 @@ def train_epoch(model, exams, optimizer, device, precision, what="train", graphs
         begin = len(done["logits"])
         logits[:begin], losses[:begin] = done["logits"], done["losses"]
         torch.set_rng_state(done["random"])
+        if "device_random" in done and device.type == "cuda":
+            torch.cuda.set_rng_state(done["device_random"], device)
     end = begin
     for end, i in enumerate(progress(order[begin:], what), start=begin + 1):
         step = end - 1
@@ -427,40 +490,44 @@ def predict(model, exams, device, precision, what="predict"):
     return logits.cpu().numpy()
 
 
-def stack_features(kind, planes, probabilities):
-    """What the regression sees, "probability" or "logit": {plane: (n,)} -> (n, planes)."""
-    columns = np.stack([probabilities[plane] for plane in planes], axis=1)
-    return logit(columns) if kind == "logit" else columns
+def stack_features(kind, planes, logits):
+    """What the regression sees of each plane's networks: {plane: (n, networks)} -> (n, planes).
+
+    Args:
+        kind: "probability", the mean of the networks' probabilities, or "logit", of their logits.
+    """
+    values = sigmoid if kind == "probability" else np.asarray
+    return np.stack([values(logits[plane]).mean(axis=1) for plane in planes], axis=1)
 
 
-def combine(stack, probabilities):
+def combine(stack, logits):
     """What a stack makes of the planes that are there.
 
     Args:
         stack: dict as `checkpoint.load_stack` returns it.
-        probabilities: {plane: float64 (n,)}, at least one plane.
+        logits: {plane: float64 (n, networks)}, at least one plane.
 
     Returns:
         float64 (n,) stacked probability, and the threshold of this set of planes.
     """
-    planes = [plane for plane in PLANES if plane in probabilities]
+    planes = [plane for plane in PLANES if plane in logits]
     combination = stack["combinations"]["+".join(planes)]
-    features = stack_features(stack["features"], planes, probabilities)
+    features = stack_features(stack["features"], planes, logits)
     score = features @ np.asarray(combination["coefficients"]) + combination["intercept"]
     return expit(score), combination["threshold"]
 
 
-def verdict(stack, probabilities):
+def verdict(stack, logits):
     """What a stack says of one exam.
 
     Args:
         stack: dict as `checkpoint.load_stack` returns it.
-        probabilities: {plane: float}, at least one plane.
+        logits: {plane: [float, one for each network]}, at least one plane.
 
     Returns:
         stacked probability and threshold, floats, and "positive" or "negative".
     """
-    columns = {plane: np.array([p]) for plane, p in probabilities.items()}
+    columns = {plane: np.array([values]) for plane, values in logits.items()}
     (stacked,), threshold = combine(stack, columns)
     return float(stacked), threshold, "positive" if stacked >= threshold else "negative"
 
@@ -476,16 +543,9 @@ def sigmoid(logits):
     return expit(np.asarray(logits, np.float64))
 
 
-def logit(probabilities):
-    """Log odds of probabilities, finite even for 0 and 1."""
-    tiny = np.finfo(np.float32).tiny
-    p = np.asarray(probabilities, np.float64)
-    return np.log(np.clip(p, tiny, None)) - np.log(np.clip(1 - p, tiny, None))
-
-
 @torch.inference_mode()
 def predict_volume(networks, volume, device, precision):
-    """Probability of one plane of one exam, the mean over its networks: float.
+    """Logits of one plane of one exam: list of float, one for each of its networks.
 
     Args:
         networks: list of (MRNet, intensity), as in `checkpoint.TaskModels`.
@@ -495,7 +555,7 @@ def predict_volume(networks, volume, device, precision):
     for model, intensity in networks:
         with autocast(device, precision):
             logits.append(model(feed(stored, intensity)[None]).item())
-    return float(sigmoid(logits).mean())
+    return logits
 
 
 @torch.inference_mode()

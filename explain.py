@@ -34,12 +34,14 @@ from PIL import Image, ImageDraw
 
 import engine
 from checkpoint import load_task, saved_tasks, write_text
-from dataloader import PLANES, InputError, feed, read_labels, read_volume, volume_path
-from exams import open_exams
+from common.errors import InputError, RunError
+from common.exams import open_exams, refuse_unfit
+from dataloader import PLANES, feed, read_labels, read_volume, volume_path
 from figures import CELL_FIRST, CELL_STEP, OPACITY, heat_colours, overlay
 from metrics import wilson_interval
 
 NOTICE = "Research use only, not a medical device."
+SYNTHETIC_ONLY = "SYNTHETIC TRAINING ONLY."  # begins each headline of such networks
 JPEG_QUALITY, LARGEST_SIDE = 92, 512  # of the slices in the page, px
 SHEET_SLICES = 5  # of each plane in the contact sheet
 FRAME_SIDE, FRAME_SECONDS = 256, 0.25  # of the film
@@ -53,7 +55,8 @@ class Seen(NamedTuple):
     volume: np.ndarray  # uint8 (s, H, W)
     maps: np.ndarray  # float32 (s, h, w), mean over the plane's networks, in units of the logit
     logit: float  # mean over the networks
-    bias: float
+    bias: float  # mean over the networks
+    logits: list  # of each network
     probability: float  # mean over the networks
 
     @property
@@ -73,7 +76,9 @@ def parse_arguments():
         metavar="EXAM",
         help="one exam's .npy files, a folder or zip of DICOM or NIfTI, or a data folder",
     )
-    parser.add_argument("--exam", help="which one, where EXAM holds several: 207, or valid/0207")
+    parser.add_argument(
+        "--exam", help="which one, where EXAM holds several: 207, valid/0207, a DICOM exam's folder"
+    )
     parser.add_argument("--task", help="the finding to explain; all tasks in the pointing game")
     parser.add_argument(
         "--plane", choices=PLANES, help="of a single .npy file whose path does not tell it"
@@ -82,6 +87,19 @@ def parse_arguments():
         "--models-dir", type=Path, default=Path("models"), help="where train.py wrote"
     )
     parser.add_argument("--out", type=Path, default=Path("."), help="folder to write to")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace files of the same name in --out"
+    )
+    parser.add_argument(
+        "--partial",
+        action="store_true",
+        help="a verdict of the other planes, too, where a plane was scanned and cannot be used",
+    )
+    parser.add_argument(
+        "--allow-synthetic",
+        action="store_true",
+        help="let networks that have seen synthetic exams only look at others, under a banner",
+    )
     parser.add_argument(
         "--pointing-game",
         type=Path,
@@ -120,49 +138,62 @@ def see(networks, volume, device, precision):
         volume=volume,
         maps=np.mean(maps, axis=0),
         logit=float(np.mean(logits)),
+        logits=logits,
         bias=float(np.mean([model.classifier.bias.item() for model, _ in networks])),
         probability=float(engine.sigmoid(logits).mean()),
     )
 
 
 def see_exam(models, exam, device, precision):
-    """Each plane that has both a volume and a model: {plane: Seen}."""
-    planes = [plane for plane in PLANES if plane in exam.paths and plane in models.networks]
-    if not planes:
+    """Each plane that has both a volume and a model, and what cannot be used.
+
+    Returns:
+        {plane: Seen}, {plane: why not}.
+    """
+    seen, unusable = {}, {p: why for p, why in exam.unusable.items() if p in models.networks}
+    for plane in models.networks:
+        if plane in exam.paths:
+            try:
+                volume = read_volume(exam.paths[plane])
+            except InputError as error:
+                unusable[plane] = str(error)
+                continue
+            seen[plane] = see(models.networks[plane], volume, device, precision)
+    if not seen:
         have = ", ".join(models.networks) or "no plane"
-        raise InputError(f"{exam.name}: no volume of a plane with a {models.task} model ({have})")
-    return {
-        plane: see(models.networks[plane], read_volume(exam.paths[plane]), device, precision)
-        for plane in planes
-    }
+        why = next(iter(unusable.values()), f"no volume of a plane with a {models.task} model")
+        raise InputError(f"exam {exam.name}: {why} (models: {have})")
+    return {plane: seen[plane] for plane in PLANES if plane in seen}, unusable
 
 
 def verdict(models, seen):
     """Stacked probability, threshold and verdict, or None without a stack."""
     if models.stack is None:
         return None
-    columns = {plane: one.probability for plane, one in seen.items()}
-    said = engine.verdict(models.stack, columns)
+    said = engine.verdict(models.stack, {plane: one.logits for plane, one in seen.items()})
     return dict(zip(("probability", "threshold", "verdict"), said, strict=True))
 
 
 def pick_exam(exams, wanted, source):
-    """The exam that the user asks for by name, without leading zeros if he likes."""
+    """The (source, name) that the user asks for, without leading zeros if he likes."""
     if wanted is None and len(exams) == 1:
         return next(iter(exams))
-    found = [exam for exam in exams if wanted is not None and is_called(exam, wanted)]
+    found = [key for key in exams if wanted is not None and is_called(key, wanted)]
     if len(found) == 1:
         return found[0]
-    names = [f"{exam.split}/{exam.name}".lstrip("/") for exam in islice(found or exams, 5)]
+    names = ["/".join(key).lstrip("/") for key in islice(found or exams, 5)]
     raise InputError(
         f"{source}: {len(found) or len(exams)} exams{f' called {wanted}' if found else ''}; give "
         f"--exam with one of {', '.join(names)} ..."
     )
 
 
-def is_called(exam, wanted):
-    split, _, name = wanted.rpartition("/")
-    return split in ("", exam.split) and (name.lstrip("0") or "0") == (exam.name.lstrip("0") or "0")
+def is_called(key, wanted):
+    source, name = key
+    if wanted in (source, "/".join(key)):  # of DICOM, the folder alone tells it
+        return True
+    folder, _, wanted = wanted.rpartition("/")
+    return folder in ("", source) and (wanted.lstrip("0") or "0") == (name.lstrip("0") or "0")
 
 
 # --- page -----------------------------------------------------------------------------------------
@@ -176,7 +207,7 @@ def jpeg(grey):
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
-def page_of(exam, models, seen, judged):
+def page_of(exam, models, seen, judged, unusable):
     """The HTML page as text. Everything that varies is JSON, and is put in as text by the page."""
     planes = [
         {
@@ -198,7 +229,13 @@ def page_of(exam, models, seen, judged):
     content = {
         "exam": exam.name,
         "task": models.task,
+        "input": exam.input,
+        "source": exam.source,
         "judged": judged,
+        "unusable": unusable,
+        "synthetic": models.is_synthetic,
+        "learnt_from": [engine.name_dataset(dataset) for dataset in models.datasets or [None]],
+        "thresholds": (models.stack or {}).get("thresholds", ""),
         "missing": [plane for plane in PLANES if plane not in seen],
         "planes": planes,
         "cell": [CELL_STEP, CELL_FIRST],
@@ -220,10 +257,11 @@ PAGE = (Path(__file__).parent / "explain.html").read_text(encoding="utf-8")
 
 def headline(exam, models, seen, judged):
     """One line with the probabilities."""
+    warning = f"{SYNTHETIC_ONLY} " if models.is_synthetic else ""
     said = ", ".join(f"{plane} {one.probability:.2f}" for plane, one in seen.items())
     if judged:
         said += ", stack {probability:.2f}, threshold {threshold:.2f}: {verdict}".format(**judged)
-    return f"{models.task}, exam {exam.name}: {said}"
+    return f"{warning}{models.task}, exam {exam.name}: {said}"
 
 
 def contact_sheet(seen, title):
@@ -276,23 +314,46 @@ def film(seen, title):
     return frames
 
 
+def check_place(paths, exam, overwrite):
+    """Refuse to replace the files of another exam.
+
+    Raises:
+        InputError: a file of this name is there and is not known to be of this very exam.
+    """
+    page = paths[0]
+    try:
+        own = f'"input": "{exam.input}"' in page.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        own = False
+    for path in paths:
+        if path.exists() and not own and not overwrite:
+            raise InputError(
+                f"{path}: exists and may be of another exam; give another folder as --out, or "
+                "--overwrite"
+            )
+
+
 def explain(args, device, precision):
     """Write the three files for one exam."""
     models = load_task(args.models_dir, args.task, device)
-    with open_exams(args.exams, args.plane) as (exams, failed):
-        exam = pick_exam(exams, args.exam, args.exams[0])
+    with open_exams(args.exams, args.plane) as exams:
+        refuse_unfit(models, exams.datasets, args.allow_synthetic)
+        exam = exams.load(pick_exam(exams, args.exam, args.exams[0]))
         began = time.perf_counter()
-        seen = see_exam(models, exam, device, precision)
-    judged = verdict(models, seen)
+        seen, unusable = see_exam(models, exam, device, precision)
+    path = args.out / f"{exam.name}-{models.task}"
+    page, sheet, gif = (path.with_name(path.name + end) for end in (".html", ".png", ".gif"))
+    check_place((page, sheet, gif), exam, args.overwrite)
+    judged = verdict(models, seen) if args.partial or not unusable else None
     title = headline(exam, models, seen, judged)
     print(title)
+    for dataset in models.datasets or [None]:
+        print(f"learnt from {engine.name_dataset(dataset)}")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{args.out}: {error.strerror}; give another folder as --out") from None
-    path = args.out / f"{exam.name}-{models.task}"
-    page, sheet, gif = (path.with_name(path.name + end) for end in (".html", ".png", ".gif"))
-    write_text(page, page_of(exam, models, seen, judged))
+    write_text(page, page_of(exam, models, seen, judged, unusable))
     slices = sum(len(one.volume) for one in seen.values())
     seconds = time.perf_counter() - began
     print(f"page   {page}  {page.stat().st_size / 1e6:.2f} MB, {slices} slices, {seconds:.1f} s")
@@ -301,8 +362,10 @@ def explain(args, device, precision):
     first, *others = film(seen, title)
     first.save(gif, save_all=True, append_images=others, duration=1000 * FRAME_SECONDS, loop=0)
     print(f"film   {gif}\n{NOTICE}")
-    if failed:
-        raise engine.RunError(f"{failed} volumes could not be used, named above")
+    if unusable:
+        said = "; ".join(f"{plane}: {why}" for plane, why in unusable.items())
+        done = "left out of the verdict" if judged else "so there is no verdict (--partial)"
+        raise RunError(f"exam {exam.name}: {said}; {done}")
 
 
 # --- pointing game --------------------------------------------------------------------------------

@@ -3,33 +3,41 @@
     python predict.py data/phantom --out predictions.csv        # a data folder, every saved task
     python predict.py ~/scans --task acl --out scans.csv        # DICOM, a folder or a zip
     python predict.py knee7-axial.npy knee7-sagittal.npy        # one exam's planes, to the terminal
-    python predict.py exams --out exams.jsonl --jsonl --resume  # go on after an interruption
+    python predict.py ~/inbox --out inbox.csv --resume          # after studies came, went or broke
 
-One row for each exam and task. Planes may be missing: a stack has a logistic regression for each
-set of planes, and the row says which ones were used. An exam that cannot be read is named on
-stderr, the others go on, and the exit status is 1. Memory stays constant: what is kept of an exam
-is its name. Research use only, not a medical device.
+One row for each exam and task. An exam's name is the same in every run: a file's name, or for DICOM
+a hash of its study with the knee's side. Planes that were never scanned may be missing: a stack has
+a logistic regression for each set of planes, and the row says which ones were used. Where a plane
+was there and cannot be used, the row says why and has no verdict (--partial gives one of the other
+planes); such exams are named on stderr, the others go on, and the exit status is 1. Memory stays
+constant: what is kept of an exam is its name. Research use only, not a medical device.
 """
 
 import argparse
 import csv
+import hashlib
 import io
 import json
+import re
 import sys
 import time
+from collections import Counter
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 import engine
-from checkpoint import load_task, saved_tasks
-from dataloader import PLANES, InputError, read_volume
-from exams import open_exams
+from checkpoint import atomic, load_task, saved_tasks
+from common.errors import InputError, RunError, one_line
+from common.exams import open_exams, refuse_unfit
+from dataloader import PLANES, read_volume
 
-COLUMNS = ("exam", "split", "task", *PLANES, "stack", "threshold", "verdict", "planes", "missing")
-COLUMNS += ("note",)
+COLUMNS = ("exam", "source", "task", *PLANES, "stack", "threshold", "verdict", "planes", "missing")
+# What could not be used; what the networks learnt from; hashes of what answered and of its input.
+COLUMNS += ("note", "error", "trained_on", "model", "input")
 DIGITS = 8  # of a probability
 
 
@@ -43,13 +51,25 @@ def parse_arguments():
         type=Path,
         metavar="EXAMS",
         help="a folder in MRNet's layout (with or without train and valid), a folder or zip of "
-        "DICOM or NIfTI (converted first, into a temporary folder), or one exam's .npy files",
+        "DICOM or NIfTI (converted one by one, into a temporary folder), or one exam's .npy files",
     )
     parser.add_argument(
         "--task", action="append", help="may be repeated; without it, every task with a saved model"
     )
     parser.add_argument(
         "--plane", choices=PLANES, help="of a single .npy file whose path does not tell it"
+    )
+
+    answers = parser.add_argument_group("answers")
+    answers.add_argument(
+        "--partial",
+        action="store_true",
+        help="a verdict of the other planes, too, where a plane was scanned and cannot be used",
+    )
+    answers.add_argument(
+        "--allow-synthetic",
+        action="store_true",
+        help="let networks that have seen synthetic exams only look at others; to try the commands",
     )
 
     files = parser.add_argument_group("files")
@@ -66,8 +86,8 @@ def parse_arguments():
     existing.add_argument(
         "--resume",
         action="store_true",
-        help="skip the exams that --out holds and append the others; use the same models. Exams "
-        "that failed are tried again",
+        help="keep the rows of --out whose exam and models have not changed and predict the rest: "
+        "the file ends as a run from the start would leave it",
     )
     existing.add_argument("--overwrite", action="store_true", help="replace --out")
 
@@ -79,44 +99,82 @@ def parse_arguments():
     return args
 
 
-def predict_exam(exam, tasks, device, precision):
-    """Rows of one exam, one a task, and how many slices went through a network.
+def read_planes(exam, wanted):
+    """The volumes of an exam, and what cannot be used of it.
 
-    Raises:
-        InputError: a volume cannot be used; a wrong one must not pass for a missing one.
+    Args:
+        wanted: planes that any network is there for.
+
+    Returns:
+        {plane: uint8 array (s, H, W)}, {plane: why not}, both of planes in `wanted`.
     """
-    if not exam.name.isprintable() or not exam.split.isprintable():
-        raise InputError(f"{exam.split}/{exam.name!a}: give it a name of printable characters")
-    volumes = {plane: read_volume(path) for plane, path in exam.paths.items()}
+    volumes, unusable = {}, {p: why for p, why in exam.unusable.items() if p in wanted}
+    for plane, path in exam.paths.items():
+        if plane in wanted:
+            try:
+                volumes[plane] = read_volume(path)
+            except InputError as error:
+                unusable[plane] = str(error)
+    return volumes, unusable
+
+
+def predict_exam(exam, tasks, device, precision, partial=False):
+    """Rows of one exam, one a task, and how many slices went through a network."""
+    wanted = [plane for plane in PLANES if any(plane in models.networks for models in tasks)]
+    volumes, unusable = read_planes(exam, wanted)
     rows, slices = [], 0
     for models in tasks:
-        probabilities = {}
+        logits = {}
         for plane in PLANES:
             if plane in volumes and plane in models.networks:
                 networks = models.networks[plane]
-                probabilities[plane] = engine.predict_volume(
-                    networks, volumes[plane], device, precision
-                )
+                logits[plane] = engine.predict_volume(networks, volumes[plane], device, precision)
                 slices += len(volumes[plane]) * len(networks)
-        rows.append(make_row(exam, models, probabilities))
+        lost = {plane: why for plane, why in unusable.items() if plane in models.networks}
+        rows.append(make_row(exam, models, logits, lost, partial))
     return rows, slices
 
 
-def make_row(exam, models, probabilities):
-    """Dict of COLUMNS: floats, strings, lists of planes, None for what there is not."""
-    row = dict.fromkeys(COLUMNS) | {"exam": exam.name, "split": exam.split, "task": models.task}
-    row |= {plane: round(p, DIGITS) for plane, p in probabilities.items()}
-    row["planes"] = list(probabilities)
-    row["missing"] = [plane for plane in PLANES if plane not in probabilities]
+def make_row(exam, models, logits, unusable, partial):
+    """Dict of COLUMNS: floats, strings, lists of planes, None for what there is not.
+
+    Args:
+        logits: {plane: [one of each network]}.
+        unusable: {plane: why}, of planes that have networks.
+    """
+    row = dict.fromkeys(COLUMNS) | {"exam": printable(exam.name), "source": printable(exam.source)}
+    row |= {"task": models.task, "input": exam.input}
+    for plane, values in logits.items():
+        row[plane] = round(float(engine.sigmoid(values).mean()), DIGITS)
+    row["planes"] = list(logits)
+    row["missing"] = [plane for plane in PLANES if plane not in logits]
     notes = [f"no {plane} model" for plane in exam.paths if plane not in models.networks]
-    notes += [f"no {plane} volume" for plane in models.networks if plane not in exam.paths]
+    absent = [p for p in models.networks if p not in exam.paths and p not in unusable]
+    notes += [f"no {plane} volume" for plane in absent]
     if models.stack is None:
         notes.append("no stack, so no verdict")
-    elif probabilities:
-        stacked, row["threshold"], row["verdict"] = engine.verdict(models.stack, probabilities)
+    elif logits and (partial or not unusable):
+        stacked, row["threshold"], row["verdict"] = engine.verdict(models.stack, logits)
         row["stack"] = round(stacked, DIGITS)
+        notes += ["partial"] if unusable else []
     row["note"] = "; ".join(notes) or None
+    row["error"] = explain_lost(unusable)
+    row["trained_on"] = "; ".join(engine.name_dataset(found) for found in models.datasets) or None
     return row
+
+
+def explain_lost(unusable):
+    """{plane: why} in one line, or None."""
+    planes = {}
+    for plane, why in unusable.items():
+        planes.setdefault(why, []).append(plane)
+    said = (f"{' and '.join(names)}: {why}" for why, names in planes.items())
+    return printable("; ".join(said)) or None
+
+
+def printable(text):
+    """Without control characters, which would end a row."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def as_text(row, jsonl):
@@ -138,50 +196,81 @@ def as_row(line):
     return dict(zip(COLUMNS, *csv.reader([line]), strict=True))
 
 
-def finished_exams(path, tasks, jsonl):
-    """What an interrupted run has written; its half-written end is cut off.
+class Saved(NamedTuple):
+    """Where the rows of one exam stand in a file of predictions."""
+
+    input: str
+    begin: int
+    end: int
+
+
+def saved_exams(path, tasks, model, jsonl):
+    """What an earlier run has written; its half-written end is cut off.
 
     Args:
         tasks: names of the tasks that each exam needs a row of.
+        model: what column `model` must say; rows of other networks or options do not count.
 
     Returns:
-        set of "split/exam".
+        {(source, exam): Saved} of the exams with all rows and no error, in the order of the file.
 
     Raises:
-        InputError: not a file that this command would write.
+        InputError: not a file that this command would write; it stays as it is.
     """
     header = b"" if jsonl else csv_line(COLUMNS).encode()
-    done, rows = set(), []
+    saved, rows, size = {}, [], 0
     try:
         with open(path, "rb+") as file:
-            first = file.readline() if header else b""
-            if not header.startswith(first):
-                raise ValueError
-            whole = len(header) if first == header else 0
-            size = whole
-            for line in file if first == header else ():
+            for line in file:
                 if not line.endswith(b"\n"):
+                    check_start(line, header if size == 0 else b"", jsonl)
                     break
-                size += len(line)
-                text = line.decode()
-                row = json.loads(text) if jsonl else as_row(text)
+                begin, size = size, size + len(line)
+                if begin == 0 and header:
+                    if line != header:
+                        raise ValueError
+                    continue
+                row = json.loads(line) if jsonl else as_row(line.decode())
                 if list(row) != list(COLUMNS):
                     raise ValueError
-                rows.append(row["task"])
-                if len(rows) == len(tasks):
-                    if rows != tasks:
-                        raise ValueError
-                    done.add(f"{row['split'] or ''}/{row['exam']}")
-                    rows, whole = [], size
-            file.truncate(whole)
+                key = row["source"] or "", row["exam"]
+                if rows and rows[0][0] != key:
+                    rows = []
+                rows.append((key, row["task"], row["error"], row["model"], row["input"], begin))
+                if [task for _, task, *_ in rows] == tasks:
+                    if not any(error for _, _, error, *_ in rows) and row["model"] == model:
+                        saved[key] = Saved(row["input"], rows[0][-1], size)
+                    rows = []
+            file.truncate(size)
     except FileNotFoundError:
-        return set()
-    except (OSError, ValueError, TypeError, csv.Error):
+        return {}
+    except (OSError, ValueError, LookupError, TypeError, csv.Error, RecursionError):
         raise InputError(
-            f"{path}: not written by this command with tasks {', '.join(tasks)}; give another "
-            "--out, the same arguments, or --overwrite"
+            f"{path}: not written by this command; give another --out, or --overwrite"
         ) from None
-    return done
+    return saved
+
+
+def check_start(line, header, jsonl):
+    """Raise ValueError where a line without an end cannot be the beginning of one of ours."""
+    if header:
+        if not header.startswith(line):
+            raise ValueError
+    elif jsonl:
+        start = json.dumps(dict.fromkeys(COLUMNS)).partition(":")[0].encode()  # {"exam"
+        names = [name.encode() for name in COLUMNS]
+        found = re.findall(rb'[{,] ?"([a-z_]+)": ', line)
+        if not (line.startswith(start) or start.startswith(line)) or found != names[: len(found)]:
+            raise ValueError
+
+
+def put_in_order(path, saved, keys, header):
+    """Rewrite a file of predictions: the rows of `keys`, in this order, and nothing else."""
+    with open(path, "rb") as file, atomic(path) as temporary, open(temporary, "wb") as ordered:
+        ordered.write(header.encode())
+        for key in keys:
+            file.seek(saved[key].begin)
+            ordered.write(file.read(saved[key].end - saved[key].begin))
 
 
 def open_output(args):
@@ -191,54 +280,105 @@ def open_output(args):
         InputError: it cannot be written.
     """
     try:
-        return open(args.out, "a" if args.resume else "w", encoding="utf-8")
+        return open(args.out, "a" if args.resume else "w", encoding="utf-8", newline="")
     except OSError as error:
         raise InputError(
             f"{args.out}: cannot be written ({error.strerror}); give another --out"
         ) from None
 
 
+def model_of(tasks, args):
+    """Hash of all that an answer depends on but the exam: networks, stacks, options, hardware."""
+    options = [args.precision, args.device, args.partial]
+    text = " ".join([*(models.digest for models in tasks), *map(str, options)])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def predict_all(exams, tasks, saved, file, args, device, precision):
+    """Write the rows of every exam that `saved` has not.
+
+    Args:
+        saved: {(source, name): Saved}, brought up to date.
+        file: text, at its end.
+
+    Returns:
+        exams predicted, slices, and exams that could not be used, or not all of them.
+    """
+    model, counts = model_of(tasks, args), Counter()
+    known = {key: one.input for key, one in saved.items()}
+    place = 0 if file is sys.stdout else file.tell()
+    for exam in engine.progress(exams.each(known), "predict", total=len(exams)):
+        if exam.unchanged:
+            counts["kept"] += 1
+            continue
+        rows, slices = predict_exam(exam, tasks, device, precision, args.partial)
+        errors = [row["error"] for row in rows if row["error"]]
+        if errors:
+            counts["failed"] += 1
+            name = printable(f"{exam.source}/{exam.name}".lstrip("/"))
+            tqdm.write(f"error: {name}: {errors[0]}", file=sys.stderr)
+        counts["predicted"] += 1
+        counts["slices"] += slices
+        text = "".join(as_text(row | {"model": model}, args.jsonl) for row in rows)
+        file.write(text)
+        file.flush()
+        begin, place = place, place + len(text.encode())
+        saved[exam.key] = Saved(exam.input, begin, place)
+    return counts
+
+
 def main():
     args = parse_arguments()
     device = engine.pick_device(args.device)
     precision = engine.pick_precision(args.precision, device)
+    args.device, args.precision = device.type, precision  # what "auto" became
     # Pipelines get rows and nothing else.
     to_stdout = str(args.out) == "-"
     say = partial(print, file=sys.stderr if to_stdout else sys.stdout)
     names = sorted(set(args.task)) if args.task else saved_tasks(args.models_dir)
     tasks = [load_task(args.models_dir, name, device) for name in names]
-    done = finished_exams(args.out, names, args.jsonl) if args.resume else set()
+    saved = {}
+    if args.resume:
+        saved = saved_exams(args.out, names, model_of(tasks, args), args.jsonl)
     if not to_stdout and args.out.exists() and not (args.resume or args.overwrite):
         raise InputError(f"{args.out}: exists; --resume goes on with it, --overwrite replaces it")
-    with (
-        open_exams(args.exams, args.plane, say) as (exams, failed),
-        nullcontext(sys.stdout) if to_stdout else open_output(args) as file,
-    ):
-        if not to_stdout:
-            engine.start_up(args, device, precision)
-        if not args.jsonl and (to_stdout or file.tell() == 0):
-            file.write(csv_line(COLUMNS))
-        began, predicted, slices = time.perf_counter(), 0, 0
-        for exam in engine.progress(exams, "predict", total=len(exams)):
-            if f"{exam.split}/{exam.name}" in done:
-                continue
-            try:
-                rows, more = predict_exam(exam, tasks, device, precision)
-            except InputError as error:
-                failed += 1
-                tqdm.write(f"error: {error}", file=sys.stderr)
-                continue
-            predicted, slices = predicted + 1, slices + more
-            file.write("".join(as_text(row, args.jsonl) for row in rows))
-            file.flush()
-    seconds = time.perf_counter() - began
-    skipped = f", {len(done)} were there" if done else ""
+    header = "" if args.jsonl else csv_line(COLUMNS)
+    with open_exams(args.exams, args.plane, say) as exams:
+        for models in tasks:
+            refuse_unfit(models, exams.datasets, args.allow_synthetic)
+        with nullcontext(sys.stdout) if to_stdout else open_output(args) as file:
+            if not to_stdout:
+                engine.start_up(args, device, precision)
+                for models in tasks:
+                    print_models(models)
+            if to_stdout or file.tell() == 0:
+                file.write(header)
+            began = time.perf_counter()
+            counts = predict_all(exams, tasks, saved, file, args, device, precision)
+            seconds = time.perf_counter() - began
+        if args.resume:
+            put_in_order(args.out, saved, exams, header)
+    kept = f", {counts['kept']} were there" if counts["kept"] else ""
     say(
-        f"{predicted} exams{skipped}, {slices} slices in {seconds:.1f} s: "
-        f"{predicted / seconds:.1f} exams/s, {1000 * seconds / max(slices, 1):.2f} ms a slice"
+        f"{counts['predicted']} exams{kept}, {counts['slices']} slices in {seconds:.1f} s: "
+        f"{counts['predicted'] / seconds:.1f} exams/s, "
+        f"{1000 * seconds / max(counts['slices'], 1):.2f} ms a slice"
     )
-    if failed:
-        raise engine.RunError(f"{failed} exams or volumes could not be used, named above")
+    if exams.fault:
+        raise RunError(f"{exams.fault}; {counts['failed']} exams without an answer, see `error`")
+    if counts["failed"] or exams.failed:
+        raise RunError(
+            f"{counts['failed']} exams and {exams.failed} files could not be used, named above"
+        )
+
+
+def print_models(models):
+    """What answers: what the networks learnt from, and how far the threshold can be trusted."""
+    for dataset in models.datasets or [None]:
+        print(f"{models.task:<10} learnt from {engine.name_dataset(dataset)}")
+    if models.stack:
+        chosen = models.stack.get("thresholds", "chosen on training predictions")
+        print(f"{'':<10} threshold {one_line(chosen)}")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def call(script, *arguments):
         forwarded.append(number)
         child.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = engine.catch_signals(forward)
     status = child.wait()
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -41,15 +41,8 @@ from checkpoint import (
     write_checkpoint,
     write_text,
 )
-from dataloader import (
-    INTENSITIES,
-    PLANES,
-    Augmentation,
-    InputError,
-    MRDataset,
-    grey_levels,
-    split_exams,
-)
+from common.errors import InputError
+from dataloader import INTENSITIES, PLANES, Augmentation, MRDataset, grey_levels, split_exams
 from metrics import auc_interval, roc_auc
 from model import MRNet
 
@@ -57,6 +50,7 @@ LR, WEIGHT_DECAY, EPOCHS, PATIENCE = 1e-5, 0.1, 50, 5  # the article's
 PLATEAU_PATIENCE, PLATEAU_FACTOR, PLATEAU_THRESHOLD = 3, 0.3, 1e-4  # the article's
 STEP_EPOCHS, STEP_FACTOR = 3, 0.5  # the article's
 STATE_FORMAT = "mrnet-training-1"
+LATER = ("precision", "device", "cuda_graphs")  # of the recipe, not told by earlier versions
 PROTOCOLS = ("article", "held-out")
 TUNING_PARTS = 10  # held-out: one part in ten of the training exams chooses the epoch
 
@@ -258,23 +252,29 @@ class Run:
     choose_set: MRDataset  # chooses the epoch and stops the run
     valid_set: MRDataset
     held_out: list  # ids of the training exams that this network never sees
+    tuning: list  # ids of those that choose its epoch, where no validation exams do
     suffix: str
+    origin: dict  # what the run came from: commit at its start, versions, dataset.json
 
     @property
     def chosen_on(self):
         return "valid" if self.choose_set is self.valid_set else "tune"
 
 
-def plan_runs(args, train_set, valid_set):
-    """All networks that the arguments ask for: folds within seeds."""
+def plan_runs(args, train_set, valid_set, origin):
+    """All networks that the arguments ask for: folds within seeds.
+
+    Exams of one group stand on one side of every cut.
+    """
+    groups = np.array(train_set.groups)
     runs = []
     for seed in range(args.seed, args.seed + args.repeat):
         held_out_rows = [np.array([], int)]
         if args.folds > 1:
-            held_out_rows = split_exams(train_set.labels, args.folds, seed)
+            held_out_rows = split_exams(train_set.labels, args.folds, seed, groups)
         for number, out in enumerate(held_out_rows):
             rows = np.setdiff1d(np.arange(len(train_set)), out)
-            choose_set = valid_set
+            choose_set, tuning = valid_set, np.array([], int)
             if args.protocol == "held-out":
                 # A cut of its own seed: folds and tuning exams must not depend on each other.
                 labels = train_set.labels[rows]
@@ -284,9 +284,9 @@ def plan_runs(args, train_set, valid_set):
                         f"(there are {len(labels)}, {int(labels.sum())} positive); use "
                         "--protocol article"
                     )
-                tuning = split_exams(labels, TUNING_PARTS, seed + 1000)[0]
-                choose_set = train_set.subset(rows[tuning], transform=None)
-                rows = np.delete(rows, tuning)
+                tuning = rows[split_exams(labels, TUNING_PARTS, seed + 1000, groups[rows])[0]]
+                choose_set = train_set.subset(tuning, transform=None)
+                rows = np.setdiff1d(rows, tuning)
             fold = number + 1 if args.folds > 1 else 0
             runs.append(
                 Run(
@@ -296,6 +296,8 @@ def plan_runs(args, train_set, valid_set):
                     choose_set=choose_set,
                     valid_set=valid_set,
                     held_out=[train_set.ids[row] for row in out],
+                    tuning=[train_set.ids[row] for row in tuning],
+                    origin=origin,
                     suffix=run_suffix(fold, args.folds, seed if args.repeat > 1 else None),
                 )
             )
@@ -363,7 +365,7 @@ def recipe_of(args):
     """The arguments that change the result, as plain values; a resumed run must agree on them."""
     kept = ("task", "plane", "intensity", "augment", "epochs", "lr", "weight_decay", "lr_scheduler")
     kept += ("patience", "dropout", "class_weights", "pretrained", "seed", "protocol", "folds")
-    kept += ("repeat",)
+    kept += ("repeat", *LATER)
     return {name: getattr(args, name) for name in kept}
 
 
@@ -398,13 +400,13 @@ def restore_state(args, run, training, path):
     return True
 
 
+def data_of(run):
+    """The exams that a run trains, chooses and reports on."""
+    return {"train": run.train_set, "choose": run.choose_set, "valid": run.valid_set}
+
+
 def fingerprints(run):
-    """Which exams a run trains, chooses and reports on."""
-    return {
-        "train": run.train_set.fingerprint(),
-        "choose": run.choose_set.fingerprint(),
-        "valid": run.valid_set.fingerprint(),
-    }
+    return {name: exams.fingerprint() for name, exams in data_of(run).items()}
 
 
 def is_finished(args, run, path):
@@ -416,7 +418,10 @@ def is_finished(args, run, path):
     if not path.is_file():
         return False
     _, about = load_model(path)
-    check_same(args, run, path, about.get("arguments"), about["data"])
+    recipe = about.get("arguments")
+    if isinstance(recipe, dict) and "precision" in about:
+        recipe = {"precision": about["precision"]} | recipe
+    check_same(args, run, path, recipe, about["data"])
     return True
 
 
@@ -424,6 +429,7 @@ def check_same(args, run, path, recipe, data, but=()):
     """Refuse to go on from `path` if it was made with other arguments or from other exams."""
     mine = recipe_of(args)
     recipe = recipe if isinstance(recipe, dict) else {}
+    recipe = {name: mine[name] for name in LATER} | recipe
     other = [name for name in mine if name not in but and mine[name] != recipe.get(name)]
     if other:
         said = ", ".join(f"--{name.replace('_', '-')} {recipe.get(name)}" for name in other)
@@ -431,7 +437,10 @@ def check_same(args, run, path, recipe, data, but=()):
             f"{path}: was trained with {said}; resume with the same arguments, give another "
             "--models-dir, or leave out --resume to train it again"
         )
-    if data != fingerprints(run):
+    mine = data_of(run)
+    if data.keys() != mine.keys() or not all(
+        exams.has_fingerprint(data[name]) for name, exams in mine.items()
+    ):
         raise InputError(
             f"{path}: was trained on other exams; give another --models-dir, or leave out --resume "
             "to train it again"
@@ -499,7 +508,7 @@ def one_epoch(training, args, run, device, precision, writers):
         )
     if len(losses) < len(order):
         parts = {"logits": torch.from_numpy(logits), "losses": torch.from_numpy(losses)}
-        training.part = parts | {"random": torch.get_rng_state()}
+        training.part = parts | engine.random_states(device)
         return
     training.epoch, training.part = epoch, None
     speed = (len(order) - (len(done["logits"]) if done else 0)) / (time.perf_counter() - began)
@@ -542,15 +551,14 @@ def describe(args, run, training, precision, train, chosen):
         "seed": run.seed,
         "fold": run.fold,
         "held_out": run.held_out,
+        "tuning": run.tuning,
         "protocol": args.protocol,
         "metrics": {"train": train, run.chosen_on: chosen},
         "arguments": recipe_of(args),
         "data_dir": str(args.data_dir),
         "class_weights": list(run.train_set.class_weights),
         "data": fingerprints(run),
-        "git": engine.git_sha(),
-        "versions": engine.versions(),
-    }
+    } | run.origin
 
 
 def finish(args, run, training, writer, device, precision):
@@ -624,7 +632,8 @@ def fit(args, run, device, precision):
             writer.add_images("an augmented training exam", slices.clamp(0, 1), 1)
         print(
             f"\n{'epoch':>5}  {'train loss':>10}  {'train auc':>9}  {run.chosen_on + ' loss':>10}  "
-            f"{run.chosen_on + ' auc':>9}  {'lr':>7}  {'seconds':>7}  {'exams/s':>7}"
+            f"{run.chosen_on + ' auc':>9}  {'lr':>7}  {'seconds':>7}  {'exams/s':>7}",
+            flush=True,
         )
         try:
             while training.epoch < args.epochs and training.bad_epochs < args.patience:
@@ -649,7 +658,8 @@ def main():
     device = engine.pick_device(args.device)
     precision = engine.pick_precision(args.precision, device)
     check_writable(args.models_dir)
-    engine.start_up(args, device, precision)
+    args.device, args.precision = device.type, precision  # what "auto" became
+    commit = engine.start_up(args, device, precision)
     train_set, valid_set = (
         MRDataset(
             args.data_dir,
@@ -668,19 +678,27 @@ def main():
             f"{exams.split:<10} {len(exams)} exams, {int(exams.labels.sum())} positive, "
             f"{min(slices)} to {max(slices)} slices"
         )
-    both = set(train_set.ids) & set(valid_set.ids)
-    if both:
-        print(
-            f"WARNING    {len(both)} ids are in both splits; if they are the same exams, no "
-            f"validation figure means anything: python check.py {args.data_dir} compares the voxels"
-        )
+    for what, ones, others in (
+        ("ids", train_set.ids, valid_set.ids),
+        ("groups", train_set.groups, valid_set.groups),
+    ):
+        if both := set(ones) & set(others):
+            print(
+                f"WARNING    {len(both)} {what} are in both splits; if they are the same exams or "
+                "patients, no validation figure means anything: "
+                f"python check.py {args.data_dir} tells more"
+            )
+    print(f"data set   {engine.name_dataset(train_set.dataset)}")
     print("class weights  negative {:g}, positive {:.3f}".format(*train_set.class_weights))
     if not args.pretrained:
         print("weights    RANDOM (--no-pretrained): no ImageNet features")
     kept = engine.keep_volumes((train_set, valid_set), args.cache, device)
     if args.cuda_graphs and (device.type != "cuda" or kept != "device"):
         raise InputError("--cuda-graphs: needs --device cuda and room for --cache device")
-    runs = plan_runs(args, train_set, valid_set)
+    for exams in (train_set, valid_set):
+        exams.fingerprint()  # once, before its parts are cut
+    origin = {"git": commit, "versions": engine.versions(), "dataset": train_set.dataset}
+    runs = plan_runs(args, train_set, valid_set, origin)
     write_folds(args, runs)
     for number, run in enumerate(runs, start=1):
         if len(runs) > 1:

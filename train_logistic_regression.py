@@ -26,6 +26,7 @@ import json
 import statistics
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -42,11 +43,13 @@ from checkpoint import (
     stack_path,
     write_text,
 )
-from dataloader import PLANES, SPLITS, InputError, MRDataset
+from common.errors import InputError
+from dataloader import PLANES, SPLITS, MRDataset
 from figures import reliability_figure, roc_figure
 from metrics import auc_difference, auc_interval, choose_threshold, summary
 
 STACK = "stack"
+STAR = "*"  # beside each threshold: how it was chosen is said below
 
 
 def parse_arguments():
@@ -117,73 +120,109 @@ def check_members(args, seeds):
                     )
 
 
+def check_network(path, about, sets, fold, folds, seed):
+    """Refuse a network that was trained on other exams, another fold or another seed.
+
+    Raises:
+        InputError: with what it was trained on.
+    """
+    wanted = {"seed": seed, "fold": fold, "folds": folds}
+    have = {"folds": about.get("arguments", {}).get("folds", folds)}
+    have |= {name: about.get(name, wanted[name]) for name in ("seed", "fold")}
+    other = [f"{name} {have[name]}" for name in wanted if have[name] != wanted[name]]
+    if other:
+        raise InputError(
+            f"{path}: was trained with {', '.join(other)}; give --seed, --folds and --repeat as "
+            "train.py had them, or train it again"
+        )
+    splits = {"valid": sets["valid"]}
+    # Earlier versions did not tell which exams chose the epoch.
+    if "tuning" in about or about["protocol"] == "article":
+        unused = {*about["held_out"], *about.get("tuning", ())}
+        ids = sets["train"].ids
+        rows = [row for row, exam_id in enumerate(ids) if exam_id not in unused]
+        splits["train"] = sets["train"].subset(rows)
+    for split, exams in splits.items():
+        if not exams.has_fingerprint(about["data"].get(split, "")):
+            beside = "beside other validation" if split == "valid" else "on other training"
+            raise InputError(
+                f"{path}: was trained {beside} exams than {sets[split].root} holds; give the "
+                "--data-dir that it was trained on, or train it again"
+            )
+
+
+class PlaneLogits(NamedTuple):
+    """What one plane's networks of one seed say."""
+
+    train: np.ndarray  # float64 (n, 1): of the network that did not see the exam, with folds
+    valid: np.ndarray  # float64 (m, networks)
+    protocols: set
+    tuning: list  # ids of the exams that chose the epoch, where it is one network
+
+
 def predict_plane(args, plane, seed, sets, device, precision):
-    """One plane's probabilities for one seed.
+    """One plane's logits for one seed: PlaneLogits.
 
     Training exams are predicted by the network that did not see them where there is one (folds),
-    else by the only network; validation exams by the mean over the networks.
-
-    Returns:
-        {"train": float64 (n,), "valid": float64 (m,)} and the set of the networks' protocols.
+    else by the only network; validation exams by all networks.
     """
     train_set, valid_set = sets["train"], sets["valid"]
-    out = np.full(len(train_set), np.nan)
-    valid = np.zeros(len(valid_set))
-    members, protocols = members_of(args, plane, seed), set()
-    for path in members:
+    out, valid = np.full(len(train_set), np.nan), []
+    members, protocols, tuning = members_of(args, plane, seed), set(), []
+    for number, path in enumerate(members, start=1):
         model, about = load_model(path, args.task, plane)
-        if about["data"]["valid"] != valid_set.fingerprint():
-            raise InputError(
-                f"{path}: was trained beside other validation exams than {args.data_dir} holds; "
-                "give the --data-dir that it was trained on, or train it again"
-            )
+        check_network(path, about, sets, number if args.folds > 1 else 0, args.folds, seed)
         train_set.intensity = valid_set.intensity = about["intensity"]
         rows = train_set.rows_of(about["held_out"]) if args.folds > 1 else range(len(train_set))
-        what = path.stem
         model = model.to(device)
-        out[rows] = engine.sigmoid(
-            engine.predict(model, train_set.subset(rows), device, precision, what)
-        )
-        valid += engine.sigmoid(engine.predict(model, valid_set, device, precision, what))
+        out[rows] = engine.predict(model, train_set.subset(rows), device, precision, path.stem)
+        valid.append(engine.predict(model, valid_set, device, precision, path.stem))
         protocols.add(about["protocol"])
+        tuning = about.get("tuning", []) if args.folds == 1 else []
     if np.isnan(out).any():
         raise InputError(f"{members[0]}: its folds leave training exams out; train all folds again")
-    return {"train": out, "valid": valid / len(members)}, protocols
+    valid = np.stack(valid, axis=1).astype(np.float64)
+    return PlaneLogits(out[:, None], valid, protocols, tuning)
 
 
-def fit_combinations(args, features, labels):
+def fit_combinations(args, logits, labels, tuning):
     """A regression for each set of planes, so that an exam that lacks a plane has one too.
 
     Args:
-        features: {plane: float64 (n,)} probabilities of the training exams.
+        logits: {plane: float64 (n, networks)} of the training exams.
+        tuning: bool (n,), the exams that thresholds are chosen on and regressions not fitted on;
+            all False: both are done on all exams.
 
     Returns:
         {"axial+coronal+sagittal": {"coefficients", "intercept", "threshold"}, ...}
     """
     combinations = {}
     for name in COMBINATIONS:
-        x = engine.stack_features(args.features, name.split("+"), features)
-        fitted = LogisticRegression().fit(x, labels)
+        x = engine.stack_features(args.features, name.split("+"), logits)
+        fitted = LogisticRegression().fit(x[~tuning], labels[~tuning])
         combinations[name] = {
             "coefficients": fitted.coef_[0].tolist(),
             "intercept": float(fitted.intercept_[0]),
-            "threshold": threshold_for(args, labels, fitted.predict_proba(x)[:, 1]),
+            "threshold": threshold_for(args, labels, fitted.predict_proba(x)[:, 1], tuning),
         }
     return combinations
 
 
-def threshold_for(args, labels, probabilities):
+def threshold_for(args, labels, probabilities, tuning):
     """A threshold chosen on training predictions, never on the exams that are reported."""
+    if tuning.any():
+        labels, probabilities = labels[tuning], probabilities[tuning]
     if args.sensitivity is None:
         return choose_threshold(labels, probabilities)
     return choose_threshold(labels, probabilities, "sensitivity", args.sensitivity)
 
 
-def make_stack(args, features, labels):
+def make_stack(args, logits, labels, tuning):
     """Fit and apply one stack.
 
     Args:
-        features: {split: {plane: float64 (n,)}}.
+        logits: {split: {plane: float64 (n, networks)}}.
+        tuning: as `fit_combinations` takes it.
 
     Returns:
         the stack as `checkpoint.save_stack` takes it, {split: {name: probabilities}} with the
@@ -192,18 +231,60 @@ def make_stack(args, features, labels):
     stack = {
         "task": args.task,
         "features": args.features,
-        "combinations": fit_combinations(args, features["train"], labels["train"]),
+        "combinations": fit_combinations(args, logits["train"], labels["train"], tuning),
     }
-    scores, thresholds = {split: dict(features[split]) for split in SPLITS}, {}
+    scores, thresholds = {}, {}
     for split in SPLITS:
-        scores[split][STACK], thresholds[STACK] = engine.combine(stack, features[split])
+        planes = logits[split].items()
+        scores[split] = {plane: engine.sigmoid(values).mean(axis=1) for plane, values in planes}
+        scores[split][STACK], thresholds[STACK] = engine.combine(stack, logits[split])
     for plane in PLANES:
-        thresholds[plane] = threshold_for(args, labels["train"], features["train"][plane])
+        p = scores["train"][plane]
+        thresholds[plane] = threshold_for(args, labels["train"], p, tuning)
     return stack, scores, thresholds
 
 
-def print_report(args, labels, scores, thresholds, protocol):
-    """One row for each plane and the stack; returns the numbers for results.json."""
+def tuning_rows(sets, found):
+    """The training exams that thresholds are chosen on: bool (n,), all False where there are none.
+
+    Those that chose the epoch of the only network of each plane: no network learnt from them, and
+    what is applied later is these very networks.
+
+    Args:
+        found: list of PlaneLogits.
+    """
+    train_set = sets[PLANES[0]]["train"]
+    tuning = np.zeros(len(train_set), bool)
+    if len(found) == len(PLANES) and len({frozenset(one.tuning) for one in found}) == 1:
+        tuning[train_set.rows_of(found[0].tuning)] = True
+    return tuning
+
+
+def threshold_source(args, tuning):
+    """Which predictions the thresholds were chosen on, and what that means for new exams."""
+    if tuning.any():
+        return (
+            f"chosen on {int(tuning.sum())} training exams that no network learnt from; "
+            "they chose the epochs"
+        )
+    if args.folds > 1:
+        return (
+            f"chosen on out-of-fold predictions of single networks and applied to means "
+            f"of {args.folds * args.repeat}, which vary less: at new exams sensitivity and "
+            "specificity may differ from those meant"
+        )
+    return (
+        "chosen on exams that the networks had learnt from, so not to be trusted at new "
+        "exams; --folds, or --protocol held-out, gives better ones"
+    )
+
+
+def print_report(args, labels, scores, thresholds, protocol, said):
+    """One row for each plane and the stack; returns the numbers for results.json.
+
+    Args:
+        said: lines of `caveats`.
+    """
     counts = {s: f"{len(labels[s])} exams, {int(labels[s].sum())} positive" for s in SPLITS}
     print(f"\n{args.task}: training {counts['train']}; validation {counts['valid']}")
     print(f"protocol {protocol}, folds {args.folds}, stacked on each plane's {args.features}\n")
@@ -223,7 +304,7 @@ def print_report(args, labels, scores, thresholds, protocol):
         rows[name] = row
         print(
             f"{name:<9} {row['train_auc']:15.4f}  {row['auc']:6.4f} [{row['auc_low']:.3f}, "
-            f"{row['auc_high']:.3f}]  {row['threshold']:9.3f}  {row['sensitivity']:11.3f}  "
+            f"{row['auc_high']:.3f}]  {row['threshold']:8.3f}{STAR}  {row['sensitivity']:11.3f}  "
             f"{row['specificity']:11.3f}  {row['accuracy']:8.3f}  "
             f"{half['sensitivity']:9.3f} {half['specificity']:6.3f} {half['accuracy']:6.3f}  "
             f"{row['brier']:6.3f}  {row['ece']:5.3f}"
@@ -234,14 +315,18 @@ def print_report(args, labels, scores, thresholds, protocol):
         f"\nstack against {best}, the plane with the best training AUC: {gain.value:+.4f} "
         f"[{gain.low:+.3f}, {gain.high:+.3f}], p = {gain.p:.2g} (paired DeLong)"
     )
-    for line in caveats(args, protocol):
+    for line in said:
         print(line)
     return rows | {"stack against best plane": {"plane": best} | gain._asdict()}
 
 
-def caveats(args, protocol):
-    """What a reader must know before believing the table."""
-    said = ["thresholds were chosen on training predictions"]
+def caveats(args, protocol, chosen):
+    """What a reader must know before believing the table.
+
+    Args:
+        chosen: `threshold_source`.
+    """
+    said = [f"{STAR} thresholds: {chosen}"]
     if protocol == "article":
         said.append("OPTIMISTIC: the epochs were chosen on the validation exams reported here")
     if args.folds == 1:
@@ -295,40 +380,48 @@ def main():
     }
     labels = {split: sets[PLANES[0]][split].labels for split in SPLITS}
     check_members(args, seeds)
-    engine.start_up(args, device, precision)
+    commit = engine.start_up(args, device, precision)
 
-    # {split: {plane: [one (n,) a seed]}}
-    collected = {split: {plane: [] for plane in PLANES} for split in SPLITS}
-    protocols = set()
-    for plane in PLANES:
-        for seed in seeds:
-            features, chosen = predict_plane(args, plane, seed, sets[plane], device, precision)
-            protocols |= chosen
-            for split in SPLITS:
-                collected[split][plane].append(features[split])
+    found = {  # plane -> [PlaneLogits, one a seed]
+        plane: [predict_plane(args, plane, seed, sets[plane], device, precision) for seed in seeds]
+        for plane in PLANES
+    }
+    every = [one for ones in found.values() for one in ones]
+    protocols = set().union(*(one.protocols for one in every))
     # One optimistic network makes the stack optimistic.
     protocol = "article" if "article" in protocols else protocols.pop()
     if args.repeat > 1:
         aucs = []
         for k, seed in enumerate(seeds):
-            one = {s: {plane: collected[s][plane][k] for plane in PLANES} for s in SPLITS}
-            _, scores, _ = make_stack(args, one, labels)
+            one = {s: {plane: getattr(found[plane][k], s) for plane in PLANES} for s in SPLITS}
+            tuning = tuning_rows(sets, [found[plane][k] for plane in PLANES])
+            _, scores, _ = make_stack(args, one, labels, tuning)
             aucs.append(auc_interval(labels["valid"], scores["valid"][STACK]).value)
             print(f"seed {seed}: stack, validation AUC {aucs[-1]:.4f}")
         spread = statistics.stdev(aucs)
         print(f"{args.repeat} seeds: mean {statistics.mean(aucs):.4f}, deviation {spread:.4f}")
         print("the table below is their ensemble: each plane's networks averaged, then stacked")
-    averaged = {s: {p: np.mean(collected[s][p], axis=0) for p in PLANES} for s in SPLITS}
-    stack, scores, thresholds = make_stack(args, averaged, labels)
-    rows = print_report(args, labels, scores, thresholds, protocol)
+    logits = {
+        split: {
+            plane: np.concatenate([getattr(one, split) for one in found[plane]], axis=1)
+            for plane in PLANES
+        }
+        for split in SPLITS
+    }
+    tuning = tuning_rows(sets, every)
+    stack, scores, thresholds = make_stack(args, logits, labels, tuning)
+    chosen = threshold_source(args, tuning)
+    said = caveats(args, protocol, chosen)
+    rows = print_report(args, labels, scores, thresholds, protocol, said)
 
     path = stack_path(args.models_dir, args.task)
     provenance = {
         "protocol": protocol,
         "folds": args.folds,
+        "thresholds": chosen,
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "data": {split: sets[PLANES[0]][split].fingerprint() for split in SPLITS},
-        "git": engine.git_sha(),
+        "git": commit,
         "versions": engine.versions(),
     }
     members = {p: [m.name for seed in seeds for m in members_of(args, p, seed)] for p in PLANES}
@@ -336,7 +429,7 @@ def main():
         name: digest_of(args.models_dir / name) for names in members.values() for name in names
     }
     save_stack(path, stack | {"members": members, "digests": digests} | provenance)
-    results = {"task": args.task, "valid": rows, "caveats": caveats(args, protocol)} | provenance
+    results = {"task": args.task, "valid": rows, "caveats": said} | provenance
     if args.repeat > 1:
         results["stack_auc_of_seeds"] = aucs
     results_path = args.models_dir / f"{args.task}-results.json"

@@ -2,9 +2,11 @@
 
 import contextlib
 import io
+import os
 import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PLANES = ("axial", "coronal", "sagittal")
+# Importers keep a key of the user's there; no test may touch the real one.
+os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="mrnet-tests-")
 
 
 def write_exams(root, task="acl", train=12, valid=8, size=64, seed=0):

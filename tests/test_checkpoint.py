@@ -9,7 +9,7 @@ import torch
 
 import checkpoint
 from checkpoint import ArrayUnpickler, atomic, load_model, save_model
-from dataloader import InputError
+from common.errors import InputError
 from model import MRNet
 
 ABOUT = {

@@ -9,7 +9,8 @@ from scipy import ndimage
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import affine
 
-from dataloader import Augmentation, InputError, MRDataset, feed, grey_levels, read_volume, resample
+from common.errors import InputError
+from dataloader import Augmentation, MRDataset, feed, grey_levels, read_volume, resample
 
 
 def test_item_contract(shared_exams):

@@ -8,7 +8,8 @@ import torch
 from conftest import write_exams
 
 import engine
-from dataloader import Augmentation, InputError, MRDataset
+from common.errors import InputError
+from dataloader import Augmentation, MRDataset
 from model import MRNet
 
 CPU = torch.device("cpu")

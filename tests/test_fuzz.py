@@ -27,7 +27,9 @@ from pydicom.data import get_testdata_file
 
 import engine
 from checkpoint import COMBINATIONS, FORMAT, STACK_FORMAT, load_model, load_stack, read_checkpoint
-from dataloader import InputError, read_labels, read_volume
+from common.errors import InputError
+from data.common import Register
+from dataloader import read_dataset, read_groups, read_labels, read_volume
 from model import MRNet
 
 
@@ -139,11 +141,24 @@ def read_csv_of_labels(path):
     read_labels(path.parent, "x", "train")
 
 
+DATASET = {"name": "x", "version": "1", "synthetic": False, "orientation": {"axial": "IPL"}}
+
+
+def named(name, read, *more):
+    """A reader of a folder, for a file that must have a certain name in it."""
+
+    def read_folder(path):
+        (path.parent / name).write_bytes(path.read_bytes())
+        read(path.parent, *more)
+
+    return read_folder
+
+
 def read_stack(path):
     (path.parent / "acl-stack.json").write_bytes(path.read_bytes())
     stack = load_stack(path.parent, "acl")
     for planes in stack["combinations"]:
-        columns = {plane: np.array([0.3]) for plane in planes.split("+")}
+        columns = {plane: np.array([[0.3, 2.0]]) for plane in planes.split("+")}
         engine.combine(stack, columns)
 
 
@@ -184,13 +199,16 @@ READERS = {
     "stack": ([json.dumps(STACK).encode()], read_stack),
     "lesions": ([b'{"7": {"planes": {}, "lesions": []}}'], read_lesions),
     "predictions": (
-        [predict.csv_line(predict.COLUMNS).encode() + b"7,valid,acl,,,,,,,,,\n" * 3],
-        lambda path: predict.finished_exams(path, ["acl"], False),
+        [predict.csv_line(predict.COLUMNS).encode() + b"7,valid,acl,,,,,,,,,,,,m,i\n" * 3],
+        lambda path: predict.saved_exams(path, ["acl"], "m", False),
     ),
     "json predictions": (
         [(json.dumps(dict.fromkeys(predict.COLUMNS) | ROW) + "\n").encode() * 3],
-        lambda path: predict.finished_exams(path, ["acl"], True),
+        lambda path: predict.saved_exams(path, ["acl"], "m", True),
     ),
+    "data set": ([json.dumps(DATASET).encode()], named("dataset.json", read_dataset)),
+    "groups": ([b"0,1\n1,0\n0002,1\n"], named("train-groups.csv", read_groups, "train")),
+    "register": ([b"id,exam,patient\n0,abc,\n1,def-L,77\n"], named("exams.csv", Register)),
     "pck": (
         [pickle.dumps(VOLUME.astype(np.int16), protocol=p) for p in (0, 2, 4, 5)]
         + [pickle.dumps(Evil(), protocol=p) for p in (0, 4)],

@@ -76,7 +76,7 @@ def test_numbers_of_slices_differ(places):
 def test_same_bytes_for_any_number_of_workers(knees, tmp_path):
     make(tmp_path, "--workers", 1)
     made = [path.relative_to(knees) for path in knees.rglob("*") if path.is_file()]
-    assert len(made) == 11 * 3 + 6 + 1
+    assert len(made) == 11 * 3 + 6 + 2
     for path in made:
         assert (knees / path).read_bytes() == (tmp_path / path).read_bytes()
 

@@ -14,7 +14,7 @@ import torch
 from conftest import PLANES, assert_one_line_error, run_process, run_script
 
 from checkpoint import read_checkpoint, write_checkpoint
-from exams import Exams, exam_of_files
+from common.exams import FolderExams, exam_of_files
 
 
 def predict(trained, *args):
@@ -40,6 +40,7 @@ def whole(trained, tmp_path_factory):
 def valid(trained, tmp_path):
     """A copy of the ten validation exams, for tests that damage it."""
     shutil.copytree(trained[0] / "data" / "valid", tmp_path / "scans")
+    shutil.copy(trained[0] / "data" / "dataset.json", tmp_path / "scans")
     return tmp_path / "scans"
 
 
@@ -51,7 +52,7 @@ def test_same_numbers_as_training_wrote(trained, whole):
     rows = rows_of(whole[0] / "all.csv")
     assert len(rows) == len(written) == 30
     for row in rows:
-        other = written[row["split"], int(row["exam"])]
+        other = written[row["source"], int(row["exam"])]
         for name in (*PLANES, "stack"):
             assert float(row[name]) == pytest.approx(float(other[name]), abs=1e-6)
         positive = float(row["stack"]) >= float(row["threshold"])
@@ -142,15 +143,20 @@ def test_a_bad_exam_is_named_and_the_others_go_on(trained, valid, tmp_path, dama
     assert done.returncode == 1
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 2 and str(bad) in lines[0] and "1 exams" in lines[1]
-    assert len(rows_of(tmp_path / "p.csv")) == 9
+    rows = {row["exam"]: row for row in rows_of(tmp_path / "p.csv")}
+    assert len(rows) == 10 and [n for n, row in rows.items() if row["error"]] == [bad.stem]
+    row = rows[bad.stem]
+    assert row["stack"] == row["verdict"] == row["axial"] == "" and row["coronal"]
+    assert str(bad) in row["error"] and row["missing"] == "axial"
     assert not (tmp_path / "proof").exists()
 
 
 def test_files_of_one_exam(trained, whole, tmp_path):
     row = rows_of(whole[0] / "all.csv")[0]
     for plane in PLANES:
-        source = trained[0] / "data" / row["split"] / plane / f"{row['exam']}.npy"
+        source = trained[0] / "data" / row["source"] / plane / f"{row['exam']}.npy"
         shutil.copy(source, tmp_path / f"knee7-{plane}.npy")
+    shutil.copy(trained[0] / "data" / "dataset.json", tmp_path)
     done = predict(trained, *(tmp_path / f"knee7-{plane}.npy" for plane in PLANES), "--jsonl")
     content = json.loads(done.stdout)
     assert content["exam"] == "knee7"
@@ -161,8 +167,9 @@ def test_which_plane_a_file_is(tmp_path):
     for plane in PLANES:
         (tmp_path / plane).mkdir()
     paths = [tmp_path / "axial" / "7.npy", tmp_path / "coronal" / "7.npy"]
-    assert exam_of_files(paths) == ("7", "", {"axial": paths[0], "coronal": paths[1]})
-    assert exam_of_files([tmp_path / "x.npy"], "sagittal").paths == {"sagittal": tmp_path / "x.npy"}
+    assert exam_of_files(paths) == ("7", {"axial": paths[0], "coronal": paths[1]})
+    path = tmp_path / "x.npy"
+    assert exam_of_files([path], "sagittal") == ("x", {"sagittal": path})
 
 
 def test_files_that_do_not_fit_together(trained, tmp_path):
@@ -214,7 +221,7 @@ def test_names_of_many_exams_take_little_memory(tmp_path):
         (folder / f"{i:06d}.npy").touch()
     tracemalloc.start()
     try:
-        exams = Exams(tmp_path)
+        exams = FolderExams(tmp_path)
         count = sum(1 for _ in exams)
         kept, peak = tracemalloc.get_traced_memory()
     finally:

@@ -9,18 +9,17 @@ ligament: Stajduhar et al., Computer Methods and Programs in Biomedicine 140, 20
 archives so that SOURCE holds metadata.csv and vol01 .. vol10 with their .pck files.
 
 Writes OUT/{train,valid,test}/sagittal/0000.npy, uint8 (s, 256, 256), numbered as in metadata.csv,
-and OUT/<split>-{acl,acl-complete}.csv. A .pck is a pickle, which may hold code: ours is read by a
+OUT/<split>-{acl,acl-complete}.csv, and OUT/<split>-groups.csv with a number for each exam, which
+may have several volumes. A .pck is a pickle, which may hold code: ours is read by a
 reader that builds one array and can call nothing.
 """
 
 import argparse
 import csv
 import io
-import os
 import pickle
 import re
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -29,6 +28,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
+
+from common.errors import InputError  # noqa: E402
+from data.common import Report, write_csv, write_dataset, write_volume  # noqa: E402
+
+GROUPS = "groups"
 TASKS = {"acl": 0, "acl-complete": 1}  # positive above this aclDiagnosis (0, 1 partial, 2 complete)
 FOLDERS = {  # Stanford's split, Bien et al., PLOS Medicine 2018
     "train": ("vol03", "vol04", "vol06", "vol07", "vol08", "vol09"),
@@ -40,10 +45,6 @@ SIDE = 256  # px; MRNet's slices
 WINDOW = (0.5, 99.5)  # percentiles of a volume that become 0 and 255
 MAX_BYTES = 2**28  # of one .pck; the set's largest are under 20 MB
 MAX_SIDE = 4096  # px
-
-
-class InputError(Exception):
-    """Something that the user gave is wrong. The message is one line: what, where, the mend."""
 
 
 # --- .pck -----------------------------------------------------------------------------------------
@@ -232,41 +233,7 @@ def split_by_folder(rows, found):
 # --- command line ---------------------------------------------------------------------------------
 
 
-def write_whole(path, data):
-    """Bytes -> file `path`, which appears only once it is whole and on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with open(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(handle)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def write_volume(path, volume):
-    data = io.BytesIO()  # straight into the file, NumPy hides why a write failed
-    np.save(data, volume, allow_pickle=False)
-    write_whole(path, data.getbuffer())
-
-
-def write_csv(path, rows):
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
-
-
-def say(text, stream=None):
-    """One line beside the progress bar, without control characters that a file may bring."""
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    tqdm.write(text, file=stream or sys.stdout)
-
-
-def prepare(args):
+def prepare(args, report):
     """Convert everything -> exit status."""
     start = time.perf_counter()
     if not args.source.is_dir():
@@ -282,7 +249,16 @@ def prepare(args):
         for path in filter(Path.exists, outputs):
             raise InputError(f"{path}: exists; choose another folder or add --overwrite")
 
-    labels, written, failures = defaultdict(list), [], 0
+    write_dataset(
+        args.out,
+        name="KneeMRI",
+        version="2017",
+        synthetic=False,
+        source="Stajduhar et al., Computer Methods and Programs in Biomedicine 140, 2017",
+        licence="see the set's page",
+        orientation=None,  # the volumes do not tell it
+    )
+    labels, written, groups = defaultdict(list), [], {}
     bar = tqdm(zip(rows, splits, strict=True), total=len(rows), unit="volume", disable=None)
     for number, (row, split) in enumerate(bar):
         name = row["volumeFilename"]
@@ -293,11 +269,12 @@ def prepare(args):
                 raise InputError(f"{found[name]}: not in a folder vol01 .. vol10; use --split exam")
             volume = to_uint8(read_pck(found[name]), found[name])
         except InputError as error:
-            failures += 1
-            say(f"error: {error}", sys.stderr)
+            report.fault(str(error))
             continue
         write_volume(args.out / split / "sagittal" / f"{number:04d}.npy", volume)
         written.append((number, name))
+        # Knees and series of one exam are one patient's; two exams of one patient are not told.
+        labels[split, GROUPS].append((number, groups.setdefault(row["examId"], len(groups))))
         for task, above in TASKS.items():
             labels[split, task].append((number, int(row["aclDiagnosis"] > above)))
     for (split, task), pairs in labels.items():
@@ -308,14 +285,14 @@ def prepare(args):
     for split in FOLDERS:
         counts = {task: [label for _, label in labels.get((split, task), [])] for task in TASKS}
         positives = ", ".join(f"{task} {sum(values)}" for task, values in counts.items())
-        say(f"{split:5}  {len(counts['acl']):4d} volumes, positive: {positives}")
-    say(
+        report.say(f"{split:5}  {len(counts['acl']):4d} volumes, positive: {positives}")
+    report.say(
         f"{len(written)} of {len(rows)} volumes in {time.perf_counter() - start:.1f} s "
-        f"-> {args.out}; failures: {failures}"
+        f"-> {args.out}; failures: {report.failures}"
     )
     if not written:
         raise InputError(f"{args.source}: no volume could be used; unpack KneeMRI's archives there")
-    return 1 if failures else 0
+    return 1 if report.failures else 0
 
 
 def parse(argv):
@@ -354,17 +331,17 @@ def parse(argv):
 
 
 def main(argv=None):
-    args = parse(argv)
+    args, report = parse(argv), Report()
     try:
-        return prepare(args)
+        return prepare(args, report)
     except InputError as error:
-        say(f"error: {error}", sys.stderr)
+        report.fault(str(error))
         return 2
     except OSError as error:
-        say(f"error: {error.filename or args.out}: {error.strerror}", sys.stderr)
+        report.fault(f"{error.filename or args.out}: {error.strerror}")
         return 1
     except KeyboardInterrupt:
-        say("interrupted; run it again with --overwrite", sys.stderr)
+        report.say("interrupted; run it again with --overwrite", sys.stderr)
         return 130
 
 

@@ -22,12 +22,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
+
+from common.errors import InputError  # noqa: E402
+from data.common import write_dataset  # noqa: E402
+
 PLANES = ("axial", "coronal", "sagittal")  # along axis 0, 1, 2 of a volume
 SMALLEST_SIDE = 63  # px; what AlexNet needs
-
-
-class InputError(Exception):
-    """Something that the user gave is wrong. The message is one line: what, where, the mend."""
 
 
 def parse_arguments():
@@ -89,6 +90,15 @@ def slices_along(volume, axis, size):
 def main():
     args = parse_arguments()
     parts = {"train": read_part(args.source, "train"), "valid": read_part(args.source, args.valid)}
+    write_dataset(
+        args.out,
+        name=args.source.stem,
+        version="MedMNIST v2",
+        synthetic=False,
+        source=f"{args.source.name}, training and {args.valid} part, {args.size} px",
+        licence="see https://medmnist.com; AdrenalMNIST3D: CC BY 4.0",
+        orientation=None,  # planes are the array's axes
+    )
     first = 0
     for split, (volumes, labels) in parts.items():
         for plane in PLANES:

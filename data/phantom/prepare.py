@@ -33,15 +33,15 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
+
+from common.errors import InputError  # noqa: E402
+from data.common import ORIENTATION, write_dataset  # noqa: E402
+from data.common import TARGET as PLANES  # noqa: E402
+
+VERSION = "1"  # of the knees that are drawn; raise it with every change of the pixels
 PREVALENCE = {"abnormal": 0.80, "acl": 0.20, "meniscus": 0.37}  # MRNet, Bien et al. 2018
 SPLITS = ("train", "valid")
-# Patient axis (0 x, 1 y, 2 z) and direction along which slices, rows and columns grow, as in MRNet.
-PLANES = {
-    "axial": ((2, -1), (1, 1), (0, 1)),
-    "coronal": ((1, 1), (2, -1), (0, 1)),
-    "sagittal": ((0, 1), (2, -1), (1, 1)),
-}
-
 # --- how hard the tasks are -----------------------------------------------------------------------
 PARTIAL_TEARS = 0.35  # share of torn ACLs that are partial: smaller, darker, some fibres left
 PARTIAL_SIZE, PARTIAL_SIGNAL = 0.75, 0.75  # of a complete tear's
@@ -800,9 +800,20 @@ def main():
     jobs = [(split, labels) for split, rows in splits.items() for labels in rows]
     lesions = args.out / "lesions.json"
     try:
+        write_dataset(
+            args.out,
+            name="phantom",
+            version=VERSION,
+            synthetic=True,
+            source=f"data/phantom/prepare.py --seed {args.seed} --size {args.size}",
+            licence="MIT",
+            orientation=ORIENTATION,
+        )
         save_text(lesions, "{}")  # this folder is the phantom's, and not complete without CSVs
         for path in [p for split in SPLITS for p in args.out.glob(f"{split}-*.csv")]:
             path.unlink()
+    except InputError as error:
+        parser.error(str(error))
     except OSError as error:
         parser.error(f"cannot write to {args.out}: {error.strerror}; give another --out")
     hidden = not sys.stderr.isatty()

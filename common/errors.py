@@ -1,0 +1,23 @@
+"""What may go wrong outside the code. Each message is one line: what, where, what to do."""
+
+
+class InputError(Exception):
+    """Something that the user gave is wrong. Exit status 2."""
+
+
+class RunError(Exception):
+    """The run failed for a reason outside the code. Exit status 1."""
+
+
+class Interrupted(Exception):
+    """A signal asked to stop; all is saved, the message says how to go on. Exit status 128 + n."""
+
+    def __init__(self, number, message):
+        super().__init__(message)
+        self.number = number
+
+
+def one_line(error):
+    """The first line of what an exception says, or its name, short enough for a message."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return "".join(c for c in line if c.isprintable())

@@ -1,0 +1,355 @@
+"""The exams that a user names on the command line: a data folder, an exam's files, or DICOM.
+
+    from common.exams import open_exams
+    with open_exams([Path("scans")]) as exams:
+        for exam in exams.each():
+            print(exam.name, exam.source, exam.paths)  # {"axial": Path, ...}, the planes there are
+
+predict.py and explain.py take exams without labels, which dataloader.py's data sets do not have.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from common.errors import InputError
+from data.common import ORIENTATION
+from dataloader import PLANES, read_dataset
+
+ROOT = Path(__file__).parent.parent
+# What the importer makes of any scan.
+FROM_DICOM = {"name": "DICOM", "version": "", "synthetic": False, "orientation": ORIENTATION}
+DATASET_ABOVE = 3  # folders above a volume's in which dataset.json is looked for
+
+
+class Exam(NamedTuple):
+    """One exam's volumes on disk, gone with the next exam where they were converted."""
+
+    name: str  # stable: file name without .npy, or hash of the study with the knee's side
+    source: str  # folder that it was found in, relative to what the user named; "" for that itself
+    paths: dict  # plane -> Path, of the planes that are there
+    unusable: dict  # plane -> why, of those that were there, or may have been, and cannot be used
+    input: str  # hash of the files that it is made of
+    unchanged: bool = False  # `input` is the one that was known, and nothing was converted
+
+    @property
+    def key(self):
+        return self.source, self.name
+
+
+class FolderExams:
+    """The exams under `root` in MRNet's layout: <root>/<any folders>/<plane>/<exam>.npy.
+
+    Keeps their names only: 100,000 exams take some 10 MB.
+    """
+
+    failed, fault = 0, None  # as DicomExams has them
+
+    def __init__(self, root):
+        self.root = Path(root)
+        self.names = {folder: exam_names(folder) for folder in plane_folders(root)}
+
+    def __len__(self):
+        return sum(len(names) for names in self.names.values())
+
+    def __iter__(self):
+        """(source, name) of each exam, in order."""
+        for folder, names in self.names.items():
+            source = folder.relative_to(self.root).as_posix()
+            for name in names:
+                yield "" if source == "." else source, name
+
+    @property
+    def datasets(self):
+        """What the exams are: dataset.json's content of each folder, None where there is none."""
+        return [dataset_of(folder) for folder in self.names]
+
+    def load(self, key, unless=None):
+        """The Exam of a (source, name); unchanged if its `input` is `unless`."""
+        source, name = key
+        paths = {plane: self.root / source / plane / f"{name}.npy" for plane in PLANES}
+        return exam_of(name, source, {p: f for p, f in paths.items() if os.path.lexists(f)}, unless)
+
+    def each(self, known=None):
+        """Every Exam in order.
+
+        Args:
+            known: {(source, name): input} of exams that need not be converted if they have not
+                changed.
+        """
+        for key in self:
+            yield self.load(key, (known or {}).get(key))
+
+
+class FilesExam(FolderExams):
+    """One exam, of one to three .npy files."""
+
+    def __init__(self, paths, plane=None):
+        self.name, self.paths = exam_of_files(paths, plane)
+
+    def __len__(self):
+        return 1
+
+    def __iter__(self):
+        yield "", self.name
+
+    @property
+    def datasets(self):
+        return [dataset_of(path.absolute().parent) for path in self.paths.values()]
+
+    def load(self, key, unless=None):
+        return exam_of(self.name, "", self.paths, unless)
+
+
+def exam_of(name, source, paths, unless):
+    """An Exam of files as they are."""
+    total = hashlib.blake2b(digest_size=8)
+    for plane, path in paths.items():
+        try:
+            with open(path, "rb") as file:
+                content = hashlib.file_digest(file, "blake2b").digest()
+        except OSError as error:  # reading it will say what is wrong
+            content = str(error.errno).encode()
+        total.update(plane.encode() + content)
+    return Exam(name, source, paths, {}, total.hexdigest(), total.hexdigest() == unless)
+
+
+def dataset_of(folder):
+    """The nearest dataset.json at or above a folder of plane folders, or None."""
+    for place in [folder, *folder.absolute().parents][: DATASET_ABOVE + 1]:
+        if (found := read_dataset(place)) is not None:
+            return found
+    return None
+
+
+def refuse_unfit(models, datasets, allow_synthetic):
+    """Refuse exams that the networks of a task have no answer for.
+
+    Args:
+        models: checkpoint.TaskModels.
+        datasets: what the exams are, as `FolderExams.datasets`.
+
+    Raises:
+        InputError: the networks learnt from synthetic exams and these are not, or these lie in
+            another orientation.
+    """
+    real = any(dataset is None or not dataset["synthetic"] for dataset in datasets)
+    if models.is_synthetic and real and not allow_synthetic:
+        names = ", ".join(d["name"] for d in models.datasets if d is not None and d["synthetic"])
+        raise InputError(
+            f"the {models.task} networks have seen synthetic exams only ({names}), so their answer "
+            "says nothing about a patient; give --models-dir with networks that learnt from real "
+            "exams, or look at it all the same with --allow-synthetic"
+        )
+    for learnt in models.datasets:
+        for given in datasets:
+            for plane in models.networks:
+                mine = ((learnt or {}).get("orientation") or {}).get(plane)
+                theirs = ((given or {}).get("orientation") or {}).get(plane)
+                if mine and theirs and mine != theirs:
+                    raise InputError(
+                        f"the exams of {given['name']} lie {plane} as {theirs} (where slices, rows "
+                        f"and columns grow to), the {models.task} networks learnt from {mine}; "
+                        "turn the volumes and correct dataset.json"
+                    )
+
+
+class DicomExams:
+    """Exams under `source` that data/dicom/prepare.py converts one by one, into `folder`.
+
+    A process of its own: the reader of foreign files shares no memory with the models. While one
+    exam is predicted the next is converted; no more than two lie on the disk.
+    """
+
+    datasets = [FROM_DICOM]
+
+    def __init__(self, source, folder, say):
+        self.source, self.folder, self.say = source, Path(folder), say
+        self.fault = None  # why exams could not be converted at all, such as a full disk
+        importer = ROOT / "data" / "dicom" / "prepare.py"
+        command = [sys.executable, str(importer), "--serve", "--", str(source), str(folder)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
+        )
+        first = self.receive()
+        if "exams" not in first:
+            raise InputError(self.fault)
+        self.print_lines(first["lines"])
+        self.failed = sum(text.startswith("error: ") for _, text in first["lines"])
+        self.listed = [(where, name) for name, where in first["exams"]]
+
+    def __len__(self):
+        return len(self.listed)
+
+    def __iter__(self):
+        return iter(self.listed)
+
+    def print_lines(self, lines):
+        for stream, text in lines:
+            print(text, file=sys.stderr) if stream == "stderr" else self.say(text)
+
+    def request(self, key, unless=None):
+        try:
+            self.process.stdin.write(json.dumps({"exam": key[1], "unless": unless}) + "\n")
+            self.process.stdin.flush()
+        except OSError:
+            pass  # it has ended; the missing answer tells so
+
+    def receive(self):
+        """The importer's next answer; {} and a `fault` if it has ended."""
+        line = self.process.stdout.readline()
+        said = json.loads(line) if line.endswith("\n") else {}
+        if "failed" in said:
+            self.print_lines(said["lines"])
+        if "failed" in said or not said:
+            status = self.process.wait()
+            if status == 130:
+                raise KeyboardInterrupt
+            ended = f"{self.source}: the importer ended with status {status}"
+            self.fault = said.get("failed") or self.fault or ended
+            return {}
+        return said
+
+    def answer(self, key):
+        """The importer's answer to `request` as an Exam."""
+        source, name = key
+        said = self.receive()
+        if not said:
+            return Exam(name, source, {}, dict.fromkeys(PLANES, self.fault), "")
+        # predict.py and explain.py say what is wrong with the exam
+        self.print_lines(one for one in said["lines"] if not one[1].startswith("error: "))
+        if "planes" not in said:
+            return Exam(name, source, {}, {}, said["input"], unchanged=True)
+        if said["fault"]:
+            self.fault = said["fault"]
+            return Exam(name, source, {}, dict.fromkeys(PLANES, self.fault), said["input"])
+        paths = {plane: Path(said["planes"][plane]) for plane in PLANES if plane in said["planes"]}
+        return Exam(name, source, paths, said["unusable"], said["input"])
+
+    def load(self, key):
+        """The Exam of a (source, name), converted."""
+        self.request(key)
+        return self.answer(key)
+
+    def each(self, known=None):
+        """Every Exam in order; `known` as in FolderExams."""
+        for i, key in enumerate(self.listed):
+            for ahead in self.listed[i + (i > 0) : i + 2]:
+                self.request(ahead, (known or {}).get(ahead))
+            yield self.answer(key)
+            shutil.rmtree(self.folder / key[1], ignore_errors=True)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+def plane_folders(root):
+    """Folders at or below `root` with a folder axial, coronal or sagittal, links followed once."""
+    seen = set()
+    for folder, below, _ in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        below[:] = sorted(name for name in below if real not in seen and not name.startswith("."))
+        seen.add(real)
+        if not set(PLANES).isdisjoint(below):
+            yield Path(folder)
+            below[:] = [name for name in below if name not in PLANES]
+
+
+def exam_names(folder):
+    """Names of the exams that have a volume of at least one plane, sorted."""
+    names = set()
+    for plane in PLANES:
+        if (folder / plane).is_dir():
+            files = (file.name for file in os.scandir(folder / plane))
+            # Names that start with a dot are half-written files, or macOS's resource forks.
+            names |= {f[: -len(".npy")] for f in files if f.endswith(".npy") and f[0] != "."}
+    return sorted(names)
+
+
+@contextmanager
+def open_exams(sources, plane=None, say=print):
+    """The exams that a user names on the command line.
+
+    Args:
+        sources: list of one Path, a folder in MRNet's layout, or a folder or zip of DICOM or NIfTI;
+            or of one to three, the .npy files of one exam.
+        plane: of a single .npy file, where its path does not tell.
+        say: prints what the DICOM importer says of its choice of series.
+
+    Yields:
+        FolderExams, FilesExam or DicomExams. What was converted lies in a temporary folder, gone
+        when the context ends.
+
+    Raises:
+        InputError: nothing there, or nothing that can be used.
+    """
+    for source in sources:
+        if not source.exists():
+            raise InputError(f"{source}: no such file or folder; give an exam or a data folder")
+    if all(source.suffix == ".npy" for source in sources):
+        yield FilesExam(sources, plane)
+        return
+    source = sources[0]
+    if len(sources) > 1:
+        raise InputError(f"{source}: give one folder or zip, or the .npy files of one exam")
+    if plane:
+        raise InputError(f"{source}: --plane is for a single .npy file; leave it out")
+    exams = FolderExams(source)
+    if len(exams):
+        yield exams
+        return
+    if source.is_dir() and any(source.glob("*.npy")):
+        raise InputError(
+            f"{source}: its .npy files lie in no folder axial, coronal or sagittal; give the "
+            "folder above these, or the files of one exam"
+        )
+    with tempfile.TemporaryDirectory(prefix="mrnet-") as folder:
+        exams = DicomExams(source, folder, say)
+        try:
+            yield exams
+        finally:
+            exams.close()
+
+
+def exam_of_files(paths, plane=None):
+    """The name of the exam that one to three .npy files make, and {plane: Path}.
+
+    A file's plane is `plane`, or its folder's name, or stands in its own name; the exam's name is
+    the rest of it ("knee7-axial.npy" is knee7), or the folder's where nothing is left.
+    """
+    if plane and len(paths) > 1:
+        raise InputError(f"{paths[0]}: --plane is for a single .npy file; leave it out")
+    found, names = {}, {}
+    for path in paths:
+        folder = path.absolute().parent.name
+        named = [p for p in PLANES if p in path.stem.lower()]
+        if plane or folder in PLANES:
+            where, name = plane or folder, path.stem
+        elif len(named) == 1:
+            where = named[0]
+            name = re.sub(f"[ ._-]*{where}", "", path.stem, flags=re.I).strip(" ._-") or folder
+        else:
+            raise InputError(
+                f"{path}: which plane is it? Name it axial.npy, coronal.npy or sagittal.npy, put "
+                "it into such a folder, or give --plane"
+            )
+        if where in found:
+            raise InputError(f"{path}: a second {where} volume; give one file a plane")
+        found[where], names[name] = path, path
+    if len(names) > 1:
+        raise InputError(
+            f"{paths[-1]}: not of the same exam as the others ({', '.join(names)}); give the files "
+            "of one exam, named alike"
+        )
+    return *names, {plane: found[plane] for plane in PLANES if plane in found}

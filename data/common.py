@@ -1,0 +1,250 @@
+"""What the importers (data/<source>/prepare.py) share.
+
+The table of plane orientations, files that appear whole, dataset.json, and the register that gives
+each exam its number and each patient a group.
+"""
+
+import csv
+import hashlib
+import hmac
+import io
+import json
+import os
+import re
+import secrets
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from common.errors import InputError
+
+# Per plane (patient axis 0 x, 1 y, 2 z; sign) along which slices, rows and columns grow, as in
+# MRNet. x grows to the patient's left, y to posterior, z to superior (LPS; PS3.3 C.7.6.2.1.1).
+TARGET = {
+    "axial": ((2, -1), (1, 1), (0, 1)),
+    "coronal": ((1, 1), (2, -1), (0, 1)),
+    "sagittal": ((0, 1), (2, -1), (1, 1)),
+}
+LETTERS = {(0, 1): "L", (0, -1): "R", (1, 1): "P", (1, -1): "A", (2, 1): "S", (2, -1): "I"}
+# The same as letters, where slices, rows and columns grow to: {"axial": "IPL", ...}.
+ORIENTATION = {
+    plane: "".join(LETTERS[direction] for direction in target) for plane, target in TARGET.items()
+}
+DATASET, EXAMS = "dataset.json", "exams.csv"
+SPLITS = ("train", "valid", "test")
+KEY_BYTES = 32
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def write_whole(path, data, mode=0o644):
+    """Bytes -> file `path`, which appears only once it is whole and on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with open(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(handle)
+        os.chmod(temporary, mode)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_volume(path, volume):
+    """Array -> .npy file, without pickle."""
+    data = io.BytesIO()  # straight into the file, NumPy hides why a write failed
+    np.save(data, volume, allow_pickle=False)
+    write_whole(path, data.getbuffer())
+
+
+def write_csv(path, rows):
+    """Rows of plain values -> CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+# --- dataset.json ---------------------------------------------------------------------------------
+
+
+def write_dataset(out, **content):
+    """Write OUT/dataset.json: what the exams are, which a model that learns from them repeats.
+
+    Args:
+        content: name, version, synthetic (bool), source, licence, and orientation: ORIENTATION, or
+            None where it is not known. The name and the licence that the file has already stay:
+            its owner may have written better ones.
+
+    Raises:
+        InputError: the folder holds exams of another kind, which must not be mixed with these.
+    """
+    path = out / DATASET
+    there = {}
+    if path.exists():
+        try:
+            there = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            raise InputError(
+                f"{path}: cannot be read as JSON; correct it or move it away"
+            ) from None
+    for name in ("synthetic", "orientation", "patient_key"):
+        if there and there.get(name) != content.get(name):
+            raise InputError(
+                f"{path}: the folder holds exams with {name} {there.get(name)}, these have "
+                f"{content.get(name)}; give a folder of its own to them"
+            )
+    content |= {name: there[name] for name in ("name", "licence") if there.get(name)}
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, text.encode())
+
+
+# --- exams, their numbers and groups --------------------------------------------------------------
+
+
+def patient_key():
+    """The secret of this user with which patients are told apart, made when first needed.
+
+    Patient numbers are short: without a secret anybody could try them all against their hashes.
+
+    Raises:
+        InputError: it can be neither read nor made.
+    """
+    path = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "mrnet" / "key"
+    try:
+        if not path.exists():
+            write_whole(path, secrets.token_bytes(KEY_BYTES), mode=0o600)
+        key = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; patients are told apart with it") from None
+    if len(key) != KEY_BYTES:
+        raise InputError(f"{path}: not a key of {KEY_BYTES} bytes; delete it to have a new one")
+    return key
+
+
+def keyed_hash(key, text):
+    """16 hex digits that tell nothing of `text` to who lacks the key; "" for an empty text."""
+    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()[:16] if text else ""
+
+
+class Register:
+    """OUT/exams.csv, rows of id, exam, patient: an exam keeps its number in every later run.
+
+    `exam` is the exam's stable name, `patient` a keyed hash, empty where the patient is not known.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+
+    HEAD = ["id", "exam", "patient"]
+
+    def __init__(self, out):
+        self.out, self.path = out, out / EXAMS
+        self.rows = {}  # exam -> (number, patient)
+        if self.path.exists():
+            try:
+                with open(self.path, newline="", encoding="utf-8") as file:
+                    head, *rows = csv.reader(file)
+                    if head != self.HEAD:
+                        raise ValueError
+                    self.rows = {exam: (int(number), patient) for number, exam, patient in rows}
+            except (OSError, ValueError, csv.Error):
+                raise InputError(
+                    f"{self.path}: not a CSV of {','.join(self.HEAD)}; restore it or move it away"
+                ) from None
+        taken = [number for number, _ in self.rows.values()]
+        self.next = 1 + max([-1, *taken, *numbers_in(out)])
+
+    def number(self, exam, patient=""):
+        """The exam's number: the one it has, else the next after the folder's highest."""
+        if exam not in self.rows:
+            self.rows[exam] = self.next, patient
+            self.next += 1
+        return self.rows[exam][0]
+
+    def split_of(self, number):
+        """The split that has a volume under this number, or None."""
+        found = (split for split in SPLITS if any(self.out.glob(f"{split}/*/{number:04d}.npy")))
+        return next(found, None)
+
+    def save(self):
+        rows = sorted((number, exam, patient) for exam, (number, patient) in self.rows.items())
+        write_csv(self.path, [self.HEAD, *rows])
+
+    def groups(self):
+        """{exam's number: running number of its patient}; an unknown patient is one of its own."""
+        running, groups = {}, {}
+        for number, exam, patient in sorted((n, exam, p) for exam, (n, p) in self.rows.items()):
+            groups[number] = running.setdefault(patient or ("exam", exam), len(running))
+        return groups
+
+
+def numbers_in(out):
+    """Numbers of all exams that a data folder has volumes or labels of, in any split."""
+    for split in SPLITS:
+        for path in out.glob(f"{split}/*/*.npy"):
+            if path.stem.isdecimal():
+                yield int(path.stem)
+        for path in out.glob(f"{split}-*.csv"):
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                number = line.partition(",")[0].strip()
+                if re.fullmatch("[0-9]{1,12}", number):
+                    yield int(number)
+
+
+def merge_csv(path, values):
+    """Merge {exam's number: value} into a CSV of `id,value`.
+
+    Raises:
+        InputError: `path` exists and is no such CSV.
+    """
+    rows = {}
+    if path.exists():
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = {int(number): value for number, value in filter(None, csv.reader(file))}
+        except (OSError, ValueError, csv.Error):
+            raise InputError(f"{path}: not a CSV of two columns with ids; move it away") from None
+    write_csv(path, sorted((rows | values).items()))
+
+
+# --- what is said ---------------------------------------------------------------------------------
+
+
+class Report:
+    """Says things without breaking the progress bar, and counts failures.
+
+    Args:
+        collect: keep the lines for `take` instead of printing them.
+    """
+
+    def __init__(self, collect=False):
+        self.failures, self.lines = 0, [] if collect else None
+
+    def say(self, text, stream=None):
+        # descriptions and file names may hold control characters and any script
+        text = "".join(c if c.isprintable() else "?" for c in text)
+        if self.lines is not None:
+            self.lines.append(["stderr" if stream is sys.stderr else "stdout", text])
+            return
+        stream = stream or sys.stdout
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        tqdm.write(text.encode(encoding, "replace").decode(encoding), file=stream)
+
+    def warn(self, text):
+        self.say(f"warning: {text}", sys.stderr)
+
+    def fault(self, text):
+        self.failures += 1
+        self.say(f"error: {text}", sys.stderr)
+
+    def take(self):
+        """The lines collected since the last call: [["stdout" or "stderr", text], ...]."""
+        lines, self.lines = self.lines, []
+        return lines

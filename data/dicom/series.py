@@ -1,0 +1,434 @@
+"""DICOM and NIfTI files read into series: each a volume that may be taken, known by its header.
+
+Patient coordinates are DICOM's, in mm: x grows to the patient's left, y to posterior, z to superior
+(LPS; PS3.3 C.7.6.2.1.1). NIfTI's affine counts x to the right and y to anterior and is turned.
+"""
+
+import functools
+import io
+import itertools
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from common.errors import InputError
+from data.dicom import files
+from data.dicom.files import COPY_AGAIN, File, reading
+
+MIN_SLICES = 5  # fewer are a localiser; MRNet's shortest exam has 17
+SAME_PLACE = 0.01  # mm; closer slices are one place scanned or copied twice
+GAP = 1.5  # steps between neighbours, above which a slice is missing
+ISOTROPIC = 2.0  # voxel sides up to this ratio: a 3-D scan that can be cut in each plane
+SLAB = 3.0  # mm; a 3-D scan is averaged to about MRNet's slice thickness
+MAX_VOXELS = 2**27  # of one volume, 512 MiB as float32
+DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax that is zlib as a whole
+ZLIB_BEST = 1032  # zlib's highest compression ratio
+MR_IMAGES = ("1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1")  # SOP classes
+NO_IMAGE = "no image"  # reports, presentation states, DICOMDIR ...
+# Why a series of images cannot be placed: it may be any plane.
+NO_GEOMETRY = "no ImagePositionPatient, ImageOrientationPatient or PixelSpacing"
+NO_ROTATION = "ImageOrientationPatient is no rotation, or PixelSpacing is not positive"
+TOO_LARGE = "too large"
+
+# What a series' description says of its contrast, lower case, words set apart by single spaces.
+FAT_SUPPRESSED = re.compile(r"fs\b|fat ?sat|fat ?sup|spair|\bspir\b|stir|tirm|water")
+NOT_SUPPRESSED = re.compile(r"\b(no|non|without|wo) ?(fs|fat)")
+FLUID = re.compile(r"pd|t2|proton|stir|tirm|spair|\bspir\b|fs\b|fat ?sat|water")
+T1 = re.compile(r"\bt1")
+
+HEADER = [  # all that is read of a file before its pixels
+    "StudyInstanceUID", "SeriesInstanceUID", "Modality", "ImageType", "SeriesNumber",
+    "SeriesDescription", "ProtocolName", "EchoTime", "NumberOfFrames", "SamplesPerPixel",
+    "PhotometricInterpretation", "Rows", "Columns", "ImagePositionPatient",
+    "ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept",
+    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "Laterality",
+    "ImageLaterality", "FrameOfReferenceUID", "PatientID", "IssuerOfPatientID", "PatientName",
+    "PatientBirthDate",
+]  # fmt: skip
+
+
+@dataclass
+class Series:
+    """One volume that may be taken, known by its header alone.
+
+    Array axis a (of `shape`) runs along the unit vector directions[a] (LPS) in steps of spacing[a]
+    mm; voxel (0, 0, 0) lies at `origin`. `through` lists the axes along which it may be cut to
+    slices. `load` reads the pixels: float32 of `shape`. `side` is the laterality that it tells: L,
+    R, B (both) or "". `frame` is its frame of reference, "" if not told: coordinates of two frames
+    cannot be compared. `fault` says why it cannot be used.
+    """
+
+    file: File
+    name: str
+    number: int | None
+    description: str
+    shape: tuple
+    directions: np.ndarray  # (3, 3)
+    spacing: np.ndarray  # (3,)
+    origin: np.ndarray  # (3,)
+    through: tuple
+    load: Callable
+    side: str = ""
+    frame: str = ""
+    fault: str = ""
+
+    def slab(self, axis):
+        """How many voxels along `axis` make one slice."""
+        return max(1, int(SLAB / self.spacing[axis] + 0.05)) if len(self.through) > 1 else 1
+
+    def slices(self, axis):
+        return self.shape[axis] // self.slab(axis)
+
+    def rank(self, axis, wanted):
+        """Sort key, the highest is taken: asked for, usable, contrast, native plane, slices."""
+        words = " ".join(re.findall("[a-z0-9]+", self.description.lower()))
+        contrast = 0
+        if FLUID.search(words) and not T1.search(words):
+            fat_suppressed = FAT_SUPPRESSED.search(words) and not NOT_SUPPRESSED.search(words)
+            contrast = 2 if fat_suppressed else 1
+        native = len(self.through) == 1
+        return self.is_wanted(wanted), not self.fault, contrast, native, self.slices(axis)
+
+    def is_wanted(self, patterns):
+        """Whether the user asked for it, by number or part of the description."""
+        return any(self.matches(pattern) for pattern in patterns)
+
+    def matches(self, pattern):
+        if pattern.isdecimal():
+            return str(self.number) == pattern
+        return pattern.lower() in self.description.lower()
+
+
+def ways_to_cut(spacing, thickest):
+    """Array axes that may become slices: each of a near-isotropic 3-D scan, else the thickest."""
+    return (0, 1, 2) if max(spacing) < ISOTROPIC * min(spacing) else (thickest,)
+
+
+# --- DICOM ----------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Frame:
+    """What one DICOM frame says of itself; None where it says nothing usable."""
+
+    file: File
+    index: int
+    size: tuple  # rows, columns
+    position: tuple | None  # of the first pixel's centre, mm
+    orientation: tuple | None  # direction along which columns grow, then along which rows grow
+    spacing: tuple | None  # mm between rows, between columns
+    echo: float
+    slope: float
+    intercept: float
+    inverted: bool
+    side: str  # L, R, B or ""
+
+
+class Header(NamedTuple):
+    """What the header of one DICOM file tells."""
+
+    study: str  # UID
+    series: str  # UID
+    title: tuple  # series number or None, description
+    patient: str  # what tells patients apart, "" if nothing does; it identifies, never print it
+    frame: str  # UID of the frame of reference, or ""
+    frames: list  # of Frame
+    reason: str  # why there are none, or ""
+
+
+def numbers(value, count):
+    """`count` finite floats, or None."""
+    try:
+        values = tuple(float(v) for v in value)
+    except (TypeError, ValueError):
+        return None
+    return values if len(values) == count and np.isfinite(values).all() else None
+
+
+def lookup(header, index, sequence, name):
+    """An attribute of one frame: its own functional group, else the shared one, else the file's."""
+    for groups, i in (
+        (header.get("PerFrameFunctionalGroupsSequence"), index),
+        (header.get("SharedFunctionalGroupsSequence"), 0),
+    ):
+        if groups and i < len(groups) and groups[i].get(sequence):
+            value = groups[i].get(sequence)[0].get(name)
+            if value is not None:
+                return value
+    return header.get(name)
+
+
+def why_not(file, header, count):
+    """Why a file holds no slice of a knee volume, or ''."""
+    rows, columns, samples = (header.get(k) for k in ("Rows", "Columns", "SamplesPerPixel"))
+    modality = str(header.get("Modality") or "")
+    kind = {str(v).upper() for v in header.get("ImageType") or ()}
+    colours = str(header.get("PhotometricInterpretation") or "")
+    if not rows or not columns:
+        if header.file_meta.get("MediaStorageSOPClassUID") in MR_IMAGES:
+            raise InputError(f"{file}: an MR image without size, {COPY_AGAIN}")
+        return NO_IMAGE
+    if modality not in ("", "MR"):
+        return f"modality {modality}, not MR"
+    if samples != 1 or not colours.startswith("MONOCHROME"):
+        return f"colour or unknown pixels ({colours or 'no PhotometricInterpretation'}, {samples})"
+    if rows < 2 or columns < 2:
+        return f"one-dimensional ({rows} x {columns} px)"
+    if "LOCALIZER" in kind:
+        return "localiser"
+    if "PROJECTION IMAGE" in kind:
+        return "projection"
+    if "MOSAIC" in kind:
+        return "mosaic of slices"
+    if rows * columns * count > MAX_VOXELS:
+        return f"{TOO_LARGE} ({count} x {rows} x {columns})"
+    return ""
+
+
+def read_header(file):
+    """One DICOM file, all but its pixels -> Header."""
+    import pydicom
+
+    if DEFLATED in file.head(1024) and len(file.read()) > files.MAX_BYTES // ZLIB_BEST:
+        raise InputError(f"{file}: a large deflated file; inflate it with dcmconv first")
+    with reading(file), file.open() as stream:
+        header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=HEADER)
+        count = int(header.get("NumberOfFrames") or 1)
+        number = header.get("SeriesNumber")
+        description = str(header.get("SeriesDescription") or header.get("ProtocolName") or "")[:60]
+        title = None if number is None else int(number), description
+        reason = why_not(file, header, count)
+        return Header(
+            # the path's folder is no UID: it holds a slash
+            study=text_of(header, "StudyInstanceUID") or f"folder {file.folder.resolve()}",
+            series=text_of(header, "SeriesInstanceUID") or str(title),
+            title=title,
+            patient=patient_of(header),
+            frame=text_of(header, "FrameOfReferenceUID"),
+            frames=[] if reason else [read_frame(header, file, i) for i in range(count)],
+            reason=reason,
+        )
+
+
+def text_of(header, name):
+    """An attribute as text without the padding, "" if it is not there."""
+    return str(header.get(name) or "").strip(" \0")
+
+
+def patient_of(header):
+    """What tells a patient from others: the number with its issuer, else name and birth date."""
+    names = ("PatientID", "IssuerOfPatientID")
+    if not text_of(header, "PatientID"):
+        names = ("PatientName", "PatientBirthDate")
+    words = [text_of(header, name) for name in names]
+    return "|".join(words) if words[0] else ""
+
+
+def read_frame(header, file, i):
+    rescale = "PixelValueTransformationSequence"
+    echo = lookup(header, i, "MREchoSequence", "EffectiveEchoTime") or header.get("EchoTime")
+    slope = lookup(header, i, rescale, "RescaleSlope")
+    side = lookup(header, i, "FrameAnatomySequence", "FrameLaterality")
+    side = str(side or header.get("ImageLaterality") or header.get("Laterality") or "")
+    side = side.strip().upper()[:1]
+    return Frame(
+        file,
+        i,
+        (int(header.Rows), int(header.Columns)),
+        numbers(lookup(header, i, "PlanePositionSequence", "ImagePositionPatient"), 3),
+        numbers(lookup(header, i, "PlaneOrientationSequence", "ImageOrientationPatient"), 6),
+        numbers(lookup(header, i, "PixelMeasuresSequence", "PixelSpacing"), 2),
+        float(echo or 0),
+        float(1 if slope is None else slope),
+        float(lookup(header, i, rescale, "RescaleIntercept") or 0),
+        str(header.PhotometricInterpretation).strip() == "MONOCHROME1",
+        side if side in ("L", "R", "B") else "",
+    )
+
+
+def series_name(title):
+    number, description = title
+    return f"series {'?' if number is None else number} '{description}'"
+
+
+def assemble(title, frames, frame_of_reference=""):
+    """The frames of one DICOM series -> Series, slices ordered along their normal; or why not."""
+    placed = [f for f in frames if f.position and f.orientation and f.spacing]
+    if not placed:
+        return NO_GEOMETRY
+    axes = np.array([f.orientation for f in placed]).reshape(-1, 2, 3)
+    if np.abs(axes - axes[0]).max() > 0.02:  # about 1 degree
+        return "several orientations"
+    across, down = axes[0]
+    if np.abs(axes[0] @ axes[0].T - np.eye(2)).max() > 0.02 or min(placed[0].spacing) <= 0:
+        return NO_ROTATION
+    normal = np.cross(across, down)
+    depth = {id(f): float(normal @ f.position) for f in placed}  # mm
+    if len({round(d, 2) for d in depth.values()}) < len(placed):
+        # several echoes of one place: the last is the most fluid-sensitive
+        last = max(f.echo for f in placed)
+        frames, placed = ([f for f in some if f.echo == last] for some in (frames, placed))
+    if len(placed) < MIN_SLICES:
+        return f"fewer than {MIN_SLICES} slices"
+    placed.sort(key=lambda f: depth[id(f)])
+    depths = [depth[id(f)] for f in placed]
+    step = statistics.median(b - a for a, b in itertools.pairwise(depths))
+    spacing = np.array([max(step, SAME_PLACE), *placed[0].spacing])
+    sides = {f.side for f in placed} - {""}
+    return Series(
+        file=placed[0].file,
+        name=series_name(title),
+        number=title[0],
+        description=title[1],
+        shape=(len(placed), *placed[0].size),
+        directions=np.array([normal, down, across]),
+        spacing=spacing,
+        origin=np.array(placed[0].position),
+        through=ways_to_cut(spacing, 0),
+        load=functools.partial(read_pixels, placed),
+        side=sides.pop() if len(sides) == 1 else "B" if sides else "",
+        frame=frame_of_reference,
+        fault=geometry_fault(frames, placed, depths, step),
+    )
+
+
+def geometry_fault(frames, placed, depths, step):
+    """What is wrong with the slices' places or sizes: one line with file and mend, or ''."""
+    for frame in frames:
+        if not (frame.position and frame.orientation and frame.spacing):
+            return f"{frame.file}: frame {frame.index} has no position or orientation; export again"
+    first = placed[0]
+    for frame in placed:
+        if frame.size != first.size or not np.allclose(frame.spacing, first.spacing, rtol=0.01):
+            sizes = " and ".join(
+                f"{f.size[0]} x {f.size[1]} px of {f.spacing[0]:.3g} x {f.spacing[1]:.3g} mm"
+                for f in (first, frame)
+            )
+            return f"{frame.file}: mixed sizes, {sizes}; give one series without the other"
+    for a, b, start, end in zip(placed, placed[1:], depths, depths[1:], strict=False):
+        if end - start < SAME_PLACE:
+            return (
+                f"{b.file}: duplicated position, as {a.file} at {start:.1f} mm; remove one of them "
+                "or choose another series with --series"
+            )
+        if end - start > GAP * step:
+            return (
+                f"{a.file}: gap after it from {start:.1f} to {end:.1f} mm along the slices' normal "
+                f"(step {step:.1f} mm), about {round((end - start) / step) - 1} missing; "
+                "copy or export the series again"
+            )
+    return ""
+
+
+def decode(file, size):
+    """The pixels of one DICOM file, as stored: (frames, rows, columns) with `size` of a frame."""
+    import pydicom
+    from pydicom.pixels import get_decoder
+
+    with reading(file):
+        data = pydicom.dcmread(io.BytesIO(file.read()))
+        syntax = data.file_meta.TransferSyntaxUID
+        try:
+            has_decoder = get_decoder(syntax).is_available
+        except NotImplementedError:
+            raise InputError(
+                f"{file}: no decoder for transfer syntax {syntax.name}; decompress it with gdcmconv"
+            ) from None
+        if not has_decoder:
+            plugin = "openjpeg" if syntax.name.startswith(("JPEG 2000", "High-")) else "libjpeg"
+            raise InputError(
+                f"{file}: no decoder for {syntax.name}; pip install pylibjpeg pylibjpeg-{plugin}"
+            )
+        frames = int(data.get("NumberOfFrames") or 1)
+        needed = frames * data.Rows * data.Columns * data.BitsAllocated // 8
+        there = len(data.get("PixelData") or b"")
+        if not syntax.is_encapsulated and there < needed:
+            raise InputError(
+                f"{file}: pixel data ends after {there} of {needed} bytes, {COPY_AGAIN}"
+            )
+        return data.pixel_array.reshape(-1, *size)
+
+
+def read_pixels(frames):
+    """Frames in order -> float32 (s, rows, columns), rescaled, bright where the signal is high."""
+    grey = np.empty((len(frames), *frames[0].size), np.float32)
+    by_file = defaultdict(list)
+    for k, frame in enumerate(frames):
+        by_file[frame.file].append((k, frame))
+    for file, members in by_file.items():
+        pixels = decode(file, frames[0].size)
+        with reading(file):
+            for k, frame in members:
+                grey[k] = pixels[frame.index] * np.float32(frame.slope)
+                grey[k] += np.float32(frame.intercept)
+                if frame.inverted:
+                    grey[k] *= -1  # the window makes it positive again
+    return grey
+
+
+# --- NIfTI ----------------------------------------------------------------------------------------
+
+
+def open_nifti(file):
+    """A NIfTI-1 or NIfTI-2 image in memory."""
+    import nibabel
+
+    data = file.read()
+    sizes = int.from_bytes(data[:4], "little"), int.from_bytes(data[:4], "big")  # sizeof_hdr
+    if 348 in sizes:
+        return nibabel.Nifti1Image.from_bytes(data)
+    if 540 in sizes:
+        return nibabel.Nifti2Image.from_bytes(data)
+    raise InputError(f"{file}: no NIfTI header, {COPY_AGAIN}")
+
+
+def read_nifti(file):
+    """Header of one NIfTI file -> Series, or why it is none. Raises InputError."""
+    with reading(file):
+        image = open_nifti(file)
+        shape, affine, kind = image.shape, image.affine, image.get_data_dtype().kind
+        coded = int(image.header["sform_code"]) or int(image.header["qform_code"])
+    volumes = np.prod(shape[3:], dtype=float)
+    if kind not in "iuf":
+        return "colour or complex voxels"
+    if len(shape) < 3 or min(shape[:3]) < 2:
+        return f"no volume, shape {shape}"
+    if volumes != 1:
+        return f"{volumes:.0f} volumes in one file; split off the one to use"
+    if np.prod(shape, dtype=float) > MAX_VOXELS:
+        return f"{TOO_LARGE}, shape {shape}"
+    if not coded:
+        return "sform_code and qform_code are 0, left and right unknown"
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if not (np.isfinite(affine).all() and (spacing > 0).all()):
+        return "no geometry in its affine"
+    directions = (affine[:3, :3] / spacing).T * (-1, -1, 1)  # RAS -> LPS
+    if abs(np.linalg.det(directions)) < 0.9:
+        return "its affine is sheared"
+    through = ways_to_cut(spacing, int(np.argmax(spacing)))
+    if max(shape[axis] for axis in through) < MIN_SLICES:
+        return f"fewer than {MIN_SLICES} slices"
+    return Series(
+        file=file,
+        name=f"file '{file.name}'",
+        number=None,
+        description=re.sub(r"\.nii(\.gz)?$", "", file.name, flags=re.IGNORECASE),
+        shape=shape[:3],
+        directions=directions,
+        spacing=spacing,
+        origin=affine[:3, 3] * (-1, -1, 1),
+        through=through,
+        load=functools.partial(read_voxels, file),
+    )
+
+
+def read_voxels(file):
+    """float32 (i, j, k), scaled by scl_slope and scl_inter."""
+    with reading(file):
+        grey = open_nifti(file).get_fdata(dtype=np.float32)
+        return grey.reshape(grey.shape[:3])

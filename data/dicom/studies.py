@@ -1,0 +1,280 @@
+"""Studies found under a folder, each knee of them an exam, and the volumes taken from it.
+
+An exam's name is a hash of its study's UID with the knee's side, so the same study has the same
+name in every run, whatever lies beside it, and no identifier stands in it. NIfTI files have no UID:
+there the hash is of the folder's path.
+"""
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common.errors import InputError
+from data.common import TARGET
+from data.dicom.files import find_files, reading
+from data.dicom.knees import split_knees
+from data.dicom.series import (
+    MIN_SLICES,
+    NO_GEOMETRY,
+    NO_IMAGE,
+    NO_ROTATION,
+    TOO_LARGE,
+    Series,
+    assemble,
+    read_header,
+    read_nifti,
+    series_name,
+)
+from data.dicom.slices import cut, plane_of, window
+
+OBLIQUE = 30.0  # degrees from the nearest plane, above which the user is warned
+UNPLACED = (NO_GEOMETRY, NO_ROTATION, TOO_LARGE)  # such a series may be any plane
+
+
+@dataclass
+class Study:
+    """One DICOM study, or one folder of NIfTI files. `uid` and `patients` identify: never print."""
+
+    uid: str = ""
+    is_dicom: bool = True
+    files: list = field(default_factory=list)
+    series: list = field(default_factory=list)
+    skipped: Counter = field(default_factory=Counter)  # (series, why) -> files
+    patients: set = field(default_factory=set)
+    unread: list = field(default_factory=list)  # files beside it that cannot be read
+
+    def add(self, found, name, count=1):
+        """A Series, or the reason why `count` files of the series `name` are none."""
+        if isinstance(found, Series):
+            self.series.append(found)
+        else:
+            self.skipped[name, found] += count
+
+    @property
+    def folder(self):
+        """The folder that all its files lie in."""
+        return Path(os.path.commonpath([file.folder for file in self.files]))
+
+    @property
+    def has_images(self):
+        return bool(self.series) or any(reason != NO_IMAGE for _, reason in self.skipped)
+
+
+@dataclass
+class Exam:
+    """One knee of a study."""
+
+    name: str
+    source: str  # its study's folder, relative to what the user named
+    study: Study
+    side: str  # L, R or "" where nothing tells it
+    series: list
+    refused: str  # why none of it may be used, or ""
+
+    @property
+    def title(self):
+        return f"{self.name} ({self.source})"
+
+
+def find_exams(source, report):
+    """Read every header under `source` -> list of Exam, in the order of their paths."""
+    base = source if source.is_dir() else source.parent
+    exams = []
+    for study in find_studies(source, report):
+        folder = Path(os.path.relpath(study.folder, base)).as_posix()
+        if not study.has_images:
+            report.say(f"skipped: files without an image in {folder}: {len(study.files)}")
+            continue
+        mixed = "files of two patients under one study UID; export both again"
+        refused = mixed if len(study.patients) > 1 else ""
+        for side, (series, torn) in sorted(split_knees(study.series, study.is_dicom).items()):
+            name = exam_name(study.uid, side)
+            exams.append(Exam(name, folder, study, side, series, refused or torn))
+    names = Counter(exam.name for exam in exams)
+    for name, count in names.items():
+        if count > 1:
+            raise InputError(f"{source}: {count} studies would be called {name}; give one of them")
+    return exams
+
+
+def exam_name(uid, side):
+    """16 hex digits of the study UID's SHA-256, and the knee's side."""
+    return hashlib.sha256(uid.encode()).hexdigest()[:16] + (f"-{side}" if side else "")
+
+
+def find_studies(source, report):
+    """Every Study under `source`, in the order of their first files."""
+    studies, headers, unread, others = {}, defaultdict(list), [], 0
+    files = find_files(source, report)
+    for file in tqdm(files, desc="headers", unit="file", disable=None, leave=False):
+        try:
+            with reading(file):
+                is_dicom = file.head(132)[128:] == b"DICM"
+            if is_dicom:
+                header = read_header(file)
+                key = header.study
+                study = studies.setdefault(key, Study(header.study))
+                study.patients |= {header.patient} - {""}
+                headers[key, header.series].append(header)
+                if header.reason:
+                    study.add(header.reason, series_name(header.title))
+            elif file.name.lower().endswith((".nii", ".nii.gz")):
+                found = read_nifti(file)
+                key = f"folder {file.folder.resolve()}"
+                study = studies.setdefault(("nifti", key), Study(key, is_dicom=False))
+                study.add(found, f"file '{file.name}'")
+            else:
+                others += 1
+                continue
+            study.files.append(file)
+        except InputError as error:
+            report.fault(str(error))
+            unread.append(file)
+    for (key, _), members in headers.items():
+        add_series(studies[key], members)
+    if others:
+        report.say(f"skipped: files that are neither DICOM nor NIfTI: {others}")
+    found = sorted(studies.values(), key=lambda study: min(study.files))
+    for file in unread:
+        for study in studies_beside(file, found):
+            study.unread.append(file)
+    return found
+
+
+def add_series(study, headers):
+    """Assemble the headers of one series' files."""
+    frames = [frame for header in headers for frame in header.frames]
+    if not frames:
+        return
+    title, places = headers[0].title, {header.frame for header in headers}
+    found = assemble(title, frames, places.pop() if len(places) == 1 else "")
+    study.add(found, series_name(title), len({frame.file for frame in frames}))
+
+
+def studies_beside(file, studies):
+    """The studies that an unreadable file may belong to: those with files in its folder, else the
+    only one with files below the nearest folder above it."""
+    near = [s for s in studies if any(other.folder == file.folder for other in s.files)]
+    for folder in () if near else file.folder.parents:
+        near = [s for s in studies if s.folder.is_relative_to(folder)]
+        if near:
+            return near if len(near) == 1 else []
+    return near
+
+
+def digest_of(exam):
+    """Hash of all that an exam's volumes depend on: its study's files, 16 hex digits."""
+    total = hashlib.blake2b(digest_size=8)
+    for file in sorted([*exam.study.files, *exam.study.unread]):
+        try:
+            with file.open() as stream:
+                content = hashlib.file_digest(stream, "blake2b").digest()
+        except Exception as error:  # a damaged zip member raises many kinds
+            content = type(error).__name__.encode()
+        name = os.path.relpath(file.folder / file.name, exam.study.folder)
+        total.update(os.fsencode(name) + b"\0" + content)
+    return total.hexdigest()
+
+
+# --- which series ---------------------------------------------------------------------------------
+
+
+def candidates(exam, wanted):
+    """{plane: [(Series, axis), ...]}, the best first."""
+    found = defaultdict(list)
+    for series in exam.series:
+        for axis in series.through:
+            if series.slices(axis) >= MIN_SLICES:
+                found[plane_of(series.directions[axis])[0]].append((series, axis))
+    for ranked in found.values():
+        ranked.sort(key=lambda pair: pair[0].rank(pair[1], wanted), reverse=True)  # stable
+    return dict(sorted(found.items()))
+
+
+class Volumes:
+    """Reads series; a 3-D scan is kept until all its planes are cut."""
+
+    def __init__(self, square):
+        self.square, self.kept = square, {}
+
+    def cut(self, series, axis):
+        """uint8 (s, 256, 256). Raises InputError."""
+        if series.fault:
+            raise InputError(f"{series.name}, {series.fault}")
+        if id(series) not in self.kept:
+            self.kept = {id(series): window(series.load(), series.file)}
+        return cut(self.kept[id(series)], series, axis, self.square)
+
+
+def volumes_of(exam, wanted, square, report, title):
+    """The planes of an exam, and what was there and cannot be used.
+
+    Args:
+        wanted: descriptions or numbers of series that the user asks for.
+        square: as `slices.cut` takes it.
+        title: what the exam is called in messages.
+
+    Returns:
+        {plane: uint8 (s, 256, 256)}, {plane: why it cannot be used}.
+    """
+    if wanted and not any(series.is_wanted(wanted) for series in exam.series):
+        report.warn(f"{title}: no series matches --series")
+    volumes, unusable, reader = {}, {}, Volumes(square)
+    for plane, ranked in candidates(exam, wanted).items():
+        if exam.refused:
+            unusable[plane] = exam.refused
+            continue
+        passed = []
+        for series, axis in ranked:
+            if passed and ranked[0][0].is_wanted(wanted) and not series.is_wanted(wanted):
+                break  # another series than the one that was asked for is no answer
+            try:
+                volumes[plane] = reader.cut(series, axis)
+            except InputError as error:
+                passed.append(str(error))
+                continue
+            say_choice(plane, series, axis, ranked[len(passed) + 1 :], report, title)
+            for reason in passed:
+                report.warn(f"{title}: {plane}: passed over {reason}")
+            break
+        if plane not in volumes:
+            unusable[plane] = passed[0]
+            report.fault(f"{title}: {passed[0]}")
+    if exam.refused:
+        report.fault(f"{title}: {exam.refused}")
+    for (name, reason), count in sorted(exam.study.skipped.items()):
+        report.say(f"{title}  skipped: {name}, {reason} (files: {count})")
+    if not volumes and not unusable:
+        why = "; ".join(f"{series}, {reason}" for series, reason in sorted(exam.study.skipped))
+        unusable = dict.fromkeys(TARGET, f"no usable series: {why}")
+        report.fault(f"{title}: no usable series: {why}")
+    for plane in sorted(TARGET.keys() - volumes.keys() - unusable.keys()):
+        if reason := may_be_lost(exam):
+            unusable[plane] = reason
+    return volumes, unusable
+
+
+def say_choice(plane, series, axis, others, report, title):
+    """Print which series a plane is taken from, and which not."""
+    angle = plane_of(series.directions[axis])[1]
+    if angle > OBLIQUE:
+        report.warn(f"{title}: {series.name} is {angle:.0f} degrees from {plane}")
+    names = ", ".join(other.name for other, _ in others)
+    report.say(
+        f"{title}  {plane}: {series.name}, {series.slices(axis)} slices"
+        + (f"; not taken: {names}" if names else "")
+    )
+
+
+def may_be_lost(exam):
+    """Why a plane that no series shows may have been scanned all the same, or ''."""
+    for (name, reason), _ in sorted(exam.study.skipped.items()):
+        if reason.startswith(UNPLACED):
+            return f"it may be {name}: {reason}"
+    if exam.study.unread:
+        return f"files beside it cannot be read: {len(exam.study.unread)}"
+    return ""
