@@ -5,8 +5,8 @@
 
 Reads every label and every volume of a folder in MRNet's layout, in parallel, and prints all that
 is wrong: volumes missing, truncated, pickled, of a wrong type or shape, without contrast; labels
-beyond 0 and 1, ids twice, in both splits or not in every plane; the same volume under two ids,
-which lets a network see in training what it is judged on. Then the class counts. Exit status 0, or
+beyond 0 and 1, ids twice, in both splits or not in every plane; a patient in both splits
+(<split>-groups.csv); the same volume under two ids, which lets a network see in training what it is judged on. Then the class counts. Exit status 0, or
 2 with faults.
 
 A root file of its own: dataloader.py stops at the first fault, because training must.
@@ -22,7 +22,16 @@ from typing import NamedTuple
 
 import engine
 from common.errors import InputError
-from dataloader import PLANES, SPLITS, label_rows, read_volume, tasks, volume_path
+from dataloader import (
+    GROUPS,
+    PLANES,
+    SPLITS,
+    label_rows,
+    read_groups,
+    read_volume,
+    tasks,
+    volume_path,
+)
 
 
 class Volume(NamedTuple):
@@ -62,7 +71,7 @@ def check_labels(root):
     """
     labels, faults = {}, []
     for split, other in (SPLITS, SPLITS[::-1]):
-        for path in sorted(root.glob(f"{split}-*.csv")):
+        for path in sorted(set(root.glob(f"{split}-*.csv")) - {root / f"{split}-{GROUPS}.csv"}):
             pair = root / f"{other}-{path.name.removeprefix(f'{split}-')}"
             if not pair.is_file():
                 faults.append(f"{path}: there is no {pair.name}; a task needs both")
@@ -98,6 +107,21 @@ def check_labels(root):
                     f"({shorten(lacking)}); add their labels"
                 )
     return labels, faults
+
+
+def check_groups(root):
+    """Faults of the groups: a damaged file, or a patient (or scanner) in both splits."""
+    try:
+        train, valid = (set(read_groups(root, split).values()) for split in SPLITS)
+    except InputError as error:
+        return [str(error)]
+    both = sorted(train & valid)
+    if not both:
+        return []
+    return [
+        f"{root}/valid-{GROUPS}.csv: {len(both)} groups are in both splits ({shorten(both)}); "
+        "LEAKS training exams into validation, give all exams of a group to one split"
+    ]
 
 
 def check_volume(place):
@@ -190,7 +214,12 @@ def check(root, workers):
     with ThreadPoolExecutor(workers) as pool:  # NumPy and hashlib work outside Python's lock
         read = pool.map(check_volume, places)
         volumes = list(engine.progress(read, "reading", total=len(places)))
-    faults += lacking + [one.fault for one in volumes if one.fault] + check_copies(volumes)
+    faults += (
+        check_groups(root)
+        + lacking
+        + [one.fault for one in volumes if one.fault]
+        + check_copies(volumes)
+    )
     return labels, volumes, faults
 
 

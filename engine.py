@@ -443,12 +443,12 @@ def train_epoch(model, exams, optimizer, device, precision, what="train", graphs
         order int (n,), and logits and weighted losses float32 (n,), in the order of the steps; only
         those of the first steps where `stop_after_step` was asked to stop.
     """
+    if graphs is not None and not isinstance(exams.transform, Augmentation | None):
+        raise ValueError(f"no CUDA graph has a {type(exams.transform).__name__}; leave graphs out")
     model.train()
     n = len(exams)
     order = torch.randperm(n).tolist()
     poses, transforms = [None] * n, [exams.transform] * n
-    if graphs is not None and not isinstance(exams.transform, Augmentation | None):
-        raise ValueError(f"no CUDA graph has a {type(exams.transform).__name__}; leave graphs out")
     if isinstance(exams.transform, Augmentation):  # all draws cross to the device at once
         poses = exams.transform.draw(n).to(device)
         transforms = [partial(exams.transform, pose=pose) for pose in poses]

@@ -257,10 +257,12 @@ def check_start(line, header, jsonl):
         if not header.startswith(line):
             raise ValueError
     elif jsonl:
-        start = json.dumps(dict.fromkeys(COLUMNS)).partition(":")[0].encode()  # {"exam"
+        start = f'{{"{COLUMNS[0]}": "'.encode()
         names = [name.encode() for name in COLUMNS]
         found = re.findall(rb'[{,] ?"([a-z_]+)": ', line)
         if not (line.startswith(start) or start.startswith(line)) or found != names[: len(found)]:
+            raise ValueError
+        if line.endswith(b"}") and list(json.loads(line)) != list(COLUMNS):
             raise ValueError
 
 

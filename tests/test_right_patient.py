@@ -1,0 +1,694 @@
+"""The right patient, the right knee, or no answer: one test or more for each numbered point.
+
+The points are the rows of docs/reliability.md's second table.
+"""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import (
+    PLANES,
+    QUICK,
+    ROOT,
+    assert_one_line_error,
+    run_process,
+    run_script,
+    write_exams,
+)
+from hospital import KINDS, KNEE, code_of, name_of, write_series, write_study
+from sklearn.linear_model import LogisticRegression
+
+import engine
+from checkpoint import load_model, read_checkpoint, write_checkpoint
+from dataloader import MRDataset, split_exams
+from metrics import choose_threshold
+
+ONE = KINDS.index("one untold")
+
+
+def predict(trained, *args):
+    models = ("--models-dir", trained[0] / "models", "--precision", "fp32", "--allow-synthetic")
+    return run_script("predict.py", *models, *args)
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def prepare(*args):
+    return run_process("data/dicom/prepare.py", *args)
+
+
+def train(exams, *more, plane="axial", models="models"):
+    files = ("--data-dir", exams, "--models-dir", exams.parent / models, "--logs-dir",
+             exams.parent / "logs", "--precision", "fp32")  # fmt: skip
+    return run_script("train.py", "--task", "acl", "--plane", plane, *files, *QUICK, *more)
+
+
+def stack(exams, *more, models="models"):
+    return run_script("train_logistic_regression.py", "--data-dir", exams, "--models-dir",
+                      exams.parent / models, "--logs-dir", exams.parent / "logs",
+                      "--precision", "fp32", *more)  # fmt: skip
+
+
+# --- 1: names -------------------------------------------------------------------------------------
+
+
+def test_1_a_study_that_arrives_later_takes_nobodys_row(trained, tmp_path):
+    inbox, out = tmp_path / "inbox", tmp_path / "x.csv"
+    for number in (5, 7):
+        write_study(inbox, number, "one")
+    assert predict(trained, inbox, "--out", out).returncode == 0
+    write_study(inbox, 3, "one")  # sorts before both
+    shutil.rmtree(inbox / "study07")
+    assert predict(trained, inbox, "--out", out, "--resume").returncode == 0
+    assert [row["source"] for row in rows_of(out)] == ["study03", "study05"]
+    assert len({row["exam"] for row in rows_of(out)}) == 2
+    fresh = tmp_path / "fresh.csv"
+    assert predict(trained, inbox, "--out", fresh).returncode == 0
+    assert out.read_bytes() == fresh.read_bytes()
+
+
+def test_1_a_name_does_not_depend_on_what_lies_beside_it(trained, tmp_path):
+    for number in (1, 2, 3):
+        write_study(tmp_path / "inbox", number, "one")
+    names = {}
+    for source in ("inbox", "inbox/study02", "inbox/study03"):
+        done = predict(trained, tmp_path / source)
+        for row in csv.DictReader(done.stdout.splitlines()):
+            assert names.setdefault(row["input"], row["exam"]) == row["exam"]
+    assert len(set(names.values())) == 3
+    assert set(names.values()) == {
+        name_of(f"1.2.826.0.1.{1000 + n}", "LR"[n % 2]) for n in (1, 2, 3)
+    }
+
+
+def test_1_no_page_replaces_another_exams(trained, tmp_path):
+    args = ("--task", "acl", "--models-dir", trained[0] / "models", "--out", tmp_path / "report",
+            "--allow-synthetic", "--precision", "fp32")  # fmt: skip
+    for number in (7, 8):
+        write_study(tmp_path, number, "one")
+        done = run_script("explain.py", tmp_path / f"study{number:02d}", *args)
+        assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "report").glob("*-acl.html"))) == 2
+    # Two data folders have exams of the same number.
+    for name in ("one", "two"):
+        write_exams(tmp_path / name, seed=len(name) + ord(name[0]))
+    assert run_script("explain.py", tmp_path / "one", "--exam", "3", *args).returncode == 0
+    page = (tmp_path / "report" / "0003-acl.html").read_bytes()
+    done = run_script("explain.py", tmp_path / "two", "--exam", "3", *args)
+    assert_one_line_error(done, "0003-acl.html", "another exam", "--overwrite")
+    assert (tmp_path / "report" / "0003-acl.html").read_bytes() == page
+    assert run_script("explain.py", tmp_path / "one", "--exam", "3", *args).returncode == 0
+
+
+def test_1_no_identifier_in_rows(trained, tmp_path):
+    write_study(tmp_path / "inbox", 4, "both")
+    done = predict(trained, tmp_path / "inbox", "--jsonl")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
+    for secret in ("1.2.826", "SECRET", "P4", "19610203"):
+        assert secret not in done.stdout + done.stderr
+
+
+# --- 2, 3: numbers and groups ---------------------------------------------------------------------
+
+
+def import_both_splits(tmp_path, patients=None):
+    """README's workflow: train, then valid, each of four studies -> data folder."""
+    kinds = patients or ("one", "one")
+    for split, numbers, kind in (("train", range(4), kinds[0]), ("valid", range(4, 8), kinds[1])):
+        for number in numbers:
+            write_study(tmp_path / split, number, kind)
+        labels = tmp_path / f"{split}.csv"
+        lines = [f"study{n:02d},acl,{n % 2}" for n in numbers]
+        labels.write_text("\n".join(["exam,task,label", *lines, ""]))
+        options = ("--split", split, "--labels", labels)
+        done = prepare(tmp_path / split, tmp_path / "mine", *options)
+        assert done.returncode == 0, done.stderr
+    return tmp_path / "mine"
+
+
+def test_2_training_and_validation_exams_have_numbers_of_their_own(tmp_path):
+    mine = import_both_splits(tmp_path)
+    done = run_script("check.py", mine)
+    assert done.returncode == 0, done.stdout
+    ids = [(mine / f"{split}-acl.csv").read_text().split() for split in ("train", "valid")]
+    assert ids == [["0,0", "1,1", "2,0", "3,1"], ["4,0", "5,1", "6,0", "7,1"]]
+    # The same exams again are known, into the other split they are refused.
+    assert "exams that were there: 4" in prepare(tmp_path / "valid", mine).stdout
+    done = prepare(tmp_path / "train", mine, "--split", "valid")
+    assert_one_line_error(done, "train already")
+
+
+def test_3_importers_tell_patients_apart(tmp_path):
+    mine = import_both_splits(tmp_path, ("same patient", "same patient"))
+    groups = dict(line.split(",") for line in (mine / "train-groups.csv").read_text().split())
+    assert groups["0"] == groups["1"] != groups["2"] == groups["3"]
+    valid = dict(line.split(",") for line in (mine / "valid-groups.csv").read_text().split())
+    assert not set(valid.values()) & set(groups.values())
+    for path in mine.rglob("*"):
+        assert path.suffix == ".npy" or path.is_dir() or "P0" not in path.read_text()
+    # A patient of the training exams among the validation exams.
+    with open(mine / "valid-groups.csv", "a") as file:
+        file.write(f"99,{groups['0']}\n")
+    done = run_script("check.py", mine)
+    assert done.returncode == 2 and "group" in done.stdout and "both splits" in done.stdout
+
+
+def test_3_two_knees_of_one_study_are_one_group(tmp_path):
+    write_study(tmp_path / "scans", 0, "both")
+    write_study(tmp_path / "scans", 1, "one")
+    assert prepare(tmp_path / "scans", tmp_path / "mine").returncode == 0
+    assert (tmp_path / "mine/valid-groups.csv").read_text() == "0,0\n1,0\n2,1\n"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_3_no_group_stands_in_two_folds(tmp_path, seed):
+    exams = write_exams(tmp_path / "data", train=36)
+    rows = "".join(f"{i},{i // 2}\n" for i in range(36))  # pairs
+    (exams / "train-groups.csv").write_text(rows)
+    data = MRDataset(exams, "acl", "axial")
+    groups = np.array(data.groups)
+    folds = split_exams(data.labels, 4, seed, groups)
+    assert sorted(np.concatenate(folds)) == list(range(36))
+    for out in folds:
+        assert not set(groups[out]) & set(np.delete(groups, out))
+        assert set(data.labels[out]) == {0, 1}
+
+
+def test_3_training_keeps_groups_together(tmp_path):
+    exams = write_exams(tmp_path / "data", train=84)
+    (exams / "train-groups.csv").write_text("".join(f"{i},{i // 2}\n" for i in range(84)))
+    done = train(exams, "--folds", "2", "--protocol", "held-out", "--epochs", "1")
+    assert done.returncode == 0, done.stderr
+    for fold in (1, 2):
+        _, about = load_model(exams.parent / "models" / f"acl-axial-fold{fold}of2.pt")
+        parts = [{int(i) // 2 for i in about[name]} for name in ("held_out", "tuning")]
+        unused = {int(i) for name in ("held_out", "tuning") for i in about[name]}
+        parts.append({i // 2 for i in set(range(84)) - unused})
+        assert all(parts) and sum(map(len, parts)) == 42  # none is counted twice
+
+
+# --- 4: knees -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["both", "both untold"])
+def test_4_each_knee_is_an_exam_of_its_own(trained, tmp_path, monkeypatch, kind):
+    from hospital import code_said, predict_code
+
+    monkeypatch.setattr(engine, "predict_volume", predict_code)
+    expected = write_study(tmp_path, 6, kind)
+    done = predict(trained, tmp_path)
+    rows = {row["exam"]: row for row in csv.DictReader(done.stdout.splitlines())}
+    assert rows.keys() == expected.keys() and len(rows) == 2
+    for name, row in rows.items():
+        assert {plane: code_said(row[plane]) for plane in PLANES} == expected[name].codes
+
+
+def test_4_one_knee_without_laterality_has_the_side_of_its_place(trained, tmp_path):
+    for number in (0, 1):
+        write_study(tmp_path, number, "one untold")
+    rows = list(csv.DictReader(predict(trained, tmp_path).stdout.splitlines()))
+    assert [row["exam"][-2:] for row in rows] == ["-L", "-R"]
+
+
+def scan(folder, plane, x, number, study="1.2.826.7", **more):
+    more = {"FrameOfReferenceUID": "1.2.9", "description": f"PD FS {plane}"} | more
+    return write_series(folder, code_of(1, "L", plane), plane, x, f"{study}.{number}", study=study,
+                        number=number, **more)  # fmt: skip
+
+
+def test_4_what_does_not_overlap_is_never_one_exam(trained, tmp_path):
+    """Laterality says left of series that lie at both sides; frames of reference that differ."""
+    for number, (plane, x) in enumerate(zip(PLANES, (KNEE, KNEE, -KNEE), strict=True)):
+        scan(tmp_path / "a", plane, x, number, Laterality="L")
+    done = predict(trained, tmp_path / "a")
+    (row,) = csv.DictReader(done.stdout.splitlines())
+    assert done.returncode == 1 and row["verdict"] == row["stack"] == ""
+    assert "do not overlap in space" in row["error"]
+    for number, plane in enumerate(PLANES):
+        scan(tmp_path / "b", plane, 0.0, number, FrameOfReferenceUID=f"1.2.9.{number % 2}")
+    done = predict(trained, tmp_path / "b")
+    (row,) = csv.DictReader(done.stdout.splitlines())
+    assert done.returncode == 1 and row["verdict"] == "" and "frames of reference" in row["error"]
+
+
+def test_4_a_field_of_view_with_both_knees_is_refused(trained, tmp_path):
+    import pydicom
+
+    for number, plane in enumerate(PLANES):
+        for path in scan(tmp_path, plane, 0.0, number):
+            ds = pydicom.dcmread(path)
+            if plane != "sagittal":
+                ds.PixelSpacing = [4.0, 9.0]  # 360 mm from right to left
+                ds.ImagePositionPatient[0] = -175
+            ds.save_as(path)
+    done = predict(trained, tmp_path)
+    (row,) = csv.DictReader(done.stdout.splitlines())
+    assert done.returncode == 1 and row["verdict"] == "" and "both knees" in row["error"]
+    assert len(row["error"].splitlines()) == 1 and row["planes"] == "sagittal"
+
+
+# --- 5: planes that cannot be used ----------------------------------------------------------------
+
+
+def test_5_a_usable_series_comes_before_a_time_series(trained, tmp_path):
+    """Two fat-suppressed ones, the first with five time points at each place."""
+    for number, plane in enumerate(PLANES):
+        scan(tmp_path / "a", plane, KNEE, number)
+    scan(tmp_path / "b", "sagittal", KNEE, 8, times=5)
+    done = predict(trained, tmp_path, "--out", tmp_path / "x.csv")
+    assert done.returncode == 0, done.stderr
+    (row,) = rows_of(tmp_path / "x.csv")
+    assert row["verdict"] and row["planes"] == "+".join(PLANES)
+    assert (
+        "sagittal: series 2 'PD FS sagittal'" in done.stdout
+        and "not taken: series 8" in done.stdout
+    )
+
+
+def test_5_the_second_choice_is_tried_and_said(trained, tmp_path):
+    from hospital import damage_pixels
+
+    for number, plane in enumerate(PLANES):
+        scan(tmp_path / "a", plane, KNEE, number)
+    damage_pixels(scan(tmp_path / "b", "axial", KNEE, 7, description="PD FS axial again")[0])
+    for path in (tmp_path / "a").glob("1282670-*"):  # the healthy axial one is the second choice
+        path.unlink()
+    scan(tmp_path / "c", "axial", KNEE, 9, description="T1 axial")
+    done = predict(trained, tmp_path, "--out", tmp_path / "x.csv")
+    assert done.returncode == 0, done.stderr
+    assert "passed over" in done.stderr and "100 of 3200 bytes" in done.stderr
+    assert rows_of(tmp_path / "x.csv")[0]["planes"] == "+".join(PLANES)
+
+
+def test_5_no_verdict_without_a_plane_that_was_there(trained, tmp_path):
+    expected = write_study(tmp_path / "scans", 9, "damaged")
+    done = predict(trained, tmp_path / "scans", "--out", tmp_path / "x.csv")
+    (row,) = rows_of(tmp_path / "x.csv")
+    assert done.returncode == 1 and row["exam"] in expected
+    assert row["stack"] == row["threshold"] == row["verdict"] == "" and row["axial"]
+    assert "coronal" in row["error"] and row["missing"] == "coronal"
+    done = predict(trained, tmp_path / "scans", "--out", tmp_path / "y.csv", "--partial")
+    (row,) = rows_of(tmp_path / "y.csv")
+    assert done.returncode == 1 and row["verdict"] and row["note"] == "partial"
+    args = ("--task", "acl", "--models-dir", trained[0] / "models", "--out", tmp_path / "report",
+            "--allow-synthetic")  # fmt: skip
+    done = run_script("explain.py", tmp_path / "scans", *args)
+    assert done.returncode == 1 and "no verdict" in done.stderr
+
+
+def test_5_a_plane_whose_files_cannot_be_read_is_not_a_missing_one(trained, tmp_path):
+    for number, plane in enumerate(PLANES):
+        paths = scan(tmp_path / plane, plane, KNEE, number)
+        for path in paths if plane == "coronal" else ():
+            path.write_bytes(path.read_bytes()[:400])
+    done = predict(trained, tmp_path, "--out", tmp_path / "x.csv")
+    (row,) = rows_of(tmp_path / "x.csv")
+    assert done.returncode == 1 and row["verdict"] == "" and "cannot be read: 6" in row["error"]
+
+
+# --- 6: a full disk -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    folder = tmp_path / "full"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_6_a_full_disk_is_said_and_no_exam_vanishes(trained, tmp_path, full_disk, monkeypatch):
+    for number in range(4):
+        write_study(tmp_path / "scans", number, "one untold")
+    (full_disk / "other").write_bytes(bytes(1_500_000))
+    monkeypatch.setenv("TMPDIR", str(full_disk))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    done = predict(trained, tmp_path / "scans", "--out", tmp_path / "x.csv")
+    assert done.returncode == 1 and "No space left on device" in done.stderr.splitlines()[-1]
+    rows = rows_of(tmp_path / "x.csv")
+    assert [row["source"] for row in rows] == [f"study{n:02d}" for n in range(4)]
+    assert all("No space left" in row["error"] and row["verdict"] == "" for row in rows)
+
+
+def test_6_the_importer_counts_what_a_full_disk_left_out(tmp_path, full_disk):
+    for number in range(4):
+        write_study(tmp_path / "scans", number, "one untold")
+    done = prepare(tmp_path / "scans", full_disk / "mine")
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "No space left on device" in last
+    assert "3 of 4 exams are not written" in last
+    planes = [path.parent.name for path in full_disk.rglob("*.npy")]
+    assert sorted(planes) == sorted(PLANES)  # one exam whole, no half of the second
+    shutil.copytree(full_disk / "mine", tmp_path / "mine")
+    done = prepare(tmp_path / "scans", tmp_path / "mine")
+    assert done.returncode == 0 and "3 of 3 exams" in done.stdout
+    assert len(list((tmp_path / "mine").rglob("*.npy"))) == 12
+
+
+# --- 7: what the networks learnt from -------------------------------------------------------------
+
+
+def test_7_networks_that_saw_synthetic_knees_refuse_patients(trained, tmp_path):
+    write_study(tmp_path / "scans", 1, "one")
+    models = ("--models-dir", trained[0] / "models")
+    done = run_script("predict.py", tmp_path / "scans", *models)
+    assert_one_line_error(done, "synthetic exams only (phantom)", "--allow-synthetic")
+    assert done.stdout == ""
+    args = (tmp_path / "scans", "--task", "acl", *models, "--out", tmp_path / "report")
+    assert_one_line_error(run_script("explain.py", *args), "--allow-synthetic")
+    done = predict(trained, tmp_path / "scans")
+    (row,) = csv.DictReader(done.stdout.splitlines())
+    assert "SYNTHETIC" in row["trained_on"]
+    done = run_script("explain.py", *args, "--allow-synthetic")
+    assert done.returncode == 0 and "SYNTHETIC" in done.stdout
+    (page,) = (tmp_path / "report").glob("*.html")
+    assert '"synthetic": true' in page.read_text() and "SYNTHETIC" in page.read_text()
+    about = load_model(trained[0] / "models" / "acl-axial.pt")[1]
+    assert about["dataset"]["name"] == "phantom" and about["dataset"]["licence"] == "MIT"
+
+
+def test_7_exams_in_another_orientation_are_refused(trained, tmp_path):
+    shutil.copytree(trained[0] / "data", tmp_path / "data")
+    path = tmp_path / "data" / "dataset.json"
+    dataset = json.loads(path.read_text())
+    assert dataset["orientation"] == {"axial": "IPL", "coronal": "PIL", "sagittal": "LIP"}
+    dataset["orientation"]["coronal"] = "PIR"
+    path.write_text(json.dumps(dataset))
+    done = predict(trained, tmp_path / "data")
+    assert_one_line_error(done, "coronal", "PIR", "PIL")
+
+
+def test_7_every_importer_describes_its_exams(tmp_path):
+    write_study(tmp_path / "scans", 1, "one")
+    assert prepare(tmp_path / "scans", tmp_path / "mine").returncode == 0
+    content = json.loads((tmp_path / "mine" / "dataset.json").read_text())
+    assert content["synthetic"] is False and content["orientation"]["sagittal"] == "LIP"
+    done = run_process("data/phantom/prepare.py", "--out", tmp_path / "mine", "--exams", "5")
+    assert done.returncode == 2  # synthetic exams do not go among these
+
+
+# --- 8, 9: thresholds and logits ------------------------------------------------------------------
+
+
+def predictions(exams, split):
+    rows = rows_of(exams.parent / "models" / "acl-predictions.csv")
+    return {row["id"]: row for row in rows if row["split"] == split}
+
+
+def test_8_thresholds_come_from_exams_that_no_network_learnt_from(tmp_path):
+    exams = write_exams(tmp_path / "data", train=60)
+    for plane in PLANES:
+        assert train(exams, "--protocol", "held-out", plane=plane).returncode == 0
+    done = stack(exams)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tuning = load_model(tmp_path / "models" / "acl-axial.pt")[1]["tuning"]
+    rows = [predictions(exams, "train")[i] for i in tuning]
+    labels = np.array([int(row["label"]) for row in rows])
+    fitted = json.loads((tmp_path / "models" / "acl-stack.json").read_text())
+    threshold = fitted["combinations"]["axial+coronal+sagittal"]["threshold"]
+    wanted = choose_threshold(labels, np.array([float(row["stack"]) for row in rows]))
+    assert threshold == pytest.approx(wanted, abs=1e-6)
+    assert f"{len(tuning)} training exams that no network learnt from" in fitted["thresholds"]
+    # The regression is fitted on the others.
+    others = [row for i, row in predictions(exams, "train").items() if i not in tuning]
+    x = np.array([[float(row[plane]) for plane in PLANES] for row in others])
+    y = np.array([int(row["label"]) for row in others])
+    reference = LogisticRegression().fit(x, y)
+    found = fitted["combinations"]["axial+coronal+sagittal"]["coefficients"]
+    np.testing.assert_allclose(found, reference.coef_[0], atol=1e-4)
+
+
+def test_8_a_threshold_that_cannot_be_trusted_says_so(trained):
+    _, said = trained
+    assert re.search(r"^stack .*\d\.\d{3}\*", said["stack"].stdout, re.M)
+    assert "* thresholds: chosen on exams that the networks had learnt from" in said["stack"].stdout
+    results = json.loads((trained[0] / "models" / "acl-results.json").read_text())
+    assert "learnt from" in results["thresholds"]
+
+
+def test_8_folds_say_what_their_thresholds_are_applied_to(exams):
+    for plane in PLANES:
+        assert train(exams, "--folds", "2", "--epochs", "1", plane=plane).returncode == 0
+    assert "applied to means of 2" in stack(exams, "--folds", "2").stdout
+
+
+def test_9_logits_stay_as_they_are(trained, tmp_path):
+    """Networks so sure that a float32 probability is 1: the regression sees 37 as 37."""
+    shutil.copytree(trained[0] / "models", tmp_path / "models")
+    shutil.copytree(trained[0] / "data", tmp_path / "data")
+    exams, x = tmp_path / "data", {}
+    for plane in PLANES:
+        path = tmp_path / "models" / f"acl-{plane}.pt"
+        content = read_checkpoint(path)
+        content["model"]["classifier.weight"] *= 2000
+        content["model"]["classifier.bias"] += 30
+        write_checkpoint(path, content)
+        data = MRDataset(exams, "acl", plane)
+        x[plane] = engine.predict(load_model(path)[0], data, engine.pick_device("cpu"), "fp32")
+    assert max(np.abs(values).max() for values in x.values()) > 37
+    done = stack(exams, "--features", "logit")
+    assert done.returncode == 0, done.stdout + done.stderr
+    columns = np.stack([x[plane] for plane in PLANES], axis=1).astype(float)
+    reference = LogisticRegression().fit(columns, data.labels)
+    fitted = json.loads((tmp_path / "models" / "acl-stack.json").read_text())
+    found = fitted["combinations"]["axial+coronal+sagittal"]["coefficients"]
+    np.testing.assert_allclose(found, reference.coef_[0], rtol=1e-3, atol=1e-6)
+
+
+def test_9_the_page_is_true_for_several_networks(exams):
+    for plane in PLANES:
+        assert train(exams, "--folds", "2", "--epochs", "1", plane=plane).returncode == 0
+    assert stack(exams, "--folds", "2").returncode == 0
+    out = exams.parent / "report"
+    done = run_script("explain.py", exams, "--exam", "valid/13", "--task", "acl", "--models-dir",
+                      exams.parent / "models", "--out", out, "--precision", "fp32")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    page = (out / "0013-acl.html").read_text()
+    assert "the logistic function makes it the plane's probability.</p>" not in page
+    assert "mean of their probabilities" in page
+
+
+# --- 10: what a resumed run must agree on ---------------------------------------------------------
+
+
+def test_10_resume_refuses_another_precision(exams):
+    assert train(exams).returncode == 0
+    path = exams.parent / "models" / "acl-axial.pt"
+    content = read_checkpoint(path)
+    content["about"]["precision"] = "bf16"
+    content["about"]["arguments"]["precision"] = "bf16"
+    write_checkpoint(path, content)
+    assert_one_line_error(train(exams, "--resume"), "acl-axial.pt", "--precision bf16")
+
+
+def test_10_resume_refuses_other_voxels(exams):
+    assert train(exams).returncode == 0
+    path = exams / "train" / "axial" / "0004.npy"
+    volume = np.load(path)
+    volume[0, 0, 0] ^= 1
+    np.save(path, volume)
+    assert_one_line_error(train(exams, "--resume"), "acl-axial.pt", "other exams")
+
+
+def test_10_the_commit_is_that_of_the_start(exams, monkeypatch):
+    shas = iter(f"commit{i}" for i in range(99))
+    monkeypatch.setattr(engine, "git_sha", lambda: next(shas))
+    assert train(exams).returncode == 0
+    assert load_model(exams.parent / "models" / "acl-axial.pt")[1]["git"] == "commit0"
+
+
+@pytest.mark.parametrize("change", ["voxel", "seed", "folds"])
+def test_10_the_stack_checks_what_its_networks_learnt_from(exams, change):
+    for plane in PLANES:
+        assert train(exams, "--epochs", "1", plane=plane).returncode == 0
+    if change == "voxel":
+        path = exams / "train" / "coronal" / "0004.npy"
+        volume = np.load(path)
+        volume[0, 0, 0] ^= 1
+        np.save(path, volume)
+        assert_one_line_error(stack(exams), "acl-coronal.pt", "other training exams")
+        return
+    if change == "seed":
+        assert_one_line_error(stack(exams, "--seed", "3"), "acl-axial.pt", "seed 0")
+        return
+    path = exams.parent / "models" / "acl-axial.pt"
+    content = read_checkpoint(path)
+    content["about"]["arguments"]["folds"] = 3
+    write_checkpoint(path, content)
+    assert_one_line_error(stack(exams), "acl-axial.pt", "folds 3")
+
+
+# --- 11: one's own file ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["precious", '{"exam": 5}', '{"other": "x", "y": 1', "{" * 50])
+def test_11_a_foreign_line_without_an_end_is_left_alone(trained, tmp_path, text):
+    out = tmp_path / "notes.jsonl"
+    out.write_text(text)
+    done = predict(trained, trained[0] / "data", "--out", out, "--jsonl", "--resume")
+    assert_one_line_error(done, "notes.jsonl", "not written by this command")
+    assert out.read_text() == text
+
+
+# --- 12: memory of a container --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_12_memory_is_that_of_the_container(tmp_path, version):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    line, folder = ("0::/a/b\n", "sys/fs/cgroup") if version == 2 else (
+        "4:cpu:/x\n9:memory:/a/b\n", "sys/fs/cgroup/memory")  # fmt: skip
+    (tmp_path / "proc/self/cgroup").write_text(line)
+    limit, usage, stat = ("memory.max", "memory.current", "inactive_file") if version == 2 else (
+        "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")  # fmt: skip
+    for place, most in (("a", "700000000"), ("a/b", "max" if version == 2 else str(2**63 - 4096))):
+        (tmp_path / folder / place).mkdir(parents=True)
+        (tmp_path / folder / place / limit).write_text(f"{most}\n")
+        (tmp_path / folder / place / usage).write_text("500000000\n")
+        (tmp_path / folder / place / "memory.stat").write_text(f"anon 1\n{stat} 100000000\n")
+    assert engine.available_memory(tmp_path) == 300_000_000
+    assert engine.available_memory(tmp_path / "nowhere") > 300_000_000
+
+
+def test_12_cache_auto_reads_from_disk_where_the_container_is_small(exams, monkeypatch):
+    monkeypatch.setattr(engine, "available_memory", lambda: 1.5e9)
+    done = train(exams, "--epochs", "1", "--cache", "auto")
+    assert done.returncode == 0 and "cache      disk" in done.stdout
+
+
+# --- 13: see test_benchmark.py --------------------------------------------------------------------
+
+
+class Stream:
+    """A standard output that tells what has been flushed."""
+
+    def __init__(self):
+        self.text, self.seen = "", ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        self.seen = self.text
+
+
+def test_13_the_head_of_the_table_is_there_before_the_first_epoch(exams, monkeypatch):
+    stream, seen, real = Stream(), [], engine.train_epoch
+
+    def epoch(*args):
+        seen.append(stream.seen)
+        return real(*args)
+
+    monkeypatch.setattr(engine, "train_epoch", epoch)
+    monkeypatch.setattr("contextlib.redirect_stdout", lambda _: redirect(stream))
+    assert train(exams, "--epochs", "1").returncode == 0
+    assert "train loss" in seen[0].splitlines()[-1]
+
+
+class redirect:
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __enter__(self):
+        self.before, sys.stdout = sys.stdout, self.stream
+
+    def __exit__(self, *error):
+        sys.stdout = self.before
+
+
+# --- 14 -------------------------------------------------------------------------------------------
+
+
+def test_14_a_download_that_fails_without_a_word(tmp_path, monkeypatch):
+    import checkpoint
+    from common.errors import InputError
+
+    def silent():
+        raise OSError
+
+    silent.host = "nowhere"
+    monkeypatch.setattr(checkpoint, "cache_file", lambda: tmp_path / "features.pt")
+    monkeypatch.setattr(checkpoint, "features_from_torchvision", silent)
+    monkeypatch.setattr(checkpoint, "features_from_pypi", silent)
+    with pytest.raises(InputError, match="nowhere: OSError"):
+        checkpoint.imagenet_features()
+
+
+def test_14_the_last_exam_has_a_label(shared_exams):
+    exams = MRDataset(shared_exams, "acl", "axial")
+    last, same = exams[-1], exams[len(exams) - 1]
+    assert last[1].shape == last[2].shape == (1,) and last[1] == same[1] and last[2] == same[2]
+    assert (last[0] == same[0]).all()
+    with pytest.raises(IndexError):
+        exams[len(exams)]
+
+
+def test_14_a_graph_drops_no_transform(shared_exams):
+    exams = MRDataset(shared_exams, "acl", "axial", transform=lambda grey: 0 * grey)
+    with pytest.raises(ValueError, match="graph"):
+        engine.train_epoch(None, exams, None, engine.pick_device("cpu"), "fp32", graphs=object())
+
+
+def test_14_the_state_within_an_epoch_has_the_devices_generator(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.tensor([7]))
+    states = engine.random_states(torch.device("cuda"))
+    assert states["device_random"].item() == 7
+    assert "device_random" not in engine.random_states(torch.device("cpu"))
+
+
+def test_14_closing_the_terminal_ends_the_training(tmp_path):
+    import signal
+    import time
+
+    exams = write_exams(tmp_path / "data")
+    files = ("--data-dir", exams, "--models-dir", tmp_path / "models", "--logs-dir",
+             tmp_path / "logs")  # fmt: skip
+    command = [sys.executable, ROOT / "reproduce.py", *files, "--", "--no-pretrained", "--epochs",
+               "100000", "--patience", "100000"]  # fmt: skip
+    parent = subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "models/acl-axial.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGHUP)
+    _, said = parent.communicate(timeout=60)  # waits for the child, too: it has the same stderr
+    assert parent.returncode == 128 + signal.SIGHUP and "Start it again" in said
+    assert (tmp_path / "models/acl-axial.state").exists()
+
+
+def test_14_make_clean_keeps_trained_models(tmp_path):
+    for name in ("Makefile", "models", "logs"):
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, tmp_path)
+        else:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "acl-axial.pt").write_text("precious")
+    subprocess.run(["make", "clean"], cwd=tmp_path, check=True, env=os.environ | {"VENV": ""})
+    assert (tmp_path / "models" / "acl-axial.pt").read_text() == "precious"
+
+
+def test_14_lint_checks_the_formatting():
+    lint = subprocess.run(
+        ["make", "--dry-run", "lint", "VENV="], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "ruff format --check" in lint.stdout
