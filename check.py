@@ -6,8 +6,8 @@
 Reads every label and every volume of a folder in MRNet's layout, in parallel, and prints all that
 is wrong: volumes missing, truncated, pickled, of a wrong type or shape, without contrast; labels
 beyond 0 and 1, ids twice, in both splits or not in every plane; a patient in both splits
-(<split>-groups.csv); the same volume under two ids, which lets a network see in training what it is judged on. Then the class counts. Exit status 0, or
-2 with faults.
+(<split>-groups.csv); the same volume under two ids, which lets a network see in training what it is
+judged on. Then the class counts. Exit status 0, or 2 with faults.
 
 A root file of its own: dataloader.py stops at the first fault, because training must.
 """
