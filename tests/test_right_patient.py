@@ -692,3 +692,128 @@ def test_14_lint_checks_the_formatting():
         ["make", "--dry-run", "lint", "VENV="], cwd=ROOT, capture_output=True, text=True
     )
     assert "ruff format --check" in lint.stdout
+
+
+# --- 15: faults that no test saw ------------------------------------------------------------------
+
+
+def write_riddles(root, exams=20):
+    """Exams whose labels can only be memorised: each its own blobs, labels drawn by lot."""
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.arange(exams) % 2)
+    rows = {"train": "", "valid": ""}
+    for i, label in enumerate(labels):
+        coarse = rng.integers(0, 256, (2, 4, 4), dtype=np.uint8)
+        # The validation exams are the same, so that the epoch that is kept knows most by heart.
+        for split, number in (("train", i), ("valid", exams + i)):
+            for plane in PLANES:
+                folder = root / split / plane
+                folder.mkdir(parents=True, exist_ok=True)
+                volume = coarse.repeat(16, axis=1).repeat(16, axis=2)
+                np.save(folder / f"{number:04d}.npy", volume)
+            rows[split] += f"{number},{label}\n"
+    for split, text in rows.items():
+        (root / f"{split}-acl.csv").write_text(text)
+    return root
+
+
+MEMORISE = ("--folds", "2", "--no-augment", "--lr", "3e-4", "--patience", "99", "--weight-decay",
+            "0", "--lr-scheduler", "none")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def memorised(tmp_path_factory):
+    """Two folds of the axial plane that know by heart what they have seen, stacked."""
+    exams = write_riddles(tmp_path_factory.mktemp("riddles") / "data")
+    for plane in PLANES:
+        epochs = "30" if plane == "axial" else "1"
+        done = train(exams, *MEMORISE, "--epochs", epochs, plane=plane)
+        assert done.returncode == 0, done.stderr
+    return exams
+
+
+def logits_of(exams, fold):
+    """The training exams, their logits by the axial network of one fold, and its held-out rows."""
+    model, about = load_model(exams.parent / "models" / f"acl-axial-fold{fold}of2.pt")
+    data = MRDataset(exams, "acl", "axial")
+    logits = engine.predict(model, data, engine.pick_device("cpu"), "fp32")
+    return data, logits, data.rows_of(about["held_out"])
+
+
+def test_15a_a_network_has_not_learnt_its_own_fold(memorised):
+    from sklearn.metrics import roc_auc_score
+
+    for fold in (1, 2):
+        data, logits, out = logits_of(memorised, fold)
+        seen = np.setdiff1d(np.arange(len(data)), out)
+        assert len(out) == len(seen) == 10
+        assert roc_auc_score(data.labels[seen], logits[seen]) > 0.95
+        assert roc_auc_score(data.labels[out], logits[out]) < 0.85
+
+
+def test_15b_out_of_fold_predictions_are_each_exams_own_networks(memorised):
+    assert stack(memorised, "--folds", "2").returncode == 0
+    written = predictions(memorised, "train")
+    for fold, other in ((1, 2), (2, 1)):
+        data, logits, out = logits_of(memorised, fold)
+        _, others, _ = logits_of(memorised, other)
+        for row in out:
+            p = float(written[data.ids[row]]["axial"])
+            assert p == pytest.approx(engine.sigmoid(logits[row]), abs=1e-6)
+        assert np.abs(engine.sigmoid(logits[out]) - engine.sigmoid(others[out])).max() > 0.1
+
+
+def test_15c_training_stops_after_epochs_without_a_better_loss(exams, monkeypatch):
+    losses = iter([1.0, 0.8, 0.9, 0.7, 0.75, 0.7, 0.71, 0.1, 0.1, 0.1])
+    real = engine.losses_of
+    monkeypatch.setattr(engine, "losses_of", lambda *args: 0 * real(*args) + next(losses))
+    done = train(exams, "--epochs", "10", "--patience", "3")
+    assert done.returncode == 0, done.stderr
+    epochs = re.findall(r"^ +(\d+)  ", done.stdout, re.M)
+    assert epochs == [str(i) for i in range(1, 8)]  # 0.7 in the fourth, then three no better
+    assert "stopped: valid loss has not improved for 3 epochs" in done.stdout
+
+
+def cell_places(layers):
+    """Middle of the first cell of a stack of layers and the step between two, in px, by the
+    arithmetic of receptive fields (Araujo et al., Distill 2019, doi:10.23915/distill.00021)."""
+    first, step = 0.0, 1
+    for layer in layers:
+        if hasattr(layer, "kernel_size"):
+            kernel, stride, padding = (
+                value[0] if isinstance(value, tuple) else value
+                for value in (layer.kernel_size, layer.stride, layer.padding)
+            )
+            first += ((kernel - 1) / 2 - padding) * step
+            step *= stride
+    return first, step
+
+
+@pytest.mark.parametrize("size", [128, 160, 256, 320])
+def test_15d_the_summit_of_a_map_is_where_the_bright_spot_is(size):
+    import torch
+
+    from dataloader import feed
+    from explain import strongest_voxel
+    from figures import enlarge
+    from model import MRNet
+
+    torch.manual_seed(2)
+    model = MRNet().eval()
+    with torch.no_grad():  # sees brightness only
+        for name, weights in model.named_parameters():
+            weights.abs_() if name.endswith("weight") else weights.zero_()
+    first, step = cell_places(model.pretrained_model)
+    for cell in range(1, int((size - 1 - first) // step)):
+        for shift in (-6, 0, 6):  # near a cell's middle: between two cells both are as bright
+            row, column = int(first + step * cell) + shift, int(first + step) - shift
+            volume = np.zeros((3, size, size), np.uint8)
+            volume[1, row - 4 : row + 5, column - 4 : column + 5] = 255
+            maps, _ = engine.class_activation_maps(model, feed(torch.from_numpy(volume), "raw"))
+            summit = strongest_voxel(maps)
+            assert summit[0] == 1 and np.abs(summit[1:] - (row, column)).max() <= 6
+            if first + step * (cell + 1) > size - step / 2:
+                continue  # beyond the last cell's middle the map stays as high
+            big = enlarge(maps, size, size)[1]
+            top = np.argwhere(big == big.max()).mean(axis=0)
+            assert np.abs(top - (row, column)).max() <= 8
