@@ -152,7 +152,18 @@ def test_fifty_kills_lose_nothing(work, launcher):
 # --- signals --------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def signals_heard():
+    """A background shell starts its children with SIGINT ignored, and what is ignored stays so."""
+    before = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGTERM, signal.SIGHUP)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.usefixtures("signals_heard")
 def test_a_signal_finishes_the_step_and_saves(work, monkeypatch, number, status):
     """Sent to the process in the seventh of twelve steps of the second epoch."""
     assert run_script("train.py", *arguments(work, "--epochs", 3, models="whole")).returncode == 0
@@ -186,6 +197,7 @@ def test_a_second_signal_stops_at_once(work, launcher):
     load_model(work / "models" / "acl-axial.pt")
 
 
+@pytest.mark.usefixtures("signals_heard")
 def test_reproduce_passes_a_signal_on_and_repeats_nothing(work):
     """Interrupted in its second plane, started again: the first plane is not trained again."""
     recipe = ["--no-pretrained", "--epochs", "2", "--lr", "1e-4"]
@@ -247,6 +259,18 @@ def test_out_of_memory_in_one_line(tmp_path, launcher):
     assert launcher.run(work / "out.txt", argv, limit=600_000_000) == 1
     last = (work / "out.txt").read_text().splitlines()[-1]
     assert "out of memory" in last and "--cache disk" in last
+
+
+@pytest.mark.parametrize("said", ["could not create a primitive", "can't allocate memory"])
+def test_every_way_to_run_out_of_memory_is_said(said, capsys):
+    """Which one comes depends on what asks first: oneDNN's words tell nothing."""
+
+    def main():
+        raise RuntimeError(said)
+
+    with pytest.raises(SystemExit) as end:
+        engine.run(main)
+    assert end.value.code == 1 and "out of memory" in capsys.readouterr().err
 
 
 def test_logs_that_cannot_be_written(work):
