@@ -52,6 +52,17 @@ def shared_exams(tmp_path_factory):
     return write_exams(tmp_path_factory.mktemp("shared") / "data")
 
 
+@contextlib.contextmanager
+def small_file_system(folder, size):
+    """A file system of `size`, such as "45m", mounted at a new folder."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
 def run_process(script, *args):
     """Run a script of the project as a process of its own, text output."""
     command = [sys.executable, str(ROOT / script), *map(str, args)]

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import PLANES, ROOT, assert_one_line_error, run_script, write_exams
+from conftest import PLANES, ROOT, assert_one_line_error, run_script, small_file_system, write_exams
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import engine
@@ -229,13 +229,8 @@ def test_reproduce_passes_a_signal_on_and_repeats_nothing(work):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 45 MB: room for one model and one state, not for a second state."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=45m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with small_file_system(tmp_path / "small", "45m") as folder:
+        yield folder
 
 
 def test_a_full_disk_stops_in_one_line_and_keeps_the_best(work, small_disk):

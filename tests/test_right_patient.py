@@ -20,6 +20,7 @@ from conftest import (
     assert_one_line_error,
     run_process,
     run_script,
+    small_file_system,
     write_exams,
 )
 from hospital import KINDS, KNEE, code_of, name_of, write_series, write_study
@@ -321,13 +322,8 @@ def test_5_a_plane_whose_files_cannot_be_read_is_not_a_missing_one(trained, tmp_
 
 @pytest.fixture
 def full_disk(tmp_path):
-    folder = tmp_path / "full"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with small_file_system(tmp_path / "full", "2m") as folder:
+        yield folder
 
 
 def test_6_a_full_disk_is_said_and_no_exam_vanishes(trained, tmp_path, full_disk, monkeypatch):
