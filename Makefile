@@ -34,8 +34,8 @@ $(PHANTOM)/valid-acl.csv: | $(VENV:%=%/installed)
 	$(PY) data/phantom/prepare.py
 
 bench: $(VENV:%=%/installed)
-	$(PY) benchmark.py
-	$(PY) benchmark.py --growth
+	$(PY) -m tools.benchmark
+	$(PY) -m tools.benchmark --growth
 
 reproduce: $(VENV:%=%/installed) $(if $(filter $(PHANTOM),$(DATA)),$(PHANTOM)/valid-acl.csv)
 	$(PY) reproduce.py --data-dir $(DATA) $(if $(ARGS),-- $(ARGS))

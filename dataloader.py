@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch.utils.data import Dataset
 
 from common.errors import InputError, one_line
@@ -63,7 +62,7 @@ def label_rows(root_dir, task, split):
 
     Yields:
         (id without leading zeros, 0.0 or 1.0, None) for a good row, (None, None, what is wrong with
-        it and the mend, one line) for another.
+        it and how to fix it, one line) for another.
     """
     path = Path(root_dir) / f"{split}-{task}.csv"
     seen = set()
@@ -80,7 +79,7 @@ def label_rows(root_dir, task, split):
                 if label not in ("0", "1"):
                     yield None, None, f"{where}: label {row[1]!r:.40} is not 0 or 1"
                 elif exam_id in seen:
-                    yield None, None, f"{where}: id {exam_id} stands here twice; keep one row"
+                    yield None, None, f"{where}: id {exam_id} is listed twice; keep one row"
                 else:
                     yield exam_id, float(label), None
                 seen.add(exam_id)
@@ -127,7 +126,7 @@ def read_labels(root_dir, task, split):
 def read_groups(root_dir, split):
     """{id without leading zeros: group} of <split>-groups.csv, rows of id, group; {} without it.
 
-    Exams of one group (a patient, a scanner) never stand on both sides of a cut.
+    Exams of one group (a patient, a scanner) are never split between training and testing.
 
     Raises:
         InputError: a row that is not `id,group`, or an id twice.
@@ -142,7 +141,7 @@ def read_groups(root_dir, split):
                     raise InputError(f"{path}, line {number}: expected `id,group`")
                 exam_id = row[0].strip().lstrip("0") or "0" if row else None
                 if exam_id in groups:
-                    raise InputError(f"{path}, line {number}: id {exam_id} stands here twice")
+                    raise InputError(f"{path}, line {number}: id {exam_id} is listed twice")
                 if row:
                     groups[exam_id] = row[1].strip()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -256,8 +255,8 @@ def rescale(volume, intensity):
     return grey.sub_(low).mul_(255.0 / (high - low).clamp(min=1.0))
 
 
-def feed(volume, intensity, transform=None):
-    """A volume as the network is fed it: uint8 (s, H, W) -> float32 (s, 1, H, W), same device.
+def preprocess(volume, intensity, transform=None):
+    """Input of the network: uint8 (s, H, W) -> float32 (s, 1, H, W), same device.
 
     Args:
         transform: moves grey levels 0..255 before they are standardised, so that black stays black.
@@ -270,45 +269,9 @@ def feed(volume, intensity, transform=None):
     return grey[:, None]  # (s, H, W) -> (s, 1, H, W)
 
 
-def grey_levels(fed, intensity):
-    """The way back from `feed`: float32 (s, 1, H, W) -> grey levels 0 to 255, up to rounding."""
-    return fed if intensity == "raw" else fed * STD + MEAN
-
-
-def split_exams(labels, parts, seed, groups=None):
-    """Stratified folds: for each of `parts` the rows it holds out, int arrays that cover all rows.
-
-    Args:
-        labels: float (n,), 0 or 1.
-        groups: (n,), exams of one group go to one fold; None where each exam is one of its own.
-
-    Raises:
-        InputError: too few exams or groups of a class: a fold would hold one class only.
-    """
-    rarer = int(min((labels == 0).sum(), (labels == 1).sum()))
-    if rarer < parts:
-        raise InputError(
-            f"{parts} folds of {len(labels)} exams: the rarer class has {rarer} exams, so a fold "
-            f"would hold one class only; use at most {rarer} folds"
-        )
-    rows = np.zeros(len(labels))
-    if groups is None or len(set(groups)) == len(labels):
-        folds = StratifiedKFold(parts, shuffle=True, random_state=seed).split(rows, labels)
-    else:
-        if len(set(groups)) < parts:
-            raise InputError(
-                f"{parts} folds of {len(set(groups))} groups (train-{GROUPS}.csv): use fewer "
-                "folds, or correct the groups"
-            )
-        folds = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
-        folds = folds.split(rows, labels, groups)
-    held_out = [out for _, out in folds]
-    if any(len(set(labels[out])) < 2 for out in held_out):
-        raise InputError(
-            f"{parts} folds of {len(labels)} exams in {len(set(groups))} groups: a fold would hold "
-            f"one class only; use fewer folds, or correct train-{GROUPS}.csv"
-        )
-    return held_out
+def grey_levels(x, intensity):
+    """The inverse of `preprocess`: float32 (s, 1, H, W) -> grey levels 0 to 255, up to rounding."""
+    return x if intensity == "raw" else x * STD + MEAN
 
 
 class Augmentation:
@@ -374,13 +337,13 @@ class MRDataset(Dataset):
             `Augmentation()` does; None to evaluate.
         weights: (weight of negatives, weight of positives); by default 1 and negatives/positives,
             counted on the training labels for both splits.
-        intensity: "standardized" (each volume stretched to 0..255, then MRNet's mean and
-            deviation) or "raw" (0..255, as in the article).
+        intensity: "standardized" (each volume stretched to 0..255, then MRNet's mean and SD) or
+            "raw" (0..255, as in the article).
 
     Every volume's header is checked here, so that a fault shows before training and not in it.
 
     Raises:
-        InputError: for anything wrong in the folder, one line with the file and the mend.
+        InputError: for anything wrong in the folder, one line with the file and how to fix it.
     """
 
     def __init__(
@@ -408,7 +371,7 @@ class MRDataset(Dataset):
         self.weights = np.where(self.labels == 1, weights[1], weights[0]).astype(np.float32)
         self.paths = [volume_path(root_dir, self.split, plane, i) for i in self.ids]
         self.shapes = [open_volume(path).shape for path in self.paths]
-        self.kept = [None] * len(self.paths)
+        self.cached = [None] * len(self.paths)
         self.digests = [None] * len(self.paths)  # of the voxels, once they have been read
 
     def __len__(self):
@@ -421,13 +384,15 @@ class MRDataset(Dataset):
         return self.exam(i, self.transform), torch.from_numpy(label), torch.from_numpy(weight)
 
     def exam(self, i, transform=None, device=None):
-        """Exam i as the network is fed it, on `device`: float32 (s, 1, H, W)."""
-        return feed(self.volume(i).to(device, non_blocking=True), self.intensity, transform)
+        """Exam i as input of the network, on `device`: float32 (s, 1, H, W)."""
+        return preprocess(self.volume(i).to(device, non_blocking=True), self.intensity, transform)
 
     def volume(self, i):
-        """Exam i as stored: uint8 tensor (s, H, W), from memory if `keep` was called."""
+        """Exam i as stored: uint8 tensor (s, H, W), from memory if `cache` was called."""
         return (
-            torch.from_numpy(read_volume(self.paths[i])) if self.kept[i] is None else self.kept[i]
+            torch.from_numpy(read_volume(self.paths[i]))
+            if self.cached[i] is None
+            else self.cached[i]
         )
 
     def rows_of(self, ids):
@@ -437,22 +402,22 @@ class MRDataset(Dataset):
 
     def subset(self, rows, transform=None):
         """The exams at `rows` only, with another transform; class weights unchanged."""
-        part = copy.copy(self)
-        part.transform = transform
-        part.labels, part.weights = self.labels[rows], self.weights[rows]
-        for name in ("ids", "groups", "paths", "shapes", "kept", "digests"):
-            setattr(part, name, [getattr(self, name)[row] for row in rows])
-        return part
+        subset = copy.copy(self)
+        subset.transform = transform
+        subset.labels, subset.weights = self.labels[rows], self.weights[rows]
+        for name in ("ids", "groups", "paths", "shapes", "cached", "digests"):
+            setattr(subset, name, [getattr(self, name)[row] for row in rows])
+        return subset
 
     @property
     def nbytes(self):
         """Bytes that all volumes take as uint8."""
         return sum(math.prod(shape) for shape in self.shapes)
 
-    def keep(self, device, progress=lambda paths: paths):
+    def cache(self, device, progress=iter):
         """Read all volumes once and keep them as uint8 on `device` ("cpu" is the RAM)."""
         for i, _ in enumerate(progress(self.paths)):
-            self.kept[i] = self.volume(i).to(device)
+            self.cached[i] = self.volume(i).to(device)
 
     def fingerprint(self):
         """Hash of ids, labels and voxels, 32 hex digits: did two runs see the same data?"""
@@ -465,7 +430,7 @@ class MRDataset(Dataset):
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def has_fingerprint(self, fingerprint):
-        """Whether `fingerprint` is of these exams; those of earlier versions told no voxels."""
+        """Whether `fingerprint` is of these exams; earlier versions did not hash the voxels."""
         if len(fingerprint) == 32:
             return fingerprint == self.fingerprint()
         rows = zip(self.ids, self.labels, self.shapes, strict=True)

@@ -18,6 +18,9 @@ from torch import nn
 
 FEATURES = 256  # channels of AlexNet's last convolution
 SMALLEST_SIDE = 63  # px; below it AlexNet's third pooling has nothing left to pool
+# Receptive fields: the centres of neighbouring cells of the last feature maps are CELL_STEP px
+# apart, the first is at CELL_FIRST px; from strides and paddings of the layers below.
+CELL_STEP, CELL_FIRST = 32, 31
 
 
 def alexnet_features():
@@ -143,6 +146,34 @@ class MRNet(nn.Module):
         x = first(x) if x.shape[1] == 3 else first_convolution_of_grey(x, first)
         return self.pretrained_model[1:](x)
 
+    @torch.inference_mode()
+    def heat_maps(self, volume):
+        """Class activation maps that add up to the exam's logit, exactly.
+
+        The logit is linear in the last feature maps: each channel's maximum over slices is the
+        spatial mean of its map in one slice. That map, times the classifier's weight, over h * w,
+        is what the channel adds; the sum over all slices and cells, plus the classifier's bias, is
+        the logit. Source: class activation maps, Zhou et al., CVPR 2016.
+
+        Args:
+            volume: float32 (s, 1, H, W), preprocessed, on the network's device.
+
+        Returns:
+            maps: float32 array (s, h, w), in units of the logit; above 0 is for the finding.
+            logit: float, as `forward` returns it in evaluation mode.
+        """
+        features = self.feature_maps(volume).float()  # (s, 256, h, w)
+        s, channels, h, w = features.shape
+        slices = features.mean(dim=(2, 3))  # (s, 256, h, w) -> (s, 256)
+        exam, winner = slices.max(dim=0)  # (256,), and the slice that each channel's maximum is in
+        weight = self.classifier.weight[0]
+        won = features[winner, torch.arange(channels, device=winner.device)]  # (256, h, w)
+        maps = torch.zeros(s, h, w, device=features.device)
+        maps.index_add_(0, winner, won * (weight / (h * w))[:, None, None])
+        # No matrix product: autocast would round it to bf16, and the sum would not be exact.
+        logit = (exam * weight).sum().item() + self.classifier.bias.item()
+        return maps.cpu().numpy(), logit
+
 
 def first_convolution_of_grey(x, conv):
     """AlexNet's first convolution on a grey image: what `conv` gives for three equal channels.
@@ -175,3 +206,24 @@ def first_convolution_of_grey(x, conv):
     x = F.pad(x, (padding, far[1], padding, far[0]))
     x = F.pixel_unshuffle(x, stride)  # (s, 1, 4 h', 4 w') -> (s, 16, h', w')
     return F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, conv.bias)
+
+
+def enlarge_maps(maps, height, width):
+    """Heat maps resampled to the size of the slices, bilinearly.
+
+    Each cell is placed at the centre of its receptive field, CELL_STEP * i + CELL_FIRST px:
+    stretching 7 cells over 256 px would be off by up to 13 px. Beyond the outer cells, their value.
+
+    Args:
+        maps: float32 array (s, h, w).
+
+    Returns:
+        float32 array (s, height, width).
+    """
+    h, w = maps.shape[1:]
+    # Position of each pixel in cells, then in grid_sample's -1..1 between the outer cells' centres.
+    y, x = ((torch.arange(n) - CELL_FIRST) / CELL_STEP for n in (height, width))
+    y, x = 2 * y / max(h - 1, 1) - 1, 2 * x / max(w - 1, 1) - 1
+    grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)[None]  # (1, H, W, 2)
+    maps = torch.from_numpy(maps)[None]  # the slices are the channels: (1, s, h, w)
+    return F.grid_sample(maps, grid, padding_mode="border", align_corners=True)[0].numpy()

@@ -1,4 +1,4 @@
-"""Predict exams with the saved models: probability per plane and stacked, and the verdict.
+"""Predict exams with the saved models: probability per plane and stacked, and the decision.
 
     python predict.py data/phantom --out predictions.csv        # a data folder, every saved task
     python predict.py ~/scans --task acl --out scans.csv        # DICOM, a folder or a zip
@@ -8,12 +8,11 @@
 One row for each exam and task. An exam's name is the same in every run: a file's name, or for DICOM
 a hash of its study with the knee's side. Planes that were never scanned may be missing: a stack has
 a logistic regression for each set of planes, and the row says which ones were used. Where a plane
-was there and cannot be used, the row says why and has no verdict (--partial gives one of the other
-planes); such exams are named on stderr, the others go on, and the exit status is 1. Memory stays
-constant: what is kept of an exam is its name. Research use only, not a medical device.
+was scanned and cannot be used, the row says why and has no decision (--partial also decides from
+the other planes); such exams are named on stderr, the others go on, and the exit status is 1.
+Memory stays constant: what is kept of an exam is its name. Research use only, not a medical device.
 """
 
-import argparse
 import csv
 import hashlib
 import io
@@ -27,24 +26,25 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
 
-import engine
-from checkpoint import atomic, load_task, saved_tasks
+from common import cli, engine
+from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, one_line
 from common.exams import open_exams, refuse_unfit
+from common.files import atomic
+from common.stacking import decide, load_task, saved_tasks
 from dataloader import PLANES, read_volume
 
-COLUMNS = ("exam", "source", "task", *PLANES, "stack", "threshold", "verdict", "planes", "missing")
-# What could not be used; what the networks learnt from; hashes of what answered and of its input.
+COLUMNS = ("exam", "source", "task", *PLANES, "stack", "threshold", "decision", "planes", "missing")
+# What could not be used; what the networks were trained on; hashes of models and of the input.
 COLUMNS += ("note", "error", "trained_on", "model", "input")
 DIGITS = 8  # of a probability
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = cli.make_parser(__doc__)
     parser.add_argument(
         "exams",
         nargs="+",
@@ -60,17 +60,7 @@ def parse_arguments():
         "--plane", choices=PLANES, help="of a single .npy file whose path does not tell it"
     )
 
-    answers = parser.add_argument_group("answers")
-    answers.add_argument(
-        "--partial",
-        action="store_true",
-        help="a verdict of the other planes, too, where a plane was scanned and cannot be used",
-    )
-    answers.add_argument(
-        "--allow-synthetic",
-        action="store_true",
-        help="let networks that have seen synthetic exams only look at others; to try the commands",
-    )
+    cli.add_answer_arguments(parser.add_argument_group("answers"))
 
     files = parser.add_argument_group("files")
     files.add_argument(
@@ -92,7 +82,7 @@ def parse_arguments():
     existing.add_argument("--overwrite", action="store_true", help="replace --out")
 
     machine = parser.add_argument_group("machine")
-    engine.add_machine_arguments(machine)
+    cli.add_machine_arguments(machine)
     args = parser.parse_args()
     if str(args.out) == "-" and (args.resume or args.overwrite):
         parser.error("--resume and --overwrite need a file as --out")
@@ -118,7 +108,7 @@ def read_planes(exam, wanted):
     return volumes, unusable
 
 
-def predict_exam(exam, tasks, device, precision, partial=False):
+def predict_exam(exam, tasks, options):
     """Rows of one exam, one a task, and how many slices went through a network."""
     wanted = [plane for plane in PLANES if any(plane in models.networks for models in tasks)]
     volumes, unusable = read_planes(exam, wanted)
@@ -128,10 +118,12 @@ def predict_exam(exam, tasks, device, precision, partial=False):
         for plane in PLANES:
             if plane in volumes and plane in models.networks:
                 networks = models.networks[plane]
-                logits[plane] = engine.predict_volume(networks, volumes[plane], device, precision)
+                logits[plane] = engine.predict_volume(
+                    networks, volumes[plane], options.device, options.precision
+                )
                 slices += len(volumes[plane]) * len(networks)
         lost = {plane: why for plane, why in unusable.items() if plane in models.networks}
-        rows.append(make_row(exam, models, logits, lost, partial))
+        rows.append(make_row(exam, models, logits, lost, options.partial))
     return rows, slices
 
 
@@ -152,24 +144,25 @@ def make_row(exam, models, logits, unusable, partial):
     absent = [p for p in models.networks if p not in exam.paths and p not in unusable]
     notes += [f"no {plane} volume" for plane in absent]
     if models.stack is None:
-        notes.append("no stack, so no verdict")
+        notes.append("no stack, so no decision")
     elif logits and (partial or not unusable):
-        stacked, row["threshold"], row["verdict"] = engine.verdict(models.stack, logits)
-        row["stack"] = round(stacked, DIGITS)
+        decision = decide(models.stack, logits)
+        row["stack"] = round(decision.probability, DIGITS)
+        row["threshold"], row["decision"] = decision.threshold, decision.label
         notes += ["partial"] if unusable else []
     row["note"] = "; ".join(notes) or None
-    row["error"] = explain_lost(unusable)
-    row["trained_on"] = "; ".join(engine.name_dataset(found) for found in models.datasets) or None
+    row["error"] = describe_unusable(unusable)
+    row["trained_on"] = "; ".join(cli.describe_dataset(found) for found in models.datasets) or None
     return row
 
 
-def explain_lost(unusable):
+def describe_unusable(unusable):
     """{plane: why} in one line, or None."""
     planes = {}
     for plane, why in unusable.items():
         planes.setdefault(why, []).append(plane)
-    said = (f"{' and '.join(names)}: {why}" for why, names in planes.items())
-    return printable("; ".join(said)) or None
+    reasons = (f"{' and '.join(names)}: {why}" for why, names in planes.items())
+    return printable("; ".join(reasons)) or None
 
 
 def printable(text):
@@ -194,6 +187,15 @@ def csv_line(cells):
 def as_row(line):
     """A line of CSV as a dict of COLUMNS."""
     return dict(zip(COLUMNS, *csv.reader([line]), strict=True))
+
+
+class Options(NamedTuple):
+    """How exams are answered, beside the models."""
+
+    device: torch.device
+    precision: str  # "fp32" or "bf16"
+    partial: bool  # also decide where a plane cannot be used
+    jsonl: bool  # rows of JSON, not CSV
 
 
 class Saved(NamedTuple):
@@ -275,28 +277,28 @@ def put_in_order(path, saved, keys, header):
             ordered.write(file.read(saved[key].end - saved[key].begin))
 
 
-def open_output(args):
-    """The file --out, opened to append with --resume.
+def open_output(path, resume):
+    """The file of predictions, opened to append if `resume`.
 
     Raises:
         InputError: it cannot be written.
     """
     try:
-        return open(args.out, "a" if args.resume else "w", encoding="utf-8", newline="")
+        return open(path, "a" if resume else "w", encoding="utf-8", newline="")
     except OSError as error:
         raise InputError(
-            f"{args.out}: cannot be written ({error.strerror}); give another --out"
+            f"{path}: cannot be written ({error.strerror}); give another --out"
         ) from None
 
 
-def model_of(tasks, args):
+def model_of(tasks, options):
     """Hash of all that an answer depends on but the exam: networks, stacks, options, hardware."""
-    options = [args.precision, args.device, args.partial]
-    text = " ".join([*(models.digest for models in tasks), *map(str, options)])
+    words = [options.precision, options.device.type, str(options.partial)]
+    text = " ".join([*(models.digest for models in tasks), *words])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def predict_all(exams, tasks, saved, file, args, device, precision):
+def predict_all(exams, tasks, saved, file, options):
     """Write the rows of every exam that `saved` has not.
 
     Args:
@@ -304,16 +306,17 @@ def predict_all(exams, tasks, saved, file, args, device, precision):
         file: text, at its end.
 
     Returns:
-        exams predicted, slices, and exams that could not be used, or not all of them.
+        Counter: exams "predicted", "kept" as they were, "failed" (not all planes could be used),
+        and "slices".
     """
-    model, counts = model_of(tasks, args), Counter()
+    model, counts = model_of(tasks, options), Counter()
     known = {key: one.input for key, one in saved.items()}
     place = 0 if file is sys.stdout else file.tell()
-    for exam in engine.progress(exams.each(known), "predict", total=len(exams)):
+    for exam in cli.progress(exams.each(known), "predict", total=len(exams)):
         if exam.unchanged:
             counts["kept"] += 1
             continue
-        rows, slices = predict_exam(exam, tasks, device, precision, args.partial)
+        rows, slices = predict_exam(exam, tasks, options)
         errors = [row["error"] for row in rows if row["error"]]
         if errors:
             counts["failed"] += 1
@@ -321,7 +324,7 @@ def predict_all(exams, tasks, saved, file, args, device, precision):
             tqdm.write(f"error: {name}: {errors[0]}", file=sys.stderr)
         counts["predicted"] += 1
         counts["slices"] += slices
-        text = "".join(as_text(row | {"model": model}, args.jsonl) for row in rows)
+        text = "".join(as_text(row | {"model": model}, options.jsonl) for row in rows)
         file.write(text)
         file.flush()
         begin, place = place, place + len(text.encode())
@@ -329,39 +332,40 @@ def predict_all(exams, tasks, saved, file, args, device, precision):
     return counts
 
 
-def main():
-    args = parse_arguments()
-    device = engine.pick_device(args.device)
-    precision = engine.pick_precision(args.precision, device)
+def run(args):
+    """Predict, write, and say what could not be used."""
+    device = pick_device(args.device)
+    precision = pick_precision(args.precision, device)
     args.device, args.precision = device.type, precision  # what "auto" became
+    options = Options(device, precision, args.partial, args.jsonl)
     # Pipelines get rows and nothing else.
     to_stdout = str(args.out) == "-"
-    say = partial(print, file=sys.stderr if to_stdout else sys.stdout)
+    log = partial(print, file=sys.stderr if to_stdout else sys.stdout)
     names = sorted(set(args.task)) if args.task else saved_tasks(args.models_dir)
     tasks = [load_task(args.models_dir, name, device) for name in names]
     saved = {}
     if args.resume:
-        saved = saved_exams(args.out, names, model_of(tasks, args), args.jsonl)
+        saved = saved_exams(args.out, names, model_of(tasks, options), args.jsonl)
     if not to_stdout and args.out.exists() and not (args.resume or args.overwrite):
-        raise InputError(f"{args.out}: exists; --resume goes on with it, --overwrite replaces it")
+        raise InputError(f"{args.out}: exists; --resume continues it, --overwrite replaces it")
     header = "" if args.jsonl else csv_line(COLUMNS)
-    with open_exams(args.exams, args.plane, say) as exams:
+    with open_exams(args.exams, args.plane, log) as exams:
         for models in tasks:
             refuse_unfit(models, exams.datasets, args.allow_synthetic)
-        with nullcontext(sys.stdout) if to_stdout else open_output(args) as file:
+        with nullcontext(sys.stdout) if to_stdout else open_output(args.out, args.resume) as file:
             if not to_stdout:
-                engine.start_up(args, device, precision)
+                cli.print_start_up(vars(args), device, precision)
                 for models in tasks:
                     print_models(models)
             if to_stdout or file.tell() == 0:
                 file.write(header)
             began = time.perf_counter()
-            counts = predict_all(exams, tasks, saved, file, args, device, precision)
+            counts = predict_all(exams, tasks, saved, file, options)
             seconds = time.perf_counter() - began
         if args.resume:
             put_in_order(args.out, saved, exams, header)
     kept = f", {counts['kept']} were there" if counts["kept"] else ""
-    say(
+    log(
         f"{counts['predicted']} exams{kept}, {counts['slices']} slices in {seconds:.1f} s: "
         f"{counts['predicted'] / seconds:.1f} exams/s, "
         f"{1000 * seconds / max(counts['slices'], 1):.2f} ms a slice"
@@ -375,13 +379,13 @@ def main():
 
 
 def print_models(models):
-    """What answers: what the networks learnt from, and how far the threshold can be trusted."""
+    """Print what the networks were trained on and how the threshold was chosen."""
     for dataset in models.datasets or [None]:
-        print(f"{models.task:<10} learnt from {engine.name_dataset(dataset)}")
+        print(f"{models.task:<10} trained on {cli.describe_dataset(dataset)}")
     if models.stack:
-        chosen = models.stack.get("thresholds", "chosen on training predictions")
-        print(f"{'':<10} threshold {one_line(chosen)}")
+        threshold = models.stack.get("thresholds", "chosen on training predictions")
+        print(f"{'':<10} threshold {one_line(threshold)}")
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    cli.exit_with_status(lambda: run(parse_arguments()))

@@ -7,8 +7,6 @@
 Runs train.py and train_logistic_regression.py as they stand; what follows `--` goes to train.py.
 Interrupt it and start it again: no finished model is repeated. Writes models/reproduce/results.json
 and results.md, apart from the models that other commands make.
-
-A root file of its own: it only runs the other scripts, so it can live in none of them.
 """
 
 import argparse
@@ -18,8 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import engine
-from checkpoint import write_text
+from common import cli
+from common.errors import Interrupted, RunError
+from common.files import write_text
 from dataloader import PLANES, tasks
 
 # (who, protocol, {task: AUC}); none of these is ours.
@@ -36,16 +35,14 @@ PUBLISHED = (
     ),
     (
         "the article",
-        "the public 120, which chose the epochs; stack fitted on exams learnt from",
+        "the public 120, which selected the epochs; stack fitted on training exams",
         {"acl": 0.95},
     ),
 )
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = cli.make_parser(__doc__)
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="in MRNet's layout")
     parser.add_argument("--tasks", nargs="+", help="default: all tasks in the data folder")
     parser.add_argument(
@@ -73,18 +70,18 @@ def call(script, *arguments):
         forwarded.append(number)
         child.send_signal(number)
 
-    before = engine.catch_signals(forward)
+    before = cli.catch_signals(forward)
     status = child.wait()
     for number, handler in before.items():
         signal.signal(number, handler)
     if forwarded:
-        raise engine.Interrupted(forwarded[0], "Start it again: what is finished is not repeated")
+        raise Interrupted(forwarded[0], "Start it again: finished networks are not repeated")
     if status:
-        raise engine.RunError(f"{script} ended with status {status}; mend it and start again")
+        raise RunError(f"{script} ended with status {status}; fix the cause and start again")
 
 
 def shared_with_stack(recipe):
-    """The arguments of train.py that train_logistic_regression.py must hear as well."""
+    """The arguments of train.py that train_logistic_regression.py needs as well."""
     names = ("--folds", "--repeat", "--seed", "--device", "--precision")
     parser = argparse.ArgumentParser(add_help=False)
     for name in names:
@@ -119,8 +116,8 @@ def markdown(results):
     return "\n".join(lines) + "\n"
 
 
-def main():
-    args = parse_arguments()
+def run(args):
+    """Run train.py and train_logistic_regression.py for each task, then write the table."""
     wanted = args.tasks or tasks(args.data_dir)
     places = ("--data-dir", args.data_dir, "--models-dir", args.models_dir)
     places += ("--logs-dir", args.logs_dir)
@@ -138,4 +135,4 @@ def main():
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    cli.exit_with_status(lambda: run(parse_arguments()))

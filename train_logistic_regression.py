@@ -19,43 +19,42 @@ PLOS Medicine 2018: logistic regression on the three planes' probabilities. Out-
 Wolpert, "Stacked generalization", Neural Networks 5(2), 1992.
 """
 
-import argparse
 import csv
 import io
 import json
 import statistics
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
 
-import engine
-from checkpoint import (
-    COMBINATIONS,
-    atomic,
-    digest_of,
-    load_model,
-    model_path,
-    run_suffix,
+from common import cli, engine
+from common.checkpoint import digest_of, load_model, model_path, run_suffix
+from common.devices import pick_device, pick_precision
+from common.errors import InputError
+from common.figures import reliability_figure, roc_figure
+from common.files import atomic, write_text
+from common.logs import open_writer
+from common.metrics import auc_difference, auc_interval, summary
+from common.stacking import (
+    FEATURES,
+    combine,
+    fit_combinations,
     save_stack,
     stack_path,
-    write_text,
+    threshold_for,
 )
-from common.errors import InputError
 from dataloader import PLANES, SPLITS, MRDataset
-from figures import reliability_figure, roc_figure
-from metrics import auc_difference, auc_interval, choose_threshold, summary
 
 STACK = "stack"
-STAR = "*"  # beside each threshold: how it was chosen is said below
+STAR = "*"  # beside each threshold: a line below the table says how it was chosen
+GAIN = "stack against best plane"
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = cli.make_parser(__doc__)
     parser.add_argument("--task", default="acl", help="any task whose three planes are trained")
     parser.add_argument(
         "--data-dir",
@@ -65,13 +64,14 @@ def parse_arguments():
     )
     parser.add_argument(
         "--features",
-        choices=("probability", "logit"),
+        choices=FEATURES,
         default="probability",
-        help="what the regression is fed; the article and Stanford feed probabilities",
+        help="inputs of the regression; the article and Stanford use probabilities",
     )
-    parser.add_argument("--folds", type=int, default=1, help="as given to train.py")
-    parser.add_argument("--repeat", type=int, default=1, help="as given to train.py")
-    parser.add_argument("--seed", type=int, default=0, help="as given to train.py")
+    as_trained = "as given to train.py"
+    parser.add_argument("--folds", type=cli.positive_int, default=1, help=as_trained)
+    parser.add_argument("--repeat", type=cli.positive_int, default=1, help=as_trained)
+    parser.add_argument("--seed", type=cli.seed_number, default=0, help=as_trained)
     parser.add_argument(
         "--sensitivity",
         type=float,
@@ -83,67 +83,85 @@ def parse_arguments():
         "--models-dir", type=Path, default=Path("models"), help="where train.py wrote"
     )
     parser.add_argument("--logs-dir", type=Path, default=Path("logs"), help="for TensorBoard")
-    engine.add_machine_arguments(parser)
+    cli.add_machine_arguments(parser)
     args = parser.parse_args()
-    if args.folds < 1 or args.repeat < 1:
-        parser.error("--folds and --repeat are at least 1")
     if args.sensitivity is not None and not 0 < args.sensitivity <= 1:
         parser.error("--sensitivity is above 0 and at most 1")
     return args
 
 
-def members_of(args, plane, seed):
-    """Paths of one plane's networks for one seed: one, or one a fold."""
-    named = seed if args.repeat > 1 else None
-    folds = range(1, args.folds + 1) if args.folds > 1 else [0]
-    return [
-        model_path(args.models_dir, args.task, plane, run_suffix(fold, args.folds, named))
-        for fold in folds
-    ]
+class BaseModels(NamedTuple):
+    """The networks that a stack combines: what train.py wrote with these arguments."""
+
+    models_dir: Path
+    task: str
+    folds: int
+    repeat: int
+    first_seed: int
+
+    @property
+    def seeds(self):
+        return range(self.first_seed, self.first_seed + self.repeat)
+
+    def paths(self, plane, seed):
+        """Files of one plane's networks for one seed: one, or one a fold."""
+        named = seed if self.repeat > 1 else None
+        folds = range(1, self.folds + 1) if self.folds > 1 else [0]
+        return [
+            model_path(self.models_dir, self.task, plane, run_suffix(fold, self.folds, named))
+            for fold in folds
+        ]
+
+    def all_paths(self, plane):
+        return [path for seed in self.seeds for path in self.paths(plane, seed)]
 
 
-def check_members(args, seeds):
-    """Name the planes that are not trained, with the command that trains them."""
+def check_base_models(base_models, data_dir):
+    """Raise InputError for a plane that is not trained, with the command that trains it."""
     for plane in PLANES:
-        for seed in seeds:
-            for path in members_of(args, plane, seed):
-                unfinished = path.with_suffix(".state").is_file()
-                if unfinished or not path.is_file():
-                    more = f" --folds {args.folds}" if args.folds > 1 else ""
-                    more += f" --repeat {args.repeat}" if args.repeat > 1 else ""
-                    raise InputError(
-                        f"{path}: the {plane} plane of {args.task} is not trained"
-                        f"{' to its end' if unfinished else ''}. Run python train.py --task "
-                        f"{args.task} --plane {plane} --data-dir {args.data_dir} --models-dir "
-                        f"{args.models_dir} --seed {args.seed}{more} --resume, with the recipe of "
-                        "the other planes"
-                    )
+        for path in base_models.all_paths(plane):
+            unfinished = path.with_suffix(".state").is_file()
+            if unfinished or not path.is_file():
+                folds, repeat = base_models.folds, base_models.repeat
+                more = f" --folds {folds}" if folds > 1 else ""
+                more += f" --repeat {repeat}" if repeat > 1 else ""
+                raise InputError(
+                    f"{path}: the {plane} plane of {base_models.task} is not trained"
+                    f"{' to its end' if unfinished else ''}. Run python train.py --task "
+                    f"{base_models.task} --plane {plane} --data-dir {data_dir} --models-dir "
+                    f"{base_models.models_dir} --seed {base_models.first_seed}{more} --resume, "
+                    "with the recipe of the other planes"
+                )
 
 
-def check_network(path, about, sets, fold, folds, seed):
+def check_network(path, metadata, sets, expected):
     """Refuse a network that was trained on other exams, another fold or another seed.
+
+    Args:
+        metadata: of the model at `path`.
+        sets: {split: MRDataset} of its plane.
+        expected: {"seed", "fold", "folds": int}.
 
     Raises:
         InputError: with what it was trained on.
     """
-    wanted = {"seed": seed, "fold": fold, "folds": folds}
-    have = {"folds": about.get("arguments", {}).get("folds", folds)}
-    have |= {name: about.get(name, wanted[name]) for name in ("seed", "fold")}
-    other = [f"{name} {have[name]}" for name in wanted if have[name] != wanted[name]]
+    found = {"folds": metadata.get("arguments", {}).get("folds", expected["folds"])}
+    found |= {name: metadata.get(name, expected[name]) for name in ("seed", "fold")}
+    other = [f"{name} {found[name]}" for name in expected if found[name] != expected[name]]
     if other:
         raise InputError(
             f"{path}: was trained with {', '.join(other)}; give --seed, --folds and --repeat as "
             "train.py had them, or train it again"
         )
     splits = {"valid": sets["valid"]}
-    # Earlier versions did not tell which exams chose the epoch.
-    if "tuning" in about or about["protocol"] == "article":
-        unused = {*about["held_out"], *about.get("tuning", ())}
+    # Earlier versions did not record which exams selected the epoch.
+    if "tuning" in metadata or metadata["protocol"] == "article":
+        unused = {*metadata["out_of_fold"], *metadata.get("tuning", ())}
         ids = sets["train"].ids
         rows = [row for row, exam_id in enumerate(ids) if exam_id not in unused]
         splits["train"] = sets["train"].subset(rows)
     for split, exams in splits.items():
-        if not exams.has_fingerprint(about["data"].get(split, "")):
+        if not exams.has_fingerprint(metadata["data"].get(split, "")):
             beside = "beside other validation" if split == "valid" else "on other training"
             raise InputError(
                 f"{path}: was trained {beside} exams than {sets[split].root} holds; give the "
@@ -152,103 +170,71 @@ def check_network(path, about, sets, fold, folds, seed):
 
 
 class PlaneLogits(NamedTuple):
-    """What one plane's networks of one seed say."""
+    """Predictions of one plane's networks of one seed."""
 
-    train: np.ndarray  # float64 (n, 1): of the network that did not see the exam, with folds
+    train: np.ndarray  # float64 (n, 1); with folds, of the network that was not trained on the exam
     valid: np.ndarray  # float64 (m, networks)
     protocols: set
-    tuning: list  # ids of the exams that chose the epoch, where it is one network
+    tuning: list  # ids of the exams that selected the epoch, where it is one network
 
 
-def predict_plane(args, plane, seed, sets, device, precision):
+def predict_plane(base_models, plane, seed, sets, device, precision):
     """One plane's logits for one seed: PlaneLogits.
 
-    Training exams are predicted by the network that did not see them where there is one (folds),
-    else by the only network; validation exams by all networks.
+    With folds, training exams are predicted out-of-fold, by the network that was not trained on
+    them, else by the only network; validation exams by all networks.
     """
     train_set, valid_set = sets["train"], sets["valid"]
     out, valid = np.full(len(train_set), np.nan), []
-    members, protocols, tuning = members_of(args, plane, seed), set(), []
-    for number, path in enumerate(members, start=1):
-        model, about = load_model(path, args.task, plane)
-        check_network(path, about, sets, number if args.folds > 1 else 0, args.folds, seed)
-        train_set.intensity = valid_set.intensity = about["intensity"]
-        rows = train_set.rows_of(about["held_out"]) if args.folds > 1 else range(len(train_set))
+    paths, folds, protocols, tuning = base_models.paths(plane, seed), base_models.folds, set(), []
+    for number, path in enumerate(paths, start=1):
+        model, metadata = load_model(path, base_models.task, plane)
+        expected = {"seed": seed, "fold": number if folds > 1 else 0, "folds": folds}
+        check_network(path, metadata, sets, expected)
+        train_set.intensity = valid_set.intensity = metadata["intensity"]
+        rows = train_set.rows_of(metadata["out_of_fold"]) if folds > 1 else range(len(train_set))
         model = model.to(device)
         out[rows] = engine.predict(model, train_set.subset(rows), device, precision, path.stem)
         valid.append(engine.predict(model, valid_set, device, precision, path.stem))
-        protocols.add(about["protocol"])
-        tuning = about.get("tuning", []) if args.folds == 1 else []
+        protocols.add(metadata["protocol"])
+        tuning = metadata.get("tuning", []) if folds == 1 else []
     if np.isnan(out).any():
-        raise InputError(f"{members[0]}: its folds leave training exams out; train all folds again")
+        raise InputError(f"{paths[0]}: its folds leave training exams out; train all folds again")
     valid = np.stack(valid, axis=1).astype(np.float64)
     return PlaneLogits(out[:, None], valid, protocols, tuning)
 
 
-def fit_combinations(args, logits, labels, tuning):
-    """A regression for each set of planes, so that an exam that lacks a plane has one too.
-
-    Args:
-        logits: {plane: float64 (n, networks)} of the training exams.
-        tuning: bool (n,), the exams that thresholds are chosen on and regressions not fitted on;
-            all False: both are done on all exams.
-
-    Returns:
-        {"axial+coronal+sagittal": {"coefficients", "intercept", "threshold"}, ...}
-    """
-    combinations = {}
-    for name in COMBINATIONS:
-        x = engine.stack_features(args.features, name.split("+"), logits)
-        fitted = LogisticRegression().fit(x[~tuning], labels[~tuning])
-        combinations[name] = {
-            "coefficients": fitted.coef_[0].tolist(),
-            "intercept": float(fitted.intercept_[0]),
-            "threshold": threshold_for(args, labels, fitted.predict_proba(x)[:, 1], tuning),
-        }
-    return combinations
-
-
-def threshold_for(args, labels, probabilities, tuning):
-    """A threshold chosen on training predictions, never on the exams that are reported."""
-    if tuning.any():
-        labels, probabilities = labels[tuning], probabilities[tuning]
-    if args.sensitivity is None:
-        return choose_threshold(labels, probabilities)
-    return choose_threshold(labels, probabilities, "sensitivity", args.sensitivity)
-
-
-def make_stack(args, logits, labels, tuning):
+def make_stack(task, kind, logits, labels, tuning, sensitivity=None):
     """Fit and apply one stack.
 
     Args:
+        kind: one of FEATURES.
         logits: {split: {plane: float64 (n, networks)}}.
-        tuning: as `fit_combinations` takes it.
+        labels: {split: float32 (n,)}.
+        tuning, sensitivity: as `stacking.fit_combinations` takes them.
 
     Returns:
-        the stack as `checkpoint.save_stack` takes it, {split: {name: probabilities}} with the
+        the stack as `stacking.save_stack` takes it, {split: {name: probabilities}} with the
         planes and the stack, and {name: threshold}.
     """
-    stack = {
-        "task": args.task,
-        "features": args.features,
-        "combinations": fit_combinations(args, logits["train"], labels["train"], tuning),
-    }
+    combinations = fit_combinations(kind, logits["train"], labels["train"], tuning, sensitivity)
+    stack = {"task": task, "features": kind, "combinations": combinations}
     scores, thresholds = {}, {}
     for split in SPLITS:
         planes = logits[split].items()
         scores[split] = {plane: engine.sigmoid(values).mean(axis=1) for plane, values in planes}
-        scores[split][STACK], thresholds[STACK] = engine.combine(stack, logits[split])
+        scores[split][STACK], thresholds[STACK] = combine(stack, logits[split])
     for plane in PLANES:
         p = scores["train"][plane]
-        thresholds[plane] = threshold_for(args, labels["train"], p, tuning)
+        thresholds[plane] = threshold_for(labels["train"], p, tuning, sensitivity)
     return stack, scores, thresholds
 
 
 def tuning_rows(sets, found):
     """The training exams that thresholds are chosen on: bool (n,), all False where there are none.
 
-    Those that chose the epoch of the only network of each plane: no network learnt from them, and
-    what is applied later is these very networks.
+    Those that selected the epoch of the only network of each plane: no network was trained on them,
+    and what is applied later is these very networks.
 
     Args:
         found: list of PlaneLogits.
@@ -260,78 +246,94 @@ def tuning_rows(sets, found):
     return tuning
 
 
-def threshold_source(args, tuning):
+def threshold_source(tuning, folds, repeat):
     """Which predictions the thresholds were chosen on, and what that means for new exams."""
     if tuning.any():
         return (
-            f"chosen on {int(tuning.sum())} training exams that no network learnt from; "
-            "they chose the epochs"
+            f"chosen on {int(tuning.sum())} training exams that no network was trained on; "
+            "they selected the epochs"
         )
-    if args.folds > 1:
+    if folds > 1:
         return (
-            f"chosen on out-of-fold predictions of single networks and applied to means "
-            f"of {args.folds * args.repeat}, which vary less: at new exams sensitivity and "
-            "specificity may differ from those meant"
+            "chosen on out-of-fold predictions of single networks and applied to means "
+            f"of {folds * repeat}, which vary less: on new exams sensitivity and "
+            "specificity may differ from those aimed at"
         )
     return (
-        "chosen on exams that the networks had learnt from, so not to be trusted at new "
-        "exams; --folds, or --protocol held-out, gives better ones"
+        "chosen on exams that the networks were trained on, so not to be trusted on new exams; "
+        "--folds, or --protocol held-out, gives better ones"
     )
 
 
-def print_report(args, labels, scores, thresholds, protocol, said):
-    """One row for each plane and the stack; returns the numbers for results.json.
+def evaluate_scores(labels, scores, thresholds):
+    """Metrics of each plane and the stack on the validation exams, and the stack's gain.
 
     Args:
-        said: lines of `caveats`.
+        labels: {split: float32 (n,)}.
+        scores, thresholds: as `make_stack` returns them.
+
+    Returns:
+        {name: dict of numbers} with the planes, the stack and "stack against best plane".
     """
-    counts = {s: f"{len(labels[s])} exams, {int(labels[s].sum())} positive" for s in SPLITS}
-    print(f"\n{args.task}: training {counts['train']}; validation {counts['valid']}")
-    print(f"protocol {protocol}, folds {args.folds}, stacked on each plane's {args.features}\n")
-    fitted = "out-of-fold AUC" if args.folds > 1 else "train AUC"
-    print(
-        f"{'':<9} {fitted:>15}  {'valid AUC [95 %]':>20}  {'threshold':>9}  {'sensitivity':>11}  "
-        f"{'specificity':>11}  {'accuracy':>8}  {'at 0.5: sens, spec, acc':>23}  {'Brier':>6}  "
-        f"{'ECE':>5}"
-    )
     rows = {}
-    for name in scores["valid"]:
-        p = scores["valid"][name]
+    for name, p in scores["valid"].items():
         row = summary(labels["valid"], p, thresholds[name])
         half = summary(labels["valid"], p, 0.5)
         row["train_auc"] = auc_interval(labels["train"], scores["train"][name]).value
         row |= {f"{key}_at_half": half[key] for key in ("sensitivity", "specificity", "accuracy")}
         rows[name] = row
+    best = max(PLANES, key=lambda plane: rows[plane]["train_auc"])
+    gain = auc_difference(labels["valid"], scores["valid"][STACK], scores["valid"][best])
+    return rows | {GAIN: {"plane": best} | gain._asdict()}
+
+
+def print_report(title, labels, rows, training_auc, caveats):
+    """The table of `evaluate_scores`.
+
+    Args:
+        title: line above the table.
+        training_auc: title of the column of AUCs on training exams.
+        caveats: lines below the table.
+    """
+    counts = {s: f"{len(labels[s])} exams, {int(labels[s].sum())} positive" for s in SPLITS}
+    print(f"\ntraining {counts['train']}; validation {counts['valid']}\n{title}\n")
+    print(
+        f"{'':<9} {training_auc:>15}  {'valid AUC [95 %]':>20}  {'threshold':>9}  "
+        f"{'sensitivity':>11}  {'specificity':>11}  {'accuracy':>8}  "
+        f"{'at 0.5: sens, spec, acc':>23}  {'Brier':>6}  {'ECE':>5}"
+    )
+    for name in (*PLANES, STACK):
+        row = rows[name]
         print(
             f"{name:<9} {row['train_auc']:15.4f}  {row['auc']:6.4f} [{row['auc_low']:.3f}, "
             f"{row['auc_high']:.3f}]  {row['threshold']:8.3f}{STAR}  {row['sensitivity']:11.3f}  "
             f"{row['specificity']:11.3f}  {row['accuracy']:8.3f}  "
-            f"{half['sensitivity']:9.3f} {half['specificity']:6.3f} {half['accuracy']:6.3f}  "
-            f"{row['brier']:6.3f}  {row['ece']:5.3f}"
+            f"{row['sensitivity_at_half']:9.3f} {row['specificity_at_half']:6.3f} "
+            f"{row['accuracy_at_half']:6.3f}  {row['brier']:6.3f}  {row['ece']:5.3f}"
         )
-    best = max(PLANES, key=lambda plane: rows[plane]["train_auc"])
-    gain = auc_difference(labels["valid"], scores["valid"][STACK], scores["valid"][best])
+    gain = rows[GAIN]
     print(
-        f"\nstack against {best}, the plane with the best training AUC: {gain.value:+.4f} "
-        f"[{gain.low:+.3f}, {gain.high:+.3f}], p = {gain.p:.2g} (paired DeLong)"
+        f"\nstack against {gain['plane']}, the plane with the best training AUC: "
+        f"{gain['value']:+.4f} [{gain['low']:+.3f}, {gain['high']:+.3f}], p = {gain['p']:.2g} "
+        "(paired DeLong)"
     )
-    for line in said:
-        print(line)
-    return rows | {"stack against best plane": {"plane": best} | gain._asdict()}
+    print(*caveats, sep="\n")
 
 
-def caveats(args, protocol, chosen):
-    """What a reader must know before believing the table.
+def list_caveats(protocol, folds, thresholds):
+    """What limits the table's figures, one line each.
 
     Args:
-        chosen: `threshold_source`.
+        thresholds: `threshold_source`.
     """
-    said = [f"{STAR} thresholds: {chosen}"]
+    caveats = [f"{STAR} thresholds: {thresholds}"]
     if protocol == "article":
-        said.append("OPTIMISTIC: the epochs were chosen on the validation exams reported here")
-    if args.folds == 1:
-        said.append("the stack was fitted on exams that the networks had learnt from (the article)")
-    return said
+        caveats.append("OPTIMISTIC: the epochs were selected on the validation exams reported here")
+    if folds == 1:
+        caveats.append(
+            "the stack was fitted on exams that the networks were trained on (the article)"
+        )
+    return caveats
 
 
 def predictions_csv(sets, scores):
@@ -346,31 +348,70 @@ def predictions_csv(sets, scores):
     return text.getvalue()
 
 
-def save_figures(args, labels, scores):
+def save_figures(models_dir, log_dir, task, labels, scores):
     """ROC curves and reliability diagram, as PNG and for TensorBoard."""
     figures = {
         "roc": roc_figure(labels["valid"], scores["valid"], band=STACK),
-        "reliability": reliability_figure(labels["valid"], scores["valid"][STACK], args.task),
+        "reliability": reliability_figure(labels["valid"], scores["valid"][STACK], task),
     }
     for name, figure in figures.items():
-        path = args.models_dir / f"{args.task}-{name}.png"
+        path = models_dir / f"{task}-{name}.png"
         with atomic(path) as temporary:
             figure.savefig(temporary, format="png", dpi=120)
-    log_dir = args.logs_dir / args.task / "stack" / f"{datetime.now():%Y%m%d-%H%M%S}"
-    with engine.open_writer(log_dir) as writer:
+    with open_writer(log_dir) as writer:
         for name, figure in figures.items():
             writer.add_figure(name, figure)
         writer.add_pr_curve("precision-recall", labels["valid"], scores["valid"][STACK])
         for name, values in scores["valid"].items():
             writer.add_scalar(f"valid-auc/{name}", auc_interval(labels["valid"], values).value)
-    return log_dir
 
 
-def main():
-    args = parse_arguments()
-    device = engine.pick_device(args.device)
-    precision = engine.pick_precision(args.precision, device)
-    seeds = range(args.seed, args.seed + args.repeat)
+def average_seeds(found, seeds=None):
+    """Put the logits of several seeds side by side.
+
+    Args:
+        found: {plane: [PlaneLogits, one a seed]}.
+        seeds: positions of the seeds to take; all by default.
+
+    Returns:
+        {split: {plane: float64 (n, networks)}}
+    """
+    return {
+        split: {
+            plane: np.concatenate(
+                [getattr(one, split) for k, one in enumerate(ones) if seeds is None or k in seeds],
+                axis=1,
+            )
+            for plane, ones in found.items()
+        }
+        for split in SPLITS
+    }
+
+
+def seeds_aucs(found, sets, fit):
+    """Validation AUC of a stack for each seed alone; prints them with mean and SD.
+
+    Args:
+        fit: function of logits and tuning, `make_stack` with the rest of its arguments.
+    """
+    aucs = []
+    for k in range(len(found[PLANES[0]])):
+        tuning = tuning_rows(sets, [found[plane][k] for plane in PLANES])
+        _, scores, _ = fit(logits=average_seeds(found, [k]), tuning=tuning)
+        labels = sets[PLANES[0]]["valid"].labels
+        aucs.append(auc_interval(labels, scores["valid"][STACK]).value)
+    print(f"stack of each seed, validation AUC: {', '.join(f'{auc:.4f}' for auc in aucs)}")
+    mean, sd = statistics.mean(aucs), statistics.stdev(aucs)
+    print(f"{len(aucs)} seeds: mean {mean:.4f}, SD {sd:.4f}")
+    print("the table below is their ensemble: each plane's networks averaged, then stacked")
+    return aucs
+
+
+def run(args):
+    """Predict, fit, report and write everything."""
+    device = pick_device(args.device)
+    precision = pick_precision(args.precision, device)
+    base_models = BaseModels(args.models_dir, args.task, args.folds, args.repeat, args.seed)
     sets = {
         plane: {
             split: MRDataset(args.data_dir, args.task, plane, train=split == "train")
@@ -379,42 +420,31 @@ def main():
         for plane in PLANES
     }
     labels = {split: sets[PLANES[0]][split].labels for split in SPLITS}
-    check_members(args, seeds)
-    commit = engine.start_up(args, device, precision)
+    check_base_models(base_models, args.data_dir)
+    commit = cli.print_start_up(vars(args), device, precision)
 
     found = {  # plane -> [PlaneLogits, one a seed]
-        plane: [predict_plane(args, plane, seed, sets[plane], device, precision) for seed in seeds]
+        plane: [
+            predict_plane(base_models, plane, seed, sets[plane], device, precision)
+            for seed in base_models.seeds
+        ]
         for plane in PLANES
     }
     every = [one for ones in found.values() for one in ones]
     protocols = set().union(*(one.protocols for one in every))
     # One optimistic network makes the stack optimistic.
     protocol = "article" if "article" in protocols else protocols.pop()
-    if args.repeat > 1:
-        aucs = []
-        for k, seed in enumerate(seeds):
-            one = {s: {plane: getattr(found[plane][k], s) for plane in PLANES} for s in SPLITS}
-            tuning = tuning_rows(sets, [found[plane][k] for plane in PLANES])
-            _, scores, _ = make_stack(args, one, labels, tuning)
-            aucs.append(auc_interval(labels["valid"], scores["valid"][STACK]).value)
-            print(f"seed {seed}: stack, validation AUC {aucs[-1]:.4f}")
-        spread = statistics.stdev(aucs)
-        print(f"{args.repeat} seeds: mean {statistics.mean(aucs):.4f}, deviation {spread:.4f}")
-        print("the table below is their ensemble: each plane's networks averaged, then stacked")
-    logits = {
-        split: {
-            plane: np.concatenate([getattr(one, split) for one in found[plane]], axis=1)
-            for plane in PLANES
-        }
-        for split in SPLITS
-    }
+    fit = partial(make_stack, args.task, args.features, labels=labels, sensitivity=args.sensitivity)
+    aucs = seeds_aucs(found, sets, fit) if args.repeat > 1 else None
     tuning = tuning_rows(sets, every)
-    stack, scores, thresholds = make_stack(args, logits, labels, tuning)
-    chosen = threshold_source(args, tuning)
-    said = caveats(args, protocol, chosen)
-    rows = print_report(args, labels, scores, thresholds, protocol, said)
+    stack, scores, thresholds = fit(logits=average_seeds(found), tuning=tuning)
+    chosen = threshold_source(tuning, args.folds, args.repeat)
+    caveats = list_caveats(protocol, args.folds, chosen)
+    rows = evaluate_scores(labels, scores, thresholds)
+    title = f"{args.task}: protocol {protocol}, folds {args.folds}, stacked on {args.features}"
+    training_auc = "out-of-fold AUC" if args.folds > 1 else "train AUC"
+    print_report(title, labels, rows, training_auc, caveats)
 
-    path = stack_path(args.models_dir, args.task)
     provenance = {
         "protocol": protocol,
         "folds": args.folds,
@@ -422,27 +452,32 @@ def main():
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "data": {split: sets[PLANES[0]][split].fingerprint() for split in SPLITS},
         "git": commit,
-        "versions": engine.versions(),
+        "versions": cli.versions(),
     }
-    members = {p: [m.name for seed in seeds for m in members_of(args, p, seed)] for p in PLANES}
-    digests = {
-        name: digest_of(args.models_dir / name) for names in members.values() for name in names
-    }
-    save_stack(path, stack | {"members": members, "digests": digests} | provenance)
-    results = {"task": args.task, "valid": rows, "caveats": said} | provenance
-    if args.repeat > 1:
+    results = {"task": args.task, "valid": rows, "caveats": caveats} | provenance
+    if aucs is not None:
         results["stack_auc_of_seeds"] = aucs
-    results_path = args.models_dir / f"{args.task}-results.json"
-    write_text(results_path, json.dumps(results, indent=2) + "\n")
-    predictions_path = args.models_dir / f"{args.task}-predictions.csv"
-    write_text(predictions_path, predictions_csv(sets[PLANES[0]], scores))
-    log_dir = save_figures(args, labels, scores)
+    write_stack(base_models, stack | provenance)
+    start = str(args.models_dir / args.task)
+    write_text(f"{start}-results.json", json.dumps(results, indent=2) + "\n")
+    write_text(f"{start}-predictions.csv", predictions_csv(sets[PLANES[0]], scores))
+    log_dir = args.logs_dir / args.task / "stack" / f"{datetime.now():%Y%m%d-%H%M%S}"
+    save_figures(args.models_dir, log_dir, args.task, labels, scores)
     print(
-        f"\nstack        {path}\nresults      {results_path}\npredictions  {predictions_path}\n"
-        f"figures      {args.models_dir / args.task}-roc.png, -reliability.png\n"
-        f"logs         {log_dir}"
+        f"\nstack        {start}-stack.json\nresults      {start}-results.json\n"
+        f"predictions  {start}-predictions.csv\n"
+        f"figures      {start}-roc.png, -reliability.png\nlogs         {log_dir}"
     )
 
 
+def write_stack(base_models, stack):
+    """Write a stack with the names and hashes of the networks that it was fitted on."""
+    paths = {plane: base_models.all_paths(plane) for plane in PLANES}
+    names = {plane: [path.name for path in paths[plane]] for plane in PLANES}
+    digests = {path.name: digest_of(path) for plane in PLANES for path in paths[plane]}
+    path = stack_path(base_models.models_dir, base_models.task)
+    save_stack(path, stack | {"base_models": names, "digests": digests})
+
+
 if __name__ == "__main__":
-    engine.run(main)
+    cli.exit_with_status(lambda: run(parse_arguments()))

@@ -5,6 +5,14 @@ class InputError(Exception):
     """Something that the user gave is wrong. Exit status 2."""
 
 
+class MetricError(InputError, ValueError):
+    """A metric cannot be computed from these arrays."""
+
+
+class OneClassError(MetricError):
+    """All labels are the same, so the metric is undefined."""
+
+
 class RunError(Exception):
     """The run failed for a reason outside the code. Exit status 1."""
 
@@ -18,6 +26,6 @@ class Interrupted(Exception):
 
 
 def one_line(error):
-    """The first line of what an exception says, or its name, short enough for a message."""
+    """The first line of an exception's message, or its name, short enough for a message."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return "".join(c for c in line if c.isprintable())

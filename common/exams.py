@@ -134,30 +134,30 @@ def refuse_unfit(models, datasets, allow_synthetic):
     """Refuse exams that the networks of a task have no answer for.
 
     Args:
-        models: checkpoint.TaskModels.
+        models: stacking.TaskModels.
         datasets: what the exams are, as `FolderExams.datasets`.
 
     Raises:
-        InputError: the networks learnt from synthetic exams and these are not, or these lie in
+        InputError: the networks were trained on synthetic exams and these are not, or these lie in
             another orientation.
     """
     real = any(dataset is None or not dataset["synthetic"] for dataset in datasets)
     if models.is_synthetic and real and not allow_synthetic:
         names = ", ".join(d["name"] for d in models.datasets if d is not None and d["synthetic"])
         raise InputError(
-            f"the {models.task} networks have seen synthetic exams only ({names}), so their answer "
-            "says nothing about a patient; give --models-dir with networks that learnt from real "
-            "exams, or look at it all the same with --allow-synthetic"
+            f"the {models.task} networks were trained on synthetic exams only ({names}), so their "
+            "answer says nothing about a patient; give --models-dir with networks that were "
+            "trained on real exams, or try the command all the same with --allow-synthetic"
         )
-    for learnt in models.datasets:
+    for trained_on in models.datasets:
         for given in datasets:
             for plane in models.networks:
-                mine = ((learnt or {}).get("orientation") or {}).get(plane)
+                mine = ((trained_on or {}).get("orientation") or {}).get(plane)
                 theirs = ((given or {}).get("orientation") or {}).get(plane)
                 if mine and theirs and mine != theirs:
                     raise InputError(
                         f"the exams of {given['name']} lie {plane} as {theirs} (where slices, rows "
-                        f"and columns grow to), the {models.task} networks learnt from {mine}; "
+                        f"and columns grow to), the {models.task} networks were trained on {mine}; "
                         "turn the volumes and correct dataset.json"
                     )
 
@@ -171,8 +171,8 @@ class DicomExams:
 
     datasets = [FROM_DICOM]
 
-    def __init__(self, source, folder, say):
-        self.source, self.folder, self.say = source, Path(folder), say
+    def __init__(self, source, folder, log):
+        self.source, self.folder, self.log = source, Path(folder), log
         self.fault = None  # why exams could not be converted at all, such as a full disk
         importer = ROOT / "data" / "dicom" / "prepare.py"
         command = [sys.executable, str(importer), "--serve", "--", str(source), str(folder)]
@@ -194,7 +194,7 @@ class DicomExams:
 
     def print_lines(self, lines):
         for stream, text in lines:
-            print(text, file=sys.stderr) if stream == "stderr" else self.say(text)
+            print(text, file=sys.stderr) if stream == "stderr" else self.log(text)
 
     def request(self, key, unless=None):
         try:
@@ -206,33 +206,35 @@ class DicomExams:
     def receive(self):
         """The importer's next answer; {} and a `fault` if it has ended."""
         line = self.process.stdout.readline()
-        said = json.loads(line) if line.endswith("\n") else {}
-        if "failed" in said:
-            self.print_lines(said["lines"])
-        if "failed" in said or not said:
+        reply = json.loads(line) if line.endswith("\n") else {}
+        if "failed" in reply:
+            self.print_lines(reply["lines"])
+        if "failed" in reply or not reply:
             status = self.process.wait()
             if status == 130:
                 raise KeyboardInterrupt
             ended = f"{self.source}: the importer ended with status {status}"
-            self.fault = said.get("failed") or self.fault or ended
+            self.fault = reply.get("failed") or self.fault or ended
             return {}
-        return said
+        return reply
 
     def answer(self, key):
         """The importer's answer to `request` as an Exam."""
         source, name = key
-        said = self.receive()
-        if not said:
+        reply = self.receive()
+        if not reply:
             return Exam(name, source, {}, dict.fromkeys(PLANES, self.fault), "")
         # predict.py and explain.py say what is wrong with the exam
-        self.print_lines(one for one in said["lines"] if not one[1].startswith("error: "))
-        if "planes" not in said:
-            return Exam(name, source, {}, {}, said["input"], unchanged=True)
-        if said["fault"]:
-            self.fault = said["fault"]
-            return Exam(name, source, {}, dict.fromkeys(PLANES, self.fault), said["input"])
-        paths = {plane: Path(said["planes"][plane]) for plane in PLANES if plane in said["planes"]}
-        return Exam(name, source, paths, said["unusable"], said["input"])
+        self.print_lines(one for one in reply["lines"] if not one[1].startswith("error: "))
+        if "planes" not in reply:
+            return Exam(name, source, {}, {}, reply["input"], unchanged=True)
+        if reply["fault"]:
+            self.fault = reply["fault"]
+            return Exam(name, source, {}, dict.fromkeys(PLANES, self.fault), reply["input"])
+        paths = {
+            plane: Path(reply["planes"][plane]) for plane in PLANES if plane in reply["planes"]
+        }
+        return Exam(name, source, paths, reply["unusable"], reply["input"])
 
     def load(self, key):
         """The Exam of a (source, name), converted."""
@@ -278,14 +280,14 @@ def exam_names(folder):
 
 
 @contextmanager
-def open_exams(sources, plane=None, say=print):
+def open_exams(sources, plane=None, log=print):
     """The exams that a user names on the command line.
 
     Args:
         sources: list of one Path, a folder in MRNet's layout, or a folder or zip of DICOM or NIfTI;
             or of one to three, the .npy files of one exam.
         plane: of a single .npy file, where its path does not tell.
-        say: prints what the DICOM importer says of its choice of series.
+        log: prints the DICOM importer's messages about its choice of series.
 
     Yields:
         FolderExams, FilesExam or DicomExams. What was converted lies in a temporary folder, gone
@@ -315,7 +317,7 @@ def open_exams(sources, plane=None, say=print):
             "folder above these, or the files of one exam"
         )
     with tempfile.TemporaryDirectory(prefix="mrnet-") as folder:
-        exams = DicomExams(source, folder, say)
+        exams = DicomExams(source, folder, log)
         try:
             yield exams
         finally:

@@ -1,6 +1,6 @@
 """What the importers (data/<source>/prepare.py) share.
 
-The table of plane orientations, files that appear whole, dataset.json, and the register that gives
+The table of plane orientations, grey levels and sizes, dataset.json, and the register that gives
 each exam its number and each patient a group.
 """
 
@@ -13,13 +13,14 @@ import os
 import re
 import secrets
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from common.errors import InputError
+from common.files import write_bytes, write_text
 
 # Per plane (patient axis 0 x, 1 y, 2 z; sign) along which slices, rows and columns grow, as in
 # MRNet. x grows to the patient's left, y to posterior, z to superior (LPS; PS3.3 C.7.6.2.1.1).
@@ -36,39 +37,67 @@ ORIENTATION = {
 DATASET, EXAMS = "dataset.json", "exams.csv"
 SPLITS = ("train", "valid", "test")
 KEY_BYTES = 32
+SIDE = 256  # px; MRNet's slices
+WINDOW = (0.5, 99.5)  # percentiles of a volume that become 0 and 255
 
 
 # --- files ----------------------------------------------------------------------------------------
 
 
-def write_whole(path, data, mode=0o644):
-    """Bytes -> file `path`, which appears only once it is whole and on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with open(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(handle)
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def write_volume(path, volume):
     """Array -> .npy file, without pickle."""
-    data = io.BytesIO()  # straight into the file, NumPy hides why a write failed
+    data = io.BytesIO()  # written directly to a file, NumPy hides why a write failed
     np.save(data, volume, allow_pickle=False)
-    write_whole(path, data.getbuffer())
+    write_bytes(path, data.getbuffer())
 
 
 def write_csv(path, rows):
     """Rows of plain values -> CSV file."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
+    write_text(path, text.getvalue())
+
+
+# --- pixels ---------------------------------------------------------------------------------------
+
+
+def window(grey, file):
+    """Any float32 array -> 0..255 between the WINDOW percentiles, in place.
+
+    Raises:
+        InputError: every pixel has the same value.
+    """
+    finite = np.isfinite(grey)
+    if not finite.all():
+        grey[~finite] = grey[finite].min() if finite.any() else 0
+    low, high = np.percentile(grey, WINDOW)
+    if not high > low:
+        low, high = float(grey.min()), float(grey.max())
+    if not high > low:
+        raise InputError(f"{file}: every pixel has the same value; export or unpack it again")
+    np.subtract(grey, low, out=grey)
+    np.multiply(grey, 255 / (high - low), out=grey)
+    return np.clip(grey, 0, 255, out=grey)
+
+
+def to_square(grey, height, width, square="pad"):
+    """Slices with square pixels on a square: float32 (s, H, W) 0..255 -> uint8 (s, SIDE, SIDE).
+
+    Args:
+        height, width: of a slice, in mm or any other unit.
+        square: "pad" keeps all of the slices' longer side, "crop" all of the shorter.
+    """
+    pixel = (max if square == "pad" else min)(height, width) / SIDE
+    height, width = max(1, round(height / pixel)), max(1, round(width / pixel))
+    top, left = (height - SIDE) // 2, (width - SIDE) // 2
+    inside = (slice(max(0, top), top + SIDE), slice(max(0, left), left + SIDE))
+    out = np.zeros((len(grey), SIDE, SIDE), np.uint8)
+    for image, to in zip(grey, out, strict=True):
+        image = Image.fromarray(np.ascontiguousarray(image))
+        image = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))[inside]
+        y, x = max(0, -top), max(0, -left)
+        to[y : y + image.shape[0], x : x + image.shape[1]] = np.rint(image)
+    return out
 
 
 # --- dataset.json ---------------------------------------------------------------------------------
@@ -102,7 +131,7 @@ def write_dataset(out, **content):
             )
     content |= {name: there[name] for name in ("name", "licence") if there.get(name)}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, text.encode())
+    write_text(path, text)
 
 
 # --- exams, their numbers and groups --------------------------------------------------------------
@@ -119,7 +148,7 @@ def patient_key():
     path = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "mrnet" / "key"
     try:
         if not path.exists():
-            write_whole(path, secrets.token_bytes(KEY_BYTES), mode=0o600)
+            write_bytes(path, secrets.token_bytes(KEY_BYTES), mode=0o600)
         key = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; patients are told apart with it") from None
@@ -214,11 +243,11 @@ def merge_csv(path, values):
     write_csv(path, sorted((rows | values).items()))
 
 
-# --- what is said ---------------------------------------------------------------------------------
+# --- messages ------------------------------------------------------------------------------------
 
 
 class Report:
-    """Says things without breaking the progress bar, and counts failures.
+    """Prints messages without breaking the progress bar, and counts failures.
 
     Args:
         collect: keep the lines for `take` instead of printing them.
@@ -227,7 +256,7 @@ class Report:
     def __init__(self, collect=False):
         self.failures, self.lines = 0, [] if collect else None
 
-    def say(self, text, stream=None):
+    def log(self, text, stream=None):
         # descriptions and file names may hold control characters and any script
         text = "".join(c if c.isprintable() else "?" for c in text)
         if self.lines is not None:
@@ -238,11 +267,11 @@ class Report:
         tqdm.write(text.encode(encoding, "replace").decode(encoding), file=stream)
 
     def warn(self, text):
-        self.say(f"warning: {text}", sys.stderr)
+        self.log(f"warning: {text}", sys.stderr)
 
     def fault(self, text):
         self.failures += 1
-        self.say(f"error: {text}", sys.stderr)
+        self.log(f"error: {text}", sys.stderr)
 
     def take(self):
         """The lines collected since the last call: [["stdout" or "stderr", text], ...]."""

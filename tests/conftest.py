@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,10 +103,13 @@ def run_script(script, *args):
     its friends take seconds to import, and most tests want one line of an error only."""
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = [str(ROOT / script), *map(str, args)]
+    run = partial(runpy.run_path, sys.argv[0])
+    if script.startswith("tools/"):  # python -m tools.check
+        run = partial(runpy.run_module, script.removesuffix(".py").replace("/", "."))
     status = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(sys.argv[0], run_name="__main__")
+            run(run_name="__main__")
     except SystemExit as end:
         status = end.code or 0
     finally:

@@ -1,18 +1,16 @@
 """benchmark.py: its baseline computes what the article's library did, and its table adds up."""
 
 import csv
-import importlib.util
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, run_script
+from conftest import assert_one_line_error, run_script
 from scipy import ndimage
 
-spec = importlib.util.spec_from_file_location("benchmark", ROOT / "benchmark.py")
-benchmark = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(benchmark)
+from tools import benchmark
+from tools.article_loop import bilinear_by_hand
 
 
 @pytest.mark.parametrize("degrees, down, right", [(0, 3.5, -2.25), (17, 0, 0), (-25, 4, 6)])
@@ -21,7 +19,7 @@ def test_baseline_resamples_as_scipy_does(degrees, down, right):
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     turn = np.array([[c, -s], [s, c]])
     matrix = torch.tensor(np.column_stack([turn, [down, right]]), dtype=torch.float32)
-    ours = benchmark.bilinear_by_hand(torch.from_numpy(volume), matrix).numpy()
+    ours = bilinear_by_hand(torch.from_numpy(volume), matrix).numpy()
     centre = (np.array(volume.shape[1:]) - 1) / 2
     offset = centre - turn @ centre + (down, right)
     theirs = [ndimage.affine_transform(v, turn, offset, order=1, mode="nearest") for v in volume]
@@ -50,7 +48,7 @@ def test_13_the_floor_counts_what_is_done():
 
 def test_table_of_two_variants(tmp_path):
     names = [benchmark.OURS, benchmark.ARTICLE]
-    done = run_script("benchmark.py", "--exams", 2, "--valid", 2, "--runs", 1, "--workers", 0,
+    done = run_script("tools/benchmark.py", "--exams", 2, "--valid", 2, "--runs", 1, "--workers", 0,
                       "--only", *names, "--out", tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("epoch-*.csv")
@@ -64,11 +62,13 @@ def test_table_of_two_variants(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_device_that_is_not_there():
-    assert_one_line_error(run_script("benchmark.py", "--device", "cuda"), "--device cpu")
+    assert_one_line_error(run_script("tools/benchmark.py", "--device", "cuda"), "--device cpu")
 
 
 def test_whole_run(tmp_path):
-    done = run_script("benchmark.py", "--whole-run", "--exams", 4, "--valid", 2, "--out", tmp_path)
+    done = run_script(
+        "tools/benchmark.py", "--whole-run", "--exams", 4, "--valid", 2, "--out", tmp_path
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("run-*.csv")
     with open(path, newline="") as file:

@@ -8,7 +8,7 @@ from conftest import PLANES, run_script, write_exams
 
 
 def check(root):
-    return run_script("check.py", root)
+    return run_script("tools/check.py", root)
 
 
 def test_sound_exams_have_no_fault(exams):

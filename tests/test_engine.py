@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import write_exams
 
-import engine
+from common import devices, engine
 from common.errors import InputError
 from dataloader import Augmentation, MRDataset
 from model import MRNet
@@ -20,9 +20,8 @@ def one_epoch(exams, precision="fp32", graphs=None, device=CPU, seed=0):
     model = MRNet().to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(1e-5, device=device),
                                  weight_decay=0.1, capturable=device.type == "cuda")  # fmt: skip
-    if graphs is not None:
-        graphs = graphs(model, optimizer, precision)
-    results = engine.train_epoch(model, exams, optimizer, device, precision, graphs=graphs)
+    step = engine.TrainingStep(model, optimizer, device, precision)
+    results = engine.train_epoch(graphs(step) if graphs else step, exams)
     return model, results
 
 
@@ -31,7 +30,7 @@ def test_repeated_slices_change_neither_logit_nor_gradients():
     model = MRNet().double()
     volume = torch.randint(0, 256, (5, 64, 64), dtype=torch.uint8)
     buffer = torch.full((8, 64, 64), 7, dtype=torch.uint8)
-    engine.fill_bucket(volume, buffer)
+    devices.fill_bucket(volume, buffer)
     assert torch.equal(buffer[:5], volume) and all(torch.equal(b, volume[4]) for b in buffer[5:])
     logits, gradients = [], []
     for slices in (volume, buffer):
@@ -67,8 +66,8 @@ def test_caches_give_the_same_numbers(shared_exams, capsys):
     results = []
     for where in ("disk", "ram", "auto", "device"):
         exams = MRDataset(shared_exams, "acl", "axial", transform=Augmentation())
-        engine.keep_volumes([exams], where, CPU)
-        assert (exams.kept[0] is None) == (where == "disk")
+        devices.cache_volumes([exams], where, CPU)
+        assert (exams.cached[0] is None) == (where == "disk")
         results.append(one_epoch(exams)[1])
     for other in results[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -77,11 +76,11 @@ def test_caches_give_the_same_numbers(shared_exams, capsys):
 
 def test_cache_without_room_is_refused_or_falls_back(shared_exams, monkeypatch, capsys):
     exams = MRDataset(shared_exams, "acl", "axial")
-    room = type("Memory", (), {"available": engine.RAM_ROOM + exams.nbytes - 1})
-    monkeypatch.setattr(engine.psutil, "virtual_memory", lambda: room)
+    room = type("Memory", (), {"available": devices.RAM_ROOM + exams.nbytes - 1})
+    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: room)
     with pytest.raises(InputError, match="--cache ram.*--cache disk"):
-        engine.keep_volumes([exams], "ram", CPU)
-    engine.keep_volumes([exams], "auto", CPU)
+        devices.cache_volumes([exams], "ram", CPU)
+    devices.cache_volumes([exams], "auto", CPU)
     assert "cache      disk" in capsys.readouterr().out
 
 
@@ -92,7 +91,7 @@ def test_same_seed_same_numbers_other_seed_others(shared_exams):
     assert not np.array_equal(one[1], other[1])
 
 
-@pytest.mark.skipif(not engine.has_bf16(CPU), reason="this CPU has no bf16")
+@pytest.mark.skipif(not devices.has_bf16(CPU), reason="this CPU has no bf16")
 def test_bf16_is_close_to_fp32(shared_exams):
     exams = MRDataset(shared_exams, "acl", "axial")
     model = MRNet()
@@ -102,10 +101,10 @@ def test_bf16_is_close_to_fp32(shared_exams):
 
 
 def test_bf16_where_there_is_none(monkeypatch):
-    monkeypatch.setattr(engine, "has_bf16", lambda device: False)
-    assert engine.pick_precision("auto", CPU) == "fp32"
+    monkeypatch.setattr(devices, "has_bf16", lambda device: False)
+    assert devices.pick_precision("auto", CPU) == "fp32"
     with pytest.raises(InputError, match="--precision bf16"):
-        engine.pick_precision("bf16", CPU)
+        devices.pick_precision("bf16", CPU)
 
 
 def test_predictions_do_not_depend_on_the_other_exams(tmp_path):
@@ -116,7 +115,7 @@ def test_predictions_do_not_depend_on_the_other_exams(tmp_path):
     np.testing.assert_array_equal(part, whole[[4, 2]])
 
 
-class ReplayedSteps(engine.GraphedSteps):
+class ReplayedSteps(devices.GraphedSteps):
     """Graphs without CUDA: a replay computes the step from the buffers, as a graph would."""
 
     EAGER = 0
@@ -127,7 +126,9 @@ class ReplayedSteps(engine.GraphedSteps):
 
         class Graph:
             def replay(_):
-                for result, value in zip(results, self.run(exams, *buffers), strict=True):
+                for result, value in zip(
+                    results, self.step.on_volume(exams, *buffers), strict=True
+                ):
                     result.copy_(value)
 
         return Graph(), buffers, results
@@ -149,9 +150,9 @@ def test_what_a_graph_reads_is_what_an_eager_step_reads(shared_exams, monkeypatc
 def test_cuda_graphs_equal_eager_steps_and_wait_for_nothing(shared_exams):
     cuda = torch.device("cuda")
     exams = MRDataset(shared_exams, "acl", "axial", transform=Augmentation())
-    engine.keep_volumes([exams], "device", cuda)
+    devices.cache_volumes([exams], "device", cuda)
     eager = one_epoch(exams, device=cuda)[1]
-    graphed = one_epoch(exams, device=cuda, graphs=engine.GraphedSteps)[1]
+    graphed = one_epoch(exams, device=cuda, graphs=devices.GraphedSteps)[1]
     np.testing.assert_array_equal(eager[0], graphed[0])
     np.testing.assert_allclose(eager[1], graphed[1], atol=1e-3)
     torch.manual_seed(0)

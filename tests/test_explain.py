@@ -3,30 +3,24 @@
 import base64
 import csv
 import importlib
-import importlib.util
 import io
 import json
 import re
 import shutil
-import sys
 
 import numpy as np
 import pydicom
 import pytest
 import torch
-from conftest import PLANES, ROOT, assert_one_line_error, run_script
+from conftest import PLANES, assert_one_line_error, run_script
 from PIL import Image
 from pydicom.uid import MRImageStorage
 
-import engine
-from dataloader import feed
-from figures import enlarge, heat_colours, overlay
-from model import MRNet
-
-spec = importlib.util.spec_from_file_location("explain", ROOT / "explain.py")
-explain = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = explain
-spec.loader.exec_module(explain)
+from common import devices
+from common.figures import heat_colours, overlay
+from dataloader import preprocess
+from model import MRNet, enlarge_maps
+from tools import pointing_game
 
 
 def random_network(seed=0):
@@ -38,7 +32,7 @@ def random_network(seed=0):
 def test_maps_and_bias_are_the_logit(slices, height, width):
     model = random_network()
     volume = torch.randn(slices, 1, height, width)
-    maps, logit = engine.class_activation_maps(model, volume)
+    maps, logit = model.heat_maps(volume)
     with torch.inference_mode():
         expected = model(volume[None]).item()
     assert logit == pytest.approx(expected, abs=1e-4)
@@ -46,11 +40,11 @@ def test_maps_and_bias_are_the_logit(slices, height, width):
     assert total == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.skipif(not engine.has_bf16(torch.device("cpu")), reason="needs bf16 instructions")
+@pytest.mark.skipif(not devices.has_bf16(torch.device("cpu")), reason="needs bf16 instructions")
 def test_maps_add_up_in_bf16_too():
     model, volume = random_network(), torch.randn(9, 1, 128, 128)
-    with engine.autocast(torch.device("cpu"), "bf16"):
-        maps, logit = engine.class_activation_maps(model, volume)
+    with devices.autocast(torch.device("cpu"), "bf16"):
+        maps, logit = model.heat_maps(volume)
         with torch.inference_mode():
             expected = model(volume[None]).item()
     total = maps.sum(dtype=np.float64) + model.classifier.bias.item()
@@ -65,7 +59,7 @@ def test_maps_are_gradient_times_activation():
     pooled = features.mean(dim=(2, 3)).amax(dim=0)
     model.classifier(pooled).sum().backward()
     expected = (features * features.grad).sum(dim=1).detach().numpy()
-    maps, _ = engine.class_activation_maps(model, volume)
+    maps, _ = model.heat_maps(volume)
     np.testing.assert_allclose(maps, expected, atol=1e-6)
 
 
@@ -78,12 +72,12 @@ def test_maps_point_at_a_planted_square(row, column):
             weights.abs_() if name.endswith("weight") else weights.zero_()
     volume = np.zeros((9, 256, 256), np.uint8)
     volume[6, row - 12 : row + 12, column - 12 : column + 12] = 255
-    fed = feed(torch.from_numpy(volume), "raw")
-    maps, _ = engine.class_activation_maps(model, fed)
-    found = explain.strongest_voxel(maps)
+    fed = preprocess(torch.from_numpy(volume), "raw")
+    maps, _ = model.heat_maps(fed)
+    found = pointing_game.strongest_voxel(maps)
     assert found[0] == 6
     assert np.abs(found[1:] - (row, column)).max() <= 24  # a cell is 32 px, its pooling 96
-    big = enlarge(maps, 256, 256)
+    big = enlarge_maps(maps, 256, 256)
     peak = np.unravel_index(big.argmax(), big.shape)
     assert peak[0] == 6 and np.abs(np.array(peak[1:]) - (row, column)).max() <= 24
 
@@ -104,8 +98,8 @@ def test_colours_are_clear_at_zero_and_strong_at_the_ends():
 def test_near_is_a_distance_in_millimetres():
     box = [(np.array([10.0, 10, 10]), np.array([20.0, 30, 40]))]
     points = np.array([[15, 20, 30], [20 + 14.9, 20, 30], [20 + 15.1, 20, 30], [29, 42, 30]], float)
-    assert explain.near(points, box).tolist() == [True, True, False, True]  # 9, 12 -> 15 mm
-    assert explain.near(points[2], [*box, (np.array([30.0, 0, 0]), np.array([50.0, 99, 99]))])
+    assert pointing_game.near(points, box).tolist() == [True, True, False, True]  # 9, 12 -> 15 mm
+    assert pointing_game.near(points[2], [*box, (np.array([30.0, 0, 0]), np.array([50.0, 99, 99]))])
 
 
 def test_chance_is_the_share_of_the_limb_that_would_hit():
@@ -114,12 +108,14 @@ def test_chance_is_the_share_of_the_limb_that_would_hit():
     step = np.array([5.0, 1.0, 1.0])
     low, high = np.array([0.0, 64, 0]), np.array([20.0, 200, 200])
     # The lower half of the square, and the 15 mm above it.
-    assert explain.chance_of(volume, step, [(low, high)]) == pytest.approx((32 + 15) / 64, abs=0.06)
+    assert pointing_game.chance_of(volume, step, [(low, high)]) == pytest.approx(
+        (32 + 15) / 64, abs=0.06
+    )
 
 
 def test_pointing_game_prints_every_task_and_plane(trained):
     work, _ = trained
-    done = run_script("explain.py", "--pointing-game", work / "data", "--models-dir",
+    done = run_script("tools/pointing_game.py", work / "data", "--models-dir",
                       work / "models", "--task", "acl")  # fmt: skip
     assert done.returncode == 0, done.stderr
     for plane in PLANES:
@@ -127,7 +123,7 @@ def test_pointing_game_prints_every_task_and_plane(trained):
 
 
 def test_pointing_game_needs_lesions(trained, exams):
-    done = run_script("explain.py", "--pointing-game", exams, "--models-dir", trained[0] / "models")
+    done = run_script("tools/pointing_game.py", exams, "--models-dir", trained[0] / "models")
     assert_one_line_error(done, "lesions.json", "phantom")
 
 
@@ -158,12 +154,12 @@ def test_page_says_what_was_predicted(trained, explained):
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     row = next(r for r in rows if (r["source"], r["exam"]) == ("valid", "0020"))
     content = content_of(out / "0020-acl.html")
-    assert content["judged"]["probability"] == pytest.approx(row["stack"], abs=1e-6)
-    assert content["judged"]["verdict"] == row["verdict"] and row["verdict"] in said
+    assert content["decision"]["probability"] == pytest.approx(row["stack"], abs=1e-6)
+    assert content["decision"]["label"] == row["decision"] and row["decision"] in said
     for plane in content["planes"]:
         assert plane["probability"] == pytest.approx(row[plane["plane"]], abs=1e-6)
-        assert sum(plane["parts"]) + plane["bias"] == pytest.approx(plane["logit"], abs=1e-4)
-        assert len(plane["slices"]) == len(plane["parts"])
+        assert sum(plane["sums"]) + plane["bias"] == pytest.approx(plane["logit"], abs=1e-4)
+        assert len(plane["slices"]) == len(plane["sums"])
 
 
 def test_page_loads_nothing_from_anywhere(explained):
@@ -249,7 +245,7 @@ def test_readmes_commands_from_dicom_to_the_page(trained, tmp_path):
     done = run_script("predict.py", scan, "--out", tmp_path / "knee7.csv", *models)
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = csv.DictReader((tmp_path / "knee7.csv").read_text().splitlines())
-    assert row["planes"] == "axial+coronal+sagittal" and row["verdict"]
+    assert row["planes"] == "axial+coronal+sagittal" and row["decision"]
     done = run_script("explain.py", scan, "--task", "acl", "--out", tmp_path / "report", *models)
     assert done.returncode == 0, done.stdout + done.stderr
     (page,) = (tmp_path / "report").glob("*.html")
@@ -314,7 +310,7 @@ def test_page_in_a_browser(browser, explained, tmp_path):
 
     move = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))"
     for plane, slider in enumerate(sliders):  # opens at the slice that adds most
-        parts = content["planes"][plane]["parts"]
+        parts = content["planes"][plane]["sums"]
         assert int(slider.get_attribute("value")) == int(np.argmax(parts)) + 1
         browser.execute_script(move, slider, int(np.argmax(np.abs(parts))) + 1)
     waiting = importlib.import_module("selenium.webdriver.support.wait")
@@ -343,7 +339,7 @@ def test_page_in_a_browser(browser, explained, tmp_path):
     best = sections[0].find_elements("css selector", "li button")[0]
     best.click()
     assert (
-        int(sliders[0].get_attribute("value")) == int(np.argmax(content["planes"][0]["parts"])) + 1
+        int(sliders[0].get_attribute("value")) == int(np.argmax(content["planes"][0]["sums"])) + 1
     )
 
     picture = tmp_path / "page.png"

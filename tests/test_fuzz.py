@@ -25,12 +25,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom.data import get_testdata_file
 
-import engine
-from checkpoint import COMBINATIONS, FORMAT, STACK_FORMAT, load_model, load_stack, read_checkpoint
+from common import stacking
+from common.checkpoint import FORMAT, STATE_FORMAT, load_model, read_checkpoint
 from common.errors import InputError
+from common.stacking import COMBINATIONS, load_stack
 from data.common import Register
 from dataloader import read_dataset, read_groups, read_labels, read_volume
 from model import MRNet
+from tools import pointing_game
 
 
 def script(path, name):
@@ -43,7 +45,6 @@ def script(path, name):
 
 
 predict = script("predict.py", "predict")
-explain = script("explain.py", "explain")
 dicom = script("data/dicom/prepare.py", "dicom_prepare")
 kneemri = script("data/kneemri/prepare.py", "kneemri_prepare")
 
@@ -90,14 +91,14 @@ def hostile_archive():
     return data.getvalue()
 
 
-ABOUT = {"task": "acl", "plane": "axial", "intensity": "raw", "protocol": "article", "epoch": 3}
-ABOUT |= {"held_out": [], "data": {"valid": "0"}, "metrics": {}}
+OF_MODEL = {"task": "acl", "plane": "axial", "intensity": "raw", "protocol": "article", "epoch": 3}
+OF_MODEL |= {"out_of_fold": [], "data": {"valid": "0"}, "metrics": {}}
 VOLUME = np.arange(2 * 64 * 64, dtype=np.uint8).reshape(2, 64, 64)
 STACK = {
-    "format": STACK_FORMAT,
+    "format": stacking.FORMAT,
     "task": "acl",
     "features": "logit",
-    "members": {"axial": ["acl-axial.pt"]},
+    "base_models": {"axial": ["acl-axial.pt"]},
     "digests": {"acl-axial.pt": "00"},
     "combinations": {
         planes: {"coefficients": [1.5] * len(planes.split("+")), "intercept": 0.2, "threshold": 0.5}
@@ -159,12 +160,12 @@ def read_stack(path):
     stack = load_stack(path.parent, "acl")
     for planes in stack["combinations"]:
         columns = {plane: np.array([[0.3, 2.0]]) for plane in planes.split("+")}
-        engine.combine(stack, columns)
+        stacking.combine(stack, columns)
 
 
 def read_lesions(path):
     (path.parent / "lesions.json").write_bytes(path.read_bytes())
-    explain.read_lesions(path.parent)
+    pointing_game.read_lesions(path.parent)
 
 
 def read_scan(path):
@@ -187,14 +188,15 @@ READERS = {
     ),
     "labels": ([b"0,1\n1,0\n0002,1\n", "\ufeff1,0\r\n2,1\r\n".encode()], read_csv_of_labels),
     "model": (
-        [saved({"format": FORMAT, "model": MRNet().state_dict(), "about": ABOUT}),
-         saved({"format": FORMAT, "model": {}, "about": ABOUT}), hostile_archive(), saved(Evil())],
+        [saved({"format": FORMAT, "model": MRNet().state_dict(), "metadata": OF_MODEL}),
+         saved({"format": FORMAT, "model": {}, "metadata": OF_MODEL}), hostile_archive(),
+         saved(Evil())],
         load_model,
     ),
     "state": (
-        [saved({"format": "mrnet-training-1", "training": {"part": torch.zeros(3)}}),
+        [saved({"format": STATE_FORMAT, "training": {"partial_epoch": torch.zeros(3)}}),
          hostile_archive()],
-        lambda path: read_checkpoint(path, "mrnet-training-1"),
+        lambda path: read_checkpoint(path, STATE_FORMAT),
     ),
     "stack": ([json.dumps(STACK).encode()], read_stack),
     "lesions": ([b'{"7": {"planes": {}, "lesions": []}}'], read_lesions),

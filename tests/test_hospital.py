@@ -11,7 +11,7 @@ import pytest
 from conftest import PLANES, run_script
 from hospital import KINDS, code_said, damage, predict_code, write_hospital, write_study
 
-import engine
+from common import engine
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_every_row_names_the_right_study_and_side(predict, tmp_path, studies):
         wanted = expected[row["exam"]]
         assert row["source"] == wanted.source
         assert {plane: code_said(row[plane]) for plane in PLANES} == wanted.codes
-        assert bool(row["error"]) == wanted.has_error == (row["verdict"] == "")
+        assert bool(row["error"]) == wanted.has_error == (row["decision"] == "")
 
 
 def change(scans, pool, rng):

@@ -12,8 +12,8 @@ from sklearn import calibration
 from sklearn.metrics import auc as area
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-import metrics
-from metrics import (
+from common import metrics
+from common.metrics import (
     MetricError,
     OneClassError,
     auc_difference,
@@ -169,7 +169,7 @@ def test_more_exams_say_more():
 
 
 @pytest.mark.parametrize("auc", [0.85, 0.95])
-@pytest.mark.parametrize("positives", [24, 60])  # MRNet: 20 % and about half
+@pytest.mark.parametrize("positives", [24, 60])  # MRNet: 20 % and metadata half
 def test_coverage_at_120_exams(positives, auc):
     rng = np.random.default_rng(positives)
     labels, scores = binormal(rng, positives, 120 - positives, auc, rows=(2500,))

@@ -1,13 +1,17 @@
 """The synthetic knees: layout, labels, determinism, and lesions where lesions.json says."""
 
 import csv
-import importlib.util
 import json
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_one_line_error, run_script
+from conftest import assert_one_line_error, run_script
+
+from data.phantom import knee, prepare
+from data.phantom.anatomy import draw_knee
+from data.phantom.lesions import draw_labels, draw_lesions
+from data.phantom.scanner import Pose, place, scan
 
 SCRIPT = "data/phantom/prepare.py"
 PLANES = ("axial", "coronal", "sagittal")
@@ -15,16 +19,7 @@ TASKS = ("abnormal", "acl", "meniscus")
 ACL_TEAR = {"abnormal": 1, "acl": 1, "meniscus": 0}
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("phantom", ROOT / SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["phantom"] = module  # the worker processes look its functions up by name
-    spec.loader.exec_module(module)
-    return module
-
-
-phantom = load_script()
-phantom.GRID = 1.6  # mm; half the usual resolution draws a knee eight times faster
+knee.GRID = 1.6  # mm; half the usual resolution draws a knee eight times faster
 
 
 def make(out, *more, exams=6, valid=5):
@@ -33,7 +28,7 @@ def make(out, *more, exams=6, valid=5):
     sys.argv = [SCRIPT, "--exams", str(exams), "--valid", str(valid), "--size", "64",
                 "--out", str(out), *map(str, more)]  # fmt: skip
     try:
-        phantom.main()
+        prepare.main()
     finally:
         sys.argv = argv
     return out
@@ -83,14 +78,14 @@ def test_same_bytes_for_any_number_of_workers(knees, tmp_path):
 
 def test_another_seed_gives_another_knee(tmp_path):
     for seed in (0, 1):
-        phantom.make_exam(0, "train", ACL_TEAR, seed, 64, tmp_path / str(seed))
+        prepare.make_exam(0, "train", ACL_TEAR, seed, 64, tmp_path / str(seed))
     first, second = (tmp_path / str(seed) / "train/sagittal/0000.npy" for seed in (0, 1))
     assert first.read_bytes() != second.read_bytes()
 
 
 @pytest.mark.parametrize("n", [5, 6, 60, 200, 1130])
 def test_prevalences_are_mrnets(n):
-    rows = phantom.draw_labels(np.random.default_rng(0), n)
+    rows = draw_labels(np.random.default_rng(0), n)
     for task, share in (("abnormal", 0.80), ("acl", 0.20), ("meniscus", 0.37)):
         count = sum(row[task] for row in rows)
         assert abs(count - share * n) <= 0.5 and 0 < count < n
@@ -129,22 +124,21 @@ def test_a_lesion_shows_in_some_slices_only(places):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_torn_acl_is_brighter_than_the_same_knee_untorn_at_the_noted_place(seed, monkeypatch):
-    monkeypatch.setattr(phantom, "GRID", 0.8)  # partial tears are small
-    lesions = phantom.draw_lesions(np.random.default_rng(seed), ACL_TEAR)
-    torn = phantom.draw_knee(np.random.default_rng(seed), lesions)
-    intact = phantom.draw_knee(np.random.default_rng(seed), lesions | {"acl": None})
-    pose = phantom.Pose(np.random.default_rng(seed), side=1)
+    monkeypatch.setattr(knee, "GRID", 0.8)  # partial tears are small
+    lesions = draw_lesions(np.random.default_rng(seed), ACL_TEAR)
+    torn = draw_knee(np.random.default_rng(seed), lesions)
+    intact = draw_knee(np.random.default_rng(seed), lesions | {"acl": None})
+    pose = Pose(np.random.default_rng(seed), side=1)
     points = next(points for kind, _, points in torn.lesions if kind == "acl")
     for plane in PLANES:
         (volume, geometry), (healthy, _) = (
-            phantom.scan(knee, pose, plane, 128, np.random.default_rng(seed))
-            for knee in (torn, intact)
+            scan(drawn, pose, plane, 128, np.random.default_rng(seed)) for drawn in (torn, intact)
         )
-        place = phantom.place(pose.to_patient(points), geometry)
-        s, r, c = np.rint(place["centre"]).astype(int)
+        found = place(pose.to_patient(points), geometry, torn.grid)
+        s, r, c = np.rint(found["centre"]).astype(int)
         change = volume.astype(float) - healthy
         assert change[s, r - 3 : r + 4, c - 3 : c + 4].mean() > 20
-        assert s in place["visible"]
+        assert s in found["visible"]
         # The rest of the knee is the same: what changed lies round that place, within 25 mm.
         _, rows, columns = np.nonzero(np.abs(change) > 40)
         apart = np.hypot(rows - r, columns - c) * geometry["step_mm"][1]
@@ -153,7 +147,7 @@ def test_a_torn_acl_is_brighter_than_the_same_knee_untorn_at_the_noted_place(see
 
 def fibula_is_left_in_the_picture(side):
     """The side of an axial picture on which the fibula's marrow lies, from the geometry alone."""
-    pose = phantom.Pose(np.random.default_rng(0), side)
+    pose = Pose(np.random.default_rng(0), side)
     (x, _, _), = pose.to_patient(np.array([[37.0, 18.0, -24.0]]))  # fmt: skip
     return x < 0  # columns grow to the patient's left
 
@@ -164,7 +158,7 @@ def test_left_and_right_knees_are_mirrored():
 
 
 def test_pose_goes_there_and_back():
-    pose = phantom.Pose(np.random.default_rng(3), side=-1)
+    pose = Pose(np.random.default_rng(3), side=-1)
     points = np.random.default_rng(0).uniform(-50, 50, (200, 3))
     np.testing.assert_allclose(pose.to_knee(pose.to_patient(points)), points, atol=1e-3)
 
@@ -175,7 +169,7 @@ def test_an_interrupted_run_leaves_no_csv(knees, tmp_path, monkeypatch):
     def interrupt(*args, **more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(phantom, "make_exam", interrupt)
+    monkeypatch.setattr(prepare, "make_exam", interrupt)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path, "--workers", 1, exams=5)
     assert not list(tmp_path.glob("*.csv"))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import PLANES, assert_one_line_error, run_process, run_script
 
-from checkpoint import read_checkpoint, write_checkpoint
+from common.checkpoint import read_checkpoint, write_checkpoint
 from common.exams import FolderExams, exam_of_files
 
 
@@ -56,7 +56,7 @@ def test_same_numbers_as_training_wrote(trained, whole):
         for name in (*PLANES, "stack"):
             assert float(row[name]) == pytest.approx(float(other[name]), abs=1e-6)
         positive = float(row["stack"]) >= float(row["threshold"])
-        assert row["verdict"] == ("positive" if positive else "negative")
+        assert row["decision"] == ("positive" if positive else "negative")
         assert row["planes"] == "+".join(PLANES) and row["missing"] == row["note"] == ""
     assert "30 exams" in whole[1] and "exams/s" in whole[1]
 
@@ -146,7 +146,7 @@ def test_a_bad_exam_is_named_and_the_others_go_on(trained, valid, tmp_path, dama
     rows = {row["exam"]: row for row in rows_of(tmp_path / "p.csv")}
     assert len(rows) == 10 and [n for n, row in rows.items() if row["error"]] == [bad.stem]
     row = rows[bad.stem]
-    assert row["stack"] == row["verdict"] == row["axial"] == "" and row["coronal"]
+    assert row["stack"] == row["decision"] == row["axial"] == "" and row["coronal"]
     assert str(bad) in row["error"] and row["missing"] == "axial"
     assert not (tmp_path / "proof").exists()
 

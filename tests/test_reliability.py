@@ -15,8 +15,8 @@ import torch
 from conftest import PLANES, ROOT, assert_one_line_error, run_script, small_file_system, write_exams
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import engine
-from checkpoint import claimed, load_model, read_checkpoint
+from common import cli, engine
+from common.checkpoint import STATE_FORMAT, load_model, lock, read_checkpoint
 
 RECIPE = ("--task", "acl", "--plane", "axial", "--no-pretrained", "--lr", "1e-4", "--log-every",
           "5", "--patience", "99", "--precision", "fp32")  # fmt: skip
@@ -38,8 +38,8 @@ def model_of(work, models="models"):
 
 
 def assert_same_training(one, two):
-    assert one["about"]["metrics"] == two["about"]["metrics"]
-    assert one["about"]["epoch"] == two["about"]["epoch"]
+    assert one["metadata"]["metrics"] == two["metadata"]["metrics"]
+    assert one["metadata"]["epoch"] == two["metadata"]["epoch"]
     assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
 
 
@@ -138,7 +138,7 @@ def test_fifty_kills_lose_nothing(work, launcher):
         if best:
             assert load_model(path)[1]["epoch"] >= best
         if path.with_suffix(".state").exists():
-            read_checkpoint(path.with_suffix(".state"), wanted="mrnet-training-1")
+            read_checkpoint(path.with_suffix(".state"), expected=STATE_FORMAT)
     assert launcher.run(work / "last.txt", argv) == 0
     assert_same_training(model_of(work), model_of(work, "whole"))
     assert not list((work / "models").glob(".*.tmp")) and not list(path.parent.glob("*.state"))
@@ -264,7 +264,7 @@ def test_every_way_to_run_out_of_memory_is_said(said, capsys):
         raise RuntimeError(said)
 
     with pytest.raises(SystemExit) as end:
-        engine.run(main)
+        cli.exit_with_status(main)
     assert end.value.code == 1 and "out of memory" in capsys.readouterr().err
 
 
@@ -276,7 +276,7 @@ def test_logs_that_cannot_be_written(work):
 
 
 def test_two_runs_of_one_model(work):
-    with claimed(work / "models" / "acl-axial.pt"):
+    with lock(work / "models" / "acl-axial.pt"):
         done = run_script("train.py", *arguments(work, "--epochs", 1))
         assert_one_line_error(done, "acl-axial.pt", "another run", "--models-dir")
     assert run_script("train.py", *arguments(work, "--epochs", 1)).returncode == 0
@@ -313,7 +313,7 @@ def test_a_damaged_state_is_named(work, monkeypatch, damage):
     elif damage == "other":
         torch.save({"format": "mrnet-training-0"}, path)
     else:
-        content = read_checkpoint(path, wanted="mrnet-training-1")
+        content = read_checkpoint(path, expected=STATE_FORMAT)
         del content["training"]["optimizer"]
         torch.save(content, path)
     done = run_script("train.py", *arguments(work, "--resume"))

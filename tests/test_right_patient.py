@@ -26,10 +26,11 @@ from conftest import (
 from hospital import KINDS, KNEE, code_of, name_of, write_series, write_study
 from sklearn.linear_model import LogisticRegression
 
-import engine
-from checkpoint import load_model, read_checkpoint, write_checkpoint
-from dataloader import MRDataset, split_exams
-from metrics import choose_threshold
+from common import cli, devices, engine, weights
+from common.checkpoint import load_model, read_checkpoint, write_checkpoint
+from common.metrics import choose_threshold
+from common.splits import split_exams
+from dataloader import MRDataset
 
 ONE = KINDS.index("one untold")
 
@@ -139,7 +140,7 @@ def import_both_splits(tmp_path, patients=None):
 
 def test_2_training_and_validation_exams_have_numbers_of_their_own(tmp_path):
     mine = import_both_splits(tmp_path)
-    done = run_script("check.py", mine)
+    done = run_script("tools/check.py", mine)
     assert done.returncode == 0, done.stdout
     ids = [(mine / f"{split}-acl.csv").read_text().split() for split in ("train", "valid")]
     assert ids == [["0,0", "1,1", "2,0", "3,1"], ["4,0", "5,1", "6,0", "7,1"]]
@@ -160,7 +161,7 @@ def test_3_importers_tell_patients_apart(tmp_path):
     # A patient of the training exams among the validation exams.
     with open(mine / "valid-groups.csv", "a") as file:
         file.write(f"99,{groups['0']}\n")
-    done = run_script("check.py", mine)
+    done = run_script("tools/check.py", mine)
     assert done.returncode == 2 and "group" in done.stdout and "both splits" in done.stdout
 
 
@@ -191,9 +192,9 @@ def test_3_training_keeps_groups_together(tmp_path):
     done = train(exams, "--folds", "2", "--protocol", "held-out", "--epochs", "1")
     assert done.returncode == 0, done.stderr
     for fold in (1, 2):
-        _, about = load_model(exams.parent / "models" / f"acl-axial-fold{fold}of2.pt")
-        parts = [{int(i) // 2 for i in about[name]} for name in ("held_out", "tuning")]
-        unused = {int(i) for name in ("held_out", "tuning") for i in about[name]}
+        _, metadata = load_model(exams.parent / "models" / f"acl-axial-fold{fold}of2.pt")
+        parts = [{int(i) // 2 for i in metadata[name]} for name in ("out_of_fold", "tuning")]
+        unused = {int(i) for name in ("out_of_fold", "tuning") for i in metadata[name]}
         parts.append({i // 2 for i in set(range(84)) - unused})
         assert all(parts) and sum(map(len, parts)) == 42  # none is counted twice
 
@@ -233,13 +234,13 @@ def test_4_what_does_not_overlap_is_never_one_exam(trained, tmp_path):
         scan(tmp_path / "a", plane, x, number, Laterality="L")
     done = predict(trained, tmp_path / "a")
     (row,) = csv.DictReader(done.stdout.splitlines())
-    assert done.returncode == 1 and row["verdict"] == row["stack"] == ""
+    assert done.returncode == 1 and row["decision"] == row["stack"] == ""
     assert "do not overlap in space" in row["error"]
     for number, plane in enumerate(PLANES):
         scan(tmp_path / "b", plane, 0.0, number, FrameOfReferenceUID=f"1.2.9.{number % 2}")
     done = predict(trained, tmp_path / "b")
     (row,) = csv.DictReader(done.stdout.splitlines())
-    assert done.returncode == 1 and row["verdict"] == "" and "frames of reference" in row["error"]
+    assert done.returncode == 1 and row["decision"] == "" and "frames of reference" in row["error"]
 
 
 def test_4_a_field_of_view_with_both_knees_is_refused(trained, tmp_path):
@@ -254,7 +255,7 @@ def test_4_a_field_of_view_with_both_knees_is_refused(trained, tmp_path):
             ds.save_as(path)
     done = predict(trained, tmp_path)
     (row,) = csv.DictReader(done.stdout.splitlines())
-    assert done.returncode == 1 and row["verdict"] == "" and "both knees" in row["error"]
+    assert done.returncode == 1 and row["decision"] == "" and "both knees" in row["error"]
     assert len(row["error"].splitlines()) == 1 and row["planes"] == "sagittal"
 
 
@@ -269,7 +270,7 @@ def test_5_a_usable_series_comes_before_a_time_series(trained, tmp_path):
     done = predict(trained, tmp_path, "--out", tmp_path / "x.csv")
     assert done.returncode == 0, done.stderr
     (row,) = rows_of(tmp_path / "x.csv")
-    assert row["verdict"] and row["planes"] == "+".join(PLANES)
+    assert row["decision"] and row["planes"] == "+".join(PLANES)
     assert (
         "sagittal: series 2 'PD FS sagittal'" in done.stdout
         and "not taken: series 8" in done.stdout
@@ -291,20 +292,20 @@ def test_5_the_second_choice_is_tried_and_said(trained, tmp_path):
     assert rows_of(tmp_path / "x.csv")[0]["planes"] == "+".join(PLANES)
 
 
-def test_5_no_verdict_without_a_plane_that_was_there(trained, tmp_path):
+def test_5_no_decision_without_a_plane_that_was_there(trained, tmp_path):
     expected = write_study(tmp_path / "scans", 9, "damaged")
     done = predict(trained, tmp_path / "scans", "--out", tmp_path / "x.csv")
     (row,) = rows_of(tmp_path / "x.csv")
     assert done.returncode == 1 and row["exam"] in expected
-    assert row["stack"] == row["threshold"] == row["verdict"] == "" and row["axial"]
+    assert row["stack"] == row["threshold"] == row["decision"] == "" and row["axial"]
     assert "coronal" in row["error"] and row["missing"] == "coronal"
     done = predict(trained, tmp_path / "scans", "--out", tmp_path / "y.csv", "--partial")
     (row,) = rows_of(tmp_path / "y.csv")
-    assert done.returncode == 1 and row["verdict"] and row["note"] == "partial"
+    assert done.returncode == 1 and row["decision"] and row["note"] == "partial"
     args = ("--task", "acl", "--models-dir", trained[0] / "models", "--out", tmp_path / "report",
             "--allow-synthetic")  # fmt: skip
     done = run_script("explain.py", tmp_path / "scans", *args)
-    assert done.returncode == 1 and "no verdict" in done.stderr
+    assert done.returncode == 1 and "no decision" in done.stderr
 
 
 def test_5_a_plane_whose_files_cannot_be_read_is_not_a_missing_one(trained, tmp_path):
@@ -314,7 +315,7 @@ def test_5_a_plane_whose_files_cannot_be_read_is_not_a_missing_one(trained, tmp_
             path.write_bytes(path.read_bytes()[:400])
     done = predict(trained, tmp_path, "--out", tmp_path / "x.csv")
     (row,) = rows_of(tmp_path / "x.csv")
-    assert done.returncode == 1 and row["verdict"] == "" and "cannot be read: 6" in row["error"]
+    assert done.returncode == 1 and row["decision"] == "" and "cannot be read: 6" in row["error"]
 
 
 # --- 6: a full disk -------------------------------------------------------------------------------
@@ -336,7 +337,7 @@ def test_6_a_full_disk_is_said_and_no_exam_vanishes(trained, tmp_path, full_disk
     assert done.returncode == 1 and "No space left on device" in done.stderr.splitlines()[-1]
     rows = rows_of(tmp_path / "x.csv")
     assert [row["source"] for row in rows] == [f"study{n:02d}" for n in range(4)]
-    assert all("No space left" in row["error"] and row["verdict"] == "" for row in rows)
+    assert all("No space left" in row["error"] and row["decision"] == "" for row in rows)
 
 
 def test_6_the_importer_counts_what_a_full_disk_left_out(tmp_path, full_disk):
@@ -354,7 +355,7 @@ def test_6_the_importer_counts_what_a_full_disk_left_out(tmp_path, full_disk):
     assert len(list((tmp_path / "mine").rglob("*.npy"))) == 12
 
 
-# --- 7: what the networks learnt from -------------------------------------------------------------
+# --- 7: what the networks were trained on ---------------------------------------------------------
 
 
 def test_7_networks_that_saw_synthetic_knees_refuse_patients(trained, tmp_path):
@@ -372,8 +373,8 @@ def test_7_networks_that_saw_synthetic_knees_refuse_patients(trained, tmp_path):
     assert done.returncode == 0 and "SYNTHETIC" in done.stdout
     (page,) = (tmp_path / "report").glob("*.html")
     assert '"synthetic": true' in page.read_text() and "SYNTHETIC" in page.read_text()
-    about = load_model(trained[0] / "models" / "acl-axial.pt")[1]
-    assert about["dataset"]["name"] == "phantom" and about["dataset"]["licence"] == "MIT"
+    metadata = load_model(trained[0] / "models" / "acl-axial.pt")[1]
+    assert metadata["dataset"]["name"] == "phantom" and metadata["dataset"]["licence"] == "MIT"
 
 
 def test_7_exams_in_another_orientation_are_refused(trained, tmp_path):
@@ -404,7 +405,7 @@ def predictions(exams, split):
     return {row["id"]: row for row in rows if row["split"] == split}
 
 
-def test_8_thresholds_come_from_exams_that_no_network_learnt_from(tmp_path):
+def test_8_thresholds_come_from_exams_that_no_network_were_trained_on(tmp_path):
     exams = write_exams(tmp_path / "data", train=60)
     for plane in PLANES:
         assert train(exams, "--protocol", "held-out", plane=plane).returncode == 0
@@ -417,7 +418,7 @@ def test_8_thresholds_come_from_exams_that_no_network_learnt_from(tmp_path):
     threshold = fitted["combinations"]["axial+coronal+sagittal"]["threshold"]
     wanted = choose_threshold(labels, np.array([float(row["stack"]) for row in rows]))
     assert threshold == pytest.approx(wanted, abs=1e-6)
-    assert f"{len(tuning)} training exams that no network learnt from" in fitted["thresholds"]
+    assert f"{len(tuning)} training exams that no network was trained on" in fitted["thresholds"]
     # The regression is fitted on the others.
     others = [row for i, row in predictions(exams, "train").items() if i not in tuning]
     x = np.array([[float(row[plane]) for plane in PLANES] for row in others])
@@ -430,9 +431,9 @@ def test_8_thresholds_come_from_exams_that_no_network_learnt_from(tmp_path):
 def test_8_a_threshold_that_cannot_be_trusted_says_so(trained):
     _, said = trained
     assert re.search(r"^stack .*\d\.\d{3}\*", said["stack"].stdout, re.M)
-    assert "* thresholds: chosen on exams that the networks had learnt from" in said["stack"].stdout
+    assert "* thresholds: chosen on exams that the networks were trained on" in said["stack"].stdout
     results = json.loads((trained[0] / "models" / "acl-results.json").read_text())
-    assert "learnt from" in results["thresholds"]
+    assert "trained on" in results["thresholds"]
 
 
 def test_8_folds_say_what_their_thresholds_are_applied_to(exams):
@@ -453,7 +454,7 @@ def test_9_logits_stay_as_they_are(trained, tmp_path):
         content["model"]["classifier.bias"] += 30
         write_checkpoint(path, content)
         data = MRDataset(exams, "acl", plane)
-        x[plane] = engine.predict(load_model(path)[0], data, engine.pick_device("cpu"), "fp32")
+        x[plane] = engine.predict(load_model(path)[0], data, devices.pick_device("cpu"), "fp32")
     assert max(np.abs(values).max() for values in x.values()) > 37
     done = stack(exams, "--features", "logit")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -484,8 +485,8 @@ def test_10_resume_refuses_another_precision(exams):
     assert train(exams).returncode == 0
     path = exams.parent / "models" / "acl-axial.pt"
     content = read_checkpoint(path)
-    content["about"]["precision"] = "bf16"
-    content["about"]["arguments"]["precision"] = "bf16"
+    content["metadata"]["precision"] = "bf16"
+    content["metadata"]["arguments"]["precision"] = "bf16"
     write_checkpoint(path, content)
     assert_one_line_error(train(exams, "--resume"), "acl-axial.pt", "--precision bf16")
 
@@ -501,13 +502,13 @@ def test_10_resume_refuses_other_voxels(exams):
 
 def test_10_the_commit_is_that_of_the_start(exams, monkeypatch):
     shas = iter(f"commit{i}" for i in range(99))
-    monkeypatch.setattr(engine, "git_sha", lambda: next(shas))
+    monkeypatch.setattr(cli, "git_sha", lambda: next(shas))
     assert train(exams).returncode == 0
     assert load_model(exams.parent / "models" / "acl-axial.pt")[1]["git"] == "commit0"
 
 
 @pytest.mark.parametrize("change", ["voxel", "seed", "folds"])
-def test_10_the_stack_checks_what_its_networks_learnt_from(exams, change):
+def test_10_the_stack_checks_what_its_networks_were_trained_on(exams, change):
     for plane in PLANES:
         assert train(exams, "--epochs", "1", plane=plane).returncode == 0
     if change == "voxel":
@@ -522,7 +523,7 @@ def test_10_the_stack_checks_what_its_networks_learnt_from(exams, change):
         return
     path = exams.parent / "models" / "acl-axial.pt"
     content = read_checkpoint(path)
-    content["about"]["arguments"]["folds"] = 3
+    content["metadata"]["arguments"]["folds"] = 3
     write_checkpoint(path, content)
     assert_one_line_error(stack(exams), "acl-axial.pt", "folds 3")
 
@@ -555,12 +556,12 @@ def test_12_memory_is_that_of_the_container(tmp_path, version):
         (tmp_path / folder / place / limit).write_text(f"{most}\n")
         (tmp_path / folder / place / usage).write_text("500000000\n")
         (tmp_path / folder / place / "memory.stat").write_text(f"anon 1\n{stat} 100000000\n")
-    assert engine.available_memory(tmp_path) == 300_000_000
-    assert engine.available_memory(tmp_path / "nowhere") > 300_000_000
+    assert devices.available_memory(tmp_path) == 300_000_000
+    assert devices.available_memory(tmp_path / "nowhere") > 300_000_000
 
 
 def test_12_cache_auto_reads_from_disk_where_the_container_is_small(exams, monkeypatch):
-    monkeypatch.setattr(engine, "available_memory", lambda: 1.5e9)
+    monkeypatch.setattr(devices, "available_memory", lambda: 1.5e9)
     done = train(exams, "--epochs", "1", "--cache", "auto")
     assert done.returncode == 0 and "cache      disk" in done.stdout
 
@@ -609,18 +610,15 @@ class redirect:
 
 
 def test_14_a_download_that_fails_without_a_word(tmp_path, monkeypatch):
-    import checkpoint
     from common.errors import InputError
 
     def silent():
         raise OSError
 
-    silent.host = "nowhere"
-    monkeypatch.setattr(checkpoint, "cache_file", lambda: tmp_path / "features.pt")
-    monkeypatch.setattr(checkpoint, "features_from_torchvision", silent)
-    monkeypatch.setattr(checkpoint, "features_from_pypi", silent)
+    monkeypatch.setattr(weights, "cache_file", lambda: tmp_path / "features.pt")
+    monkeypatch.setattr(weights, "SOURCES", {"nowhere": silent})
     with pytest.raises(InputError, match="nowhere: OSError"):
-        checkpoint.imagenet_features()
+        weights.imagenet_features()
 
 
 def test_14_the_last_exam_has_a_label(shared_exams):
@@ -635,7 +633,7 @@ def test_14_the_last_exam_has_a_label(shared_exams):
 def test_14_a_graph_drops_no_transform(shared_exams):
     exams = MRDataset(shared_exams, "acl", "axial", transform=lambda grey: 0 * grey)
     with pytest.raises(ValueError, match="graph"):
-        engine.train_epoch(None, exams, None, engine.pick_device("cpu"), "fp32", graphs=object())
+        engine.train_epoch(object(), exams)
 
 
 def test_14_the_state_within_an_epoch_has_the_devices_generator(monkeypatch):
@@ -730,10 +728,10 @@ def memorised(tmp_path_factory):
 
 def logits_of(exams, fold):
     """The training exams, their logits by the axial network of one fold, and its held-out rows."""
-    model, about = load_model(exams.parent / "models" / f"acl-axial-fold{fold}of2.pt")
+    model, metadata = load_model(exams.parent / "models" / f"acl-axial-fold{fold}of2.pt")
     data = MRDataset(exams, "acl", "axial")
-    logits = engine.predict(model, data, engine.pick_device("cpu"), "fp32")
-    return data, logits, data.rows_of(about["held_out"])
+    logits = engine.predict(model, data, devices.pick_device("cpu"), "fp32")
+    return data, logits, data.rows_of(metadata["out_of_fold"])
 
 
 def test_15a_a_network_has_not_learnt_its_own_fold(memorised):
@@ -761,8 +759,8 @@ def test_15b_out_of_fold_predictions_are_each_exams_own_networks(memorised):
 
 def test_15c_training_stops_after_epochs_without_a_better_loss(exams, monkeypatch):
     losses = iter([1.0, 0.8, 0.9, 0.7, 0.75, 0.7, 0.71, 0.1, 0.1, 0.1])
-    real = engine.losses_of
-    monkeypatch.setattr(engine, "losses_of", lambda *args: 0 * real(*args) + next(losses))
+    real = engine.exam_losses
+    monkeypatch.setattr(engine, "exam_losses", lambda *args: 0 * real(*args) + next(losses))
     done = train(exams, "--epochs", "10", "--patience", "3")
     assert done.returncode == 0, done.stderr
     epochs = re.findall(r"^ +(\d+)  ", done.stdout, re.M)
@@ -789,10 +787,9 @@ def cell_places(layers):
 def test_15d_the_summit_of_a_map_is_where_the_bright_spot_is(size):
     import torch
 
-    from dataloader import feed
-    from explain import strongest_voxel
-    from figures import enlarge
-    from model import MRNet
+    from dataloader import preprocess
+    from model import MRNet, enlarge_maps
+    from tools.pointing_game import strongest_voxel
 
     torch.manual_seed(2)
     model = MRNet().eval()
@@ -805,11 +802,11 @@ def test_15d_the_summit_of_a_map_is_where_the_bright_spot_is(size):
             row, column = int(first + step * cell) + shift, int(first + step) - shift
             volume = np.zeros((3, size, size), np.uint8)
             volume[1, row - 4 : row + 5, column - 4 : column + 5] = 255
-            maps, _ = engine.class_activation_maps(model, feed(torch.from_numpy(volume), "raw"))
+            maps, _ = model.heat_maps(preprocess(torch.from_numpy(volume), "raw"))
             summit = strongest_voxel(maps)
             assert summit[0] == 1 and np.abs(summit[1:] - (row, column)).max() <= 6
             if first + step * (cell + 1) > size - step / 2:
                 continue  # beyond the last cell's middle the map stays as high
-            big = enlarge(maps, size, size)[1]
+            big = enlarge_maps(maps, size, size)[1]
             top = np.argwhere(big == big.max()).mean(axis=0)
             assert np.abs(top - (row, column)).max() <= 8

@@ -12,8 +12,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import engine
-from checkpoint import load_model, load_stack
+from common import engine
+from common.checkpoint import load_model
+from common.stacking import load_stack
 from dataloader import MRDataset
 
 PLANES = ("axial", "coronal", "sagittal")
@@ -47,10 +48,16 @@ def test_training_says_what_ran(trained):
 def test_saved_model_says_what_it_is(trained):
     work, _ = trained
     content = torch.load(work / "models" / "acl-axial.pt", weights_only=True)
-    about = content["about"]
-    assert (about["task"], about["plane"], about["intensity"]) == ("acl", "axial", "standardized")
-    assert about["pretrained"] is False and about["epoch"] in (1, 2)
-    assert about["arguments"]["lr"] == 1e-4 and about["versions"]["torch"] == torch.__version__
+    metadata = content["metadata"]
+    assert (metadata["task"], metadata["plane"], metadata["intensity"]) == (
+        "acl",
+        "axial",
+        "standardized",
+    )
+    assert metadata["pretrained"] is False and metadata["epoch"] in (1, 2)
+    assert (
+        metadata["arguments"]["lr"] == 1e-4 and metadata["versions"]["torch"] == torch.__version__
+    )
     assert not list((work / "models").glob("*.state"))
 
 
@@ -88,7 +95,7 @@ def test_stack_is_scikit_learns_on_the_written_predictions(trained):
     assert f"{roc_auc_score(y, p):.4f}" in said["stack"].stdout
     results = json.loads((work / "models" / "acl-results.json").read_text())
     assert results["valid"]["stack"]["auc"] == pytest.approx(roc_auc_score(y, p), abs=1e-6)
-    assert stack["members"]["axial"] == ["acl-axial.pt"]
+    assert stack["base_models"]["axial"] == ["acl-axial.pt"]
     for name in ("roc", "reliability"):
         assert (work / "models" / f"acl-{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -110,7 +117,7 @@ def test_same_seed_same_numbers_to_the_last_digit(trained):
     one, two = (
         torch.load(work / f / "acl-axial.pt", weights_only=True) for f in ("models", "again")
     )
-    assert one["about"]["metrics"] == two["about"]["metrics"]
+    assert one["metadata"]["metrics"] == two["metadata"]["metrics"]
     assert all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
 
 
@@ -208,8 +215,8 @@ def saved(exams, suffix="", models="models"):
 
 
 def assert_same_training(one, two):
-    assert one["about"]["metrics"] == two["about"]["metrics"]
-    assert one["about"]["epoch"] == two["about"]["epoch"]
+    assert one["metadata"]["metrics"] == two["metadata"]["metrics"]
+    assert one["metadata"]["epoch"] == two["metadata"]["epoch"]
     assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
 
 
@@ -280,10 +287,10 @@ def test_held_out_protocol_keeps_the_validation_exams_for_the_end(tmp_path):
     exams = write_exams(tmp_path / "data", train=36)
     done = train(exams, "--protocol", "held-out")
     assert done.returncode == 0, done.stderr
-    about = saved(exams)["about"]
-    assert set(about["metrics"]) == {"train", "tune", "valid"}
-    assert "chosen on other exams" in done.stdout and "tune auc" in done.stdout
-    fingerprints = set(about["data"].values())
+    metadata = saved(exams)["metadata"]
+    assert set(metadata["metrics"]) == {"train", "tune", "valid"}
+    assert "selected on other exams" in done.stdout and "tune auc" in done.stdout
+    fingerprints = set(metadata["data"].values())
     assert len(fingerprints) == 3
     # Other validation labels change nothing that training does.
     flipped = [line.split(",") for line in (exams / "valid-acl.csv").read_text().split()]
@@ -291,7 +298,7 @@ def test_held_out_protocol_keeps_the_validation_exams_for_the_end(tmp_path):
     (exams / "valid-acl.csv").write_text(rows)
     train(exams, "--protocol", "held-out", "--models-dir", exams.parent / "flipped")
     two = saved(exams, models="flipped")
-    assert two["about"]["metrics"]["tune"] == about["metrics"]["tune"]
+    assert two["metadata"]["metrics"]["tune"] == metadata["metrics"]["tune"]
     assert all(torch.equal(two["model"][k], v) for k, v in saved(exams)["model"].items())
 
 
@@ -308,7 +315,7 @@ def test_folds_and_seeds_stack_out_of_fold(exams):
             parts = []
             for fold in (1, 2):
                 path = exams.parent / "models" / f"acl-{plane}-fold{fold}of2-seed{seed}.pt"
-                parts.append(torch.load(path, weights_only=True)["about"]["held_out"])
+                parts.append(torch.load(path, weights_only=True)["metadata"]["out_of_fold"])
             assert sorted(parts[0] + parts[1], key=int) == [str(i) for i in range(12)]
             ids.setdefault(seed, parts)
             assert ids[seed] == parts  # the same in the three planes
@@ -319,7 +326,7 @@ def test_folds_and_seeds_stack_out_of_fold(exams):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "out-of-fold AUC" in done.stdout and "2 seeds: mean" in done.stdout
     stack = load_stack(exams.parent / "models", "acl")
-    assert len(stack["members"]["axial"]) == 4
+    assert len(stack["base_models"]["axial"]) == 4
     # The written training prediction of an exam is that of the networks that did not see it.
     valid = MRDataset(exams, "acl", "axial")
     row = valid.rows_of(["5"])[0]
@@ -348,7 +355,7 @@ def test_compare_two_runs(trained, tmp_path):
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    done = run_script("compare.py", first, second)
+    done = run_script("tools/compare.py", first, second)
     assert done.returncode == 0, done.stderr
     lines = {line.split()[0]: line for line in done.stdout.splitlines()[2:]}
     valid = [row for row in rows if row["split"] == "valid"]
@@ -357,4 +364,4 @@ def test_compare_two_runs(trained, tmp_path):
     assert f"{stack:.4f}" in lines["stack"] and "+0.0000" in lines["stack"]
     assert "1.0000" in lines["axial"]
     second.write_text("split,id\nvalid,1\n")
-    assert_one_line_error(run_script("compare.py", first, second), "p.csv", "predictions")
+    assert_one_line_error(run_script("tools/compare.py", first, second), "p.csv", "predictions")

@@ -103,7 +103,7 @@ def write_exam(exam, number, args, report):
         raise
     missing = sorted(TARGET.keys() - volumes.keys())
     if volumes and missing:
-        report.say(f"{title}  planes missing: {', '.join(missing)}")
+        report.log(f"{title}  planes missing: {', '.join(missing)}")
     return sum(len(volume) for volume in volumes.values())
 
 
@@ -164,7 +164,7 @@ def prepare(args, report):
     if full is None:
         finish(args, register, numbered, done, labels)
     kept = len(numbered) - len(wanted)
-    report.say(
+    report.log(
         f"{len(done) - kept} of {len(wanted)} exams, {sum(slices.values())} slices in "
         f"{time.perf_counter() - start:.1f} s -> {args.out / args.split}; "
         f"failures: {report.failures}" + (f"; exams that were there: {kept}" if kept else "")
@@ -220,18 +220,18 @@ def serve(args, report):
     for line in sys.stdin:
         request = json.loads(line)
         exam = exams[request["exam"]]
-        said = {"exam": exam.name, "input": digest_of(exam)}
-        if said["input"] != request["unless"]:
+        reply = {"exam": exam.name, "input": digest_of(exam)}
+        if reply["input"] != request["unless"]:
             volumes, unusable = volumes_of(exam, args.series, args.square, report, exam.title)
-            said |= {"planes": {}, "unusable": unusable, "fault": None}
+            reply |= {"planes": {}, "unusable": unusable, "fault": None}
             try:
                 for plane, volume in volumes.items():
                     path = args.out / exam.name / f"{plane}.npy"
                     write_volume(path, volume)
-                    said["planes"][plane] = str(path)
+                    reply["planes"][plane] = str(path)
             except OSError as error:
-                said["fault"] = f"{args.out}: {error.strerror}"
-        answer(said | {"lines": report.take()})
+                reply["fault"] = f"{args.out}: {error.strerror}"
+        answer(reply | {"lines": report.take()})
     return 0
 
 
@@ -319,7 +319,7 @@ def main(argv=None):
         status = 1
         message = f"{error.filename or args.out}: {error.strerror}; written exams are whole"
     except KeyboardInterrupt:
-        report.say("interrupted; finished exams are whole, the same command goes on", sys.stderr)
+        report.log("interrupted; finished exams are whole, the same command goes on", sys.stderr)
         return 130
     report.fault(message)
     if args.serve:

@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import InputError
-from data.common import TARGET
+from data.common import TARGET, window
 from data.dicom.files import find_files, reading
 from data.dicom.knees import split_knees
 from data.dicom.series import (
@@ -29,7 +29,7 @@ from data.dicom.series import (
     read_nifti,
     series_name,
 )
-from data.dicom.slices import cut, plane_of, window
+from data.dicom.slices import cut, plane_of
 
 OBLIQUE = 30.0  # degrees from the nearest plane, above which the user is warned
 UNPLACED = (NO_GEOMETRY, NO_ROTATION, TOO_LARGE)  # such a series may be any plane
@@ -87,7 +87,7 @@ def find_exams(source, report):
     for study in find_studies(source, report):
         folder = Path(os.path.relpath(study.folder, base)).as_posix()
         if not study.has_images:
-            report.say(f"skipped: files without an image in {folder}: {len(study.files)}")
+            report.log(f"skipped: files without an image in {folder}: {len(study.files)}")
             continue
         mixed = "files of two patients under one study UID; export both again"
         refused = mixed if len(study.patients) > 1 else ""
@@ -137,7 +137,7 @@ def find_studies(source, report):
     for (key, _), members in headers.items():
         add_series(studies[key], members)
     if others:
-        report.say(f"skipped: files that are neither DICOM nor NIfTI: {others}")
+        report.log(f"skipped: files that are neither DICOM nor NIfTI: {others}")
     found = sorted(studies.values(), key=lambda study: min(study.files))
     for file in unread:
         for study in studies_beside(file, found):
@@ -237,7 +237,7 @@ def volumes_of(exam, wanted, square, report, title):
             except InputError as error:
                 passed.append(str(error))
                 continue
-            say_choice(plane, series, axis, ranked[len(passed) + 1 :], report, title)
+            log_choice(plane, series, axis, ranked[len(passed) + 1 :], report, title)
             for reason in passed:
                 report.warn(f"{title}: {plane}: passed over {reason}")
             break
@@ -247,7 +247,7 @@ def volumes_of(exam, wanted, square, report, title):
     if exam.refused:
         report.fault(f"{title}: {exam.refused}")
     for (name, reason), count in sorted(exam.study.skipped.items()):
-        report.say(f"{title}  skipped: {name}, {reason} (files: {count})")
+        report.log(f"{title}  skipped: {name}, {reason} (files: {count})")
     if not volumes and not unusable:
         why = "; ".join(f"{series}, {reason}" for series, reason in sorted(exam.study.skipped))
         unusable = dict.fromkeys(TARGET, f"no usable series: {why}")
@@ -258,13 +258,13 @@ def volumes_of(exam, wanted, square, report, title):
     return volumes, unusable
 
 
-def say_choice(plane, series, axis, others, report, title):
+def log_choice(plane, series, axis, others, report, title):
     """Print which series a plane is taken from, and which not."""
     angle = plane_of(series.directions[axis])[1]
     if angle > OBLIQUE:
         report.warn(f"{title}: {series.name} is {angle:.0f} degrees from {plane}")
     names = ", ".join(other.name for other, _ in others)
-    report.say(
+    report.log(
         f"{title}  {plane}: {series.name}, {series.slices(axis)} slices"
         + (f"; not taken: {names}" if names else "")
     )

@@ -10,14 +10,13 @@ archives so that SOURCE holds metadata.csv and vol01 .. vol10 with their .pck fi
 
 Writes OUT/{train,valid,test}/sagittal/0000.npy, uint8 (s, 256, 256), numbered as in metadata.csv,
 OUT/<split>-{acl,acl-complete}.csv, and OUT/<split>-groups.csv with a number for each exam, which
-may have several volumes. A .pck is a pickle, which may hold code: ours is read by a
-reader that builds one array and can call nothing.
+may have several volumes. A .pck is a pickle, which may hold code: it is read by
+common/pickles.py, which builds arrays and calls nothing.
 """
 
 import argparse
 import csv
 import io
-import pickle
 import re
 import sys
 import time
@@ -25,13 +24,13 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
 
 from common.errors import InputError  # noqa: E402
-from data.common import Report, write_csv, write_dataset, write_volume  # noqa: E402
+from common.pickles import ArrayUnpickler, PickledArray  # noqa: E402
+from data.common import Report, to_square, window, write_csv, write_dataset, write_volume  # noqa: E402
 
 GROUPS = "groups"
 TASKS = {"acl": 0, "acl-complete": 1}  # positive above this aclDiagnosis (0, 1 partial, 2 complete)
@@ -41,89 +40,11 @@ FOLDERS = {  # Stanford's split, Bien et al., PLOS Medicine 2018
     "test": ("vol01", "vol02"),
 }
 COLUMNS = ("examId", "aclDiagnosis", "volumeFilename")  # those of the eleven that are used
-SIDE = 256  # px; MRNet's slices
-WINDOW = (0.5, 99.5)  # percentiles of a volume that become 0 and 255
 MAX_BYTES = 2**28  # of one .pck; the set's largest are under 20 MB
 MAX_SIDE = 4096  # px
 
 
-# --- .pck -----------------------------------------------------------------------------------------
-# While a pickle is read, its arrays are these plain stand-ins: not even NumPy's own hooks, which
-# trust what they are given, see the file's bytes before they are checked.
-
-
-class PickledDtype:
-    """Stands for numpy.dtype: keeps the name, such as 'u2', and the byte order."""
-
-    def __init__(self, name="", *_):
-        self.name, self.order = name, "|"
-
-    def __setstate__(self, state):
-        self.order = state[1]
-
-
-class PickledArray:
-    """Stands for numpy.ndarray: keeps shape, dtype and bytes."""
-
-    def __init__(self, *_):
-        self.shape = self.dtype = self.data = None
-        self.fortran = False
-
-    def __setstate__(self, state):
-        _, self.shape, self.dtype, self.fortran, self.data = state
-
-    @classmethod
-    def from_buffer(cls, data, dtype, shape, order):  # pickle protocol 5
-        array = cls()
-        array.__setstate__((1, shape, dtype, order == "F", data))
-        return array
-
-    def array(self):
-        """-> integer array with the shape that the pickle tells. Raises ValueError."""
-        name, order = as_text(self.dtype.name), as_text(self.dtype.order)
-        if not re.fullmatch("[iu][1248]", name) or order not in ("<", ">", "|", "="):
-            raise ValueError(f"it holds {name!r:.20}, not whole numbers")
-        data = self.data.encode("latin1") if isinstance(self.data, str) else bytes(self.data)
-        dtype = np.dtype(name).newbyteorder(order)
-        return np.frombuffer(data, dtype).reshape(self.shape, order="F" if self.fortran else "C")
-
-
-def as_text(value):
-    return value.decode("latin1") if isinstance(value, bytes) else str(value)
-
-
-def encode_latin1(text, encoding):
-    """Stands for _codecs.encode, which Python 3 writes for bytes in old protocols."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"encoding {encoding!r:.20}")
-    return text.encode("latin1")
-
-
-ADMITTED = {
-    ("numpy", "dtype"): PickledDtype,
-    ("numpy", "ndarray"): PickledArray,
-    ("_codecs", "encode"): encode_latin1,
-    ("numpy.core.multiarray", "_reconstruct"): PickledArray,  # NumPy 1
-    ("numpy._core.multiarray", "_reconstruct"): PickledArray,  # NumPy 2
-    ("numpy.core.numeric", "_frombuffer"): PickledArray.from_buffer,
-    ("numpy._core.numeric", "_frombuffer"): PickledArray.from_buffer,
-}
-
-
-class ArrayUnpickler(pickle._Unpickler):
-    """Admits one array. The unpickler in Python: the one in C can be made to reserve
-    gigabytes by a few bytes (memo indices, lengths of strings)."""
-
-    # a bytearray would be reserved before its bytes are there: read it as bytes
-    dispatch = {
-        **pickle._Unpickler.dispatch,
-        pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8,
-    }
-
-    def find_class(self, module, name):
-        if (module, name) not in ADMITTED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs"[:120])
-        return ADMITTED[module, name]
+# --- volumes --------------------------------------------------------------------------------------
 
 
 def read_pck(path):
@@ -141,6 +62,8 @@ def read_pck(path):
         if not isinstance(content, PickledArray):
             raise ValueError("it holds no array")
         volume = content.array()
+        if volume.dtype.kind not in "iu":
+            raise ValueError(f"it holds {volume.dtype}, not whole numbers")
     except Exception as error:  # a damaged pickle can raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         reason = "".join(c for c in reason if c.isprintable())
@@ -151,24 +74,8 @@ def read_pck(path):
 
 
 def to_uint8(volume, path):
-    """Integers (s, H, W) -> uint8 (s, 256, 256): percentile window, padded to square, resized."""
-    grey = volume.astype(np.float32)
-    low, high = np.percentile(grey, WINDOW)
-    if not high > low:
-        low, high = grey.min(), grey.max()
-    if not high > low:
-        raise InputError(f"{path}: every pixel has the same value; unpack the archive again")
-    grey = np.clip((grey - low) * (255 / (high - low)), 0, 255)
-    s, height, width = grey.shape
-    side = max(height, width)
-    top, left = (side - height) // 2, (side - width) // 2
-    square = np.zeros((s, side, side), np.float32)
-    square[:, top : top + height, left : left + width] = grey
-    resized = [
-        np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
-        for image in square
-    ]
-    return np.rint(np.stack(resized)).astype(np.uint8)
+    """Integers (s, H, W) -> uint8 (s, 256, 256): percentile window, resized, padded to square."""
+    return to_square(window(volume.astype(np.float32), path), *volume.shape[1:])
 
 
 # --- metadata and splits --------------------------------------------------------------------------
@@ -285,8 +192,8 @@ def prepare(args, report):
     for split in FOLDERS:
         counts = {task: [label for _, label in labels.get((split, task), [])] for task in TASKS}
         positives = ", ".join(f"{task} {sum(values)}" for task, values in counts.items())
-        report.say(f"{split:5}  {len(counts['acl']):4d} volumes, positive: {positives}")
-    report.say(
+        report.log(f"{split:5}  {len(counts['acl']):4d} volumes, positive: {positives}")
+    report.log(
         f"{len(written)} of {len(rows)} volumes in {time.perf_counter() - start:.1f} s "
         f"-> {args.out}; failures: {report.failures}"
     )
@@ -341,7 +248,7 @@ def main(argv=None):
         report.fault(f"{error.filename or args.out}: {error.strerror}")
         return 1
     except KeyboardInterrupt:
-        report.say("interrupted; run it again with --overwrite", sys.stderr)
+        report.log("interrupted; run it again with --overwrite", sys.stderr)
         return 130
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
 
 from common.errors import InputError  # noqa: E402
-from data.common import write_dataset  # noqa: E402
+from data.common import write_csv, write_dataset, write_volume  # noqa: E402
 
 PLANES = ("axial", "coronal", "sagittal")  # along axis 0, 1, 2 of a volume
 SMALLEST_SIDE = 63  # px; what AlexNet needs
@@ -101,14 +101,11 @@ def main():
     )
     first = 0
     for split, (volumes, labels) in parts.items():
-        for plane in PLANES:
-            (args.out / split / plane).mkdir(parents=True, exist_ok=True)
         for i, volume in enumerate(tqdm(volumes, split, unit="exam", disable=None), start=first):
             for axis, plane in enumerate(PLANES):
                 path = args.out / split / plane / f"{i:04d}.npy"
-                np.save(path, slices_along(volume, axis, args.size), allow_pickle=False)
-        rows = "".join(f"{i},{label}\n" for i, label in enumerate(labels, start=first))
-        (args.out / f"{split}-{args.task}.csv").write_text(rows)
+                write_volume(path, slices_along(volume, axis, args.size))
+        write_csv(args.out / f"{split}-{args.task}.csv", enumerate(labels, start=first))
         print(f"{split:5}  {len(labels):5d} exams, {labels.sum()} positive")
         first += len(volumes)
     print(f"written  {args.out}, task {args.task}")

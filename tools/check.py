@@ -1,18 +1,15 @@
-"""Check a whole data set before anyone trains on it: every fault at once, each with its mend.
+"""Check a whole data set before training on it: every fault at once, each with how to fix it.
 
-    python check.py data                     # about 10 s for MRNet, from memory
-    python check.py data/mine --workers 8
+    python -m tools.check data                     # about 10 s for MRNet, from memory
+    python -m tools.check data/mine --workers 8
 
 Reads every label and every volume of a folder in MRNet's layout, in parallel, and prints all that
 is wrong: volumes missing, truncated, pickled, of a wrong type or shape, without contrast; labels
 beyond 0 and 1, ids twice, in both splits or not in every plane; a patient in both splits
-(<split>-groups.csv); the same volume under two ids, which lets a network see in training what it is
-judged on. Then the class counts. Exit status 0, or 2 with faults.
-
-A root file of its own: dataloader.py stops at the first fault, because training must.
+(<split>-groups.csv); the same volume under two ids, which leaks training exams into
+validation. Then the class counts. Exit status 0, or 2 with faults.
 """
 
-import argparse
 import hashlib
 import os
 from collections import Counter, defaultdict
@@ -20,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import engine
+from common import cli
 from common.errors import InputError
 from dataloader import (
     GROUPS,
@@ -35,7 +32,7 @@ from dataloader import (
 
 
 class Volume(NamedTuple):
-    """What reading one volume told; `fault` is one line or None."""
+    """Result of reading one volume; `fault` is one line or None."""
 
     split: str
     plane: str
@@ -47,20 +44,15 @@ class Volume(NamedTuple):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = cli.make_parser(__doc__)
     parser.add_argument("data", type=Path, help="data folder in MRNet's layout")
     parser.add_argument(
         "--workers",
-        type=int,
+        type=cli.positive_int,
         default=os.cpu_count(),
         help="volumes read at a time; more help where the disk is far away",
     )
-    args = parser.parse_args()
-    if args.workers < 1:
-        parser.error("--workers is at least 1")
-    return args
+    return parser.parse_args()
 
 
 def check_labels(root):
@@ -213,7 +205,7 @@ def check(root, workers):
     places, lacking = find_volumes(root, labels)
     with ThreadPoolExecutor(workers) as pool:  # NumPy and hashlib work outside Python's lock
         read = pool.map(check_volume, places)
-        volumes = list(engine.progress(read, "reading", total=len(places)))
+        volumes = list(cli.progress(read, "reading", total=len(places)))
     faults += (
         check_groups(root)
         + lacking
@@ -223,8 +215,8 @@ def check(root, workers):
     return labels, volumes, faults
 
 
-def main():
-    args = parse_arguments()
+def run(args):
+    """Print every fault, then the class counts and shapes."""
     labels, volumes, faults = check(args.data, args.workers)
     for fault in faults:
         print(fault)
@@ -240,13 +232,13 @@ def main():
             shapes = [v.shape for v in volumes if (v.plane, v.split) == (plane, split) and v.shape]
             slices = [shape[0] for shape in shapes] or [0]
             sizes = Counter(f"{shape[1]}x{shape[2]}" for shape in shapes).most_common()
-            said = shorten([f"{size} ({n})" if len(sizes) > 1 else size for size, n in sizes])
+            text = shorten([f"{size} ({n})" if len(sizes) > 1 else size for size, n in sizes])
             spread = f"{min(slices)} to {max(slices)}"
-            print(f"{plane:<14}{split:<8}{len(shapes):7d}  {spread:<12}{said}")
+            print(f"{plane:<14}{split:<8}{len(shapes):7d}  {spread:<12}{text}")
     if faults:
         raise InputError(f"{args.data}: {len(faults)} faults, printed above")
     print("\nno faults")
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    cli.exit_with_status(lambda: run(parse_arguments()))

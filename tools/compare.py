@@ -1,34 +1,31 @@
-"""Compare two sets of predictions for the same exams: is one better, or is it chance?
+"""Compare two sets of predictions for the same exams: a difference, or chance?
 
-    python compare.py models/acl-predictions.csv other/acl-predictions.csv
-    python compare.py a.csv b.csv --names article out-of-fold
+    python -m tools.compare models/acl-predictions.csv other/acl-predictions.csv
+    python -m tools.compare a.csv b.csv --names article out-of-fold
 
 Reads the CSVs that train_logistic_regression.py writes and prints, for each plane and the stack,
 the validation AUC of both, their difference with its 95 % interval and p (paired DeLong), and both
-Brier scores. A root file of its own: no other script reads two runs.
+Brier scores.
 """
 
-import argparse
 import csv
 from pathlib import Path
 
 import numpy as np
 
-import engine
+from common import cli
 from common.errors import InputError
+from common.metrics import auc_difference, brier, roc_auc
 from dataloader import PLANES
-from metrics import auc_difference, brier, roc_auc
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = cli.make_parser(__doc__)
     parser.add_argument("first", type=Path, help="<task>-predictions.csv of one run")
     parser.add_argument("second", type=Path, help="of another run, on the same exams")
     parser.add_argument("--names", nargs=2, default=("first", "second"), help="for the table")
     parser.add_argument(
-        "--split", choices=("valid", "train"), default="valid", help="train only to look for memory"
+        "--split", choices=("valid", "train"), default="valid", help="train shows overfitting"
     )
     return parser.parse_args()
 
@@ -60,12 +57,15 @@ def read_predictions(path, split):
     return [row["id"] for row in rows], labels, scores
 
 
-def main():
-    args = parse_arguments()
+def run(args):
+    """Print one row for each plane and the stack."""
     ids, labels, first = read_predictions(args.first, args.split)
     other_ids, other_labels, second = read_predictions(args.second, args.split)
     if ids != other_ids or (labels != other_labels).any():
-        raise InputError(f"{args.second}: other exams or labels than {args.first}; compare alike")
+        raise InputError(
+            f"{args.second}: other exams or labels than {args.first}; "
+            "give predictions of the same exams"
+        )
     a, b = (name[:12] for name in args.names)
     print(f"{len(labels)} {args.split} exams, {int(labels.sum())} positive")
     print(
@@ -74,13 +74,13 @@ def main():
     )
     for name in first:
         gain = auc_difference(labels, second[name], first[name])
-        said = f"{gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
+        text = f"{gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
         print(
             f"{name:<9} {roc_auc(labels, first[name]):17.4f} {roc_auc(labels, second[name]):17.4f}"
-            f"  {said:>25} {gain.p:6.2f} {brier(labels, first[name]):19.4f} "
+            f"  {text:>25} {gain.p:6.2f} {brier(labels, first[name]):19.4f} "
             f"{brier(labels, second[name]):19.4f}"
         )
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    cli.exit_with_status(lambda: run(parse_arguments()))

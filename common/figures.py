@@ -1,20 +1,21 @@
-"""Pictures that training and stacking share; they return figures or arrays, write nothing.
-
-A root file of its own: train.py and train_logistic_regression.py draw the same ROC curves.
-"""
+"""Arrays in, figures out: ROC curves, reliability diagrams, heat maps. Nothing is written here."""
 
 import matplotlib
 import numpy as np
-import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
-from metrics import auc_interval, brier, calibration_curve, expected_calibration_error, roc_band
+from common.metrics import (
+    auc_interval,
+    brier,
+    calibration_curve,
+    expected_calibration_error,
+    roc_band,
+)
+from model import enlarge_maps
 
 matplotlib.use("Agg")
 
-CELL_STEP, CELL_FIRST = 32, 31  # px: strides and paddings of AlexNet's convolutions and poolings
 OPACITY = 0.75  # of the strongest heat
 
 
@@ -31,8 +32,8 @@ def roc_figure(labels, scores, band=None):
     for name, values in scores.items():
         auc, low, high = auc_interval(labels, values)
         false_positive, true_positive, _ = roc_curve(labels, values)
-        said = f"{name}: AUC {auc:.3f} [{low:.3f}, {high:.3f}]"
-        (line,) = axes.plot(false_positive, true_positive, label=said)
+        text = f"{name}: AUC {auc:.3f} [{low:.3f}, {high:.3f}]"
+        (line,) = axes.plot(false_positive, true_positive, label=text)
         if name == band:
             area = roc_band(labels, values)
             axes.fill_between(area.fpr, area.low, area.high, color=line.get_color(), alpha=0.15)
@@ -60,9 +61,9 @@ def reliability_figure(labels, probabilities, task):
     upper.plot([0, 1], [0, 1], color="0.7", linestyle=":")
     spread = np.abs([bins.observed - bins.low, bins.high - bins.observed])
     upper.errorbar(bins.predicted, bins.observed, spread, fmt="o-", capsize=3)
-    said = f"ECE {expected_calibration_error(labels, probabilities):.3f}"
-    said += f", Brier {brier(labels, probabilities):.3f}"
-    upper.set(ylabel="share of positives", ylim=(-0.03, 1.03), title=f"{task}: {said}")
+    errors = f"ECE {expected_calibration_error(labels, probabilities):.3f}"
+    errors += f", Brier {brier(labels, probabilities):.3f}"
+    upper.set(ylabel="share of positives", ylim=(-0.03, 1.03), title=f"{task}: {errors}")
     lower.bar(bins.predicted, bins.count, width=0.04)
     lower.set(xlabel="predicted probability", ylabel="exams", xlim=(-0.03, 1.03))
     return figure
@@ -77,33 +78,12 @@ def heat_colours():
     return (matplotlib.colormaps["managua_r"](np.linspace(0, 1, 256))[:, :3] * 255).astype(np.uint8)
 
 
-def enlarge(maps, height, width):
-    """Maps bilinearly enlarged to slices, each cell in the middle of what it saw.
-
-    AlexNet's cell i sees pixels around CELL_STEP * i + CELL_FIRST, wherever the last cell ends:
-    stretching 7 cells over 256 px would be off by up to 13 px. Beyond the outer cells, their value.
-
-    Args:
-        maps: float32 array (s, h, w).
-
-    Returns:
-        float32 array (s, height, width).
-    """
-    h, w = maps.shape[1:]
-    # Position of each pixel in cells, then in grid_sample's -1..1 between the outer cells' centres.
-    y, x = ((torch.arange(n) - CELL_FIRST) / CELL_STEP for n in (height, width))
-    y, x = 2 * y / max(h - 1, 1) - 1, 2 * x / max(w - 1, 1) - 1
-    grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)[None]  # (1, H, W, 2)
-    maps = torch.from_numpy(maps)[None]  # the slices are the channels: (1, s, h, w)
-    return F.grid_sample(maps, grid, padding_mode="border", align_corners=True)[0].numpy()
-
-
 def overlay(volume, maps, opacity=OPACITY, scale=None):
     """Slices with their heat maps on top.
 
     Args:
         volume: uint8 array (s, H, W).
-        maps: float32 array (s, h, w), as `engine.class_activation_maps` returns them.
+        maps: float32 array (s, h, w), as `MRNet.heat_maps` returns them.
         opacity: of the strongest colour, 0 to 1; it falls to 0 where the map is 0.
         scale: the map's value that gets the end of the colour scale; by default its largest.
 
@@ -111,7 +91,7 @@ def overlay(volume, maps, opacity=OPACITY, scale=None):
         uint8 array (s, H, W, 3).
     """
     scale = scale or float(np.abs(maps).max()) or 1.0
-    heat = np.clip(enlarge(maps, *volume.shape[1:]) / scale, -1, 1)  # (s, H, W)
+    heat = np.clip(enlarge_maps(maps, *volume.shape[1:]) / scale, -1, 1)  # (s, H, W)
     colour = heat_colours()[np.rint((heat + 1) * 127.5).astype(np.uint8)]  # (s, H, W, 3)
     cover = (opacity * np.abs(heat))[..., None]
     grey = np.asarray(volume, np.float32)[..., None]

@@ -1,6 +1,6 @@
-"""How good are the predictions, and how sure can we be? Arrays in, numbers with intervals out.
+"""Metrics of predictions: arrays in, numbers with confidence intervals out.
 
-    from metrics import auc_interval, choose_threshold, operating_point
+    from common.metrics import auc_interval, choose_threshold, operating_point
     auc, low, high = auc_interval(labels, probabilities)
     threshold = choose_threshold(tuning_labels, tuning_probabilities)    # never the reported exams
     print(operating_point(labels, probabilities, threshold).sensitivity)
@@ -20,17 +20,11 @@ from scipy.stats import beta, binomtest, norm, rankdata
 from scipy.stats import t as student
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score, roc_curve
 
+from common.errors import MetricError, OneClassError
+
 RESAMPLES = 2000  # of the bootstrap: the default of pROC (Robin et al. 2011)
 ECE_BINS = 10
 CHUNK = 4_000_000  # counts held at once while resampling, 32 MB, whatever the number of exams
-
-
-class MetricError(ValueError):
-    """The metric cannot be computed from these arrays; the message is one line for the user."""
-
-
-class OneClassError(MetricError):
-    """All labels are the same, so the metric is undefined."""
 
 
 class Interval(NamedTuple):
@@ -99,7 +93,7 @@ def auc_interval(labels, scores, level=0.95, method="delong", resamples=RESAMPLE
     Signal Process. Lett. 2014), on the logit scale, which keeps coverage near AUC 1 (Qin &
     Hotilovac, Stat. Methods Med. Res. 2008; Perme & Manevski, same journal, 2019). The quantile
     is Student's with one degree of freedom less than the smaller class has exams, the lower limit
-    of Welch and Satterthwaite's: 24 positives do not know their own variance.
+    of Welch and Satterthwaite's: with few positives the variance estimate is itself uncertain.
 
     The variance is 0 for AUC 0 or 1 and where all scores tie, and undefined with one exam in a
     class. The interval is then the score interval of Newcombe (Stat. Med. 2006, method 5), which

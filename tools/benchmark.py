@@ -1,27 +1,20 @@
 """How fast one epoch is, beside the article's own loop, with each ingredient taken away in turn.
 
-    python benchmark.py                          # make bench: about 8 minutes on two cores
-    python benchmark.py --exams 1130 --valid 120 --runs 3 --device cuda
-    python benchmark.py --growth                 # time against slices and exams
-    python benchmark.py --whole-run --exams 1130 --valid 120    # train.py itself: start-up, memory
+    python -m tools.benchmark                    # make bench: about 8 minutes on two cores
+    python -m tools.benchmark --exams 1130 --valid 120 --runs 3 --device cuda
+    python -m tools.benchmark --growth                 # time against slices and exams
+    python -m tools.benchmark --whole-run --exams 1130 --valid 120   # train.py: start-up, memory
 
 Makes random volumes of MRNet's size in a temporary folder, runs every variant once a round so that
 a machine that slows down slows all of them, and prints medians over the rounds with their spread.
 Writes benchmarks/<what>-<device>-<torch>.csv.
 
-The slow row is the article's loop, written here from the article's description: a DataLoader of
-one exam a batch with workers, rotation and shift as two bilinear resamplings one after the other,
-three float copies of the grey image, the whole AlexNet in fp32, loss and AUC over a growing list
-and a TensorBoard point in every step, and a validation that records gradients. Its workers start
-anew for each epoch and each validation, which only enough exams make up for.
+The slow row is the article's loop (tools/article_loop.py).
 """
 
-import argparse
 import copy
 import csv
 import io
-import math
-import random
 import re
 import resource
 import statistics
@@ -29,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -37,17 +29,24 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import roc_auc_score
 from torch import nn
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.tensorboard import SummaryWriter
-from torchvision.models import alexnet
 
-import engine
-from checkpoint import write_text
+from common import cli, engine
+from common.devices import (
+    CACHES,
+    GraphedSteps,
+    cache_volumes,
+    device_name,
+    has_bf16,
+    pick_device,
+    pick_precision,
+)
+from common.errors import RunError
+from common.files import write_text
 from dataloader import PLANES, Augmentation, MRDataset, resample
 from model import MRNet, first_convolution_of_grey
+from tools.article_loop import ArticlesLoop
 
 SIDE = 256
 # MRNet's slices an exam: 17 to 61, mean about 30 (Bien et al. 2018 and the data set's volumes).
@@ -56,9 +55,7 @@ OURS, ARTICLE = "ours", "the article's loop"
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = cli.make_parser(__doc__)
     parser.add_argument("--exams", type=int, default=40, help="training exams an epoch; MRNet 1130")
     parser.add_argument("--valid", type=int, default=10, help="validation exams; MRNet 120")
     parser.add_argument("--runs", type=int, default=5, help="rounds; the median of each is shown")
@@ -83,7 +80,7 @@ def parse_arguments():
         default="auto",
         help="auto: a GPU if there is one",
     )
-    parser.add_argument("--cache", choices=engine.CACHES, default="auto", help="as in train.py")
+    parser.add_argument("--cache", choices=CACHES, default="auto", help="as in train.py")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder of the CSVs")
     return parser.parse_args()
 
@@ -111,124 +108,6 @@ def mrnet_slices(rng):
     return round(FEWEST + (MOST - FEWEST) * rng.beta(2.2, 5.2))
 
 
-# --- the article's loop ---------------------------------------------------------------------------
-
-
-def bilinear_by_hand(volume, matrix):
-    """One affine resampling of (s, H, W) as the article's library did it: the slices are channels,
-    each channel has its own copy of the coordinates, and each of the four corners its own integer
-    rows, columns and addresses."""
-    s, height, width = volume.shape
-    pixels = torch.from_numpy(np.indices((height, width)).reshape(2, -1).T)  # (H W, 2)
-    centre = torch.tensor([height / 2 - 0.5, width / 2 - 0.5])
-    points = pixels.unsqueeze(0).repeat(s, 1, 1).float() - centre  # (s, H W, 2)
-    points = points.bmm(matrix[:, :2].T.repeat(s, 1, 1)) + matrix[:, 2].expand_as(points) + centre
-    y, x = points[..., 0].clamp(0, height - 2), points[..., 1].clamp(0, width - 2)
-    y0, x0 = y.floor(), x.floor()
-    rows = (y0 * width).long(), ((y0 + 1) * width).long()
-    columns = x0.long(), (x0 + 1).long()
-    flat = volume.reshape(s, -1)
-    below, right = y - y0, x - x0
-    above, left = 1 - below, 1 - right
-    return (
-        flat.gather(1, rows[0] + columns[0]) * above * left
-        + flat.gather(1, rows[0] + columns[1]) * above * right
-        + flat.gather(1, rows[1] + columns[0]) * below * left
-        + flat.gather(1, rows[1] + columns[1]) * below * right
-    ).view(s, height, width)
-
-
-def articles_transform(volume):
-    """Rotate, then shift, then flip, then three copies: (s, H, W) -> (s, 3, H, W) float32."""
-    volume = torch.tensor(volume, dtype=torch.float32)
-    angle = math.radians(random.uniform(-25, 25))
-    turn = torch.tensor(
-        [[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]]
-    )
-    volume = bilinear_by_hand(volume, turn)
-    shift = torch.tensor([[1, 0, random.uniform(-25, 25)], [0, 1, random.uniform(-25, 25)]])
-    volume = bilinear_by_hand(volume, shift)
-    if random.random() < 0.5:
-        volume = volume.flip(-1)
-    return volume.repeat(3, 1, 1, 1).permute(1, 0, 2, 3)
-
-
-class ArticlesDataset(torch.utils.data.Dataset):
-    """Loads a volume from disk each time it is asked, augments on the CPU, weights both outputs."""
-
-    def __init__(self, exams, train):
-        self.exams, self.train = exams, train
-
-    def __len__(self):
-        return len(self.exams)
-
-    def __getitem__(self, i):
-        volume = np.load(self.exams.paths[i])
-        label = torch.FloatTensor([self.exams.labels[i]])
-        weight = torch.FloatTensor([self.exams.weights[i]])
-        if self.train:
-            return articles_transform(volume), label, weight
-        return torch.FloatTensor(np.stack((volume,) * 3, axis=1)), label, weight
-
-
-class ArticlesNet(nn.Module):
-    """The whole AlexNet is kept, though only its features are used."""
-
-    def __init__(self):
-        super().__init__()
-        self.pretrained_model = alexnet(weights=None)
-        self.pooling_layer = nn.AdaptiveAvgPool2d(1)
-        self.classifer = nn.Linear(256, 1)
-
-    def forward(self, x):
-        x = torch.squeeze(x, dim=0)
-        pooled = self.pooling_layer(self.pretrained_model.features(x))
-        return self.classifer(torch.max(pooled.view(pooled.size(0), -1), 0, keepdim=True)[0])
-
-
-class ArticlesLoop:
-    """One epoch of training and of validation as the article wrote them."""
-
-    def __init__(self, train_set, valid_set, device, workers, folder):
-        self.device = device
-        # More workers than cores are the article's, and torch advises against them.
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
-        self.loaders = [
-            DataLoader(
-                ArticlesDataset(exams, train), batch_size=1, shuffle=train, num_workers=workers
-            )
-            for exams, train in ((train_set, True), (valid_set, False))
-        ]
-        self.model = ArticlesNet().to(device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-5, weight_decay=0.1)
-        self.writer = SummaryWriter(folder)
-
-    def epoch(self, train):
-        self.model.train(train)
-        labels, predictions, losses = [], [], []
-        for step, (volume, label, weight) in enumerate(self.loaders[0 if train else 1]):
-            volume, label, weight = (x.to(self.device) for x in (volume, label, weight))
-            if train:
-                self.optimizer.zero_grad()
-            logit = self.model(volume.float())
-            loss = F.binary_cross_entropy_with_logits(logit, label, weight=weight)
-            if train:
-                loss.backward()
-                self.optimizer.step()
-            losses.append(loss.item())
-            labels.append(int(label.item()))
-            predictions.append(torch.sigmoid(logit).item())
-            auc = roc_auc_score(labels, predictions) if len(set(labels)) == 2 else 0.5
-            self.writer.add_scalar("loss", losses[-1], step)
-            self.writer.add_scalar("auc", auc, step)
-
-    def train(self):
-        self.epoch(train=True)
-
-    def evaluate(self):
-        self.epoch(train=False)
-
-
 # --- ours, and ours with an ingredient removed ----------------------------------------------------
 
 
@@ -247,10 +126,10 @@ class Ours:
     ):
         self.train_set, self.valid_set = copy.copy(train_set), valid_set
         self.train_set.transform = augmentation()
-        self.device, self.precision = device, engine.pick_precision(precision, device)
+        self.device, self.precision = device, pick_precision(precision, device)
         self.model = network().to(device)
         cuda = device.type == "cuda"
-        graphs = graphs and cuda and train_set.kept[0] is not None and train_set.kept[0].is_cuda
+        graphs = graphs and cuda and train_set.cached[0] is not None and train_set.cached[0].is_cuda
         self.optimizer = torch.optim.Adam(
             self.model.parameters(),
             lr=torch.tensor(1e-5, device=device),
@@ -258,20 +137,13 @@ class Ours:
             fused=True,
             capturable=cuda,
         )
-        self.graphs = None
+        self.step = engine.TrainingStep(self.model, self.optimizer, device, self.precision)
         if graphs:
-            self.graphs = engine.GraphedSteps(self.model, self.optimizer, self.precision)
+            self.step = GraphedSteps(self.step)
             self.train()  # captures the graphs: once a run, not once an epoch
 
     def train(self):
-        engine.train_epoch(
-            self.model,
-            self.train_set,
-            self.optimizer,
-            self.device,
-            self.precision,
-            graphs=self.graphs,
-        )
+        engine.train_epoch(self.step, self.train_set)
 
     def evaluate(self):
         engine.predict(self.model, self.valid_set, self.device, self.precision)
@@ -331,7 +203,7 @@ def variants(device, workers, folder):
         "- CUDA graphs": partial(Ours, graphs=False),
         ARTICLE: partial(ArticlesLoop, workers=workers, folder=folder),
     }
-    if not engine.has_bf16(device):
+    if not has_bf16(device):
         del made["- bf16 (fp32)"]
     del made["- CUDA graphs" if device.type == "cpu" else "- winners' gradient (all slices)"]
     return made
@@ -391,7 +263,7 @@ def measure(args, device, root):
     times = {name: ([], [], []) for name in makers}
     sets = [MRDataset(root, "acl", PLANES[0], train=train) for train in (True, False)]
     cached = [copy.deepcopy(exams) for exams in sets]
-    engine.keep_volumes(cached, args.cache, device)
+    cache_volumes(cached, args.cache, device)
     for round_ in range(args.runs + 1):  # the first round warms up and is thrown away
         for name, make in makers.items():
             print(f"round {round_} of {args.runs}: {name:<33}", end="\r", file=sys.stderr)
@@ -472,7 +344,7 @@ def growth(device, runs):
         with tempfile.TemporaryDirectory() as folder:
             write_exams(Path(folder), {"train": n, "valid": 2}, lambda _, s=s: s)
             exams = MRDataset(folder, "acl", PLANES[0])
-            engine.keep_volumes([exams], "auto", device)
+            cache_volumes([exams], "auto", device)
             loop = Ours(exams, exams, device)
             loop.train()
             took = 1e3 * statistics.median(seconds(loop.train, device) for _ in range(runs))
@@ -484,7 +356,7 @@ def growth(device, runs):
 
 def whole_run(args, device, root):
     """Two epochs of train.py in a process of its own, as a user starts it: one row of values."""
-    command = [sys.executable, str(Path(__file__).with_name("train.py")), "--task", "acl"]
+    command = [sys.executable, str(Path(__file__).parent.parent / "train.py"), "--task", "acl"]
     command += ["--plane", PLANES[0], "--data-dir", str(root), "--models-dir", str(root / "models")]
     command += ["--logs-dir", str(root / "logs"), "--epochs", "2", "--no-pretrained"]
     command += ["--device", device.type, "--cache", args.cache]
@@ -500,7 +372,7 @@ def whole_run(args, device, root):
                 epochs.append((now - last, psutil.Process(child.pid).memory_info().rss))
                 last = now
     if child.returncode:
-        raise engine.RunError(f"train.py ended with status {child.returncode}")
+        raise RunError(f"train.py ended with status {child.returncode}")
     (one, after_one), (two, after_two) = epochs
     volumes = sum(
         exams.nbytes for exams in (MRDataset(root, "acl", PLANES[0], t) for t in (True, False))
@@ -519,11 +391,11 @@ def whole_run(args, device, root):
     }
 
 
-def main():
-    args = parse_arguments()
-    device = engine.pick_device(args.device)
-    precision = engine.pick_precision("auto", device)
-    engine.start_up(args, device, precision)
+def run(args):
+    """Measure, print the table and write it."""
+    device = pick_device(args.device)
+    precision = pick_precision("auto", device)
+    cli.print_start_up(vars(args), device, precision)
     if args.growth:
         rows, what = growth(device, args.runs), "growth"
     else:
@@ -539,9 +411,9 @@ def main():
                     f"{slices[1]} to validate; medians of {args.runs} rounds after a warm-up"
                 )
     print("\n" + as_text(rows))
-    name = re.sub(r"[^a-z0-9]+", "-", engine.device_name(device).lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     save(rows, args.out / f"{what}-{name}-torch-{torch.__version__.split('+')[0]}.csv")
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    cli.exit_with_status(lambda: run(parse_arguments()))

@@ -1,0 +1,346 @@
+"""Saved models and the state of a training: plain dicts of tensors, numbers and strings.
+
+    from common.checkpoint import load_model, save_model
+    model, metadata = load_model("models/acl-sagittal.pt")
+
+They load with `weights_only=True`, so nothing in them can run, and are written atomically.
+"""
+
+import hashlib
+import io
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from common.errors import InputError, one_line
+from common.files import write_bytes
+from dataloader import INTENSITIES, is_dataset
+from model import MRNet
+
+FORMAT = "mrnet-model-2"
+STATE_FORMAT = "mrnet-training-2"
+# Names that earlier versions of each format used: {format: {their name: ours}}.
+EARLIER = {
+    FORMAT: {"mrnet-model-1": {"about": "metadata", "held_out": "out_of_fold",
+                               "choose": "selection"}},
+    STATE_FORMAT: {"mrnet-training-1": {"recipe": "config", "choose": "selection",
+                                        "part": "partial_epoch"}},
+}  # fmt: skip
+RECORDED_LATER = ("precision", "device", "cuda_graphs")  # arguments
+# What the metadata of every saved model has; train.py writes more.
+METADATA = {
+    "task": str,
+    "plane": str,
+    "intensity": str,
+    "protocol": str,
+    "epoch": int,
+    "out_of_fold": list,  # ids of training exams that it was not trained on
+    "data": dict,  # fingerprints of the exams
+    "metrics": dict,
+}
+
+
+def read_checkpoint(path, expected=FORMAT):
+    """A dict of tensors, numbers and strings that `write_checkpoint` wrote.
+
+    Args:
+        expected: its format; earlier versions of it are read too.
+
+    Raises:
+        InputError: missing, damaged, or of another format.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such saved model") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except PermissionError:
+        raise InputError(f"{path}: may not be read; change its permissions") from None
+    except Exception as error:  # torch raises many kinds for a damaged archive
+        raise InputError(
+            f"{path}: damaged, or not a saved model ({one_line(error)}); delete it and train again"
+        ) from None
+    if isinstance(content, dict) and content.get("format") == expected:
+        return content
+    for earlier, names in EARLIER.get(expected, {}).items():
+        if isinstance(content, dict) and content.get("format") == earlier:
+            return renamed(content, names) | {"format": expected}
+    raise InputError(f"{path}: not a {expected} file; it was made by another program or version")
+
+
+def renamed(content, names):
+    """A dict with some keys renamed, in nested dicts too."""
+    if not isinstance(content, dict):
+        return content
+    return {
+        names.get(key, key) if isinstance(key, str) else key: renamed(value, names)
+        for key, value in content.items()
+    }
+
+
+def write_checkpoint(path, content):
+    """Write a dict of tensors, numbers and strings atomically."""
+    # Serialised in memory first: on a full disk torch.save fails with a RuntimeError of its own.
+    serialised = io.BytesIO()
+    torch.save(content, serialised)
+    write_bytes(path, serialised.getbuffer())
+
+
+@contextmanager
+def lock(path):
+    """Hold a saved model's lock, so that no two runs write it; what a killed run left is removed.
+
+    Raises:
+        InputError: another run holds it.
+    """
+    file_lock = FileLock(path.with_name(f".{path.stem}.lock"))
+    try:
+        file_lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"{path}: another run is training it; wait for that one, or give another --models-dir"
+        ) from None
+    try:
+        for leftover in path.parent.glob(f".{path.stem}.*.tmp"):
+            leftover.unlink()
+        yield
+    finally:
+        file_lock.release()
+
+
+def run_suffix(fold=None, folds=1, seed=None):
+    """The part of a file name that tells one of several trainings: "" or "-fold2of5-seed1"."""
+    return (f"-fold{fold}of{folds}" if folds > 1 else "") + ("" if seed is None else f"-seed{seed}")
+
+
+def model_path(models_dir, task, plane, suffix=""):
+    """Path of the best model of a task and plane; `suffix` is a `run_suffix`."""
+    return Path(models_dir) / f"{task}-{plane}{suffix}.pt"
+
+
+def digest_of(path):
+    """SHA-256 of a file, hexadecimal: a stack identifies by it the networks it was fitted on."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def check_writable(folder):
+    """Raise InputError before the first epoch if models cannot be written to `folder`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot write models there ({error.strerror}); give another --models-dir"
+        ) from None
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def save_model(path, model, metadata):
+    """Write a model of about 10 MB with its description.
+
+    Args:
+        model: MRNet.
+        metadata: dict of plain values, at least METADATA.
+    """
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    write_checkpoint(path, {"format": FORMAT, "model": state, "metadata": metadata})
+
+
+def load_model(path, task=None, plane=None):
+    """A saved model, ready to evaluate, and its description.
+
+    Args:
+        task, plane: what it must be a model of, if given.
+
+    Returns:
+        MRNet in evaluation mode on the CPU, and its metadata, a dict with at least METADATA.
+
+    Raises:
+        InputError: missing, damaged, of another version, or of another task or plane.
+    """
+    content = read_checkpoint(path)
+    model = MRNet()
+    try:
+        model.load_state_dict(content["model"])
+        metadata = content["metadata"]
+        is_valid = is_metadata(metadata)
+        is_valid = is_valid and all(bool(torch.isfinite(w).all()) for w in model.parameters())
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+        is_valid = False
+    if not is_valid:
+        raise InputError(f"{path}: lacks parts of an MRNet; delete it and train again")
+    if (task or metadata["task"], plane or metadata["plane"]) != (
+        metadata["task"],
+        metadata["plane"],
+    ):
+        raise InputError(
+            f"{path}: a model of {one_line(metadata['task'])}, {one_line(metadata['plane'])}, not "
+            f"of {task}, {plane}; put the right file there, or train again"
+        )
+    return model.eval(), metadata
+
+
+def is_metadata(content):
+    """Whether a model's description is complete. Raises KeyError or TypeError, too."""
+    return (
+        all(isinstance(content[name], kind) for name, kind in METADATA.items())
+        and content["intensity"] in INTENSITIES
+        and "valid" in content["data"]
+        and all(isinstance(exam_id, str) for exam_id in content["out_of_fold"])
+        and (content.get("dataset") is None or is_dataset(content["dataset"]))
+    )
+
+
+# --- the state of a training ----------------------------------------------------------------------
+
+
+class TrainState:
+    """Everything that changes from epoch to epoch: what a resumed training needs.
+
+    Args:
+        model, optimizer, scheduler: as at the start of the training.
+    """
+
+    PLAIN = (
+        "epoch", "best_loss", "bad_epochs", "best_auc", "best_epoch", "log_dir", "partial_epoch",
+    )  # fmt: skip
+    PARTS = ("model", "optimizer", "scheduler")
+
+    def __init__(self, model, optimizer, scheduler):
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.epoch = 0  # epochs done
+        self.best_loss, self.bad_epochs = float("inf"), 0  # for early stopping
+        self.best_auc, self.best_epoch = -float("inf"), 0  # of the model that is saved
+        self.log_dir = ""
+        self.partial_epoch = None  # of an interrupted epoch, as engine.train_epoch takes it
+
+    @property
+    def lr(self):
+        """Learning rate of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def update(self, selected):
+        """Step the schedule and count epochs for early stopping.
+
+        Args:
+            selected: {"loss", "auc"} on the exams that select the epoch.
+
+        Returns:
+            whether this is the best AUC so far.
+        """
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step(selected["loss"])
+        else:
+            self.scheduler.step()
+        if selected["loss"] < self.best_loss:
+            self.best_loss, self.bad_epochs = selected["loss"], 0
+        else:
+            self.bad_epochs += 1
+        is_best = selected["auc"] > self.best_auc
+        if is_best:
+            self.best_auc, self.best_epoch = selected["auc"], self.epoch
+        return is_best
+
+    def save(self, path, config, data):
+        """Write the state.
+
+        Args:
+            config: dict, the arguments that change the result.
+            data: dict, fingerprints of the exams.
+        """
+        training = {name: getattr(self, name) for name in self.PLAIN}
+        training |= {name: getattr(self, name).state_dict() for name in self.PARTS}
+        content = {"format": STATE_FORMAT, "config": config, "data": data, "training": training}
+        write_checkpoint(path, content)
+
+    def restore(self, training):
+        """Take over what `save` wrote as "training"."""
+        for name in self.PLAIN:
+            setattr(self, name, training[name])
+        settings = [dict(group) for group in self.optimizer.param_groups]
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(training[name])
+        # The optimizer's state brings the settings of the machine that it ran on: keep this one's,
+        # and the learning rate in the tensor that CUDA graphs read.
+        for group, ours in zip(self.optimizer.param_groups, settings, strict=True):
+            lr = float(group["lr"])
+            group |= {name: ours[name] for name in ("fused", "capturable", "foreach")}
+            group["lr"] = ours["lr"].fill_(lr) if torch.is_tensor(ours["lr"]) else lr
+
+
+def check_same(path, config, data_sets, earlier, ignore=()):
+    """Refuse to resume from `path` if it was made with other arguments or from other exams.
+
+    Args:
+        config: dict, the arguments that change the result, as plain values.
+        data_sets: {"train", "selection", "valid": MRDataset}.
+        earlier: (config, fingerprints of the exams) that the file holds.
+        ignore: names of arguments that may differ.
+
+    Raises:
+        InputError: with the arguments that the file was made with.
+    """
+    theirs, fingerprints = earlier
+    theirs = theirs if isinstance(theirs, dict) else {}
+    # Earlier versions did not record all arguments.
+    theirs = {name: config[name] for name in RECORDED_LATER} | theirs
+    other = [name for name in config if name not in ignore and config[name] != theirs.get(name)]
+    if other:
+        options = ", ".join(f"--{name.replace('_', '-')} {theirs.get(name)}" for name in other)
+        raise InputError(
+            f"{path}: was trained with {options}; resume with the same arguments, give another "
+            "--models-dir, or leave out --resume to train it again"
+        )
+    if fingerprints.keys() != data_sets.keys() or not all(
+        exams.has_fingerprint(fingerprints[name]) for name, exams in data_sets.items()
+    ):
+        raise InputError(
+            f"{path}: was trained on other exams; give another --models-dir, or leave out --resume "
+            "to train it again"
+        )
+
+
+def is_finished(path, config, data_sets):
+    """Whether this very training ran to its end before: its model is at `path`.
+
+    Raises:
+        InputError: another training did, whose model must not be overwritten by resuming.
+    """
+    if not path.is_file():
+        return False
+    _, metadata = load_model(path)
+    earlier = metadata.get("arguments")
+    if isinstance(earlier, dict) and "precision" in metadata:
+        earlier = {"precision": metadata["precision"]} | earlier
+    check_same(path, config, data_sets, (earlier, metadata["data"]))
+    return True
+
+
+def restore_state(path, state, config, data_sets):
+    """Put a TrainState where an interrupted training left it.
+
+    Returns:
+        False where there is no file.
+
+    Raises:
+        InputError: the file is damaged, of other arguments or of other exams.
+    """
+    if not path.is_file():
+        return False
+    content = read_checkpoint(path, expected=STATE_FORMAT)
+    try:
+        # More epochs than at first may be asked for; those that are done stay as they are.
+        earlier = content["config"], content["data"]
+        check_same(path, config, data_sets, earlier, ignore=["epochs"])
+        state.restore(content["training"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        raise InputError(f"{path}: lacks parts of a training; delete it and train again") from None
+    return True

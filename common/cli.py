@@ -1,0 +1,281 @@
+"""What every command line shares: arguments, the start-up block, progress, signals, exit status."""
+
+import argparse
+import errno
+import importlib.metadata
+import math
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common.devices import PRECISIONS, device_name
+from common.errors import InputError, Interrupted, RunError, one_line
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+def make_parser(docstring):
+    """A parser that is described by the first paragraph of a script's docstring."""
+    return argparse.ArgumentParser(
+        description=docstring.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+
+def add_machine_arguments(parser):
+    """--device and --precision, the same for every script that runs a network."""
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: a GPU if there is one",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="auto takes bf16 where the device has it: about twice as fast, and AUCs differ by no "
+        "more than those of two seeds",
+    )
+
+
+def add_answer_arguments(parser):
+    """--partial and --allow-synthetic, for the scripts that give an answer about an exam."""
+    parser.add_argument(
+        "--partial",
+        action="store_true",
+        help="also decide from the other planes where a plane was scanned and cannot be used",
+    )
+    parser.add_argument(
+        "--allow-synthetic",
+        action="store_true",
+        help="let networks that were trained on synthetic exams only answer about others; to try "
+        "the commands",
+    )
+
+
+def number(text, kind, is_valid, expected):
+    """An argument's text as a number. Raises ArgumentTypeError that says what is expected."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not is_valid(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+    return value
+
+
+def positive_int(text):
+    return number(text, int, lambda v: v >= 1, "a whole number of at least 1")
+
+
+def seed_number(text):
+    return number(text, int, lambda v: 0 <= v < 2**31, "a whole number from 0 to below 2^31")
+
+
+def positive_float(text):
+    return number(text, float, lambda v: 0 < v < math.inf, "a number above 0")
+
+
+def nonnegative_float(text):
+    return number(text, float, lambda v: 0 <= v < math.inf, "a number of at least 0")
+
+
+def probability(text):
+    return number(text, float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
+
+
+# --- what is printed ------------------------------------------------------------------------------
+
+
+def git_sha():
+    """Commit of the code, "+" appended when files differ from it; "unknown" outside git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        sha = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return sha + ("+" if changed else "")
+
+
+def versions():
+    """Versions of what the numbers depend on: {name: version}."""
+    names = ("torchvision", "numpy", "scikit-learn")
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        **{name: importlib.metadata.version(name) for name in names},
+    }
+
+
+def print_start_up(arguments, device, precision):
+    """Print the block that says what runs: device, versions, commit, arguments.
+
+    Args:
+        arguments: {name: value} as argparse has them.
+
+    Returns:
+        the commit, as `git_sha`.
+    """
+    libraries = " ".join(f"{name} {version}" for name, version in versions().items())
+    print(f"device     {device} ({device_name(device)}), {precision}")
+    print(f"versions   {libraries}")
+    commit = git_sha()
+    print(f"commit     {commit}")
+    plain = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in arguments.items()}
+    print("arguments  " + " ".join(f"{k}={v}" for k, v in sorted(plain.items())))
+    return commit
+
+
+def describe_dataset(dataset):
+    """A data set in a few words; `dataset` as `dataloader.read_dataset` returns it, or None."""
+    if dataset is None:
+        return "not described (no dataset.json)"
+    words = one_line(f"{dataset['name']}, version {dataset['version']}")
+    return words + (", SYNTHETIC exams" if dataset["synthetic"] else "")
+
+
+def print_exams(train_set, valid_set):
+    """Print what two MRDatasets hold, and a warning if they share exams or patients."""
+    for exams in (train_set, valid_set):
+        slices = [shape[0] for shape in exams.shapes]
+        print(
+            f"{exams.split:<10} {len(exams)} exams, {int(exams.labels.sum())} positive, "
+            f"{min(slices)} to {max(slices)} slices"
+        )
+    for what in ("ids", "groups"):
+        if both := set(getattr(train_set, what)) & set(getattr(valid_set, what)):
+            print(
+                f"WARNING    {len(both)} {what} are in both splits; if they are the same exams or "
+                "patients, no validation figure means anything: "
+                f"python -m tools.check {train_set.root} lists them"
+            )
+    print(f"data set   {describe_dataset(train_set.dataset)}")
+    print("class weights  negative {:g}, positive {:.3f}".format(*train_set.class_weights))
+
+
+def progress(items, what, total=None):
+    """A progress bar on a terminal, nothing in a file."""
+    return tqdm(
+        items,
+        desc=what,
+        total=total,
+        leave=False,
+        disable=not sys.stderr.isatty(),
+        unit="exam",
+        dynamic_ncols=True,
+    )
+
+
+# --- signals --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def stop_after_step():
+    """Within it the first SIGINT, SIGTERM or SIGHUP requests a stop after the current step; a
+    second one stops at once. Signals that were ignored from the start, as by nohup, stay ignored.
+
+    Yields:
+        list that is empty until a stop is requested, then holds the signal's number.
+    """
+    stop_requested = []
+
+    def request(number, frame):
+        stop_requested.append(number)
+        restore()
+        print("\nstopping after this step; the same again stops at once", file=sys.stderr)
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = catch_signals(request)
+    try:
+        yield stop_requested
+    finally:
+        restore()
+
+
+def catch_signals(handler):
+    """Install `handler` for what asks a process to end; returns {number: previous handler}."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def command_to_resume():
+    """The command line that resumes this run."""
+    words = [word for word in sys.argv[1:] if word != "--resume"]
+    return shlex.join(["python", Path(sys.argv[0]).name, *words, "--resume"])
+
+
+# --- exit status ----------------------------------------------------------------------------------
+
+# RuntimeErrors that mean out of memory; the last three are oneDNN's convolutions.
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "can't start new thread",
+    "could not create a primitive",
+    "could not create a memory",
+    "could not execute a primitive",
+)
+FILE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
+
+
+def exit_with_status(main):
+    """Call `main` and exit with the project's status: one line on stderr instead of a traceback.
+
+    0 done; 1 the run failed for a reason outside the code; 2 bad input; 128 + n stopped by signal n
+    (130 Ctrl-C). A defect of the code keeps its traceback.
+    """
+    script = Path(sys.argv[0]).name
+    try:
+        main()
+    except (Exception, KeyboardInterrupt) as error:
+        outcome = status_of(error)
+        if outcome is None:
+            raise
+        status, message = outcome
+        print(f"{script}: {message}", file=sys.stderr)
+        sys.exit(status)
+    sys.exit(0)
+
+
+def status_of(error):
+    """(exit status, one line) of an exception that has a cause outside the code, else None."""
+    match error:
+        case InputError():
+            return 2, f"error: {error}"
+        case RunError():
+            return 1, f"failed: {error}"
+        case Interrupted():
+            return 128 + error.number, f"interrupted. {error}"
+        case KeyboardInterrupt():
+            return 130, f"interrupted. {error}".strip()
+        case torch.OutOfMemoryError():
+            return 1, "failed: out of device memory; try --cache disk, --precision bf16"
+        case BrokenPipeError():  # the reader of our output has ended, as `| head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1, "failed: the reader of the output has ended"
+        case OSError() if error.errno in FILE_FAULTS:
+            return 1, f"failed: {error.filename or 'a file'}: {error.strerror}"
+    is_memory = isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    )
+    if is_memory:
+        return 1, "failed: out of memory; close other programs, or train with --cache disk"
+    return None

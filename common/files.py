@@ -1,0 +1,58 @@
+"""Files that appear whole or not at all.
+
+Everything is written to a temporary file beside its place, flushed to the disk and renamed, so a
+reader sees the old file or the new one and never a part. Needs neither torch nor NumPy, so the
+importers under data/ write with it too.
+"""
+
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+UMASK = os.umask(0)
+os.umask(UMASK)
+
+
+@contextmanager
+def atomic(path, mode=None):
+    """Yield a temporary path beside `path`; on success flush it and rename it to `path`.
+
+    Args:
+        mode: permissions of the file; by default those of any new file of this user.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        yield Path(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~UMASK if mode is None else mode)
+        os.replace(temporary, path)
+        flush_folder(path.parent)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def flush_folder(folder):
+    """Flush a folder, so that a renamed file keeps its name over a power loss."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_bytes(path, data, mode=None):
+    """Write a file atomically; `data` is bytes or a buffer, `mode` as in `atomic`."""
+    with atomic(path, mode) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path, text):
+    """Write a text file atomically, UTF-8."""
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))

@@ -1,0 +1,154 @@
+"""Which exams train a network, select its epoch and report on it: protocols, folds, groups.
+
+`article` selects the epoch on the validation exams that are reported (optimistic); `held-out`
+selects it on a tenth of the training exams. With folds, each network is trained without its fold,
+whose exams are out-of-fold for it. Exams of one group (a patient, a scanner) are never split.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+from common.checkpoint import run_suffix
+from common.errors import InputError
+from common.files import write_text
+from dataloader import GROUPS, MRDataset
+
+PROTOCOLS = ("article", "held-out")
+TUNING_PARTS = 10  # held-out: one part in ten of the training exams selects the epoch
+TUNING_SEED = 1000  # added to the seed, so that folds and tuning exams do not depend on each other
+
+
+def split_exams(labels, parts, seed, groups=None):
+    """Stratified folds: the rows that each of `parts` leaves out, int arrays that cover all rows.
+
+    Args:
+        labels: float (n,), 0 or 1.
+        groups: (n,), exams of one group go to one fold; None where each exam is one of its own.
+
+    Raises:
+        InputError: too few exams or groups of a class: a fold would hold one class only.
+    """
+    rarer = int(min((labels == 0).sum(), (labels == 1).sum()))
+    if rarer < parts:
+        raise InputError(
+            f"{parts} folds of {len(labels)} exams: the rarer class has {rarer} exams, so a fold "
+            f"would hold one class only; use at most {rarer} folds"
+        )
+    rows = np.zeros(len(labels))
+    if groups is None or len(set(groups)) == len(labels):
+        folds = StratifiedKFold(parts, shuffle=True, random_state=seed).split(rows, labels)
+    else:
+        if len(set(groups)) < parts:
+            raise InputError(
+                f"{parts} folds of {len(set(groups))} groups (train-{GROUPS}.csv): use fewer "
+                "folds, or correct the groups"
+            )
+        folds = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
+        folds = folds.split(rows, labels, groups)
+    left_out = [out for _, out in folds]
+    if any(len(set(labels[out])) < 2 for out in left_out):
+        raise InputError(
+            f"{parts} folds of {len(labels)} exams in {len(set(groups))} groups: a fold would hold "
+            f"one class only; use fewer folds, or correct train-{GROUPS}.csv"
+        )
+    return left_out
+
+
+@dataclass
+class Split:
+    """The exams of one network."""
+
+    seed: int
+    fold: int  # 1 to folds; 0 where there is one network only
+    train_set: MRDataset
+    selection_set: MRDataset  # selects the epoch and stops the training
+    valid_set: MRDataset
+    out_of_fold: list  # ids of the training exams that this network is not trained on
+    tuning: list  # ids of those in `selection_set`, where these are not the validation exams
+    suffix: str  # of its files, as `run_suffix`
+
+    @property
+    def selected_on(self):
+        """What the selection exams are called in tables and curves: "valid" or "tune"."""
+        return "valid" if self.selection_set is self.valid_set else "tune"
+
+    @property
+    def data_sets(self):
+        return {"train": self.train_set, "selection": self.selection_set, "valid": self.valid_set}
+
+    def fingerprints(self):
+        """{name: MRDataset.fingerprint()} of `data_sets`."""
+        return {name: exams.fingerprint() for name, exams in self.data_sets.items()}
+
+    def random_seed(self, epoch=0):
+        """Seed of everything random in an epoch: it follows from seed, fold and epoch, so resuming
+        an epoch needs no generator's state."""
+        return (self.seed * 1009 + self.fold) * 100_003 + epoch
+
+
+def plan_splits(train_set, valid_set, protocol, folds, seeds):
+    """A Split for each network: folds within seeds.
+
+    Args:
+        protocol: one of PROTOCOLS.
+        folds: int; 1 for a single network that is trained on all training exams.
+        seeds: range of int.
+
+    Raises:
+        InputError: too few exams of a class.
+    """
+    groups = np.array(train_set.groups)
+    splits = []
+    for seed in seeds:
+        left_out = [np.array([], int)]
+        if folds > 1:
+            left_out = split_exams(train_set.labels, folds, seed, groups)
+        for number, out in enumerate(left_out):
+            rows = np.setdiff1d(np.arange(len(train_set)), out)
+            selection_set, tuning = valid_set, np.array([], int)
+            if protocol == "held-out":
+                tuning = tuning_rows(train_set.labels, rows, seed, groups)
+                selection_set = train_set.subset(tuning, transform=None)
+                rows = np.setdiff1d(rows, tuning)
+            fold = number + 1 if folds > 1 else 0
+            splits.append(
+                Split(
+                    seed=seed,
+                    fold=fold,
+                    train_set=train_set.subset(rows, transform=train_set.transform),
+                    selection_set=selection_set,
+                    valid_set=valid_set,
+                    out_of_fold=[train_set.ids[row] for row in out],
+                    tuning=[train_set.ids[row] for row in tuning],
+                    suffix=run_suffix(fold, folds, seed if len(seeds) > 1 else None),
+                )
+            )
+    return splits
+
+
+def tuning_rows(labels, rows, seed, groups):
+    """The part of `rows` that selects the epoch: int array.
+
+    Args:
+        labels, groups: (n,) of all training exams.
+        rows: int array, the training exams that are not out-of-fold.
+
+    Raises:
+        InputError: fewer than TUNING_PARTS exams of a class.
+    """
+    ours = labels[rows]
+    if min((ours == 0).sum(), (ours == 1).sum()) < TUNING_PARTS:
+        raise InputError(
+            f"--protocol held-out: needs {TUNING_PARTS} training exams of each class "
+            f"(there are {len(ours)}, {int(ours.sum())} positive); use --protocol article"
+        )
+    return rows[split_exams(ours, TUNING_PARTS, seed + TUNING_SEED, groups[rows])[0]]
+
+
+def write_folds(path, splits):
+    """CSV of seed,id,fold: which network was not trained on which exam; nothing without folds."""
+    rows = [f"{one.seed},{exam_id},{one.fold}\n" for one in splits for exam_id in one.out_of_fold]
+    if rows:
+        write_text(path, "seed,id,fold\n" + "".join(rows))

@@ -1,0 +1,74 @@
+"""Which lesions a knee has, and how large and bright they are: how hard the tasks are."""
+
+import numpy as np
+
+PREVALENCE = {"abnormal": 0.80, "acl": 0.20, "meniscus": 0.37}  # MRNet, Bien et al. 2018
+PARTIAL_TEARS = 0.35  # share of torn ACLs that are partial: smaller, darker, some fibres left
+PARTIAL_SIZE, PARTIAL_SIGNAL = 0.75, 0.75  # of a complete tear's
+TEAR_RADIUS = (8.5, 13.5)  # mm; half length of the bright mass in place of torn fibres
+TEAR_SIGNAL = (0.70, 1.00)  # of that mass; fluid is 0.95, muscle 0.38
+CLEFT_WIDTH = (2.0, 3.4)  # mm; a meniscal tear's bright line
+CLEFT_SIGNAL = (0.70, 1.00)  # of fluid's
+CLEFT_HALF_ANGLE = (0.35, 0.70)  # rad round the meniscus; 15 mm each
+DISPLACED_TEARS = 0.35  # share of meniscal tears whose free edge is gone, with fluid in its place
+EFFUSION = {"acl": 0.60, "meniscus": 0.50, "other": 0.75, "normal": 0.0}  # how often, by group
+OEDEMA = {"acl": 0.45, "meniscus": 0.35, "other": 0.55, "normal": 0.0}
+OEDEMA_SIGNAL = (0.45, 0.80)
+
+
+def draw_labels(rng, n):
+    """Labels of n exams with MRNet's prevalences, exact but for rounding: list of n dicts."""
+    counts = {task: min(max(round(share * n), 1), n - 1) for task, share in PREVALENCE.items()}
+    acl = rng.permutation(np.arange(n) < counts["acl"])
+    meniscus = rng.permutation(np.arange(n) < counts["meniscus"])
+    abnormal = acl | meniscus
+    missing = max(counts["abnormal"] - abnormal.sum(), 0)
+    abnormal[rng.permutation(np.flatnonzero(~abnormal))[:missing]] = True
+    columns = {"abnormal": abnormal, "acl": acl, "meniscus": meniscus}
+    return [{task: int(column[i]) for task, column in columns.items()} for i in range(n)]
+
+
+def draw_lesions(rng, labels):
+    """What is wrong with one knee: arguments for the painters.
+
+    Args:
+        labels: {"abnormal": 0 or 1, "acl": 0 or 1, "meniscus": 0 or 1}.
+    """
+    group = next((task for task in ("acl", "meniscus") if labels[task]), None)
+    group = group or ("other" if labels["abnormal"] else "normal")
+    with_effusion, with_oedema = (rng.random() < share[group] for share in (EFFUSION, OEDEMA))
+    if group == "other" and not (with_effusion or with_oedema):
+        with_effusion = True
+    lesions = {"acl": None, "meniscus": None, "oedema": [], "effusion": 0.0}
+    if labels["acl"]:
+        partial_tear = bool(rng.random() < PARTIAL_TEARS)
+        size = rng.uniform(*TEAR_RADIUS) * (PARTIAL_SIZE if partial_tear else 1)
+        place = rng.choice([0.30, 0.50, 0.72], p=[0.35, 0.5, 0.15])  # proximal, middle, distal
+        lesions["acl"] = {
+            "at": place + rng.uniform(-0.07, 0.07),
+            "radii": (size * rng.uniform(0.6, 0.8), size, size * rng.uniform(0.8, 1.05)),
+            "signal": rng.uniform(*TEAR_SIGNAL) * (PARTIAL_SIGNAL if partial_tear else 1),
+            "partial": partial_tear,
+            "sag": rng.uniform(1, 5),  # mm
+        }
+    if labels["meniscus"]:
+        place = rng.choice([1.35, 0.2, -1.2], p=[0.65, 0.2, 0.15])  # posterior, body, anterior
+        lesions["meniscus"] = {
+            "side": -1 if rng.random() < 0.7 else 1,
+            "angle": place + rng.uniform(-0.25, 0.25),
+            "half_angle": rng.uniform(*CLEFT_HALF_ANGLE),
+            "kind": rng.choice(["horizontal", "vertical", "complex"], p=[0.45, 0.3, 0.25]),
+            "slant": rng.uniform(-1, 1),
+            "width": rng.uniform(*CLEFT_WIDTH),
+            "signal": rng.uniform(*CLEFT_SIGNAL),
+            "displaced": bool(rng.random() < DISPLACED_TEARS),
+        }
+    if with_oedema:
+        for _ in range(rng.integers(1, 3)):
+            height = rng.choice([rng.uniform(6, 20), -rng.uniform(13, 22)])  # femur or tibia
+            side = rng.choice([-1, 1])
+            centre = (side * rng.uniform(14, 26), rng.uniform(-10, 18), height)
+            lesions["oedema"].append((centre, rng.uniform(7, 13), rng.uniform(*OEDEMA_SIGNAL)))
+    if with_effusion:
+        lesions["effusion"] = rng.uniform(0.35, 1.0)
+    return lesions
