@@ -1,4 +1,4 @@
-# make demo | test | reproduce | bench | lint
+# make demo | test | reproduce | bench | lint | pictures | mutants
 # Everything installs into .venv first; `make demo VENV=` uses the python that is active instead
 # and installs nothing. `make reproduce DATA=data/phantom ARGS="--epochs 4 --lr 3e-5"`.
 
@@ -15,7 +15,7 @@ TASK := acl
 # a third epoch a plane alone reaches 0.99, and the stack would have nothing left to show.
 DEMO := --data-dir $(PHANTOM) --epochs 2 --lr 3e-5
 
-.PHONY: demo reproduce bench test lint clean
+.PHONY: demo reproduce bench test lint pictures mutants clean
 
 demo: $(VENV:%=%/installed) $(PHANTOM)/valid-acl.csv
 	@for plane in $(PLANES); do \
@@ -27,7 +27,7 @@ demo: $(VENV:%=%/installed) $(PHANTOM)/valid-acl.csv
 	@echo; echo "Next:"
 	@echo "  $(BIN)tensorboard --logdir logs                 # curves, slices, ROC"
 	@echo "  $(PY) train.py --task meniscus --plane coronal $(DEMO)"
-	@echo "  $(PY) explain.py $(PHANTOM) --exam 237 --task acl     # where did it see it?"
+	@echo "  $(PY) explain.py $(PHANTOM) --exam valid/0237 --task acl     # where in the exam?"
 	@echo "  less data/README.md                            # MRNet itself, or your own exams"
 
 $(PHANTOM)/valid-acl.csv: | $(VENV:%=%/installed)
@@ -46,6 +46,17 @@ test: $(VENV:%=%/installed-dev)
 lint: $(VENV:%=%/installed-dev)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+# README's pictures, from the demo's models.
+pictures: $(VENV:%=%/installed)
+	$(PY) explain.py $(PHANTOM) --exam valid/0237 --task $(TASK) --out models/pictures --overwrite
+	cp models/pictures/0237-$(TASK).png docs/heat-maps.png
+	cp models/$(TASK)-roc.png docs/roc.png
+
+# Break the code in some thousand ways, one at a time, and see that a test fails: hours.
+mutants: $(VENV:%=%/installed-dev)
+	OMP_NUM_THREADS=1 $(BIN)mutmut run
+	$(BIN)mutmut results
 
 $(VENV)/installed: requirements.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

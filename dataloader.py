@@ -174,7 +174,7 @@ def read_dataset(root_dir):
         return None
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(
-            f"{path}: no data set's description ({one_line(error)}); write it again, see "
+            f"{path}: not a description of a data set ({one_line(error)}); write it again, see "
             "data/README.md, or move it away"
         ) from None
     return content
@@ -186,7 +186,7 @@ def volume_path(root_dir, split, plane, exam_id):
 
 
 def open_volume(path):
-    """Memory-map one volume and check what its header tells. Never unpickles.
+    """Memory-map one volume and check its header. Never unpickles.
 
     Returns:
         read-only array (s, H, W), usually uint8.
@@ -335,8 +335,6 @@ class MRDataset(Dataset):
         train: the training split, else the validation split.
         transform: called with float32 (s, H, W) grey levels 0..255, returns the same shape, as
             `Augmentation()` does; None to evaluate.
-        weights: (weight of negatives, weight of positives); by default 1 and negatives/positives,
-            counted on the training labels for both splits.
         intensity: "standardized" (each volume stretched to 0..255, then MRNet's mean and SD) or
             "raw" (0..255, as in the article).
 
@@ -346,17 +344,7 @@ class MRDataset(Dataset):
         InputError: for anything wrong in the folder, one line with the file and how to fix it.
     """
 
-    def __init__(
-        self,
-        root_dir,
-        task,
-        plane,
-        train=True,
-        transform=None,
-        weights=None,
-        *,
-        intensity="standardized",
-    ):
+    def __init__(self, root_dir, task, plane, train=True, transform=None, intensity="standardized"):
         self.root, self.split = Path(root_dir), "train" if train else "valid"
         self.task, self.plane = task, plane
         self.transform, self.intensity = transform, intensity
@@ -364,15 +352,18 @@ class MRDataset(Dataset):
         groups = read_groups(root_dir, self.split)
         self.groups = [groups.get(exam_id, f"exam {exam_id}") for exam_id in self.ids]
         self.dataset = read_dataset(root_dir)
-        if weights is None:
-            labels = self.labels if train else read_labels(root_dir, task, "train")[1]
-            weights = (1.0, float((labels == 0).sum() / (labels == 1).sum()))
-        self.class_weights = tuple(weights)
-        self.weights = np.where(self.labels == 1, weights[1], weights[0]).astype(np.float32)
+        labels = self.labels if train else read_labels(root_dir, task, "train")[1]
+        self.set_class_weights(1.0, float((labels == 0).sum() / (labels == 1).sum()))
         self.paths = [volume_path(root_dir, self.split, plane, i) for i in self.ids]
         self.shapes = [open_volume(path).shape for path in self.paths]
         self.cached = [None] * len(self.paths)
         self.digests = [None] * len(self.paths)  # of the voxels, once they have been read
+
+    def set_class_weights(self, negative, positive):
+        """Weights of the loss of either class; at first 1 and negatives/positives, counted on the
+        training labels for both splits."""
+        self.class_weights = negative, positive
+        self.weights = np.where(self.labels == 1, positive, negative).astype(np.float32)
 
     def __len__(self):
         return len(self.paths)
@@ -420,7 +411,7 @@ class MRDataset(Dataset):
             self.cached[i] = self.volume(i).to(device)
 
     def fingerprint(self):
-        """Hash of ids, labels and voxels, 32 hex digits: did two runs see the same data?"""
+        """Hash of ids, labels and voxels, 32 hex digits: the same for two runs on the same data."""
         for i, digest in enumerate(self.digests):
             if digest is None:  # 1.4 GB/s: 2 s for MRNet
                 voxels = self.volume(i).cpu().numpy()

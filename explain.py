@@ -73,7 +73,7 @@ def parse_arguments():
     )
     parser.add_argument("--task", required=True, help="the finding to explain")
     parser.add_argument(
-        "--plane", choices=PLANES, help="of a single .npy file whose path does not tell it"
+        "--plane", choices=PLANES, help="of a single .npy file whose path does not contain it"
     )
     parser.add_argument(
         "--models-dir", type=Path, default=Path("models"), help="where train.py wrote"
@@ -165,7 +165,7 @@ def pick_exam(exams, wanted, source):
 
 def is_called(key, wanted):
     source, name = key
-    if wanted in (source, "/".join(key)):  # of DICOM, the folder alone tells it
+    if wanted in (source, "/".join(key)):  # for DICOM, the folder is enough
         return True
     folder, _, wanted = wanted.rpartition("/")
     return folder in ("", source) and (wanted.lstrip("0") or "0") == (name.lstrip("0") or "0")

@@ -3,7 +3,7 @@
     from model import MRNet
     logit = MRNet()(torch.randn(1, 30, 1, 256, 256))  # (1, 1); random weights until you load some
 
-AlexNet's five convolutional layers see each slice on its own, global average pooling makes each
+AlexNet's five convolutional layers process each slice alone, global average pooling makes each
 slice a vector of 256 numbers, the maximum over slices makes the exam one such vector, and a linear
 layer turns it into a logit.
 
@@ -40,65 +40,10 @@ def alexnet_features():
         nn.ReLU(inplace=True),
         nn.Conv2d(384, 256, kernel_size=3, padding=1),
         nn.ReLU(inplace=True),
-        LastConvolution(256, FEATURES, kernel_size=3, padding=1),
+        nn.Conv2d(256, FEATURES, kernel_size=3, padding=1),
         nn.ReLU(inplace=True),
         nn.MaxPool2d(kernel_size=3, stride=2),
     )
-
-
-class LastConvolution(nn.Conv2d):
-    """A convolution of stride 1 with the same result and gradients as Conv2d's, made for a maximum
-    over slices behind it: backward costs what the slices that won a channel cost.
-    """
-
-    def forward(self, x):
-        # On a GPU finding the winners would wait for the device in every step.
-        if x.device.type != "cpu" or not torch.is_grad_enabled():
-            return super().forward(x)
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)  # as autocast would
-        return ConvolutionOfWinners.apply(x, weight, bias)
-
-
-class ConvolutionOfWinners(torch.autograd.Function):
-    """2-D convolution ("same" padding) whose backward pass skips maps without a gradient.
-
-    A maximum over slices sends the gradient of each channel to one slice only, so of the s * 256
-    maps of the gradient 256 differ from zero. Those are unfolded, and for each slice two matrix
-    products with its own maps give both gradients. Any other gradient is right too, only slower.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        s, c, height, width = x.shape
-        out, k = weight.shape[0], weight.shape[-1]
-        won = grad.abs().amax(dim=(2, 3)) != 0  # (s, out); a NaN counts
-        slices, channels = won.nonzero(as_tuple=True)  # (n,) each, slice after slice
-        maps = grad[slices, channels]  # (n, H, W)
-        rows = F.unfold(maps[:, None], k, padding=k // 2).flatten(0, 1)  # (n k k, H W)
-        # Seen from the input a kernel is upside down: (out, c, k, k) -> (out, k k, c).
-        taps = weight.flip(2, 3).permute(0, 2, 3, 1).flatten(1, 2)
-        kernels = taps[channels].flatten(0, 1)  # (n k k, c)
-        pixels = x.permute(0, 2, 3, 1).reshape(s, height * width, c)
-        grad_x, grad_kernels = pixels.new_empty(pixels.shape), kernels.new_empty(kernels.shape)
-        # Slice by slice: batches of ever other shapes would fill the library's cache of kernels.
-        sizes = (k * k * won.sum(dim=1)).tolist()
-        parts = zip(*(each.split(sizes) for each in (rows, kernels, grad_kernels)), strict=True)
-        for i, (its_rows, its_kernels, its_grad) in enumerate(parts):
-            torch.mm(its_rows.T, its_kernels, out=grad_x[i])
-            torch.mm(its_rows, pixels[i], out=its_grad)
-        grad_x = grad_x.view(s, height, width, c).permute(0, 3, 1, 2)
-        grad_kernels = grad_kernels.view(-1, k * k, c)
-        grad_weight = taps.new_zeros(taps.shape).index_add_(0, channels, grad_kernels)
-        grad_weight = grad_weight.view(out, k, k, c).permute(0, 3, 1, 2).flip(2, 3)
-        grad_bias = grad.new_zeros(out).index_add_(0, channels, maps.sum(dim=(1, 2)))
-        return grad_x, grad_weight, grad_bias
 
 
 class MRNet(nn.Module):
@@ -181,7 +126,7 @@ def first_convolution_of_grey(x, conv):
     The weights are summed over their input channels on the way in, so the parameter keeps its
     pretrained shape and its gradient is exact. A kernel of 11 with stride 4 over one channel is
     slow everywhere; the same sum over 4 x 4 blocks laid out as 16 channels is a plain 3 x 3
-    convolution (benchmark.py measures the gain).
+    convolution (tools/benchmark.py measures the gain).
 
     Args:
         x: float (s, 1, H, W).

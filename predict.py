@@ -57,7 +57,7 @@ def parse_arguments():
         "--task", action="append", help="may be repeated; without it, every task with a saved model"
     )
     parser.add_argument(
-        "--plane", choices=PLANES, help="of a single .npy file whose path does not tell it"
+        "--plane", choices=PLANES, help="of a single .npy file whose path does not contain it"
     )
 
     cli.add_answer_arguments(parser.add_argument_group("answers"))
@@ -199,7 +199,7 @@ class Options(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Where the rows of one exam stand in a file of predictions."""
+    """Position of one exam's rows in a file of predictions, in bytes."""
 
     input: str
     begin: int
@@ -211,7 +211,7 @@ def saved_exams(path, tasks, model, jsonl):
 
     Args:
         tasks: names of the tasks that each exam needs a row of.
-        model: what column `model` must say; rows of other networks or options do not count.
+        model: expected value of column `model`; rows of other networks or options are ignored.
 
     Returns:
         {(source, exam): Saved} of the exams with all rows and no error, in the order of the file.
@@ -333,7 +333,7 @@ def predict_all(exams, tasks, saved, file, options):
 
 
 def run(args):
-    """Predict, write, and say what could not be used."""
+    """Predict, write the rows, and list what could not be used."""
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     args.device, args.precision = device.type, precision  # what "auto" became

@@ -74,7 +74,7 @@ def parse_arguments():
 
     add = parser.add_argument_group("recipe").add_argument
     add("--epochs", type=cli.positive_int, help="at most; early stopping ends most runs sooner")
-    lr = "1e-5 suits MRNet's 1,130 exams; some hundred exams want 1e-4; above is unstable"
+    lr = "1e-5 suits MRNet's 1,130 exams; some hundred exams need 1e-4; above is unstable"
     add("--lr", type=cli.positive_float, help=lr)
     l2 = "L2 inside Adam, as in the article"
     add("--weight-decay", type=cli.nonnegative_float, help=l2)
@@ -339,11 +339,13 @@ def load_exams(config, data_dir):
             config.plane,
             train=train,
             transform=Augmentation() if train and config.augment else None,
-            weights=None if config.class_weights else (1.0, 1.0),
             intensity=config.intensity,
         )
         for train in (True, False)
     )
+    if not config.class_weights:
+        for exams in (train_set, valid_set):
+            exams.set_class_weights(1.0, 1.0)
     cli.print_exams(train_set, valid_set)
     if not config.pretrained:
         print("weights    RANDOM (--no-pretrained): no ImageNet features")

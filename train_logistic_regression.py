@@ -10,9 +10,9 @@ with its interval, operating points and calibration, and writes models/<task>-st
 <task>-predictions.csv, <task>-results.json, <task>-roc.png, <task>-reliability.png and
 logs/<task>/stack/<time>/.
 
-With `--folds 1`, the article's way, the regression is fitted on exams that the networks have learnt
-from. With `--folds K` each training exam is predicted by the network that never saw it, and the K
-networks are averaged for every other exam.
+With `--folds 1`, the article's way, the regression is fitted on exams that the networks were
+trained on. With `--folds K` it is fitted on out-of-fold predictions: each training exam is
+predicted by the network that was not trained on it; for other exams the K networks are averaged.
 
 Sources: the article, section on combining the planes (its script was never published); Bien et al.,
 PLOS Medicine 2018: logistic regression on the three planes' probabilities. Out-of-fold stacking:
@@ -49,7 +49,7 @@ from common.stacking import (
 from dataloader import PLANES, SPLITS, MRDataset
 
 STACK = "stack"
-STAR = "*"  # beside each threshold: a line below the table says how it was chosen
+STAR = "*"  # beside each threshold: explained below the table
 GAIN = "stack against best plane"
 
 
@@ -167,6 +167,14 @@ def check_network(path, metadata, sets, expected):
                 f"{path}: was trained {beside} exams than {sets[split].root} holds; give the "
                 "--data-dir that it was trained on, or train it again"
             )
+
+
+def load_exams(data_dir, task):
+    """{plane: {split: MRDataset}} of a task."""
+    return {
+        plane: {split: MRDataset(data_dir, task, plane, train=split == "train") for split in SPLITS}
+        for plane in PLANES
+    }
 
 
 class PlaneLogits(NamedTuple):
@@ -366,7 +374,7 @@ def save_figures(models_dir, log_dir, task, labels, scores):
             writer.add_scalar(f"valid-auc/{name}", auc_interval(labels["valid"], values).value)
 
 
-def average_seeds(found, seeds=None):
+def join_seeds(found, seeds=None):
     """Put the logits of several seeds side by side.
 
     Args:
@@ -397,7 +405,7 @@ def seeds_aucs(found, sets, fit):
     aucs = []
     for k in range(len(found[PLANES[0]])):
         tuning = tuning_rows(sets, [found[plane][k] for plane in PLANES])
-        _, scores, _ = fit(logits=average_seeds(found, [k]), tuning=tuning)
+        _, scores, _ = fit(logits=join_seeds(found, [k]), tuning=tuning)
         labels = sets[PLANES[0]]["valid"].labels
         aucs.append(auc_interval(labels, scores["valid"][STACK]).value)
     print(f"stack of each seed, validation AUC: {', '.join(f'{auc:.4f}' for auc in aucs)}")
@@ -412,13 +420,7 @@ def run(args):
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     base_models = BaseModels(args.models_dir, args.task, args.folds, args.repeat, args.seed)
-    sets = {
-        plane: {
-            split: MRDataset(args.data_dir, args.task, plane, train=split == "train")
-            for split in SPLITS
-        }
-        for plane in PLANES
-    }
+    sets = load_exams(args.data_dir, args.task)
     labels = {split: sets[PLANES[0]][split].labels for split in SPLITS}
     check_base_models(base_models, args.data_dir)
     commit = cli.print_start_up(vars(args), device, precision)
@@ -437,7 +439,7 @@ def run(args):
     fit = partial(make_stack, args.task, args.features, labels=labels, sensitivity=args.sensitivity)
     aucs = seeds_aucs(found, sets, fit) if args.repeat > 1 else None
     tuning = tuning_rows(sets, every)
-    stack, scores, thresholds = fit(logits=average_seeds(found), tuning=tuning)
+    stack, scores, thresholds = fit(logits=join_seeds(found), tuning=tuning)
     chosen = threshold_source(tuning, args.folds, args.repeat)
     caveats = list_caveats(protocol, args.folds, chosen)
     rows = evaluate_scores(labels, scores, thresholds)

@@ -113,7 +113,7 @@ def lock(path):
 
 
 def run_suffix(fold=None, folds=1, seed=None):
-    """The part of a file name that tells one of several trainings: "" or "-fold2of5-seed1"."""
+    """End of a file name that distinguishes several trainings: "" or "-fold2of5-seed1"."""
     return (f"-fold{fold}of{folds}" if folds > 1 else "") + ("" if seed is None else f"-seed{seed}")
 
 
@@ -337,7 +337,7 @@ def restore_state(path, state, config, data_sets):
         return False
     content = read_checkpoint(path, expected=STATE_FORMAT)
     try:
-        # More epochs than at first may be asked for; those that are done stay as they are.
+        # A resumed training may have more epochs than before.
         earlier = content["config"], content["data"]
         check_same(path, config, data_sets, earlier, ignore=["epochs"])
         state.restore(content["training"])

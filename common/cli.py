@@ -62,8 +62,8 @@ def add_answer_arguments(parser):
     )
 
 
-def number(text, kind, is_valid, expected):
-    """An argument's text as a number. Raises ArgumentTypeError that says what is expected."""
+def parse_number(text, kind, is_valid, expected):
+    """An argument's text as a number. Raises ArgumentTypeError with what is expected."""
     try:
         value = kind(text)
     except ValueError:
@@ -74,23 +74,23 @@ def number(text, kind, is_valid, expected):
 
 
 def positive_int(text):
-    return number(text, int, lambda v: v >= 1, "a whole number of at least 1")
+    return parse_number(text, int, lambda v: v >= 1, "a whole number of at least 1")
 
 
 def seed_number(text):
-    return number(text, int, lambda v: 0 <= v < 2**31, "a whole number from 0 to below 2^31")
+    return parse_number(text, int, lambda v: 0 <= v < 2**31, "a whole number from 0 to below 2^31")
 
 
 def positive_float(text):
-    return number(text, float, lambda v: 0 < v < math.inf, "a number above 0")
+    return parse_number(text, float, lambda v: 0 < v < math.inf, "a number above 0")
 
 
 def nonnegative_float(text):
-    return number(text, float, lambda v: 0 <= v < math.inf, "a number of at least 0")
+    return parse_number(text, float, lambda v: 0 <= v < math.inf, "a number of at least 0")
 
 
 def probability(text):
-    return number(text, float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
+    return parse_number(text, float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
 
 
 # --- what is printed ------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def versions():
 
 
 def print_start_up(arguments, device, precision):
-    """Print the block that says what runs: device, versions, commit, arguments.
+    """Print the start-up block: device, versions, commit, arguments.
 
     Args:
         arguments: {name: value} as argparse has them.
@@ -210,7 +210,7 @@ def stop_after_step():
 
 
 def catch_signals(handler):
-    """Install `handler` for what asks a process to end; returns {number: previous handler}."""
+    """Install `handler` for SIGINT, SIGTERM, SIGHUP; returns {number: previous handler}."""
     names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]

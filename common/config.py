@@ -1,4 +1,4 @@
-"""What train.py is told that changes its result; the defaults are the article's recipe."""
+"""The arguments of train.py that change its result; the defaults are the article's recipe."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 class Config:
     """One training's arguments; a resumed training must agree on all of them.
 
-    Values are the article's ("How to train an MRI classifier with PyTorch") unless said.
+    Values are the article's ("How to train an MRI classifier with PyTorch") unless a comment names
+    another source.
     """
 
     task: str

@@ -18,7 +18,7 @@ class RunError(Exception):
 
 
 class Interrupted(Exception):
-    """A signal asked to stop; all is saved, the message says how to go on. Exit status 128 + n."""
+    """A signal n stopped the run, all is saved; the message says how to resume. Status 128 + n."""
 
     def __init__(self, number, message):
         super().__init__(message)

@@ -116,7 +116,7 @@ def exam_of(name, source, paths, unless):
         try:
             with open(path, "rb") as file:
                 content = hashlib.file_digest(file, "blake2b").digest()
-        except OSError as error:  # reading it will say what is wrong
+        except OSError as error:  # reading the volume raises an InputError
             content = str(error.errno).encode()
         total.update(plane.encode() + content)
     return Exam(name, source, paths, {}, total.hexdigest(), total.hexdigest() == unless)
@@ -201,7 +201,7 @@ class DicomExams:
             self.process.stdin.write(json.dumps({"exam": key[1], "unless": unless}) + "\n")
             self.process.stdin.flush()
         except OSError:
-            pass  # it has ended; the missing answer tells so
+            pass  # the importer has ended: `receive` reports it
 
     def receive(self):
         """The importer's next answer; {} and a `fault` if it has ended."""
@@ -224,7 +224,7 @@ class DicomExams:
         reply = self.receive()
         if not reply:
             return Exam(name, source, {}, dict.fromkeys(PLANES, self.fault), "")
-        # predict.py and explain.py say what is wrong with the exam
+        # predict.py and explain.py print the exam's own error
         self.print_lines(one for one in reply["lines"] if not one[1].startswith("error: "))
         if "planes" not in reply:
             return Exam(name, source, {}, {}, reply["input"], unchanged=True)
@@ -286,7 +286,7 @@ def open_exams(sources, plane=None, log=print):
     Args:
         sources: list of one Path, a folder in MRNet's layout, or a folder or zip of DICOM or NIfTI;
             or of one to three, the .npy files of one exam.
-        plane: of a single .npy file, where its path does not tell.
+        plane: of a single .npy file, where its path does not contain it.
         log: prints the DICOM importer's messages about its choice of series.
 
     Yields:
@@ -327,7 +327,7 @@ def open_exams(sources, plane=None, log=print):
 def exam_of_files(paths, plane=None):
     """The name of the exam that one to three .npy files make, and {plane: Path}.
 
-    A file's plane is `plane`, or its folder's name, or stands in its own name; the exam's name is
+    A file's plane is `plane`, or its folder's name, or part of its own name; the exam's name is
     the rest of it ("knee7-axial.npy" is knee7), or the folder's where nothing is left.
     """
     if plane and len(paths) > 1:

@@ -19,7 +19,7 @@ class NoWriter:
 
 
 def open_writer(folder, purge_step=None):
-    """TensorBoard's SummaryWriter; where it cannot write, a NoWriter and a line that says so."""
+    """TensorBoard's SummaryWriter; where it cannot write, a NoWriter, with a warning."""
     # Half a second to import, and predicting does not need it.
     from torch.utils.tensorboard import SummaryWriter
 

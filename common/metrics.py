@@ -274,7 +274,7 @@ def expected_calibration_error(labels, probabilities, bins=ECE_BINS):
 def roc_band(labels, scores, level=0.95, resamples=RESAMPLES, seed=0, points=101):
     """The ROC curve at `points` false positive rates from 0 to 1, with a pointwise band: RocBand.
 
-    Each rate's stratified bootstrap variance says how many exams the sensitivity is worth, at
+    Each rate's stratified bootstrap variance gives the effective sample size of the sensitivity, at
     most the positives there are; the bounds are Jeffreys' interval for as many (Brown et al.,
     Stat. Sci. 2001; effective size: Korn & Graubard, Surv. Methodol. 1998). Percentiles would
     have no width where the curve touches 1.
@@ -443,8 +443,8 @@ def _resampled_counts(positive, scores, resamples, seed):
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
         counts = []
-        for members in (place[positive], place[~positive]):
-            drawn = members[rng.integers(len(members), size=(rows, len(members)))]
+        for places in (place[positive], place[~positive]):
+            drawn = places[rng.integers(len(places), size=(rows, len(places)))]
             drawn += k * np.arange(rows)[:, None]  # each resample its own columns
             counts.append(np.bincount(drawn.ravel(), minlength=rows * k).reshape(rows, k))
         yield counts

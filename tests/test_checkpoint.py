@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common import checkpoint, weights
-from common.checkpoint import load_model, save_model
+from common.checkpoint import TrainState, check_same, load_model, save_model
 from common.errors import InputError
 from common.files import atomic
 from common.pickles import ArrayUnpickler
@@ -123,3 +123,92 @@ def test_atomic_keeps_the_old_file_on_failure(tmp_path):
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["f.txt"]
+
+
+def test_models_of_earlier_versions_load(tmp_path):
+    path, model = tmp_path / "acl-axial.pt", MRNet()
+    about = {("held_out" if k == "out_of_fold" else k): v for k, v in METADATA.items()}
+    about |= {"data": {"valid": "0", "choose": "1", "train": "2"}, "held_out": ["4", "7"]}
+    content = {"format": "mrnet-model-1", "model": model.state_dict(), "about": about}
+    checkpoint.write_checkpoint(path, content)
+    loaded, metadata = load_model(path)
+    assert metadata["out_of_fold"] == ["4", "7"] and "held_out" not in metadata
+    assert metadata["data"] == {"valid": "0", "selection": "1", "train": "2"}
+    for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(a, b)
+    checkpoint.write_checkpoint(path, content | {"format": "mrnet-model-0"})
+    with pytest.raises(InputError, match="acl-axial.pt: not a mrnet-model-2 file"):
+        load_model(path)
+
+
+def a_state(lr=1e-3):
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+    return TrainState(model, optimizer, scheduler)
+
+
+def test_early_stopping_counts_epochs_without_a_better_loss():
+    state = a_state()
+    story = [(0.5, 0.6), (0.4, 0.7), (0.4, 0.7), (0.45, 0.9), (0.3, 0.8)]
+    best, bad = [], []
+    for epoch, (loss, auc) in enumerate(story, start=1):
+        state.epoch = epoch
+        best.append(state.update({"loss": loss, "auc": auc}))
+        bad.append(state.bad_epochs)
+    assert best == [True, True, False, True, False] and bad == [0, 0, 1, 2, 0]
+    assert (state.best_loss, state.best_auc, state.best_epoch) == (0.3, 0.9, 4)
+    assert state.lr == pytest.approx(1e-3 * 0.5**2)  # the plateau schedule heard the losses
+
+
+def test_a_state_is_restored_with_this_machines_settings(tmp_path):
+    state = a_state()
+    state.model(torch.ones(2, 3)).sum().backward()
+    state.optimizer.step()
+    state.epoch, state.best_auc, state.log_dir, state.partial_epoch = 2, 0.7, "logs/x", None
+    path = tmp_path / "acl-axial.state"
+    state.save(path, {"lr": 1e-3}, {"train": "f"})
+    content = checkpoint.read_checkpoint(path, checkpoint.STATE_FORMAT)
+    assert content["config"] == {"lr": 1e-3} and content["data"] == {"train": "f"}
+    other = a_state(lr=torch.tensor(0.1))
+    for group in other.optimizer.param_groups:
+        group["capturable"] = True
+    other.restore(content["training"])
+    assert (other.epoch, other.best_auc, other.log_dir) == (2, 0.7, "logs/x")
+    (group,) = other.optimizer.param_groups
+    assert torch.is_tensor(group["lr"]) and other.lr == pytest.approx(1e-3)
+    assert group["capturable"] is True
+    assert torch.equal(other.model.weight, state.model.weight)
+    assert len(other.optimizer.state) == 2
+
+
+class Exams:
+    """Stands in for an MRDataset."""
+
+    def __init__(self, fingerprint):
+        self.fingerprint = fingerprint
+
+    def has_fingerprint(self, fingerprint):
+        return fingerprint == self.fingerprint
+
+
+def test_what_a_resumed_run_must_agree_on():
+    config = {"lr": 1e-4, "lr_scheduler": "step", "device": "cpu", "epochs": 3}
+    config |= {"precision": "fp32", "cuda_graphs": False}
+    sets, prints = {"train": Exams("a"), "valid": Exams("b")}, {"train": "a", "valid": "b"}
+    same = ("x.pt", config, sets)
+    check_same(*same, (config, prints))
+    check_same(*same, ({"lr": 1e-4, "lr_scheduler": "step", "epochs": 3}, prints))  # recorded later
+    check_same(*same, (config | {"epochs": 2}, prints), ignore=["epochs"])
+    for change, words in (
+        ({"epochs": 2}, "--epochs 2"),
+        ({"lr_scheduler": "none", "lr": 1.0}, "--lr 1.0, --lr-scheduler none"),
+        ({"device": "cuda"}, "--device cuda"),
+    ):
+        with pytest.raises(InputError, match=f"x.pt: was trained with {words};"):
+            check_same(*same, (config | change, prints))
+    with pytest.raises(InputError, match="--lr None"):
+        check_same(*same, (None, prints))
+    for other in ({"train": "a"}, {"train": "a", "valid": "c"}, prints | {"more": "d"}):
+        with pytest.raises(InputError, match="other exams"):
+            check_same(*same, (config, other))

@@ -38,8 +38,8 @@ def test_validation_weights_are_counted_on_training_labels(exams):
     (exams / "valid-acl.csv").write_text("12,1\n13,1\n14,1\n15,0\n")
     valid = MRDataset(exams, "acl", "axial", train=False)
     assert valid.class_weights == (1.0, 2.0) and valid.weights.tolist() == [2, 2, 2, 1]
-    given = MRDataset(exams, "acl", "axial", train=False, weights=(0.5, 3.0))
-    assert given.weights.tolist() == [3, 3, 3, 0.5]
+    valid.set_class_weights(0.5, 3.0)
+    assert valid.weights.tolist() == [3, 3, 3, 0.5]
 
 
 def test_works_in_torchs_dataloader(shared_exams):

@@ -9,7 +9,7 @@ from conftest import ROOT
 from torch import nn
 from torchvision.models import alexnet
 
-from model import LastConvolution, MRNet, first_convolution_of_grey
+from model import MRNet, first_convolution_of_grey
 
 
 def articles_forward(model, x):
@@ -75,42 +75,6 @@ def test_first_convolution_has_the_article_shape_and_pixel_alignment():
     torch.testing.assert_close(
         first_convolution_of_grey(x, conv), conv(x.expand(1, 3, 256, 256)), atol=1e-6, rtol=1e-5
     )
-
-
-def maximum(maps):
-    return maps.mean(dim=(2, 3)).amax(dim=0)
-
-
-HEADS = {
-    "maximum": maximum,
-    "maximum over repeated slices": lambda maps: maximum(torch.cat([maps, maps[-1:]])),
-    "every slice": lambda maps: maps.square().mean(dim=(0, 2, 3)),
-    "one slice": lambda maps: maps[2].mean(dim=(1, 2)),
-    "nothing": lambda maps: 0 * maps.sum(dim=(0, 2, 3)),
-}
-
-
-@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
-def test_last_convolution_has_conv2ds_gradients(head):
-    torch.manual_seed(0)
-    mine = LastConvolution(6, 10, kernel_size=3, padding=1).double()
-    plain = nn.Conv2d(6, 10, kernel_size=3, padding=1).double()
-    plain.load_state_dict(mine.state_dict())
-    x = torch.randn(5, 6, 4, 7, dtype=torch.float64)
-    factors = torch.randn(10, dtype=torch.float64)
-    found = []
-    for conv in (mine, plain):
-        fed = x.clone().requires_grad_()
-        (head(conv(fed)) * factors).sum().backward()
-        found.append([conv(fed).detach(), fed.grad, conv.weight.grad, conv.bias.grad])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
-
-
-def test_a_gradient_that_is_not_a_number_is_passed_on():
-    conv = LastConvolution(6, 10, kernel_size=3, padding=1)
-    (maximum(conv(torch.randn(3, 6, 4, 4))).sum() * torch.nan).backward()
-    assert conv.weight.grad.isnan().all()
 
 
 def test_scripts_do_not_import_torchvision():

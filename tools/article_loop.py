@@ -96,7 +96,7 @@ class ArticlesNet(nn.Module):
 class ArticlesLoop:
     """One epoch of training and of validation as the article wrote them."""
 
-    def __init__(self, train_set, valid_set, device, workers, folder):
+    def __init__(self, sets, device, workers, folder):
         self.device = device
         # More workers than cores are the article's, and torch advises against them.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -104,7 +104,7 @@ class ArticlesLoop:
             DataLoader(
                 ArticlesDataset(exams, train), batch_size=1, shuffle=train, num_workers=workers
             )
-            for exams, train in ((train_set, True), (valid_set, False))
+            for exams, train in zip(sets, (True, False), strict=True)
         ]
         self.model = ArticlesNet().to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-5, weight_decay=0.1)

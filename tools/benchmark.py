@@ -29,7 +29,6 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import cli, engine
@@ -115,16 +114,10 @@ class Ours:
     """One epoch of engine.py, the loop that train.py runs."""
 
     def __init__(
-        self,
-        train_set,
-        valid_set,
-        device,
-        precision="auto",
-        network=MRNet,
-        augmentation=Augmentation,
-        graphs=True,
+        self, sets, device, precision="auto", network=MRNet, augmentation=Augmentation, graphs=True
     ):
-        self.train_set, self.valid_set = copy.copy(train_set), valid_set
+        train_set, self.valid_set = sets
+        self.train_set = copy.copy(train_set)
         self.train_set.transform = augmentation()
         self.device, self.precision = device, pick_precision(precision, device)
         self.model = network().to(device)
@@ -173,15 +166,6 @@ class WithoutChannelsLast(MRNet):
         return self.pretrained_model[1:](x)
 
 
-class WithDenseGradient(MRNet):
-    """The last convolution's backward on all slices, as Conv2d has it."""
-
-    def __init__(self):
-        super().__init__()
-        last = self.pretrained_model[10]
-        last.forward = partial(nn.Conv2d.forward, last)
-
-
 class TwoResamplings(Augmentation):
     def __call__(self, grey, pose):
         still = torch.zeros_like(pose)
@@ -198,14 +182,14 @@ def variants(device, workers, folder):
         "- channels_last": partial(Ours, network=WithoutChannelsLast),
         "- one channel (3 copies)": partial(Ours, network=ThreeChannels),
         "- 4x4 blocks": partial(Ours, network=WithoutBlocks),
-        "- winners' gradient (all slices)": partial(Ours, network=WithDenseGradient),
         "- one resampling (2)": partial(Ours, augmentation=TwoResamplings),
         "- CUDA graphs": partial(Ours, graphs=False),
         ARTICLE: partial(ArticlesLoop, workers=workers, folder=folder),
     }
     if not has_bf16(device):
         del made["- bf16 (fp32)"]
-    del made["- CUDA graphs" if device.type == "cpu" else "- winners' gradient (all slices)"]
+    if device.type == "cpu":
+        del made["- CUDA graphs"]
     return made
 
 
@@ -237,8 +221,7 @@ def product_rate(device, precision, side=2048, runs=15):
 def flops_a_slice(device, slices=30):
     """Floating point operations a slice of 256 x 256 for one training step and one evaluation.
 
-    Those that our network does: one grey channel in the first convolution, and on a CPU the last
-    one's backward for the winning slices only.
+    Those that our network does: one grey channel in the first convolution.
     """
     model, x = MRNet().to(device), torch.rand(1, slices, 1, SIDE, SIDE, device=device)
     with FlopCounterMode(display=False) as training:
@@ -255,21 +238,27 @@ def memory(device):
     return psutil.Process().memory_info().rss
 
 
-def measure(args, device, root):
-    """Every variant in every round: {name: (train seconds, evaluation seconds, bytes)}."""
-    makers = variants(device, args.workers, root / "logs")
-    if args.only:
-        makers = {name: make for name, make in makers.items() if name in args.only}
+def measure(makers, root, device, cache, runs):
+    """Time every variant in every round.
+
+    Args:
+        makers: {name: maker}, as `variants` returns them.
+        root: folder of the exams.
+        cache: as train.py's --cache.
+
+    Returns:
+        {name: ([train seconds], [evaluation seconds], [bytes])}, and slices of either data set.
+    """
     times = {name: ([], [], []) for name in makers}
     sets = [MRDataset(root, "acl", PLANES[0], train=train) for train in (True, False)]
     cached = [copy.deepcopy(exams) for exams in sets]
-    cache_volumes(cached, args.cache, device)
-    for round_ in range(args.runs + 1):  # the first round warms up and is thrown away
+    cache_volumes(cached, cache, device)
+    for round_ in range(runs + 1):  # the first round warms up and is thrown away
         for name, make in makers.items():
-            print(f"round {round_} of {args.runs}: {name:<33}", end="\r", file=sys.stderr)
+            print(f"round {round_} of {runs}: {name:<33}", end="\r", file=sys.stderr)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            loop = make(*(sets if name == ARTICLE else cached), device)
+            loop = make(sets if name == ARTICLE else cached, device)
             measured = seconds(loop.train, device), seconds(loop.evaluate, device), memory(device)
             if round_:
                 for kept, value in zip(times[name], measured, strict=True):
@@ -345,7 +334,7 @@ def growth(device, runs):
             write_exams(Path(folder), {"train": n, "valid": 2}, lambda _, s=s: s)
             exams = MRDataset(folder, "acl", PLANES[0])
             cache_volumes([exams], "auto", device)
-            loop = Ours(exams, exams, device)
+            loop = Ours((exams, exams), device)
             loop.train()
             took = 1e3 * statistics.median(seconds(loop.train, device) for _ in range(runs))
             rows.append(
@@ -354,12 +343,12 @@ def growth(device, runs):
     return rows
 
 
-def whole_run(args, device, root):
+def whole_run(root, device, cache):
     """Two epochs of train.py in a process of its own, as a user starts it: one row of values."""
     command = [sys.executable, str(Path(__file__).parent.parent / "train.py"), "--task", "acl"]
     command += ["--plane", PLANES[0], "--data-dir", str(root), "--models-dir", str(root / "models")]
     command += ["--logs-dir", str(root / "logs"), "--epochs", "2", "--no-pretrained"]
-    command += ["--device", device.type, "--cache", args.cache]
+    command += ["--device", device.type, "--cache", cache]
     began, epochs = time.perf_counter(), []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         for line in child.stdout:
@@ -374,12 +363,11 @@ def whole_run(args, device, root):
     if child.returncode:
         raise RunError(f"train.py ended with status {child.returncode}")
     (one, after_one), (two, after_two) = epochs
-    volumes = sum(
-        exams.nbytes for exams in (MRDataset(root, "acl", PLANES[0], t) for t in (True, False))
-    )
+    data_sets = [MRDataset(root, "acl", PLANES[0], train) for train in (True, False)]
+    volumes = sum(exams.nbytes for exams in data_sets)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # Linux counts in KiB
     return {
-        "exams": args.exams + args.valid,
+        "exams": sum(map(len, data_sets)),
         "start-up s": start_up,
         "epoch 1 s": one,
         "epoch 2 s": two,
@@ -402,9 +390,12 @@ def run(args):
         with tempfile.TemporaryDirectory() as folder:
             write_exams(Path(folder), {"train": args.exams, "valid": args.valid}, mrnet_slices)
             if args.whole_run:
-                rows, what = [whole_run(args, device, Path(folder))], "run"
+                rows, what = [whole_run(Path(folder), device, args.cache)], "run"
             else:
-                times, slices = measure(args, device, Path(folder))
+                makers = variants(device, args.workers, Path(folder) / "logs")
+                if args.only:
+                    makers = {name: makers[name] for name in args.only}
+                times, slices = measure(makers, Path(folder), device, args.cache, args.runs)
                 rows, what = table(times, slices, device, precision), "epoch"
                 print(
                     f"an epoch: {args.exams} exams with {slices[0]} slices, and {args.valid} with "

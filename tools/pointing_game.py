@@ -4,7 +4,7 @@
     python -m tools.pointing_game data/phantom --task acl --models-dir models/reproduce
 
 Counts for how many exams the strongest voxel of the heat map, of all slices, lies in a lesion or
-within 15 mm of its extent in 3-D. It needs to know where the lesions are, so it is for the phantom.
+within 15 mm of its extent in 3-D. It needs the places of the lesions, so it is for the phantom.
 """
 
 import json

@@ -23,6 +23,7 @@ import time
 import warnings
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -86,11 +87,22 @@ def read_labels(path, numbered):
     return labels
 
 
-def write_exam(exam, number, args, report):
-    """Write the planes of one exam -> how many slices. Each plane that fails is counted."""
+class Choice(NamedTuple):
+    """How a series is chosen and made square."""
+
+    series: list  # parts of descriptions, or numbers, that the user asks for
+    square: str  # "pad" or "crop"
+
+
+def write_exam(exam, number, folder, choice, report):
+    """Write the planes of one exam to `folder`/<plane> and count each plane that fails.
+
+    Returns:
+        number of slices.
+    """
     title = f"exam {number:04d} ({exam.source})"
-    volumes, _ = volumes_of(exam, args.series, args.square, report, title)
-    paths = {plane: args.out / args.split / plane / f"{number:04d}.npy" for plane in TARGET}
+    volumes, _ = volumes_of(exam, *choice, report, title)
+    paths = {plane: folder / plane / f"{number:04d}.npy" for plane in TARGET}
     try:
         for plane, path in paths.items():
             if plane in volumes:
@@ -107,38 +119,42 @@ def write_exam(exam, number, args, report):
     return sum(len(volume) for volume in volumes.values())
 
 
-def number_exams(exams, args, key):
-    """The register of OUT with all `exams` in it, {number: Exam}, and the numbers to convert.
+def number_exams(exams, out, split, overwrite, key):
+    """The register of `out` with all `exams` in it, {number: Exam}, and the numbers to convert.
+
+    Args:
+        overwrite: convert exams again that are there.
+        key: secret of `keyed_hash`.
 
     Raises:
         InputError: an exam is in the other split already.
     """
-    register, numbered, wanted = Register(args.out), {}, []
+    register, numbered, wanted = Register(out), {}, []
     for exam in exams:
         patient = keyed_hash(key, min(exam.study.patients, default=""))
         number = register.number(exam.name, patient)
         numbered[number] = exam
-        split = register.split_of(number)
-        if split not in (None, args.split):
+        found = register.split_of(number)
+        if found not in (None, split):
             raise InputError(
-                f"{args.source}: exam {exam.title} is exam {number:04d} of {split} already; the "
+                f"{out}: exam {exam.title} is exam {number:04d} of {found} already; the "
                 "splits must not share exams"
             )
-        if split is None or args.overwrite:
+        if found is None or overwrite:
             wanted.append(number)
     return register, numbered, wanted
 
 
-def prepare(args, report):
+def run(args, report):
     """Convert everything -> exit status."""
-    start = time.perf_counter()
+    start, choice = time.perf_counter(), Choice(args.series, args.square)
     if not args.source.exists():
         raise InputError(f"{args.source}: no such file or folder")
     exams = find_exams(args.source, report)
     if not exams:
         raise InputError(f"{args.source}: no readable DICOM or NIfTI in it; give the exams' folder")
     key = patient_key()
-    register, numbered, wanted = number_exams(exams, args, key)
+    register, numbered, wanted = number_exams(exams, args.out, args.split, args.overwrite, key)
     labels = read_labels(args.labels, numbered) if args.labels else {}
     if args.id_map and args.id_map.exists() and not args.overwrite:
         raise InputError(f"{args.id_map}: exists; give another file or --overwrite")
@@ -156,13 +172,19 @@ def prepare(args, report):
     slices, full = {}, None
     for number in tqdm(wanted, desc="exams", unit="exam", disable=None):
         try:
-            slices[number] = write_exam(numbered[number], number, args, report)
+            slices[number] = write_exam(
+                numbered[number], number, args.out / args.split, choice, report
+            )
         except OSError as error:
             full = error
             break
     done = {n for n in numbered if n not in wanted} | {n for n, count in slices.items() if count}
     if full is None:
-        finish(args, register, numbered, done, labels)
+        groups = register.groups()
+        labels["groups"] = {n: groups[n] for n in done}
+        write_labels(args.out, args.split, labels, done)
+        if args.id_map:
+            write_id_map(args.id_map, numbered, done)
     kept = len(numbered) - len(wanted)
     report.log(
         f"{len(done) - kept} of {len(wanted)} exams, {sum(slices.values())} slices in "
@@ -181,26 +203,26 @@ def prepare(args, report):
     return 1 if report.failures else 0
 
 
-def finish(args, register, numbered, done, labels):
-    """Write what tells of the exams `done`: labels, groups, and the id map."""
-    for task, by_exam in labels.items():
-        known = {n: label for n, label in by_exam.items() if n in done}
-        merge_csv(args.out / f"{args.split}-{task}.csv", known)
-    groups = register.groups()
-    merge_csv(args.out / f"{args.split}-groups.csv", {n: groups[n] for n in done})
-    if args.id_map:
-        rows = [
-            (number, exam.study.uid, exam.source, exam.name)
-            for number, exam in sorted(numbered.items())
-            if number in done
-        ]
-        write_csv(args.id_map, [("id", "study", "folder", "exam"), *rows])
+def write_labels(out, split, columns, done):
+    """Merge {name: {exam's number: value}} of the exams `done` into OUT/<split>-<name>.csv."""
+    for name, values in columns.items():
+        merge_csv(out / f"{split}-{name}.csv", {n: v for n, v in values.items() if n in done})
+
+
+def write_id_map(path, numbered, done):
+    """Write what identifies the exams `done`: number, study UID, folder, name."""
+    rows = [
+        (number, exam.study.uid, exam.source, exam.name)
+        for number, exam in sorted(numbered.items())
+        if number in done
+    ]
+    write_csv(path, [("id", "study", "folder", "exam"), *rows])
 
 
 # --- for predict.py and explain.py ----------------------------------------------------------------
 
 
-def serve(args, report):
+def serve(source, out, choice, report):
     """List the exams, then convert those that standard input asks for, as lines of JSON.
 
     First line out: {"exams": [[name, source], ...], "lines": [...]}. A line in: {"exam": name,
@@ -208,13 +230,13 @@ def serve(args, report):
     "unusable": {plane: why}, "fault": why nothing could be written, or null, "lines"}; no more than
     {"exam", "input", "lines"} where the digest is the one that was given.
     """
-    if not args.source.exists():
-        raise InputError(f"{args.source}: no such file or folder")
-    exams = {exam.name: exam for exam in find_exams(args.source, report)}
+    if not source.exists():
+        raise InputError(f"{source}: no such file or folder")
+    exams = {exam.name: exam for exam in find_exams(source, report)}
     if not exams:
         lines = [text for stream, text in report.take() if stream == "stderr"]
         why = lines[0].removeprefix("error: ") if lines else "give the exams' folder"
-        raise InputError(f"{args.source}: no readable DICOM or NIfTI in it; {why}")
+        raise InputError(f"{source}: no readable DICOM or NIfTI in it; {why}")
     listed = [[exam.name, exam.source] for exam in exams.values()]
     answer({"exams": listed, "lines": report.take()})
     for line in sys.stdin:
@@ -222,15 +244,15 @@ def serve(args, report):
         exam = exams[request["exam"]]
         reply = {"exam": exam.name, "input": digest_of(exam)}
         if reply["input"] != request["unless"]:
-            volumes, unusable = volumes_of(exam, args.series, args.square, report, exam.title)
+            volumes, unusable = volumes_of(exam, *choice, report, exam.title)
             reply |= {"planes": {}, "unusable": unusable, "fault": None}
             try:
                 for plane, volume in volumes.items():
-                    path = args.out / exam.name / f"{plane}.npy"
+                    path = out / exam.name / f"{plane}.npy"
                     write_volume(path, volume)
                     reply["planes"][plane] = str(path)
             except OSError as error:
-                reply["fault"] = f"{args.out}: {error.strerror}"
+                reply["fault"] = f"{out}: {error.strerror}"
         answer(reply | {"lines": report.take()})
     return 0
 
@@ -309,7 +331,9 @@ def main(argv=None):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return (serve if args.serve else prepare)(args, report)
+            if args.serve:
+                return serve(args.source, args.out, Choice(args.series, args.square), report)
+            return run(args, report)
     except InputError as error:
         status, message = 2, str(error)
     except ImportError as error:

@@ -140,7 +140,7 @@ def split_by_folder(rows, found):
 # --- command line ---------------------------------------------------------------------------------
 
 
-def prepare(args, report):
+def run(args, report):
     """Convert everything -> exit status."""
     start = time.perf_counter()
     if not args.source.is_dir():
@@ -240,7 +240,7 @@ def parse(argv):
 def main(argv=None):
     args, report = parse(argv), Report()
     try:
-        return prepare(args, report)
+        return run(args, report)
     except InputError as error:
         report.fault(str(error))
         return 2

@@ -108,14 +108,18 @@ def quiet_interrupt():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
 
 
-def make_exams(jobs, args):
-    """Yield make_exam's results in the order of `jobs`, a list of (split, labels)."""
-    work = partial(make_exam, seed=args.seed, size=args.size, out=args.out)
+def make_exams(jobs, workers, **drawn):
+    """Yield make_exam's results in the order of `jobs`, a list of (split, labels).
+
+    Args:
+        drawn: seed, size and out, as make_exam takes them.
+    """
+    work = partial(make_exam, **drawn)
     columns = range(len(jobs)), *zip(*jobs, strict=True)
-    if args.workers == 1:
+    if workers == 1:
         yield from map(work, *columns)
         return
-    with ProcessPoolExecutor(args.workers, initializer=quiet_interrupt) as pool:
+    with ProcessPoolExecutor(workers, initializer=quiet_interrupt) as pool:
         yield from pool.map(work, *columns)
 
 
@@ -143,7 +147,13 @@ def main():
     except OSError as error:
         parser.error(f"cannot write to {args.out}: {error.strerror}; give another --out")
     hidden = not sys.stderr.isatty()
-    done = tqdm(make_exams(jobs, args), total=len(jobs), unit="exam", desc="knees", disable=hidden)
+    done = tqdm(
+        make_exams(jobs, args.workers, seed=args.seed, size=args.size, out=args.out),
+        total=len(jobs),
+        unit="exam",
+        desc="knees",
+        disable=hidden,
+    )
     write_text(lesions, json.dumps(dict(done)))
     first = 0
     for split, rows in splits.items():

@@ -1,0 +1,240 @@
+"""The stack: features, regression, thresholds, decision, and its file."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+from common import stacking
+from common.checkpoint import save_model
+from common.errors import InputError
+from common.stacking import (
+    COMBINATIONS,
+    combine,
+    decide,
+    fit_combinations,
+    load_stack,
+    load_task,
+    save_stack,
+    saved_tasks,
+    stack_features,
+    stack_path,
+    threshold_for,
+)
+from model import MRNet
+
+PLANES = ("axial", "coronal", "sagittal")
+METADATA = {
+    "task": "acl",
+    "plane": "axial",
+    "intensity": "raw",
+    "protocol": "article",
+    "epoch": 3,
+    "out_of_fold": [],
+    "data": {"valid": "0123456789abcdef"},
+    "metrics": {},
+}
+
+
+def logit(p):
+    return math.log(p / (1 - p))
+
+
+def some_logits(n=40, networks=2, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = (np.arange(n) % 3 == 0).astype(np.float32)
+    return labels, {
+        plane: rng.normal(size=(n, networks)) + labels[:, None] * (i + 1)
+        for i, plane in enumerate(PLANES)
+    }
+
+
+def one_combination(planes, threshold=0.4):
+    return {"coefficients": [1.0] * len(planes.split("+")), "intercept": -1, "threshold": threshold}
+
+
+def a_stack(**more):
+    combinations = {planes: one_combination(planes) for planes in COMBINATIONS}
+    return {"task": "acl", "features": "probability", "combinations": combinations,
+            "base_models": {"axial": ["acl-axial.pt"]}, "digests": {}} | more  # fmt: skip
+
+
+def test_every_set_of_planes():
+    assert COMBINATIONS == ["axial", "coronal", "sagittal", "axial+coronal", "axial+sagittal",
+                            "coronal+sagittal", "axial+coronal+sagittal"]  # fmt: skip
+
+
+def test_features_are_means_of_probabilities_or_of_logits():
+    logits = {"axial": np.array([[logit(0.2), logit(0.4)]]), "sagittal": np.array([[1.0, 3.0]])}
+    features = stack_features("probability", ["axial", "sagittal"], logits)
+    sigmoids = (1 / (1 + math.exp(-1)) + 1 / (1 + math.exp(-3))) / 2
+    np.testing.assert_allclose(features, [[0.3, sigmoids]])
+    features = stack_features("logit", ["sagittal"], logits)
+    np.testing.assert_allclose(features, [[2.0]])
+
+
+@pytest.mark.parametrize("kind", ["probability", "logit"])
+def test_a_stack_is_scikit_learns_regression_of_the_planes_that_exist(kind):
+    labels, logits = some_logits()
+    nobody = np.zeros(len(labels), bool)
+    stack = {"features": kind,
+             "combinations": fit_combinations(kind, logits, labels, nobody)}  # fmt: skip
+    assert list(stack["combinations"]) == COMBINATIONS
+    for planes in (["axial", "coronal", "sagittal"], ["axial", "sagittal"], ["coronal"]):
+        x = stack_features(kind, planes, logits)
+        wanted = LogisticRegression().fit(x, labels).predict_proba(x)[:, 1]
+        # In any order of the planes.
+        given = {plane: logits[plane] for plane in reversed(planes)}
+        stacked, threshold = combine(stack, given)
+        np.testing.assert_allclose(stacked, wanted, atol=1e-9)
+        assert threshold == threshold_for(labels, wanted, nobody) == pytest.approx(threshold)
+        assert wanted.min() <= threshold <= wanted.max()
+
+
+def test_tuning_exams_choose_the_threshold_and_are_not_fitted_on():
+    labels, logits = some_logits()
+    tuning = np.arange(40) >= 25
+    combinations = fit_combinations("logit", logits, labels, tuning)
+    x = logits["sagittal"].mean(axis=1, keepdims=True)
+    fitted = LogisticRegression().fit(x[:25], labels[:25])
+    assert combinations["sagittal"]["coefficients"] == pytest.approx(fitted.coef_[0])
+    assert combinations["sagittal"]["intercept"] == pytest.approx(fitted.intercept_[0])
+    p = fitted.predict_proba(x)[:, 1]
+    assert combinations["sagittal"]["threshold"] in p[25:]
+    assert combinations["sagittal"]["threshold"] == threshold_for(labels[25:], p[25:], tuning[25:])
+
+
+def test_thresholds():
+    labels = np.array([0, 0, 1, 0, 1, 1], np.float32)
+    p = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    nobody = np.zeros(6, bool)
+    assert threshold_for(labels, p, nobody) == 0.3  # 1 + 2/3, as much as 0.5, more sensitivity
+    assert threshold_for(labels, p, nobody, sensitivity=1.0) == 0.3
+    assert threshold_for(labels, p, nobody, sensitivity=0.6) == 0.5
+    some = np.array([1, 0, 0, 0, 0, 1], bool)
+    assert threshold_for(labels, p, some) == 0.6
+
+
+def test_decisions():
+    stack = a_stack(features="logit")
+    # sum of logits - 1: the threshold 0.4 lies at logit(0.4)
+    edge = 1 + logit(0.4)
+    for value, label in ((edge + 1e-6, "positive"), (edge - 1e-6, "negative")):
+        probability, threshold, said = decide(stack, {"axial": [value]})
+        assert said == label and threshold == 0.4 and type(probability) is float
+        assert probability == pytest.approx(0.4, abs=1e-5)
+    two = decide(stack, {"axial": [0.0, 4.0], "coronal": [1.0, -1.0]})
+    assert two.probability == pytest.approx(1 / (1 + math.exp(-1)))
+    at = a_stack(features="logit")
+    at["combinations"]["axial"] = {"coefficients": [1.0], "intercept": 0, "threshold": 0.5}
+    assert decide(at, {"axial": [0.0]}).label == "positive"  # at the threshold
+
+
+def test_a_stack_is_read_as_it_was_written(tmp_path):
+    path = stack_path(tmp_path, "acl")
+    assert path == tmp_path / "acl-stack.json"
+    save_stack(path, a_stack())
+    assert load_stack(tmp_path, "acl") == {"format": stacking.FORMAT} | a_stack()
+    assert path.read_text().endswith("}\n")
+
+
+def test_stacks_of_earlier_versions(tmp_path):
+    path = stack_path(tmp_path, "acl")
+    earlier = a_stack()
+    earlier["members"] = earlier.pop("base_models")
+    for version in ("mrnet-stack-1", "mrnet-stack-2"):
+        path.write_text(json.dumps({"format": version} | earlier))
+        assert load_stack(tmp_path, "acl")["base_models"] == {"axial": ["acl-axial.pt"]}
+    path.write_text(json.dumps({"format": "mrnet-stack-2"} | earlier | {"features": "logit"}))
+    load_stack(tmp_path, "acl")
+    path.write_text(json.dumps({"format": "mrnet-stack-1"} | earlier | {"features": "logit"}))
+    with pytest.raises(InputError, match="rounded logits.*--task acl --features logit` again"):
+        load_stack(tmp_path, "acl")
+
+
+def faulty_stacks():
+    yield {"format": "mrnet-stack-0"}
+    yield {"task": "meniscus"}
+    yield {"features": "other"}
+    yield {"combinations": {}}
+    yield {"base_models": {"other": []}}
+    yield {"base_models": {"axial": ["../acl-axial.pt"]}}
+    yield {"base_models": {"axial": ["acl-axial.zip"]}}
+    yield {"base_models": {"axial": [7]}}
+    yield {"digests": []}
+    bad = ({"coefficients": [1.0, 2.0]}, {"coefficients": ["1"]}, {"intercept": math.nan},
+           {"threshold": math.inf}, {"threshold": True}, {"coefficients": None})  # fmt: skip
+    for change in bad:
+        combinations = a_stack()["combinations"]
+        combinations["axial"] |= change
+        yield {"combinations": combinations}
+
+
+@pytest.mark.parametrize("change", faulty_stacks(), ids=str)
+def test_a_damaged_stack_is_named(tmp_path, change):
+    path = stack_path(tmp_path, "acl")
+    path.write_text(json.dumps({"format": stacking.FORMAT} | a_stack() | change))
+    with pytest.raises(InputError, match="acl-stack.json: damaged, or not a stack of acl"):
+        load_stack(tmp_path, "acl")
+
+
+def test_no_stack_says_what_makes_one(tmp_path):
+    with pytest.raises(InputError, match="no such stack; run .*regression.py --task acl"):
+        load_stack(tmp_path, "acl")
+
+
+def write_models(folder, *names, dataset=None, seed=0):
+    for i, name in enumerate(names):
+        task, plane, *_ = name.split("-")
+        metadata = METADATA | {"task": task, "plane": plane, "dataset": dataset}
+        save_model(folder / f"{name}.pt", MRNet(), metadata)
+        assert i >= 0
+
+
+def test_tasks_with_models(tmp_path):
+    with pytest.raises(InputError, match="no saved models.*another --models-dir"):
+        saved_tasks(tmp_path)
+    write_models(tmp_path, "cyst-axial", "acl-sagittal")
+    save_stack(stack_path(tmp_path, "meniscus"), a_stack())
+    (tmp_path / "acl-axial-fold1of2.pt").touch()
+    assert saved_tasks(tmp_path) == ["acl", "cyst", "meniscus"]
+
+
+def test_everything_of_a_task(tmp_path):
+    synthetic = {"name": "phantom", "version": "1", "synthetic": True, "orientation": None}
+    write_models(tmp_path, "acl-axial", dataset=synthetic)
+    write_models(tmp_path, "acl-coronal")
+    models = load_task(tmp_path, "acl")
+    assert models.task == "acl" and models.stack is None
+    assert {plane: [i for _, i in found] for plane, found in models.networks.items()} == {
+        "axial": ["raw"], "coronal": ["raw"],
+    }  # fmt: skip
+    assert all(not net.training for found in models.networks.values() for net, _ in found)
+    assert models.datasets == [synthetic, None] and models.is_synthetic
+    assert len(models.digest) == 12
+    write_models(tmp_path, "acl-axial")
+    again = load_task(tmp_path, "acl")
+    assert again.digest != models.digest
+    assert again.datasets == [None] and not again.is_synthetic
+    with pytest.raises(InputError, match="no models of task 'cyst'; tasks here: acl"):
+        load_task(tmp_path, "cyst")
+
+
+def test_a_task_with_a_stack_has_the_stacks_networks(tmp_path):
+    names = [f"acl-axial-fold{k}of2" for k in (1, 2)]
+    write_models(tmp_path, *names, "acl-axial")
+    files = [f"{name}.pt" for name in names]
+    digests = {name: stacking.digest_of(tmp_path / name) for name in files}
+    stack = a_stack(base_models={"axial": files}, digests=digests)
+    save_stack(stack_path(tmp_path, "acl"), stack)
+    models = load_task(tmp_path, "acl")
+    assert list(models.networks) == ["axial"] and len(models.networks["axial"]) == 2
+    assert models.stack["digests"] == digests and models.datasets == [None]
+    changed = a_stack(base_models={"axial": files}, digests=digests, note="other")
+    save_stack(stack_path(tmp_path, "acl"), changed)
+    assert load_task(tmp_path, "acl").digest != models.digest
+    write_models(tmp_path, names[1])
+    with pytest.raises(InputError, match="fold2of2.pt: trained again after the stack was fitted"):
+        load_task(tmp_path, "acl")

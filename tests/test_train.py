@@ -1,0 +1,340 @@
+"""train.py's functions one by one: arguments, schedules, an epoch, an evaluation, a whole run."""
+
+import csv
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_script, write_exams
+from sklearn.metrics import log_loss, roc_auc_score
+
+import train
+from common import engine
+from common.checkpoint import load_model, read_checkpoint
+from common.config import Config
+from common.errors import RunError
+from common.splits import plan_splits
+from dataloader import Augmentation, MRDataset
+
+CPU = torch.device("cpu")
+
+
+def config(**more):
+    return Config(**{"task": "acl", "plane": "axial", "pretrained": False} | more)
+
+
+def parse(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--task", "acl", "--plane", "axial", *args])
+    return train.parse_arguments()
+
+
+@pytest.fixture
+def split(shared_exams):
+    sets = (MRDataset(shared_exams, "acl", "axial", train=t) for t in (True, False))
+    return plan_splits(*sets, "article", 1, range(1))[0]
+
+
+def test_the_default_recipe_is_the_articles(monkeypatch):
+    args = vars(parse(monkeypatch))
+    article = {
+        "task": "acl", "plane": "axial", "intensity": "standardized", "augment": True, "epochs": 50,
+        "lr": 1e-5, "weight_decay": 0.1, "lr_scheduler": "plateau", "patience": 5, "dropout": 0.0,
+        "class_weights": True, "pretrained": True, "seed": 0, "protocol": "article", "folds": 1,
+        "repeat": 1, "device": "auto", "precision": "auto", "cuda_graphs": False,
+    }  # fmt: skip
+    files = {"data_dir": Path("data"), "models_dir": Path("models"), "logs_dir": Path("logs"),
+             "log_every": 100, "resume": False, "cache": "auto"}  # fmt: skip
+    assert args == article | files
+
+
+def test_every_argument_is_taken(monkeypatch):
+    words = ("--data-dir d --intensity raw --no-augment --epochs 3 --lr 0.5 --weight-decay 0 "
+             "--lr-scheduler step --patience 2 --dropout 0.25 --no-class-weights --no-pretrained "
+             "--seed 7 --protocol held-out --folds 4 --repeat 2 --device cpu --precision fp32 "
+             "--cache disk --cuda-graphs --models-dir m --logs-dir l --log-every 9 "
+             "--resume")  # fmt: skip
+    args = vars(parse(monkeypatch, *words.split()))
+    assert args == {
+        "task": "acl", "plane": "axial", "data_dir": Path("d"), "intensity": "raw",
+        "augment": False, "epochs": 3, "lr": 0.5, "weight_decay": 0.0, "lr_scheduler": "step",
+        "patience": 2, "dropout": 0.25, "class_weights": False, "pretrained": False, "seed": 7,
+        "protocol": "held-out", "folds": 4, "repeat": 2, "device": "cpu", "precision": "fp32",
+        "cache": "disk", "cuda_graphs": True, "models_dir": Path("m"), "logs_dir": Path("l"),
+        "log_every": 9, "resume": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words, fault",
+    [
+        ("--epochs 0", "'0' is not a whole number of at least 1"),
+        ("--lr 0", "'0' is not a number above 0"),
+        ("--lr inf", "'inf' is not a number above 0"),
+        ("--weight-decay -1", "'-1' is not a number of at least 0"),
+        ("--dropout 1", "'1' is not a number from 0 to below 1"),
+        ("--seed -1", "'-1' is not a whole number from 0 to below 2^31"),
+        ("--patience 0", "at least 1"),
+        ("--folds x", "'x' is not a whole number"),
+        ("--repeat 0", "at least 1"),
+        ("--log-every 0", "at least 1"),
+        ("--lr-scheduler cosine", "invalid choice"),
+        ("--protocol mine", "invalid choice"),
+        ("--intensity other", "invalid choice"),
+        ("--cache here", "invalid choice"),
+        ("--plane oblique", "invalid choice"),
+    ],
+)
+def test_arguments_that_are_refused(monkeypatch, capsys, words, fault):
+    with pytest.raises(SystemExit) as stop:
+        parse(monkeypatch, *words.split())
+    assert stop.value.code == 2 and fault in capsys.readouterr().err
+
+
+def test_task_and_plane_are_required(monkeypatch, capsys):
+    for argv in (["train.py", "--task", "acl"], ["train.py", "--plane", "axial"]):
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit):
+            train.parse_arguments()
+        assert "required" in capsys.readouterr().err
+
+
+def rates(name, losses):
+    """Learning rate of each epoch, then after the last, starting from 1."""
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = train.make_scheduler(name, optimizer)
+    found = []
+    for loss in losses:
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step(loss) if name == "plateau" else scheduler.step()
+    return [*found, optimizer.param_groups[0]["lr"]]
+
+
+def test_schedules():
+    # Three epochs without a better loss are waited for, the fourth lowers the rate.
+    assert rates("plateau", [0.5] * 6) == pytest.approx([1, 1, 1, 1, 1, 0.3, 0.3])
+    # An improvement of less than 1 in 10,000 is none.
+    less = [0.5 * (1 - 1e-5) ** i for i in range(6)]
+    assert rates("plateau", less)[5] == pytest.approx(0.3)
+    more = [0.5 * (1 - 5e-4) ** i for i in range(6)]
+    assert rates("plateau", more)[5] == 1
+    assert rates("step", [0.5] * 6) == pytest.approx([1, 1, 1, 0.5, 0.5, 0.5, 0.25])
+    assert rates("none", [0.5] * 3) == [1, 1, 1, 1]
+
+
+def test_the_state_at_the_start(split):
+    state = train.start_state(config(lr=3e-4, weight_decay=0.2, dropout=0.4), split)
+    (group,) = state.optimizer.param_groups
+    assert isinstance(state.optimizer, torch.optim.Adam)
+    assert (group["lr"], group["weight_decay"], group["fused"]) == (3e-4, 0.2, True)
+    assert len(group["params"]) == len(list(state.model.parameters())) == 12
+    assert group["capturable"] is False and state.model.dropout.p == 0.4 and state.epoch == 0
+    assert isinstance(state.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+    same = train.start_state(config(lr_scheduler="step"), split).model.classifier.weight
+    assert torch.equal(state.model.classifier.weight, same)
+    split.seed = 1
+    other = train.start_state(config(), split).model.classifier.weight
+    assert not torch.equal(state.model.classifier.weight, other)
+
+
+def test_imagenet_features_are_the_default(split, monkeypatch):
+    features = torch.nn.Module.state_dict(train.MRNet().pretrained_model)
+    monkeypatch.setattr(train, "imagenet_features", lambda: features)
+    state = train.start_state(config(pretrained=True), split)
+    for name, value in state.model.pretrained_model.state_dict().items():
+        assert torch.equal(value, features[name])
+
+
+def step_of(state):
+    return engine.TrainingStep(state.model, state.optimizer, CPU, "fp32")
+
+
+def test_one_epoch_of_training(split):
+    state = train.start_state(config(lr=1e-4), split)
+    torch.manual_seed(5)
+    order = torch.randperm(12).numpy()
+    torch.manual_seed(5)
+    (labels, logits, losses), metrics = train.train_model(
+        state, step_of(state), split.train_set, "epoch"
+    )
+    np.testing.assert_array_equal(labels, split.train_set.labels[order])
+    assert metrics["loss"] == pytest.approx(losses.mean())
+    assert metrics["auc"] == pytest.approx(roc_auc_score(labels, logits))
+    p, weights = 1 / (1 + np.exp(-logits.astype(float))), np.where(labels == 1, 2, 1)
+    assert metrics["loss"] == pytest.approx(
+        log_loss(labels, p, sample_weight=weights) * weights.mean(), rel=1e-5
+    )
+    assert state.epoch == 1 and state.partial_epoch is None
+
+
+def test_an_epoch_that_was_stopped_is_finished_by_the_next_call(split):
+    split.train_set.transform = Augmentation()
+    whole = train.start_state(config(lr=1e-4, dropout=0.3), split)
+    torch.manual_seed(9)
+    expected, _ = train.train_model(whole, step_of(whole), split.train_set, "epoch")
+    state = train.start_state(config(lr=1e-4, dropout=0.3), split)
+    stop, real = [], step_of(state)
+
+    class Stopping(engine.TrainingStep):
+        def __call__(self, *args):
+            stop.append(2)
+            return real(*args)
+
+    torch.manual_seed(9)
+    stopping = Stopping(state.model, state.optimizer, CPU, "fp32")
+    (labels, logits, losses), metrics = train.train_model(
+        state, stopping, split.train_set, "epoch", stop
+    )
+    assert metrics is None and len(labels) == len(logits) == len(losses) == 1 and state.epoch == 0
+    assert set(state.partial_epoch) == {"logits", "losses", "random"}
+    torch.manual_seed(9)
+    found, metrics = train.train_model(state, real, split.train_set, "epoch")
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert state.epoch == 1 and state.partial_epoch is None and metrics is not None
+    for a, b in zip(state.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_loss_that_is_not_finite_names_epoch_and_exam(split):
+    state = train.start_state(config(), split)
+    with torch.no_grad():
+        state.model.classifier.bias.fill_(torch.nan)
+    state.epoch = 4
+    torch.manual_seed(5)
+    first = split.train_set.paths[torch.randperm(12)[0]]
+    torch.manual_seed(5)
+    with pytest.raises(RunError, match=rf"became nan in epoch 5 at {first}; .*--lr.*are kept"):
+        train.train_model(state, step_of(state), split.train_set, "epoch")
+
+
+def test_evaluation(split):
+    state = train.start_state(config(), split)
+    metrics, logits = train.evaluate_model(state.model, split.valid_set, config())
+    labels = split.valid_set.labels
+    assert len(logits) == 8 and not state.model.training
+    assert metrics["auc"] == pytest.approx(roc_auc_score(labels, logits))
+    p, weights = 1 / (1 + np.exp(-logits.astype(float))), np.where(labels == 1, 2, 1)
+    assert metrics["loss"] == pytest.approx(
+        log_loss(labels, p, sample_weight=weights) * weights.mean(), rel=1e-5
+    )
+    with torch.no_grad():
+        state.model.classifier.bias.fill_(torch.inf)
+    path = split.valid_set.paths[0]
+    with pytest.raises(RunError, match=f"the logit of {path} is inf: .*lower --lr.*are kept"):
+        train.evaluate_model(state.model, split.valid_set, config())
+
+
+def test_exams_as_the_arguments_ask_for(shared_exams, capsys):
+    for exams in train.load_exams(config(), shared_exams):
+        assert (exams.task, exams.plane, exams.intensity) == ("acl", "axial", "standardized")
+        assert exams.class_weights == (1.0, 2.0)
+        assert isinstance(exams.transform, Augmentation) == (exams.split == "train")
+    said = capsys.readouterr().out
+    assert "train      12 exams, 4 positive, 2 to 4 slices" in said
+    assert "valid      8 exams, 3 positive" in said and "WARNING" not in said
+    assert "RANDOM" in said and "class weights  negative 1, positive 2.000" in said
+    plain = config(augment=False, class_weights=False, intensity="raw", pretrained=True)
+    for exams in train.load_exams(plain, shared_exams):
+        assert exams.transform is None and exams.intensity == "raw"
+        assert exams.class_weights == (1.0, 1.0) and set(exams.weights) == {1}
+    assert "RANDOM" not in capsys.readouterr().out
+
+
+def test_the_augmented_exam_that_is_logged(split):
+    split.train_set.transform = Augmentation()
+    for intensity in ("standardized", "raw"):
+        split.train_set.intensity = intensity
+        slices = train.augmented_exam(config(intensity=intensity), split)
+        assert slices.shape[1:] == (1, 64, 64) and slices.min() >= 0 and 0.4 < slices.max() <= 1
+        assert torch.equal(slices, train.augmented_exam(config(intensity=intensity), split))
+
+
+def read_events(folder):
+    """{tag: [(step, value), ...]} of the scalars that were logged under a folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    scalars = {}
+    for path in sorted({file.parent for file in Path(folder).rglob("events*")}):
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0, "images": 0}).Reload()
+        for tag in events.Tags()["scalars"]:
+            scalars[tag] = [(e.step, e.value) for e in events.Scalars(tag)]
+    return scalars
+
+
+def test_a_whole_run(tmp_path):
+    exams = write_exams(tmp_path / "data")
+    done = run_script(
+        "train.py", "--task", "acl", "--plane", "axial", "--data-dir", exams, "--models-dir",
+        tmp_path / "models", "--logs-dir", tmp_path / "logs", "--precision", "fp32", "--seed", "3",
+        "--no-pretrained", "--epochs", "3", "--lr", "1e-3", "--log-every", "5",
+        "--lr-scheduler", "step", "--patience", "9",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "models" / "acl-axial.pt"
+    model, metadata = load_model(path)
+    rows = [line.split() for line in done.stdout.splitlines() if line.strip()[:1].isdigit()]
+    assert [row[0] for row in rows] == ["1", "2", "3"]
+    assert [row[5] for row in rows] == ["1.0e-03"] * 3
+    aucs = [float(row[4]) for row in rows]
+    best = int(np.argmax(aucs)) + 1
+    assert metadata["epoch"] == best and rows[best - 1][-1] == "best" and rows[0][-1] == "best"
+    marked = [row[-1] == "best" for row in rows]
+    assert marked == [auc > max([-1, *aucs[:i]]) for i, auc in enumerate(aucs)]
+    train_loss, train_auc, loss, auc = map(float, rows[best - 1][1:5])
+    assert metadata["metrics"]["train"]["loss"] == pytest.approx(train_loss, abs=1e-4)
+    assert metadata["metrics"]["train"]["auc"] == pytest.approx(train_auc, abs=1e-4)
+    assert metadata["metrics"]["valid"]["loss"] == pytest.approx(loss, abs=1e-4)
+    assert metadata["metrics"]["valid"]["auc"] == pytest.approx(auc, abs=1e-4)
+    assert f"validation AUC {auc:.4f} [" in done.stdout and f", epoch {best} (optim" in done.stdout
+    assert f"model  {path}" in done.stdout and not list((tmp_path / "models").glob("*.state"))
+
+    valid = MRDataset(exams, "acl", "axial", train=False)
+    again, logits = train.evaluate_model(model, valid, config())
+    assert again["auc"] == pytest.approx(auc, abs=1e-4)
+    wanted = {"task": "acl", "plane": "axial", "intensity": "standardized", "pretrained": False,
+              "precision": "fp32", "seed": 3, "fold": 0, "out_of_fold": [], "tuning": [],
+              "protocol": "article", "class_weights": [1.0, 2.0], "dataset": None,
+              "data_dir": str(exams)}  # fmt: skip
+    assert wanted.items() <= metadata.items()
+    assert metadata["arguments"] == asdict(
+        config(seed=3, epochs=3, lr=1e-3, lr_scheduler="step", patience=9)
+    )
+    assert metadata["data"]["valid"] == metadata["data"]["selection"] == valid.fingerprint()
+    assert {"git", "versions"} <= set(metadata)
+
+    (folder,) = (tmp_path / "logs" / "acl" / "axial").iterdir()
+    assert f"logs   {folder}" in done.stdout
+    scalars = read_events(folder)
+    assert [step for step, _ in scalars["loss/train"]] == [1, 2, 3]
+    assert [value for _, value in scalars["auc/valid"]] == pytest.approx(aucs, abs=1e-4)
+    assert [step for step, _ in scalars["within-epoch/train-loss"]] == [
+        5, 10, 12, 17, 22, 24, 29, 34, 36,
+    ]  # fmt: skip
+    ends = [scalars["within-epoch/train-loss"][i][1] for i in (2, 5, 8)]
+    assert ends == pytest.approx([float(row[1]) for row in rows], abs=1e-4)
+    assert [v for _, v in scalars["learning-rate"]] == pytest.approx([1e-3] * 3)
+    assert all(value > 0 for _, value in scalars["exams-per-second"])
+    assert scalars["best/epoch"][0][1] == best
+
+
+def test_folds_and_their_csv(tmp_path):
+    exams = write_exams(tmp_path / "data")
+    done = run_script(
+        "train.py", "--task", "acl", "--plane", "axial", "--data-dir", exams, "--models-dir",
+        tmp_path / "models", "--logs-dir", tmp_path / "logs", "--precision", "fp32",
+        "--no-pretrained", "--epochs", "1", "--folds", "2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "-- network 1 of 2: seed 0, fold 1" in done.stdout
+    assert "-- network 2 of 2: seed 0, fold 2" in done.stdout
+    with open(tmp_path / "models" / "acl-folds.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for fold in (1, 2):
+        content = read_checkpoint(tmp_path / "models" / f"acl-axial-fold{fold}of2.pt")
+        mine = [row["id"] for row in rows if row["fold"] == str(fold)]
+        assert content["metadata"]["out_of_fold"] == mine and len(mine) == 6
+        assert (tmp_path / "logs" / "acl" / f"axial-fold{fold}of2").is_dir()
