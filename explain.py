@@ -72,17 +72,11 @@ def parse_arguments():
         "--exam", help="which one, where EXAM holds several: 207, valid/0207, a DICOM exam's folder"
     )
     parser.add_argument("--task", required=True, help="the finding to explain")
-    parser.add_argument(
-        "--plane", choices=PLANES, help="of a single .npy file whose path does not contain it"
-    )
-    parser.add_argument(
-        "--models-dir", type=Path, default=Path("models"), help="where train.py wrote"
-    )
     parser.add_argument("--out", type=Path, default=Path("."), help="folder to write to")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace files of the same name in --out"
     )
-    cli.add_answer_arguments(parser)
+    cli.add_exam_arguments(parser)
     machine = parser.add_argument_group("machine")
     cli.add_machine_arguments(machine)
     return parser.parse_args()

@@ -56,16 +56,10 @@ def parse_arguments():
     parser.add_argument(
         "--task", action="append", help="may be repeated; without it, every task with a saved model"
     )
-    parser.add_argument(
-        "--plane", choices=PLANES, help="of a single .npy file whose path does not contain it"
-    )
 
-    cli.add_answer_arguments(parser.add_argument_group("answers"))
+    cli.add_exam_arguments(parser)
 
     files = parser.add_argument_group("files")
-    files.add_argument(
-        "--models-dir", type=Path, default=Path("models"), help="where train.py wrote"
-    )
     files.add_argument("--out", type=Path, default=Path("-"), help="file to write; - is stdout")
     files.add_argument(
         "--jsonl",

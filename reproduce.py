@@ -16,6 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tabulate import tabulate
+
 from common import cli
 from common.errors import Interrupted, RunError
 from common.files import write_text
@@ -93,27 +95,24 @@ def shared_with_stack(recipe):
 def markdown(results):
     """One table: a row for each task's planes and stack, and the published figures below."""
     first = next(iter(results.values()))
-    lines = [
-        "| who | protocol | " + " | ".join(results) + " |",
-        "|---|---|" + "---|" * len(results),
-    ]
     protocol = f"{first['protocol']}, folds {first['folds']}"
     if first["protocol"] == "article":
         protocol += " (optimistic)"
+    rows = []
     for name in (*PLANES, "stack"):
-        cells = []
-        for result in results.values():
-            row = result["valid"][name]
-            cells.append(f"{row['auc']:.3f} [{row['auc_low']:.3f}, {row['auc_high']:.3f}]")
-        lines.append(f"| ours, {name} | {protocol} | " + " | ".join(cells) + " |")
+        found = [result["valid"][name] for result in results.values()]
+        aucs = [f"{one['auc']:.3f} [{one['auc_low']:.3f}, {one['auc_high']:.3f}]" for one in found]
+        rows.append([f"ours, {name}", protocol, *aucs])
     for who, how, figures in PUBLISHED:
         cells = [f"{figures[task]:.3f}" if task in figures else "" for task in results]
         if any(cells):
-            lines.append(f"| {who} | {how} | " + " | ".join(cells) + " |")
+            rows.append([who, how, *cells])
+    table = tabulate(rows, ["who", "protocol", *results], tablefmt="pipe", disable_numparse=True)
     n, positives = first["valid"]["stack"]["n"], first["valid"]["stack"]["positives"]
-    lines.append(f"\nValidation AUC [95 % interval, DeLong]; {n} exams, in the first task ")
-    lines[-1] += f"{positives} positive. Published figures are those of MRNet's exams."
-    return "\n".join(lines) + "\n"
+    return (
+        f"{table}\n\nValidation AUC [95 % interval, DeLong]; {n} exams, in the first task "
+        f"{positives} positive. Published figures are those of MRNet's exams.\n"
+    )
 
 
 def run(args):

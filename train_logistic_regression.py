@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tabulate import tabulate
 
 from common import cli, engine
 from common.checkpoint import digest_of, load_model, model_path, run_suffix
@@ -305,20 +306,19 @@ def print_report(title, labels, rows, training_auc, caveats):
     """
     counts = {s: f"{len(labels[s])} exams, {int(labels[s].sum())} positive" for s in SPLITS}
     print(f"\ntraining {counts['train']}; validation {counts['valid']}\n{title}\n")
-    print(
-        f"{'':<9} {training_auc:>15}  {'valid AUC [95 %]':>20}  {'threshold':>9}  "
-        f"{'sensitivity':>11}  {'specificity':>11}  {'accuracy':>8}  "
-        f"{'at 0.5: sens, spec, acc':>23}  {'Brier':>6}  {'ECE':>5}"
-    )
+    table = []
     for name in (*PLANES, STACK):
         row = rows[name]
-        print(
-            f"{name:<9} {row['train_auc']:15.4f}  {row['auc']:6.4f} [{row['auc_low']:.3f}, "
-            f"{row['auc_high']:.3f}]  {row['threshold']:8.3f}{STAR}  {row['sensitivity']:11.3f}  "
-            f"{row['specificity']:11.3f}  {row['accuracy']:8.3f}  "
-            f"{row['sensitivity_at_half']:9.3f} {row['specificity_at_half']:6.3f} "
-            f"{row['accuracy_at_half']:6.3f}  {row['brier']:6.3f}  {row['ece']:5.3f}"
-        )
+        auc = f"{row['auc']:.4f} [{row['auc_low']:.3f}, {row['auc_high']:.3f}]"
+        point = [f"{row[key]:.3f}" for key in ("sensitivity", "specificity", "accuracy")]
+        half = [row[f"{key}_at_half"] for key in ("sensitivity", "specificity", "accuracy")]
+        at_half = " ".join(f"{value:.3f}" for value in half)
+        errors = [f"{row['brier']:.3f}", f"{row['ece']:.3f}"]
+        threshold = f"{row['threshold']:.3f}{STAR}"
+        table.append([name, f"{row['train_auc']:.4f}", auc, threshold, *point, at_half, *errors])
+    heads = ["", training_auc, "valid AUC [95 %]", "threshold", "sensitivity", "specificity",
+             "accuracy", "at 0.5: sens, spec, acc", "Brier", "ECE"]  # fmt: skip
+    print(tabulate(table, heads, disable_numparse=True, colalign=["left"] + ["right"] * 9))
     gain = rows[GAIN]
     print(
         f"\nstack against {gain['plane']}, the plane with the best training AUC: "

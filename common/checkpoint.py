@@ -210,7 +210,7 @@ class TrainState:
     """
 
     PLAIN = (
-        "epoch", "best_loss", "bad_epochs", "best_auc", "best_epoch", "log_dir", "partial_epoch",
+        "epoch", "best_loss", "bad_epochs", "best_auc", "log_dir", "partial_epoch",
     )  # fmt: skip
     PARTS = ("model", "optimizer", "scheduler")
 
@@ -218,7 +218,7 @@ class TrainState:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.epoch = 0  # epochs done
         self.best_loss, self.bad_epochs = float("inf"), 0  # for early stopping
-        self.best_auc, self.best_epoch = -float("inf"), 0  # of the model that is saved
+        self.best_auc = -float("inf")  # of the model that is saved
         self.log_dir = ""
         self.partial_epoch = None  # of an interrupted epoch, as engine.train_epoch takes it
 
@@ -246,7 +246,7 @@ class TrainState:
             self.bad_epochs += 1
         is_best = selected["auc"] > self.best_auc
         if is_best:
-            self.best_auc, self.best_epoch = selected["auc"], self.epoch
+            self.best_auc = selected["auc"]
         return is_best
 
     def save(self, path, config, data):

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from common.devices import PRECISIONS, device_name
 from common.errors import InputError, Interrupted, RunError, one_line
+from dataloader import PLANES
 
 # --- arguments ------------------------------------------------------------------------------------
 
@@ -47,8 +48,14 @@ def add_machine_arguments(parser):
     )
 
 
-def add_answer_arguments(parser):
-    """--partial and --allow-synthetic, for the scripts that give an answer about an exam."""
+def add_exam_arguments(parser):
+    """--plane, --models-dir, --partial, --allow-synthetic: for scripts that answer about exams."""
+    parser.add_argument(
+        "--plane", choices=PLANES, help="of a single .npy file whose path does not contain it"
+    )
+    parser.add_argument(
+        "--models-dir", type=Path, default=Path("models"), help="where train.py wrote"
+    )
     parser.add_argument(
         "--partial",
         action="store_true",

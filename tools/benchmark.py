@@ -29,6 +29,7 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
+from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import cli, engine
@@ -294,26 +295,6 @@ def table(times, slices, device, precision):
     return [*rows, {"variant": floor, "train ms/slice": floors[0], "evaluate ms/slice": floors[1]}]
 
 
-def as_text(rows, digits=2):
-    """Rows of plain values as one aligned table."""
-    columns = list(rows[0])
-    cells = [columns] + [
-        [
-            f"{v:.{digits}f}" if isinstance(v, float) else str(v)
-            for v in map(row.get, columns, [""] * 99)
-        ]
-        for row in rows
-    ]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    return "\n".join(
-        "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in cells
-    )
-
-
 def save(rows, path):
     """Write the rows as CSV."""
     text = io.StringIO()
@@ -401,7 +382,7 @@ def run(args):
                     f"an epoch: {args.exams} exams with {slices[0]} slices, and {args.valid} with "
                     f"{slices[1]} to validate; medians of {args.runs} rounds after a warm-up"
                 )
-    print("\n" + as_text(rows))
+    print("\n" + tabulate(rows, headers="keys", floatfmt=".2f"))
     name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     save(rows, args.out / f"{what}-{name}-torch-{torch.__version__.split('+')[0]}.csv")
 

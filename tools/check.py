@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from tabulate import tabulate
+
 from common import cli
 from common.errors import InputError
 from dataloader import (
@@ -215,26 +217,40 @@ def check(root, workers):
     return labels, volumes, faults
 
 
-def run(args):
-    """Print every fault, then the class counts and shapes."""
-    labels, volumes, faults = check(args.data, args.workers)
-    for fault in faults:
-        print(fault)
-    print(f"{'' if not faults else chr(10)}{'task':<14}{'split':<8}{'exams':>7}{'positive':>10}")
+def class_counts(labels):
+    """Rows of a table: exams and positives of each task and split."""
+    rows = []
     for task, splits in labels.items():
         for split, ids in splits.items():
-            positive = sum(ids.values())
+            positive = int(sum(ids.values()))
             share = f"{100 * positive / max(len(ids), 1):.0f} %"
-            print(f"{task:<14}{split:<8}{len(ids):7d}{int(positive):6d}{share:>6}")
-    print(f"\n{'plane':<14}{'split':<8}{'volumes':>7}  slices      size")
+            row = {"task": task, "split": split, "exams": len(ids), "positive": positive}
+            rows.append(row | {"share": share})
+    return rows
+
+
+def volume_counts(volumes):
+    """Rows of a table: number, slices and sizes of the volumes of each plane and split."""
+    rows = []
     for plane in PLANES:
         for split in SPLITS:
             shapes = [v.shape for v in volumes if (v.plane, v.split) == (plane, split) and v.shape]
             slices = [shape[0] for shape in shapes] or [0]
             sizes = Counter(f"{shape[1]}x{shape[2]}" for shape in shapes).most_common()
-            text = shorten([f"{size} ({n})" if len(sizes) > 1 else size for size, n in sizes])
-            spread = f"{min(slices)} to {max(slices)}"
-            print(f"{plane:<14}{split:<8}{len(shapes):7d}  {spread:<12}{text}")
+            names = [f"{size} ({n})" if len(sizes) > 1 else size for size, n in sizes]
+            row = {"plane": plane, "split": split, "volumes": len(shapes)}
+            row |= {"slices": f"{min(slices)} to {max(slices)}", "size": shorten(names)}
+            rows.append(row)
+    return rows
+
+
+def run(args):
+    """Print every fault, then the class counts and shapes."""
+    labels, volumes, faults = check(args.data, args.workers)
+    for fault in faults:
+        print(fault)
+    print("\n" + tabulate(class_counts(labels), headers="keys"))
+    print("\n" + tabulate(volume_counts(volumes), headers="keys"))
     if faults:
         raise InputError(f"{args.data}: {len(faults)} faults, printed above")
     print("\nno faults")

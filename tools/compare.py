@@ -12,6 +12,7 @@ import csv
 from pathlib import Path
 
 import numpy as np
+from tabulate import tabulate
 
 from common import cli
 from common.errors import InputError
@@ -24,14 +25,11 @@ def parse_arguments():
     parser.add_argument("first", type=Path, help="<task>-predictions.csv of one run")
     parser.add_argument("second", type=Path, help="of another run, on the same exams")
     parser.add_argument("--names", nargs=2, default=("first", "second"), help="for the table")
-    parser.add_argument(
-        "--split", choices=("valid", "train"), default="valid", help="train shows overfitting"
-    )
     return parser.parse_args()
 
 
-def read_predictions(path, split):
-    """One split of a predictions.csv.
+def read_predictions(path):
+    """The validation exams of a predictions.csv.
 
     Returns:
         ids, labels float64 (n,), and {name: probabilities float64 (n,)}, sorted by id.
@@ -43,7 +41,7 @@ def read_predictions(path, split):
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = sorted(
-                (row for row in csv.DictReader(file) if row["split"] == split),
+                (row for row in csv.DictReader(file) if row["split"] == "valid"),
                 key=lambda row: row["id"],
             )
         labels = np.array([float(row["label"]) for row in rows])
@@ -52,34 +50,31 @@ def read_predictions(path, split):
             raise ValueError
     except (OSError, KeyError, TypeError, ValueError, csv.Error):
         raise InputError(
-            f"{path}: not predictions with {split} exams; train_logistic_regression.py writes them"
+            f"{path}: no predictions of validation exams; train_logistic_regression.py writes them"
         ) from None
     return [row["id"] for row in rows], labels, scores
 
 
 def run(args):
     """Print one row for each plane and the stack."""
-    ids, labels, first = read_predictions(args.first, args.split)
-    other_ids, other_labels, second = read_predictions(args.second, args.split)
+    ids, labels, first = read_predictions(args.first)
+    other_ids, other_labels, second = read_predictions(args.second)
     if ids != other_ids or (labels != other_labels).any():
         raise InputError(
             f"{args.second}: other exams or labels than {args.first}; "
             "give predictions of the same exams"
         )
     a, b = (name[:12] for name in args.names)
-    print(f"{len(labels)} {args.split} exams, {int(labels.sum())} positive")
-    print(
-        f"{'':<9} {'AUC ' + a:>17} {'AUC ' + b:>17}  {'second - first [95 %]':>25} {'p':>6} "
-        f"{'Brier ' + a:>19} {'Brier ' + b:>19}"
-    )
+    print(f"{len(labels)} validation exams, {int(labels.sum())} positive")
+    rows = []
     for name in first:
         gain = auc_difference(labels, second[name], first[name])
-        text = f"{gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
-        print(
-            f"{name:<9} {roc_auc(labels, first[name]):17.4f} {roc_auc(labels, second[name]):17.4f}"
-            f"  {text:>25} {gain.p:6.2f} {brier(labels, first[name]):19.4f} "
-            f"{brier(labels, second[name]):19.4f}"
-        )
+        interval = f"{gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
+        aucs = [roc_auc(labels, scores[name]) for scores in (first, second)]
+        errors = [brier(labels, scores[name]) for scores in (first, second)]
+        rows.append([name, *aucs, interval, f"{gain.p:.2f}", *errors])
+    heads = ["", f"AUC {a}", f"AUC {b}", "second - first [95 %]", "p", f"Brier {a}", f"Brier {b}"]
+    print(tabulate(rows, heads, floatfmt=".4f", disable_numparse=[4]))
 
 
 if __name__ == "__main__":
