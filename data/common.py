@@ -138,7 +138,7 @@ def write_dataset(out, **content):
 
 
 def patient_key():
-    """The secret of this user with which patients are told apart, made when first needed.
+    """This user's secret for hashing patient numbers, made when first needed.
 
     Patient numbers are short: without a secret anybody could try them all against their hashes.
 
@@ -151,14 +151,14 @@ def patient_key():
             write_bytes(path, secrets.token_bytes(KEY_BYTES), mode=0o600)
         key = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; patients are told apart with it") from None
+        raise InputError(f"{path}: {error.strerror}; patient numbers are hashed with it") from None
     if len(key) != KEY_BYTES:
         raise InputError(f"{path}: not a key of {KEY_BYTES} bytes; delete it to have a new one")
     return key
 
 
 def keyed_hash(key, text):
-    """16 hex digits that tell nothing of `text` to who lacks the key; "" for an empty text."""
+    """HMAC-SHA-256, 16 hex digits: without the key nobody can test a guess; "" for ""."""
     return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()[:16] if text else ""
 
 

@@ -108,18 +108,18 @@ def epochs_said(text):
     return [(int(epoch), bool(best)) for epoch, best in lines]
 
 
-KILLS, EPOCHS = 50, 40
-
-
-def test_fifty_kills_lose_nothing(work, launcher):
+@pytest.mark.parametrize(
+    "kills_wanted, epochs", [(8, 10), pytest.param(50, 40, marks=pytest.mark.slow)]
+)
+def test_kills_lose_nothing(work, launcher, kills_wanted, epochs):
     """SIGKILL at random moments, within epochs and while files are written, then to the end."""
     assert (
-        launcher.run(work / "whole.txt", arguments(work, "--epochs", EPOCHS, models="whole")) == 0
+        launcher.run(work / "whole.txt", arguments(work, "--epochs", epochs, models="whole")) == 0
     )
-    argv = arguments(work, "--epochs", EPOCHS, "--resume")
+    argv = arguments(work, "--epochs", epochs, "--resume")
     moments, kills, done, best = random.Random(0), 0, 0, 0
     path = work / "models" / "acl-axial.pt"
-    while kills < KILLS:
+    while kills < kills_wanted:
         output = work / f"run{kills}.txt"
         child = launcher.start(output, argv)
         time.sleep(moments.uniform(0.0, 0.8))
@@ -131,7 +131,7 @@ def test_fifty_kills_lose_nothing(work, launcher):
             assert said[0][0] in (done, done + 1)  # at most one epoch is repeated
             done = said[-1][0]
             best = max([best, *(epoch for epoch, is_best in said if is_best)])
-        if done == EPOCHS:  # it must not finish before it was killed often enough
+        if done == epochs:  # it must not finish before it was killed often enough
             shutil.rmtree(work / "models")
             shutil.rmtree(work / "models-logs")
             done = best = 0
@@ -146,7 +146,7 @@ def test_fifty_kills_lose_nothing(work, launcher):
     for folder, tag in ((log, "auc/train"), (log / "within-epoch", "within-epoch/train-loss")):
         steps = [point.step for point in EventAccumulator(str(folder)).Reload().Scalars(tag)]
         assert len(steps) == len(set(steps)) and steps == sorted(steps)
-    assert steps[-1] == EPOCHS * 12
+    assert steps[-1] == epochs * 12
 
 
 # --- signals --------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Which series of a study show the same knee: by laterality, else by where they lie.
 
 A study may hold both knees, and an answer from the axial plane of one and the sagittal plane of the
-other is worse than none. Whatever cannot be told apart is refused with the reason.
+other is worse than none. Series that cannot be assigned to a knee are refused with the reason.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ BOTH_KNEES = 250.0  # mm from right to left, from which on a field of view may h
 KNEES_APART = 60.0  # mm from right to left between two knees' centres, at least
 OFF_CENTRE = 25.0  # mm from the scanner's middle, from which on a knee's side is certain
 OVERLAP = 0.5  # of the shorter extent along each axis, for two series to be of one place
-SIDE_UNKNOWN = "its side is not recorded, and its place does not tell it"
+SIDE_UNKNOWN = "its side is not recorded and cannot be derived from its place"
 
 
 def box_of(series):
@@ -70,7 +70,7 @@ def mark_wide(series):
 
 
 def sides_by_place(series, absolute):
-    """Sides of the knees of a study that tells no laterality.
+    """Sides of the knees of a study without laterality.
 
     Args:
         series: of one study, none of them of both knees.
@@ -86,8 +86,8 @@ def sides_by_place(series, absolute):
         return {side: series}, torn_apart(series)
     if not all(same_frame(a, b) for a in series for b in series):
         return {"": series}, (
-            "its series have several frames of reference and no laterality, so nothing tells "
-            "whether they show one knee; give each knee's files on their own"
+            "its series have several frames of reference and no laterality, so they may show "
+            "two knees; give each knee's files on their own"
         )
     apart = np.diff([np.mean([centre_of(one) for one in place]) for place in found])
     if len(found) > 2 or apart[0] < KNEES_APART:

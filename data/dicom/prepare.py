@@ -90,7 +90,7 @@ def read_labels(path, numbered):
 class Choice(NamedTuple):
     """How a series is chosen and made square."""
 
-    series: list  # parts of descriptions, or numbers, that the user asks for
+    series: list  # parts of descriptions, or numbers, that the user named
     square: str  # "pad" or "crop"
 
 
@@ -223,7 +223,7 @@ def write_id_map(path, numbered, done):
 
 
 def serve(source, out, choice, report):
-    """List the exams, then convert those that standard input asks for, as lines of JSON.
+    """List the exams, then convert those that standard input names, as lines of JSON.
 
     First line out: {"exams": [[name, source], ...], "lines": [...]}. A line in: {"exam": name,
     "unless": digest or null}. Its answer: {"exam", "input": digest, "planes": {plane: file},

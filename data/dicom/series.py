@@ -1,4 +1,4 @@
-"""DICOM and NIfTI files read into series: each a volume that may be taken, known by its header.
+"""DICOM and NIfTI files read into series: each a volume that may be taken, described by its header.
 
 Patient coordinates are DICOM's, in mm: x grows to the patient's left, y to posterior, z to superior
 (LPS; PS3.3 C.7.6.2.1.1). NIfTI's affine counts x to the right and y to anterior and is turned.
@@ -35,7 +35,7 @@ NO_GEOMETRY = "no ImagePositionPatient, ImageOrientationPatient or PixelSpacing"
 NO_ROTATION = "ImageOrientationPatient is no rotation, or PixelSpacing is not positive"
 TOO_LARGE = "too large"
 
-# What a series' description says of its contrast, lower case, words set apart by single spaces.
+# Contrast in a series' description: lower case, words separated by single spaces.
 FAT_SUPPRESSED = re.compile(r"fs\b|fat ?sat|fat ?sup|spair|\bspir\b|stir|tirm|water")
 NOT_SUPPRESSED = re.compile(r"\b(no|non|without|wo) ?(fs|fat)")
 FLUID = re.compile(r"pd|t2|proton|stir|tirm|spair|\bspir\b|fs\b|fat ?sat|water")
@@ -54,12 +54,12 @@ HEADER = [  # all that is read of a file before its pixels
 
 @dataclass
 class Series:
-    """One volume that may be taken, known by its header alone.
+    """One volume that may be taken, described by its header alone.
 
     Array axis a (of `shape`) runs along the unit vector directions[a] (LPS) in steps of spacing[a]
     mm; voxel (0, 0, 0) lies at `origin`. `through` lists the axes along which it may be cut to
-    slices. `load` reads the pixels: float32 of `shape`. `side` is the laterality that it tells: L,
-    R, B (both) or "". `frame` is its frame of reference, "" if not told: coordinates of two frames
+    slices. `load` reads the pixels: float32 of `shape`. `side` is its laterality: L,
+    R, B (both) or "". `frame` is its frame of reference, "" if missing: coordinates of two frames
     cannot be compared. `fault` says why it cannot be used.
     """
 
@@ -85,7 +85,7 @@ class Series:
         return self.shape[axis] // self.slab(axis)
 
     def rank(self, axis, wanted):
-        """Sort key, the highest is taken: asked for, usable, contrast, native plane, slices."""
+        """Sort key, the highest is taken: named by the user, usable, contrast, native, slices."""
         words = " ".join(re.findall("[a-z0-9]+", self.description.lower()))
         contrast = 0
         if FLUID.search(words) and not T1.search(words):
@@ -95,7 +95,7 @@ class Series:
         return self.is_wanted(wanted), not self.fault, contrast, native, self.slices(axis)
 
     def is_wanted(self, patterns):
-        """Whether the user asked for it, by number or part of the description."""
+        """Whether the user named it, by number or part of the description."""
         return any(self.matches(pattern) for pattern in patterns)
 
     def matches(self, pattern):
@@ -114,7 +114,7 @@ def ways_to_cut(spacing, thickest):
 
 @dataclass(slots=True)
 class Frame:
-    """What one DICOM frame says of itself; None where it says nothing usable."""
+    """Attributes of one DICOM frame; None where missing or unusable."""
 
     file: File
     index: int
@@ -130,12 +130,12 @@ class Frame:
 
 
 class Header(NamedTuple):
-    """What the header of one DICOM file tells."""
+    """What is used of the header of one DICOM file."""
 
     study: str  # UID
     series: str  # UID
     title: tuple  # series number or None, description
-    patient: str  # what tells patients apart, "" if nothing does; it identifies, never print it
+    patient: str  # identifies the patient, "" if unknown; never print it
     frame: str  # UID of the frame of reference, or ""
     frames: list  # of Frame
     reason: str  # why there are none, or ""
@@ -221,7 +221,7 @@ def text_of(header, name):
 
 
 def patient_of(header):
-    """What tells a patient from others: the number with its issuer, else name and birth date."""
+    """Identity of the patient: the number with its issuer, else name and birth date."""
     names = ("PatientID", "IssuerOfPatientID")
     if not text_of(header, "PatientID"):
         names = ("PatientName", "PatientBirthDate")
@@ -298,7 +298,7 @@ def assemble(title, frames, frame_of_reference=""):
 
 
 def geometry_fault(frames, placed, depths, step):
-    """What is wrong with the slices' places or sizes: one line with file and mend, or ''."""
+    """What is wrong with the slices' places or sizes: one line with file and fix, or ''."""
     for frame in frames:
         if not (frame.position and frame.orientation and frame.spacing):
             return f"{frame.file}: frame {frame.index} has no position or orientation; export again"

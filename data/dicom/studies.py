@@ -1,7 +1,7 @@
 """Studies found under a folder, each knee of them an exam, and the volumes taken from it.
 
 An exam's name is a hash of its study's UID with the knee's side, so the same study has the same
-name in every run, whatever lies beside it, and no identifier stands in it. NIfTI files have no UID:
+name in every run, whatever lies beside it, and it holds no identifier. NIfTI files have no UID:
 there the hash is of the folder's path.
 """
 
@@ -71,7 +71,7 @@ class Exam:
     name: str
     source: str  # its study's folder, relative to what the user named
     study: Study
-    side: str  # L, R or "" where nothing tells it
+    side: str  # L, R or "" if unknown
     series: list
     refused: str  # why none of it may be used, or ""
 
@@ -214,7 +214,7 @@ def volumes_of(exam, wanted, square, report, title):
     """The planes of an exam, and what was there and cannot be used.
 
     Args:
-        wanted: descriptions or numbers of series that the user asks for.
+        wanted: descriptions or numbers of series that the user named.
         square: as `slices.cut` takes it.
         title: what the exam is called in messages.
 
@@ -231,7 +231,7 @@ def volumes_of(exam, wanted, square, report, title):
         passed = []
         for series, axis in ranked:
             if passed and ranked[0][0].is_wanted(wanted) and not series.is_wanted(wanted):
-                break  # another series than the one that was asked for is no answer
+                break  # never replace the named series by another
             try:
                 volumes[plane] = reader.cut(series, axis)
             except InputError as error:

@@ -48,7 +48,7 @@ MAX_SIDE = 4096  # px
 
 
 def read_pck(path):
-    """One pickled volume -> integer array (s, H, W). Runs nothing that the file asks for.
+    """One pickled volume -> integer array (s, H, W). Runs nothing that is in the file.
 
     Raises:
         InputError: missing, damaged, too large, more than one array of whole numbers, or not
@@ -105,7 +105,7 @@ def read_metadata(path):
         if re.search(r"[/\\:]|^\.", name):
             raise InputError(f"{where}: volumeFilename {name!r} is a path; give a plain file name")
         if name in seen:
-            raise InputError(f"{where}: volumeFilename {name!r} stands here twice; keep one row")
+            raise InputError(f"{where}: volumeFilename {name!r} is listed twice; keep one row")
         if diagnosis not in ("0", "1", "2"):
             raise InputError(f"{where}: aclDiagnosis {diagnosis!r} is not 0, 1 or 2; correct it")
         seen.add(name)
@@ -131,7 +131,7 @@ def split_by_exam(rows, valid, test, seed):
 
 
 def split_by_folder(rows, found):
-    """One split name per row, by the volNN folder of its file; None where that says nothing."""
+    """One split name per row, by the volNN folder of its file; None for another folder."""
     side = {folder: split for split, folders in FOLDERS.items() for folder in folders}
     paths = (found.get(row["volumeFilename"]) for row in rows)
     return [side.get(path.parent.name.lower()) if path else None for path in paths]
@@ -163,7 +163,7 @@ def run(args, report):
         synthetic=False,
         source="Stajduhar et al., Computer Methods and Programs in Biomedicine 140, 2017",
         licence="see the set's page",
-        orientation=None,  # the volumes do not tell it
+        orientation=None,  # unknown
     )
     labels, written, groups = defaultdict(list), [], {}
     bar = tqdm(zip(rows, splits, strict=True), total=len(rows), unit="volume", disable=None)
@@ -180,7 +180,7 @@ def run(args, report):
             continue
         write_volume(args.out / split / "sagittal" / f"{number:04d}.npy", volume)
         written.append((number, name))
-        # Knees and series of one exam are one patient's; two exams of one patient are not told.
+        # The series of one exam are one patient's; which exams share a patient is unknown.
         labels[split, GROUPS].append((number, groups.setdefault(row["examId"], len(groups))))
         for task, above in TASKS.items():
             labels[split, task].append((number, int(row["aclDiagnosis"] > above)))

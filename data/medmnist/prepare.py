@@ -39,7 +39,7 @@ def parse_arguments():
     parser.add_argument("out", type=Path, help="data folder to write to")
     parser.add_argument("--task", help="name of the task; default: the file's, without mnist3d")
     parser.add_argument(
-        "--size", type=int, default=112, help="px; 64 trains three times faster and sees less"
+        "--size", type=int, default=112, help="px; 64 trains three times faster, with less detail"
     )
     parser.add_argument(
         "--valid",

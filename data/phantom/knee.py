@@ -47,7 +47,7 @@ class Knee:
         return tuple(where), points
 
     def paint(self, where, distance, value, soft=0.5):
-        """Blend `value` in where `distance` (mm, negative inside) says so."""
+        """Blend `value` in where `distance` (mm) is negative."""
         signal = self.signal[where]
         signal += inside(distance, soft) * (value - signal)
 
@@ -75,7 +75,7 @@ class Knee:
                 self.lesions.append((kind, task, found * self.grid + corner))
 
     def cloud(self, where, step):
-        """Smooth noise of mean 0 and deviation about 1 over a box; `step` mm is its grain."""
+        """Smooth noise of mean 0 and SD about 1 over a box; `step` mm is its grain."""
         shape = [s.stop - s.start for s in where]
         field = ndimage.gaussian_filter(
             self.rng.standard_normal(shape, np.float32), step / self.grid, truncate=2.5

@@ -11,7 +11,7 @@ torn ACL 20 %, torn meniscus 37 % (Bien et al., PLOS Medicine 2018, training set
 30 slices a plane where MRNet's have 17 to 61, so that a laptop's demo stays short.
 
 Writes OUT/{train,valid}/{axial,coronal,sagittal}/0000.npy, uint8 (s, size, size), the six CSVs and
-OUT/lesions.json: where each lesion lies in each plane (make_exam says how). Sizes and places are
+OUT/lesions.json: where each lesion lies in each plane (see make_exam). Sizes and places are
 those of an adult knee, approximately; nothing was measured on patients, and no result on these
 exams says anything about patients.
 """
