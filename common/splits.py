@@ -102,12 +102,12 @@ def plan_splits(train_set, valid_set, protocol, folds, seeds):
     groups = np.array(train_set.groups)
     splits = []
     for seed in seeds:
-        left_out = [np.array([], int)]
+        left_out = [()]
         if folds > 1:
             left_out = split_exams(train_set.labels, folds, seed, groups)
         for number, out in enumerate(left_out):
             rows = np.setdiff1d(np.arange(len(train_set)), out)
-            selection_set, tuning = valid_set, np.array([], int)
+            selection_set, tuning = valid_set, ()
             if protocol == "held-out":
                 tuning = tuning_rows(train_set.labels, rows, seed, groups)
                 selection_set = train_set.subset(tuning, transform=None)

@@ -48,6 +48,8 @@ def test_a_group_is_in_one_fold():
     folds = split_exams(labels, 2, seed=0, groups=groups)
     assert sorted(np.concatenate(folds)) == list(range(24))
     assert not set(groups[folds[0]]) & set(groups[folds[1]])
+    again, other = (split_exams(labels, 2, seed, groups=groups) for seed in (0, 3))
+    assert np.array_equal(folds[0], again[0]) and not np.array_equal(folds[0], other[0])
     # Groups of one exam each are no groups: the folds are those without.
     alone = split_exams(labels, 2, seed=0, groups=np.arange(24))
     for a, b in zip(alone, split_exams(labels, 2, seed=0), strict=True):
@@ -96,6 +98,9 @@ def test_folds_within_seeds(sets):
         parts = [set(one.train_set.ids), set(one.tuning), set(one.out_of_fold)]
         assert sum(map(len, parts)) == 60 and set.union(*parts) == set(train.ids)
     assert sorted(splits[0].out_of_fold + splits[1].out_of_fold) == sorted(train.ids)
+    again = plan_splits(train, valid, "article", 2, range(5, 6))  # the seed alone makes the folds
+    assert [one.out_of_fold for one in again] == [one.out_of_fold for one in splits[:2]]
+    assert splits[2].out_of_fold not in (splits[0].out_of_fold, splits[1].out_of_fold)
     # The tuning exams are not one of the folds.
     assert not set(splits[0].tuning) <= set(splits[1].out_of_fold[:6])
     (alone,) = plan_splits(train, valid, "article", 1, range(7, 8))

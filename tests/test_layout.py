@@ -1,0 +1,101 @@
+"""The layout of the code: which files there are, who imports whom, how long functions are."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {"train", "train_logistic_regression", "predict", "explain", "reproduce"}
+LAYERS = [  # each imports from itself and from those before it only
+    {"common.errors", "common.files", "common.pickles"},
+    {"model", "dataloader", "data"},
+    {"common"},
+    SCRIPTS,
+    {"tools"},
+]
+FILES = sorted(
+    path for folder in (".", "common", "tools", "data") for path in ROOT.glob(f"{folder}/*.py")
+) + sorted(ROOT.glob("data/*/*.py"))
+
+
+def module_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def layer_of(module):
+    """Position in LAYERS, by the longest name that fits; None for other packages."""
+    for name in (module, module.split(".")[0]):
+        for i, layer in enumerate(LAYERS):
+            if name in layer:
+                return i
+    return None
+
+
+def imports_of(path):
+    """Names of the modules that a file imports, those within functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            within = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {module_of(p) for p in FILES}
+            found |= (within & modules) or {node.module}
+    return found
+
+
+def functions():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                yield module_of(path), node
+
+
+def test_the_root_holds_the_articles_files_and_three_commands():
+    found = {path.name for path in ROOT.glob("*.py")}
+    assert found == {f"{name}.py" for name in SCRIPTS | {"model", "dataloader"}}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_run_downwards(path):
+    module = module_of(path)
+    mine = layer_of(module)
+    for other in imports_of(path):
+        theirs = layer_of(other)
+        assert theirs is None or theirs <= mine, f"{module} imports {other}"
+        if module in SCRIPTS:
+            assert other not in SCRIPTS, f"{module} imports the script {other}"
+
+
+def test_imports_have_no_circle():
+    modules = {module_of(path) for path in FILES}
+    graph = {module_of(path): imports_of(path) & modules for path in FILES}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_train_reads_like_the_article():
+    text = (ROOT / "train.py").read_text()
+    assert len(text.splitlines()) <= 450
+    places = [text.index(f"def {name}(") for name in
+              ("parse_arguments", "run", "train_model", "evaluate_model")]  # fmt: skip
+    assert places == sorted(places)
+
+
+def test_functions_fit_a_screen_and_take_what_they_use():
+    for module, node in functions():
+        where = f"{module}.{node.name}"
+        if not node.name.startswith("parse"):
+            assert node.end_lineno - node.lineno < 60, where
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        names = {argument.arg for argument in arguments} - {"self", "cls"}
+        assert len(names) <= 6, where
+        # An argparse.Namespace stays in the one function that reads it.
+        assert "args" not in names or node.name == "run", where
+
+
+def test_nothing_global_is_written_to():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not isinstance(node, ast.Global), path
