@@ -88,7 +88,7 @@ def label_rows(root_dir, task, split):
         yield (
             None,
             None,
-            f"{path}: cannot be read as a CSV of `id,label` ({reason}); write it again",
+            f"{path}: cannot be read as a CSV of `id,label` ({reason}); create it again",
         )
 
 
@@ -145,7 +145,7 @@ def read_groups(root_dir, split):
                 if row:
                     groups[exam_id] = row[1].strip()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read ({one_line(error)}); write it again") from None
+        raise InputError(f"{path}: cannot be read ({one_line(error)}); create it again") from None
     return groups
 
 
@@ -174,7 +174,7 @@ def read_dataset(root_dir):
         return None
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(
-            f"{path}: not a description of a data set ({one_line(error)}); write it again, see "
+            f"{path}: not a description of a data set ({one_line(error)}); create it again, see "
             "data/README.md, or move it away"
         ) from None
     return content
@@ -198,7 +198,7 @@ def open_volume(path):
     try:
         volume = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
-        raise InputError(f"{path}: no such volume; add it, or take its id out of the CSV") from None
+        raise InputError(f"{path}: no such volume; add it, or remove its id from the CSV") from None
     except Exception as error:  # numpy's header parser raises many kinds
         if getattr(error, "errno", None) == errno.ENOMEM:
             raise MemoryError(str(path)) from None  # the file is not to blame
@@ -351,7 +351,7 @@ class MRDataset(Dataset):
         self.ids, self.labels = read_labels(root_dir, task, self.split)
         groups = read_groups(root_dir, self.split)
         self.groups = [groups.get(exam_id, f"exam {exam_id}") for exam_id in self.ids]
-        self.dataset = read_dataset(root_dir)
+        self.description = read_dataset(root_dir)
         labels = self.labels if train else read_labels(root_dir, task, "train")[1]
         self.set_class_weights(1.0, float((labels == 0).sum() / (labels == 1).sum()))
         self.paths = [volume_path(root_dir, self.split, plane, i) for i in self.ids]

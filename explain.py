@@ -1,4 +1,4 @@
-"""Show which parts of an exam speak for a finding: a page for the browser, a sheet, an animation.
+"""Show the class activation maps of an exam: a page for the browser, a sheet, an animation.
 
     python explain.py data/phantom --exam 207 --task acl --out report
     python explain.py ~/scans/knee7.zip --task acl --out report         # DICOM

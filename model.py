@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-FEATURES = 256  # channels of AlexNet's last convolution
+CHANNELS = 256  # channels of AlexNet's last convolution
 SMALLEST_SIDE = 63  # px; below it AlexNet's third pooling has nothing left to pool
 # Receptive fields: the centres of neighbouring cells of the last feature maps are CELL_STEP px
 # apart, the first is at CELL_FIRST px; from strides and paddings of the layers below.
@@ -40,7 +40,7 @@ def alexnet_features():
         nn.ReLU(inplace=True),
         nn.Conv2d(384, 256, kernel_size=3, padding=1),
         nn.ReLU(inplace=True),
-        nn.Conv2d(256, FEATURES, kernel_size=3, padding=1),
+        nn.Conv2d(256, CHANNELS, kernel_size=3, padding=1),
         nn.ReLU(inplace=True),
         nn.MaxPool2d(kernel_size=3, stride=2),
     )
@@ -63,7 +63,7 @@ class MRNet(nn.Module):
             self.pretrained_model.load_state_dict(features)
         self.pooling_layer = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(FEATURES, 1)
+        self.classifier = nn.Linear(CHANNELS, 1)
         self.to(memory_format=torch.channels_last)  # the layout that convolutions run fastest in
 
     def forward(self, x):
@@ -78,7 +78,7 @@ class MRNet(nn.Module):
         """
         x = x.squeeze(0)  # (1, s, c, H, W) -> (s, c, H, W)
         maps = self.feature_maps(x)  # (s, 256, 7, 7) for 256 x 256
-        # Pooled in fp32 even after bf16 convolutions: it costs nothing and keeps the maximum sharp.
+        # Pooled in fp32 even after bf16 convolutions: free, and the maximum is precise.
         maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
         slices = self.pooling_layer(maps).flatten(1)  # (s, 256, 1, 1) -> (s, 256)
         exam = slices.amax(dim=0, keepdim=True)  # (s, 256) -> (1, 256)
@@ -110,11 +110,15 @@ class MRNet(nn.Module):
         features = self.feature_maps(volume).float()  # (s, 256, h, w)
         s, channels, h, w = features.shape
         slices = features.mean(dim=(2, 3))  # (s, 256, h, w) -> (s, 256)
-        exam, winner = slices.max(dim=0)  # (256,), and the slice that each channel's maximum is in
+        exam, best_slice = slices.max(
+            dim=0
+        )  # (256,), and the slice that each channel's maximum is in
         weight = self.classifier.weight[0]
-        won = features[winner, torch.arange(channels, device=winner.device)]  # (256, h, w)
+        best_maps = features[
+            best_slice, torch.arange(channels, device=best_slice.device)
+        ]  # (256, h, w)
         maps = torch.zeros(s, h, w, device=features.device)
-        maps.index_add_(0, winner, won * (weight / (h * w))[:, None, None])
+        maps.index_add_(0, best_slice, best_maps * (weight / (h * w))[:, None, None])
         # No matrix product: autocast would round it to bf16, and the sum would not be exact.
         logit = (exam * weight).sum().item() + self.classifier.bias.item()
         return maps.cpu().numpy(), logit
@@ -138,17 +142,18 @@ def first_convolution_of_grey(x, conv):
     stride, padding = conv.stride[0], conv.padding[0]
     kernel = conv.kernel_size[0]
     blocks = -(-kernel // stride)  # 11 -> 3 blocks of 4
-    fill = blocks * stride - kernel  # one row and column of zero weights: 11 -> 12
+    kernel_pad = blocks * stride - kernel  # one row and column of zero weights: 11 -> 12
     weight = conv.weight.sum(dim=1, keepdim=True)  # (64, 3, 11, 11) -> (64, 1, 11, 11)
-    weight = F.pixel_unshuffle(F.pad(weight, (0, fill, 0, fill)), stride)  # -> (64, 16, 3, 3)
-    # The far edges get what the last output row and column still read, no more and no less.
-    far = [
+    weight = F.pad(weight, (0, kernel_pad, 0, kernel_pad))  # -> (64, 1, 12, 12)
+    weight = F.pixel_unshuffle(weight, stride)  # -> (64, 16, 3, 3)
+    # Pad the bottom and right edges by exactly what the last output row and column read.
+    pad_end = [
         stride * ((side + 2 * padding - kernel) // stride + blocks) - side - padding
         for side in x.shape[-2:]
     ]
     if torch.is_autocast_enabled(x.device.type):  # the rest only moves values: half the bytes
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    x = F.pad(x, (padding, far[1], padding, far[0]))
+    x = F.pad(x, (padding, pad_end[1], padding, pad_end[0]))
     x = F.pixel_unshuffle(x, stride)  # (s, 1, 4 h', 4 w') -> (s, 16, h', w')
     return F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, conv.bias)
 

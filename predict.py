@@ -362,7 +362,7 @@ def run(args):
     log(
         f"{counts['predicted']} exams{kept}, {counts['slices']} slices in {seconds:.1f} s: "
         f"{counts['predicted'] / seconds:.1f} exams/s, "
-        f"{1000 * seconds / max(counts['slices'], 1):.2f} ms a slice"
+        f"{1000 * seconds / max(counts['slices'], 1):.2f} ms per slice"
     )
     if exams.fault:
         raise RunError(f"{exams.fault}; {counts['failed']} exams without an answer, see `error`")

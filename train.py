@@ -5,13 +5,18 @@
     python train.py --task acl --plane sagittal --resume                   # after an interruption
     python train.py --task acl --plane sagittal --protocol held-out --folds 5 --repeat 3
 
-Writes models/<task>-<plane>.pt (the epoch with the best validation AUC, about 10 MB) and
+Writes models/<task>-<plane>.pt (the epoch with the best AUC on the validation exams, or with
+`--protocol held-out` on the tuning exams; about 10 MB) and
 logs/<task>/<plane>/<time>/ for `tensorboard --logdir logs`.
 
 The default recipe is the article's ("How to train an MRI classifier with PyTorch"): Adam, lr 1e-5,
-weight decay 0.1, one exam a step, class-weighted cross-entropy, rotation, shift and flip, learning
-rate times 0.3 after 3 epochs without a better validation loss, stop after 5. docs/differences.md
-lists where the article's code differs and why; common/splits.py describes protocols and folds.
+weight decay 0.1, one exam per step, class-weighted binary cross-entropy, rotation, shift and flip,
+learning rate times 0.3 after 3 epochs without a better validation loss, stop after 5.
+docs/differences.md lists where the article's code differs and why; common/splits.py describes
+protocols and folds.
+
+run -> train_network (one network) -> train_epochs (its epochs) -> train_model and evaluate_model
+(one pass over the exams) -> common/engine.py (the loop, the loss, the optimizer's step).
 """
 
 import argparse
@@ -52,7 +57,7 @@ SCHEDULERS = ("plateau", "step", "none")
 
 
 def parse_arguments():
-    parser = cli.make_parser(__doc__)
+    parser = cli.make_parser(__doc__)  # the recipe's defaults are in common/config.py
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
     add(
@@ -74,7 +79,7 @@ def parse_arguments():
 
     add = parser.add_argument_group("recipe").add_argument
     add("--epochs", type=cli.positive_int, help="at most; early stopping ends most runs sooner")
-    lr = "1e-5 suits MRNet's 1,130 exams; some hundred exams need 1e-4; above is unstable"
+    lr = "1e-5 suits MRNet's 1,130 exams; with 200, 3e-5 to 1e-4; higher values are unstable"
     add("--lr", type=cli.positive_float, help=lr)
     l2 = "L2 inside Adam, as in the article"
     add("--weight-decay", type=cli.nonnegative_float, help=l2)
@@ -82,9 +87,9 @@ def parse_arguments():
         "--lr-scheduler",
         choices=SCHEDULERS,
         help=f"plateau: x {PLATEAU_FACTOR} after {PLATEAU_PATIENCE} epochs without a better "
-        f"validation loss; step: x {STEP_FACTOR} every {STEP_EPOCHS} epochs",
+        f"loss; step: x {STEP_FACTOR} every {STEP_EPOCHS} epochs",
     )
-    patience = "stop after this many epochs without a better validation loss"
+    patience = "stop after this many epochs without a better loss"
     add("--patience", type=cli.positive_int, help=patience)
     dropout = "before the classifier; the article's text has it, its code does not"
     add("--dropout", type=cli.probability, help=dropout)
@@ -156,8 +161,8 @@ def run(args):
         raise InputError("--cuda-graphs: needs --device cuda and room for --cache device")
     for exams in (train_set, valid_set):
         exams.fingerprint()  # hashes the voxels once, before subsets are taken
-    origin = {"git": commit, "versions": cli.versions(), "dataset": train_set.dataset}
-    origin["data_dir"] = str(args.data_dir)
+    provenance = {"git": commit, "versions": cli.versions(), "dataset": train_set.description}
+    provenance["data_dir"] = str(args.data_dir)
     seeds = range(config.seed, config.seed + config.repeat)
     splits = plan_splits(train_set, valid_set, config.protocol, config.folds, seeds)
     write_folds(args.models_dir / f"{config.task}-folds.csv", splits)
@@ -165,17 +170,17 @@ def run(args):
         if len(splits) > 1:
             print(f"\n-- network {number} of {len(splits)}: seed {split.seed}, fold {split.fold}")
         with lock(model_path(files.models_dir, config.task, config.plane, split.suffix)):
-            train_network(config, split, files, origin)
+            train_network(config, split, files, provenance)
 
 
-def train_network(config, split, files, origin):
+def train_network(config, split, files, provenance):
     """Train one network to its end, or to where a signal leaves it to be resumed.
 
     Args:
         config: Config.
         split: splits.Split, the exams of this network.
         files: Files.
-        origin: dict of plain values for its metadata: commit at the start, versions, data set.
+        provenance: dict of plain values for its metadata: commit at the start, versions, data set.
     """
     path = model_path(files.models_dir, config.task, config.plane, split.suffix)
     state_path = path.with_suffix(".state")
@@ -202,7 +207,7 @@ def train_network(config, split, files, origin):
             for epoch in train_epochs(config, split, state, stop_requested):
                 if epoch is not None:
                     if epoch.is_best:
-                        save_model(path, state.model, describe(config, split, epoch, origin))
+                        save_model(path, state.model, describe(config, split, epoch, provenance))
                     print(epoch, flush=True)
                     log.add_steps(epoch.number, *epoch.steps)
                     log.add_epoch(epoch.number, epoch.metrics, epoch.lr, epoch.exams_per_second)
@@ -266,7 +271,7 @@ def train_epochs(config, split, state, stop_requested):
             return
         speed = (len(split.train_set) - before) / (time.perf_counter() - began)
         selected, _ = evaluate_model(state.model, split.selection_set, config, what)
-        is_best = state.update(selected)
+        is_best = state.update(selected)  # steps the schedule, counts for early stopping
         metrics = {"train": train, split.selected_on: selected}
         seconds = time.perf_counter() - began
         yield Epoch(state.epoch, lr, steps, metrics, speed, seconds, is_best)
@@ -276,6 +281,8 @@ def train_epochs(config, split, state, stop_requested):
 
 def train_model(state, step, exams, what, stop_requested=()):
     """One epoch of training (the article's `train_model`).
+
+    The loop is `engine.train_epoch`; forward, loss, backward and update: `engine.training_step`.
 
     Args:
         state: TrainState; its `epoch` or, if a stop was requested, its `partial_epoch` is updated.
@@ -392,7 +399,7 @@ def augmented_exam(config, split):
     return (grey_levels(split.train_set[0][0], config.intensity) / 255).clamp(0, 1)
 
 
-def describe(config, split, epoch, origin):
+def describe(config, split, epoch, provenance):
     """Metadata of a saved model: plain values only."""
     return {
         "task": config.task,
@@ -410,7 +417,7 @@ def describe(config, split, epoch, origin):
         "arguments": asdict(config),
         "class_weights": list(split.train_set.class_weights),
         "data": split.fingerprints(),
-    } | origin
+    } | provenance
 
 
 def report_best_model(config, split, path, log_dir, log):

@@ -69,10 +69,10 @@ def parse_arguments():
         default="probability",
         help="inputs of the regression; the article and Stanford use probabilities",
     )
-    as_trained = "as given to train.py"
-    parser.add_argument("--folds", type=cli.positive_int, default=1, help=as_trained)
-    parser.add_argument("--repeat", type=cli.positive_int, default=1, help=as_trained)
-    parser.add_argument("--seed", type=cli.seed_number, default=0, help=as_trained)
+    add = parser.add_argument
+    add("--folds", type=cli.positive_int, default=1, help="number of folds used with train.py")
+    add("--repeat", type=cli.positive_int, default=1, help="number of seeds used with train.py")
+    add("--seed", type=cli.seed_number, default=0, help="first of these seeds")
     parser.add_argument(
         "--sensitivity",
         type=float,
@@ -105,7 +105,7 @@ class BaseModels(NamedTuple):
         return range(self.first_seed, self.first_seed + self.repeat)
 
     def paths(self, plane, seed):
-        """Files of one plane's networks for one seed: one, or one a fold."""
+        """Files of one plane's networks for one seed: one, or one per fold."""
         named = seed if self.repeat > 1 else None
         folds = range(1, self.folds + 1) if self.folds > 1 else [0]
         return [
@@ -163,9 +163,9 @@ def check_network(path, metadata, sets, expected):
         splits["train"] = sets["train"].subset(rows)
     for split, exams in splits.items():
         if not exams.has_fingerprint(metadata["data"].get(split, "")):
-            beside = "beside other validation" if split == "valid" else "on other training"
+            kind = {"valid": "validation", "train": "training"}[split]
             raise InputError(
-                f"{path}: was trained {beside} exams than {sets[split].root} holds; give the "
+                f"{path}: its {kind} exams differ from those in {sets[split].root}; give the "
                 "--data-dir that it was trained on, or train it again"
             )
 
@@ -239,7 +239,7 @@ def make_stack(task, kind, logits, labels, tuning, sensitivity=None):
     return stack, scores, thresholds
 
 
-def tuning_rows(sets, found):
+def tuning_mask(sets, found):
     """The training exams that thresholds are chosen on: bool (n,), all False where there are none.
 
     Those that selected the epoch of the only network of each plane: no network was trained on them,
@@ -378,7 +378,7 @@ def join_seeds(found, seeds=None):
     """Put the logits of several seeds side by side.
 
     Args:
-        found: {plane: [PlaneLogits, one a seed]}.
+        found: {plane: [PlaneLogits, one per seed]}.
         seeds: positions of the seeds to take; all by default.
 
     Returns:
@@ -404,7 +404,7 @@ def seeds_aucs(found, sets, fit):
     """
     aucs = []
     for k in range(len(found[PLANES[0]])):
-        tuning = tuning_rows(sets, [found[plane][k] for plane in PLANES])
+        tuning = tuning_mask(sets, [found[plane][k] for plane in PLANES])
         _, scores, _ = fit(logits=join_seeds(found, [k]), tuning=tuning)
         labels = sets[PLANES[0]]["valid"].labels
         aucs.append(auc_interval(labels, scores["valid"][STACK]).value)
@@ -425,7 +425,7 @@ def run(args):
     check_base_models(base_models, args.data_dir)
     commit = cli.print_start_up(vars(args), device, precision)
 
-    found = {  # plane -> [PlaneLogits, one a seed]
+    found = {  # plane -> [PlaneLogits, one per seed]
         plane: [
             predict_plane(base_models, plane, seed, sets[plane], device, precision)
             for seed in base_models.seeds
@@ -438,7 +438,7 @@ def run(args):
     protocol = "article" if "article" in protocols else protocols.pop()
     fit = partial(make_stack, args.task, args.features, labels=labels, sensitivity=args.sensitivity)
     aucs = seeds_aucs(found, sets, fit) if args.repeat > 1 else None
-    tuning = tuning_rows(sets, every)
+    tuning = tuning_mask(sets, every)
     stack, scores, thresholds = fit(logits=join_seeds(found), tuning=tuning)
     chosen = threshold_source(tuning, args.folds, args.repeat)
     caveats = list_caveats(protocol, args.folds, chosen)

@@ -59,7 +59,7 @@ def read_checkpoint(path, expected=FORMAT):
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except PermissionError:
-        raise InputError(f"{path}: may not be read; change its permissions") from None
+        raise InputError(f"{path}: no permission to read it; change its permissions") from None
     except Exception as error:  # torch raises many kinds for a damaged archive
         raise InputError(
             f"{path}: damaged, or not a saved model ({one_line(error)}); delete it and train again"
@@ -176,7 +176,7 @@ def load_model(path, task=None, plane=None):
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
         is_valid = False
     if not is_valid:
-        raise InputError(f"{path}: lacks parts of an MRNet; delete it and train again")
+        raise InputError(f"{path}: incomplete model file; delete it and train again")
     if (task or metadata["task"], plane or metadata["plane"]) != (
         metadata["task"],
         metadata["plane"],
@@ -342,5 +342,5 @@ def restore_state(path, state, config, data_sets):
         check_same(path, config, data_sets, earlier, ignore=["epochs"])
         state.restore(content["training"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError):
-        raise InputError(f"{path}: lacks parts of a training; delete it and train again") from None
+        raise InputError(f"{path}: incomplete training state; delete it and train again") from None
     return True

@@ -170,7 +170,7 @@ def print_exams(train_set, valid_set):
                 "patients, no validation figure means anything: "
                 f"python -m tools.check {train_set.root} lists them"
             )
-    print(f"data set   {describe_dataset(train_set.dataset)}")
+    print(f"data set   {describe_dataset(train_set.description)}")
     print("class weights  negative {:g}, positive {:.3f}".format(*train_set.class_weights))
 
 
@@ -203,7 +203,10 @@ def stop_after_step():
     def request(number, frame):
         stop_requested.append(number)
         restore()
-        print("\nstopping after this step; the same again stops at once", file=sys.stderr)
+        print(
+            "\nstopping after this step; repeat the signal (Ctrl-C) to stop immediately",
+            file=sys.stderr,
+        )
 
     def restore():
         for number, handler in before.items():
@@ -277,7 +280,7 @@ def status_of(error):
             return 1, "failed: out of device memory; try --cache disk, --precision bf16"
         case BrokenPipeError():  # the reader of our output has ended, as `| head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1, "failed: the reader of the output has ended"
+            return 1, "failed: the output pipe was closed"
         case OSError() if error.errno in FILE_FAULTS:
             return 1, f"failed: {error.filename or 'a file'}: {error.strerror}"
     is_memory = isinstance(error, MemoryError) or (

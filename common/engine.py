@@ -13,7 +13,7 @@ from dataloader import Augmentation, preprocess
 
 
 def training_step(model, optimizer, volume, label, weight, precision):
-    """Forward, class-weighted cross-entropy, backward, update, for one exam.
+    """Forward, class-weighted binary cross-entropy, backward, update, for one exam.
 
     Args:
         volume: float32 (s, 1, H, W), preprocessed; label, weight: float32 (1,).
@@ -78,7 +78,7 @@ def restore_random_states(states, device):
 
 
 def train_epoch(step, exams, what="train", partial_epoch=None, stop_requested=()):
-    """One pass over all exams in random order, one exam a step.
+    """One pass over all exams in random order, one exam per step.
 
     Random numbers come from torch's default generator: seed it before each epoch and the epoch is
     the same wherever training was resumed.
@@ -150,7 +150,7 @@ def predict_volume(networks, volume, device, precision):
 
 
 def exam_losses(labels, weights, logits):
-    """Class-weighted cross-entropy of each exam: three float32 (n,) -> float32 (n,)."""
+    """Class-weighted binary cross-entropy of each exam: three float32 (n,) -> float32 (n,)."""
     logits, labels, weights = (torch.from_numpy(x) for x in (logits, labels, weights))
     return F.binary_cross_entropy_with_logits(logits, labels, weights, reduction="none").numpy()
 

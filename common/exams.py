@@ -145,7 +145,7 @@ def refuse_unfit(models, datasets, allow_synthetic):
     if models.is_synthetic and real and not allow_synthetic:
         names = ", ".join(d["name"] for d in models.datasets if d is not None and d["synthetic"])
         raise InputError(
-            f"the {models.task} networks were trained on synthetic exams only ({names}), so their "
+            f"the {models.task} networks were trained on synthetic exams ({names}), so their "
             "answer says nothing about a patient; give --models-dir with networks that were "
             "trained on real exams, or try the command all the same with --allow-synthetic"
         )
@@ -156,9 +156,9 @@ def refuse_unfit(models, datasets, allow_synthetic):
                 theirs = ((given or {}).get("orientation") or {}).get(plane)
                 if mine and theirs and mine != theirs:
                     raise InputError(
-                        f"the exams of {given['name']} lie {plane} as {theirs} (where slices, rows "
-                        f"and columns grow to), the {models.task} networks were trained on {mine}; "
-                        "turn the volumes and correct dataset.json"
+                        f"{plane} orientation of {given['name']} is {theirs} (directions in which "
+                        f"slices, rows and columns increase), the {models.task} networks were "
+                        f"trained on {mine}; reorient the volumes and correct dataset.json"
                     )
 
 
@@ -347,7 +347,7 @@ def exam_of_files(paths, plane=None):
                 "it into such a folder, or give --plane"
             )
         if where in found:
-            raise InputError(f"{path}: a second {where} volume; give one file a plane")
+            raise InputError(f"{path}: a second {where} volume; give one file per plane")
         found[where], names[name] = path, path
     if len(names) > 1:
         raise InputError(

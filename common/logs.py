@@ -26,7 +26,7 @@ def open_writer(folder, purge_step=None):
     try:
         return SummaryWriter(folder, purge_step=purge_step)
     except OSError as error:
-        print(f"logs       NONE: {folder} cannot be written ({error.strerror}); going on without")
+        print(f"logs       NONE: {folder} cannot be written ({error.strerror}); continuing without")
         return NoWriter()
 
 

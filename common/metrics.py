@@ -303,7 +303,7 @@ def roc_band(labels, scores, level=0.95, resamples=RESAMPLES, seed=0, points=101
 
 
 def summary(labels, probabilities, threshold, level=0.95):
-    """All of it in one flat dict of plain ints and floats, ready for JSON.
+    """All metrics in one flat dict of plain ints and floats, ready for JSON.
 
     Raises MetricError for bad arrays or arguments, OneClassError when all labels are the same.
     """
@@ -350,7 +350,7 @@ def _checked(labels, *scores, both_classes=False, probability=False):
         if probability and (values.min() < 0 or values.max() > 1):
             raise MetricError(
                 f"probabilities must be in [0, 1], these reach from {values.min():g}"
-                f" to {values.max():g}: logits?"
+                f" to {values.max():g}: did you pass logits?"
             )
     wrong = labels[(labels != 0) & (labels != 1)]
     if len(wrong):

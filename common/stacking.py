@@ -168,7 +168,9 @@ def load_stack(models_dir, task):
             RecursionError):  # fmt: skip
         is_valid = False
     if not is_valid:
-        raise InputError(f"{path}: damaged, or not a stack of {task}; make it again")
+        raise InputError(
+            f"{path}: damaged, or not a stack of {task}; run train_logistic_regression.py again"
+        )
     if stack["format"] == ROUNDED_LOGITS and stack["features"] == "logit":
         raise InputError(
             f"{path}: fitted on rounded logits by an earlier version; run "
@@ -191,7 +193,7 @@ def is_stack(content):
 
 
 def is_combination(planes, content):
-    """Whether a combination of `planes` holds finite numbers, one coefficient a plane."""
+    """Whether a combination of `planes` holds finite numbers, one coefficient per plane."""
     numbers = [*content["coefficients"], content["intercept"], content["threshold"]]
     return len(numbers) == len(planes.split("+")) + 2 and all(
         type(number) in (int, float) and math.isfinite(number) for number in numbers
@@ -217,7 +219,7 @@ class TaskModels(NamedTuple):
 
     @property
     def is_synthetic(self):
-        """Whether any of the networks was trained on exams that are not of patients."""
+        """Whether any of the networks was trained on synthetic exams."""
         return any(dataset is not None and dataset["synthetic"] for dataset in self.datasets)
 
 
@@ -266,7 +268,7 @@ def load_task(models_dir, task, device="cpu"):
             if stack and stack["digests"].get(path.name) != digests[-1]:
                 raise InputError(
                     f"{path}: trained again after the stack was fitted; run python "
-                    f"train_logistic_regression.py --task {task} with the arguments of before"
+                    f"train_logistic_regression.py --task {task} with the same arguments"
                 )
         networks[plane] = [(model.to(device), meta["intensity"]) for model, meta in loaded]
         for _, meta in loaded:

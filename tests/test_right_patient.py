@@ -516,7 +516,7 @@ def test_10_the_stack_checks_what_its_networks_were_trained_on(exams, change):
         volume = np.load(path)
         volume[0, 0, 0] ^= 1
         np.save(path, volume)
-        assert_one_line_error(stack(exams), "acl-coronal.pt", "other training exams")
+        assert_one_line_error(stack(exams), "acl-coronal.pt", "training exams differ")
         return
     if change == "seed":
         assert_one_line_error(stack(exams, "--seed", "3"), "acl-axial.pt", "seed 0")

@@ -56,7 +56,9 @@ OURS, ARTICLE = "ours", "the article's loop"
 
 def parse_arguments():
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--exams", type=int, default=40, help="training exams an epoch; MRNet 1130")
+    parser.add_argument(
+        "--exams", type=int, default=40, help="training exams per epoch; MRNet 1130"
+    )
     parser.add_argument("--valid", type=int, default=10, help="validation exams; MRNet 120")
     parser.add_argument("--runs", type=int, default=5, help="rounds; the median of each is shown")
     parser.add_argument(
@@ -72,7 +74,7 @@ def parse_arguments():
     parser.add_argument(
         "--whole-run",
         action="store_true",
-        help="two epochs of train.py instead: start-up, seconds an epoch, memory",
+        help="two epochs of train.py instead: start-up, seconds per epoch, memory",
     )
     parser.add_argument(
         "--device",
@@ -319,7 +321,7 @@ def growth(device, runs):
             loop.train()
             took = 1e3 * statistics.median(seconds(loop.train, device) for _ in range(runs))
             rows.append(
-                {"slices": s, "exams": n, "ms an exam": took / n, "ms a slice": took / n / s}
+                {"slices": s, "exams": n, "ms per exam": took / n, "ms per slice": took / n / s}
             )
     return rows
 
