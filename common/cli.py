@@ -25,7 +25,9 @@ from dataloader import PLANES
 
 def make_parser(docstring):
     """A parser that is described by the first paragraph of a script's docstring."""
+    path = Path(sys.argv[0])
     return argparse.ArgumentParser(
+        prog=f"python -m tools.{path.stem}" if path.parent.name == "tools" else path.name,
         description=docstring.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
