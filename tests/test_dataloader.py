@@ -1,6 +1,10 @@
 """The data set against its files, the augmentation against other implementations."""
 
+import errno
+import hashlib
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +14,22 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import affine
 
 from common.errors import InputError
-from dataloader import Augmentation, MRDataset, grey_levels, preprocess, read_volume, resample
+from dataloader import (
+    Augmentation,
+    MRDataset,
+    grey_levels,
+    label_rows,
+    open_volume,
+    preprocess,
+    read_dataset,
+    read_groups,
+    read_labels,
+    read_volume,
+    resample,
+    rescale,
+    tasks,
+    volume_path,
+)
 
 
 def test_item_contract(shared_exams):
@@ -230,3 +249,190 @@ def test_subset_and_keep_give_the_same_exams(shared_exams):
     assert torch.equal(part[1][0], whole[7][0])
     assert part.nbytes == sum(np.load(p).size for p in part.paths)
     assert part.fingerprint() != whole.fingerprint()
+
+
+# --- labels, groups, descriptions -----------------------------------------------------------------
+
+
+def test_rows_of_labels_and_their_faults(tmp_path):
+    text = "\ufeff007,1\r\n\r\n 12 ,0 \n12,1\n0,2\nx,1\n3\n1234567890123,0\n000,1\n1,0.5\n"
+    path = tmp_path / "train-acl.csv"
+    path.write_bytes(text.encode())
+    rows = list(label_rows(tmp_path, "acl", "train"))
+    good = [(i, label) for i, label, fault in rows if fault is None]
+    assert good == [("7", 1.0), ("12", 0.0)]
+    faults = [fault.removeprefix(f"{path}, line ") for *_, fault in rows if fault]
+    assert faults == [
+        "4: id 12 is listed twice; keep one row",
+        "5: label '2' is not 0 or 1",
+        "6: expected `id,label` with a whole-number id",
+        "7: expected `id,label` with a whole-number id",
+        "8: expected `id,label` with a whole-number id",
+        "9: id 0 is listed twice; keep one row",
+        "10: label '0.5' is not 0 or 1",
+    ]
+    path.write_bytes(b"0,1\n\xff\xff,0\n")
+    (*_, (_, _, fault)) = label_rows(tmp_path, "acl", "train")
+    assert str(path) in fault and "cannot be read as a CSV of `id,label`" in fault
+    ((exam_id, label, fault),) = label_rows(tmp_path, "acl", "valid")
+    assert exam_id is label is None and "valid-acl.csv: cannot be read" in fault
+
+
+def test_labels_in_the_order_of_the_file(exams):
+    (exams / "valid-acl.csv").write_text("13,0\n12,1\n19,0\n")
+    ids, labels = read_labels(exams, "acl", "valid")
+    assert ids == ["13", "12", "19"] and labels.tolist() == [0, 1, 0] and labels.dtype == np.float32
+    (exams / "train-other.csv").write_text("0,1\n1,0\n")
+    (exams / "valid-other.csv").write_text("12,1\n13,0\n")
+    (exams / "train-groups.csv").write_text("0,1\n")
+    (exams / "valid-groups.csv").write_text("12,1\n")
+    assert tasks(exams) == ["acl", "other"]
+    (exams / "train-other.csv").unlink()
+    with pytest.raises(InputError, match="no task 'other' without train-other.csv; tasks here: ac"):
+        read_labels(exams, "other", "valid")
+    with pytest.raises(InputError, match="without train-cyst.csv and valid-cyst.csv; tasks here"):
+        read_labels(exams, "cyst", "valid")
+    (exams / "valid-acl.csv").write_text("12,1\n13,1\n")
+    with pytest.raises(InputError, match="valid-acl.csv: 2 exams of one class only; training and"):
+        read_labels(exams, "acl", "valid")
+
+
+def test_groups_are_read_by_id(tmp_path):
+    assert read_groups(tmp_path, "train") == {}
+    path = tmp_path / "train-groups.csv"
+    path.write_text("\ufeff007, a b \n\n12,scanner 3\n000,x\n", encoding="utf-8")
+    assert read_groups(tmp_path, "train") == {"7": "a b", "12": "scanner 3", "0": "x"}
+    for text, words in (
+        ("1,a\n2\n", "line 2: expected `id,group`"),
+        ("x,a\n", "line 1: expected `id,group`"),
+        ("1, \n", "line 1: expected `id,group`"),
+        ("1,a,b\n", "line 1: expected `id,group`"),
+        ("1,a\n\n01,b\n", "line 3: id 1 is listed twice"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=f"train-groups.csv, {words}"):
+            read_groups(tmp_path, "train")
+    path.write_bytes(b"\xff\xfe\xfd,1\n")
+    with pytest.raises(InputError, match="train-groups.csv: cannot be read .*; create it again"):
+        read_groups(tmp_path, "train")
+
+
+DESCRIPTION = {"name": "n", "version": "1", "synthetic": False, "orientation": {"axial": "IPL"}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"name": 3}, {"version": 1}, {"synthetic": "no"}, {"synthetic": 0}, {"orientation": "IPL"},
+     {"name": None}],
+    ids=str,
+)  # fmt: skip
+def test_description_of_a_data_set(tmp_path, change):
+    assert read_dataset(tmp_path) is None
+    path = tmp_path / "dataset.json"
+    for content in (DESCRIPTION, DESCRIPTION | {"orientation": None, "licence": "MIT"}):
+        path.write_text(json.dumps(content))
+        assert read_dataset(tmp_path) == content
+    path.write_text(json.dumps(DESCRIPTION | change))
+    with pytest.raises(InputError, match="dataset.json: not a description of a data set.*type"):
+        read_dataset(tmp_path)
+    del content["version"]
+    for text in (json.dumps(content), "{", "[1]", '"x"', "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(InputError, match="dataset.json.*see data/README.md, or move it away"):
+            read_dataset(tmp_path)
+
+
+def test_where_a_volume_lies(tmp_path):
+    assert volume_path("d", "valid", "axial", "7") == Path("d/valid/axial/0007.npy")
+    assert volume_path("d", "train", "axial", "12345") == Path("d/train/axial/12345.npy")
+
+
+# --- volumes --------------------------------------------------------------------------------------
+
+
+def test_the_smallest_volume_and_both_orders(tmp_path):
+    path = tmp_path / "0.npy"
+    volume = np.random.default_rng(0).integers(0, 256, (1, 63, 64), dtype=np.uint8)
+    for stored in (volume, np.asfortranarray(volume), volume.astype(">u2"), volume.astype(float)):
+        np.save(path, stored)
+        found = read_volume(path)
+        assert np.array_equal(found, volume) and found.flags.c_contiguous
+        assert found.dtype == np.uint8 and found.flags.writeable
+    np.save(path, volume[:, :62])
+    with pytest.raises(InputError, match="slices of 62 x 64 px; AlexNet needs at least 63 px"):
+        open_volume(path)
+    np.save(path, volume.astype(complex))
+    with pytest.raises(InputError, match="holds complex128, expected uint8 grey levels 0 to 255"):
+        open_volume(path)
+    np.save(path, np.full((2, 64, 64), 300, np.int16))
+    with pytest.raises(InputError, match="int16 values from 300 to 300; rescale them"):
+        read_volume(path)
+    np.save(path, np.zeros((2, 64, 64), np.int16))
+    assert read_volume(path).max() == 0
+
+
+def test_no_memory_is_not_the_files_fault(tmp_path, monkeypatch):
+    def full(*args, **more):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", full)
+    with pytest.raises(MemoryError, match="0.npy"):
+        open_volume(tmp_path / "0.npy")
+
+
+def test_grey_levels_are_stretched_unless_raw():
+    volume = torch.tensor([[[10, 60], [110, 35]]], dtype=torch.uint8)
+    assert rescale(volume, "raw").tolist() == volume.float().tolist()
+    stretched = rescale(volume, "standardized")
+    torch.testing.assert_close(stretched, (volume.float() - 10) * 2.55)
+    flat = rescale(torch.full((1, 2, 2), 9, dtype=torch.uint8), "standardized")
+    assert flat.abs().max() == 0  # no division by zero
+    moved = preprocess(volume, "standardized", lambda grey: grey * 0)  # black stays black
+    torch.testing.assert_close(moved, torch.full((1, 1, 2, 2), -58.09 / 49.73))
+    assert preprocess(volume, "raw", lambda grey: grey + 1).flatten()[0] == 11
+
+
+def test_augmentation_without_a_pose_draws_one():
+    grey = torch.rand(2, 64, 64) * 255
+    still = Augmentation(rotation=0, shift=0, flip=0)
+    torch.testing.assert_close(still(grey), grey, atol=1e-3, rtol=0)
+    flipped = Augmentation(rotation=0, shift=0, flip=1)
+    torch.testing.assert_close(flipped(grey), grey.flip(-1), atol=1e-3, rtol=0)
+    pose = torch.tensor([0.3, 0.1, -0.05, 1.0])
+    torch.testing.assert_close(Augmentation()(grey, pose), resample(grey, pose))
+
+
+# --- the data set ---------------------------------------------------------------------------------
+
+
+def test_exams_subsets_and_fingerprints(exams):
+    (exams / "train-groups.csv").write_text("0,p1\n3,p1\n")
+    whole = MRDataset(exams, "acl", "coronal", transform=Augmentation())
+    assert (whole.split, whole.task, whole.plane, whole.root) == ("train", "acl", "coronal", exams)
+    assert whole.groups[:4] == ["p1", "exam 1", "exam 2", "p1"] and whole.description is None
+    assert whole.shapes == [np.load(path).shape for path in whole.paths] and len(whole) == 12
+    assert whole.rows_of(["3", "99", "0"]) == [3, 0]
+    volume, label, weight = whole[-12]
+    assert (label.tolist(), weight.tolist()) == ([1.0], [2.0]) and volume.dtype == torch.float32
+    assert whole[1][1].tolist() == [0.0] and whole[1][2].tolist() == [1.0]
+    part = whole.subset([5, 3])
+    assert part.transform is None and part.groups == ["exam 5", "p1"]
+    assert part.labels.tolist() == [0, 1] and part.paths == [whole.paths[5], whole.paths[3]]
+    assert torch.equal(part.exam(1), whole.exam(3)) and part.class_weights == whole.class_weights
+
+    def digest(i):
+        return hashlib.sha256(np.load(whole.paths[i])).hexdigest()[:32]
+
+    rows = [f"{i},{int(i == 3)},{np.load(whole.paths[i]).shape},{digest(i)}\n" for i in (5, 3)]
+    wanted = hashlib.sha256("".join(rows).encode()).hexdigest()[:32]
+    assert part.fingerprint() == wanted and part.has_fingerprint(wanted)
+    assert not part.has_fingerprint(wanted[::-1]) and not part.has_fingerprint("")
+    earlier = [f"{i},{int(i == 3)},{np.load(whole.paths[i]).shape}\n" for i in (5, 3)]
+    earlier = hashlib.sha256("".join(earlier).encode()).hexdigest()[:16]
+    assert part.has_fingerprint(earlier) and not whole.has_fingerprint(earlier)
+    whole.cache("cpu")
+    assert all(torch.equal(whole.volume(i), whole.cached[i]) for i in range(12))
+    assert whole.subset([5, 3]).cached[1] is whole.cached[3]
+    progress = []
+    whole.cache("cpu", progress=lambda paths: progress.append(len(paths)) or paths)
+    assert progress == [12] and whole.subset([5, 3]).fingerprint() == wanted
