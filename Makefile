@@ -40,8 +40,9 @@ bench: $(VENV:%=%/installed)
 reproduce: $(VENV:%=%/installed) $(if $(filter $(PHANTOM),$(DATA)),$(PHANTOM)/valid-acl.csv)
 	$(PY) reproduce.py --data-dir $(DATA) $(if $(ARGS),-- $(ARGS))
 
+# Two processes with one thread each: two threads gain little on the tests' small exams.
 test: $(VENV:%=%/installed-dev)
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 lint: $(VENV:%=%/installed-dev)
 	$(PY) -m ruff check .
