@@ -51,8 +51,7 @@ lint: $(VENV:%=%/installed-dev)
 # README's pictures, from the demo's models.
 pictures: $(VENV:%=%/installed)
 	$(PY) explain.py $(PHANTOM) --exam valid/0237 --task $(TASK) --out models/pictures --overwrite
-	cp models/pictures/0237-$(TASK).png docs/heat-maps.png
-	cp models/$(TASK)-roc.png docs/roc.png
+	$(PY) -m tools.pictures models/pictures/0237-$(TASK).png models/$(TASK)-roc.png
 
 # Break the code in some thousand ways, one at a time, and see that a test fails: hours.
 mutants: $(VENV:%=%/installed-dev)
