@@ -251,7 +251,7 @@ def test_pck_that_is_no_volume(convert, tmp_path, content, words):
         (("aclDiagnosis", "diagnosis"), "line 2: no aclDiagnosis"),
         (("320000-1.pck", "../320000-1.pck"), "is a path"),
         (("320000-1.pck", "/etc/passwd"), "is a path"),
-        (("320000-1.pck", "320001-1.pck"), "stands here twice"),
+        (("320000-1.pck", "320001-1.pck"), "is listed twice"),
         (("320001,1,0", "320001,1,7"), "aclDiagnosis '7' is not 0, 1 or 2"),
         (("320001,1,0", ",1,0"), "line 4: no examId"),
     ],

@@ -362,7 +362,7 @@ def test_7_networks_that_saw_synthetic_knees_refuse_patients(trained, tmp_path):
     write_study(tmp_path / "scans", 1, "one")
     models = ("--models-dir", trained[0] / "models")
     done = run_script("predict.py", tmp_path / "scans", *models)
-    assert_one_line_error(done, "synthetic exams only (phantom)", "--allow-synthetic")
+    assert_one_line_error(done, "synthetic exams (phantom)", "--allow-synthetic")
     assert done.stdout == ""
     args = (tmp_path / "scans", "--task", "acl", *models, "--out", tmp_path / "report")
     assert_one_line_error(run_script("explain.py", *args), "--allow-synthetic")
