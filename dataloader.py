@@ -36,8 +36,8 @@ GROUPS = "groups"  # <split>-groups.csv holds no labels
 
 HOW_TO_GET_DATA = (
     "MRNet: register at https://stanfordmlgroup.github.io/competitions/mrnet and unzip it into "
-    "data/; or make synthetic knees with `python data/phantom/prepare.py` and add "
-    "`--data-dir data/phantom`"
+    "data/; or make synthetic knees with `python data/phantom/prepare.py` and give "
+    "data/phantom as the data folder"
 )
 
 

@@ -72,7 +72,7 @@ def parse_arguments():
         "--exam", help="which one, where EXAM holds several: 207, valid/0207, a DICOM exam's folder"
     )
     parser.add_argument("--task", required=True, help="the finding to explain")
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder to write to")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write to")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace files of the same name in --out"
     )
@@ -251,6 +251,12 @@ def contact_sheet(explained, title):
             axes.imshow(pictures[s])
             text = f"{plane} {s + 1} of {len(pictures)}: {one.slice_sums[s]:+.2f}"
             axes.set_title(text, color="w", fontsize=9)
+        shown = one.slice_sums[best].sum()
+        others = one.slice_sums.sum() - shown
+        text = f"{plane}: logit {one.logit:+.2f} = these {shown:+.2f}, other slices {others:+.2f}"
+        text += f", bias {one.bias:+.2f}"
+        row[0].text(0, -0.07, text, color="w", fontsize=8, transform=row[0].transAxes,
+                    in_layout=False)  # fmt: skip
         scale = float(np.abs(one.maps).max()) or 1.0
         bar = figure.colorbar(ScalarMappable(Normalize(-scale, scale), colours), ax=row, pad=0.01)
         bar.set_label("logit per cell", color="w", fontsize=8)

@@ -354,22 +354,34 @@ def run(args):
             if to_stdout or file.tell() == 0:
                 file.write(header)
             began = time.perf_counter()
-            counts = predict_all(exams, tasks, saved, file, options)
+            try:
+                counts = predict_all(exams, tasks, saved, file, options)
+            except KeyboardInterrupt:
+                if to_stdout:
+                    raise
+                resume = f"{len(saved)} exams are in {args.out}. {cli.resume_with()}"
+                raise KeyboardInterrupt(resume) from None
             seconds = time.perf_counter() - began
         if args.resume:
             put_in_order(args.out, saved, exams, header)
-    kept = f", {counts['kept']} were there" if counts["kept"] else ""
-    log(
-        f"{counts['predicted']} exams{kept}, {counts['slices']} slices in {seconds:.1f} s: "
-        f"{counts['predicted'] / seconds:.1f} exams/s, "
-        f"{1000 * seconds / max(counts['slices'], 1):.2f} ms per slice"
-    )
+    log(summary_line(counts, seconds))
     if exams.fault:
         raise RunError(f"{exams.fault}; {counts['failed']} exams without an answer, see `error`")
     if counts["failed"] or exams.failed:
         raise RunError(
             f"{counts['failed']} exams and {exams.failed} files could not be used, named above"
         )
+
+
+def summary_line(counts, seconds):
+    """What was done, and how fast; `counts` as `predict_all` returns it."""
+    kept = f", {counts['kept']} were there" if counts["kept"] else ""
+    line = f"{counts['predicted']} exams{kept}"
+    if counts["slices"]:
+        line += f", {counts['slices']} slices in {seconds:.1f} s: "
+        line += f"{counts['predicted'] / seconds:.1f} exams/s, "
+        line += f"{1000 * seconds / counts['slices']:.2f} ms per slice"
+    return line
 
 
 def print_models(models):

@@ -213,7 +213,7 @@ def train_network(config, split, files, provenance):
                     log.add_epoch(epoch.number, epoch.metrics, epoch.lr, epoch.exams_per_second)
                 save_state()
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"Resume with: {cli.command_to_resume()}") from None
+            raise KeyboardInterrupt(cli.resume_with()) from None
         if not stop_requested:
             if state.bad_epochs >= config.patience:
                 metric = f"{split.selected_on} loss"
@@ -221,7 +221,7 @@ def train_network(config, split, files, provenance):
             report_best_model(config, split, path, state.log_dir, log)
             state_path.unlink(missing_ok=True)
         if stop_requested:  # perhaps while reporting: another network may be next
-            raise Interrupted(stop_requested[0], f"Resume with: {cli.command_to_resume()}")
+            raise Interrupted(stop_requested[0], cli.resume_with())
 
 
 class Epoch(NamedTuple):

@@ -24,13 +24,25 @@ from dataloader import PLANES
 
 
 def make_parser(docstring):
-    """A parser that is described by the first paragraph of a script's docstring."""
-    path = Path(sys.argv[0])
+    """A parser that is described by a script's docstring: its first line above the arguments, the
+    rest, with example commands, below."""
+    description, _, epilog = docstring.partition("\n\n")
     return argparse.ArgumentParser(
-        prog=f"python -m tools.{path.stem}" if path.parent.name == "tools" else path.name,
-        description=docstring.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog=script_name(), description=description, epilog=epilog, formatter_class=HelpFormatter
     )
+
+
+def script_name():
+    """How the running script is called: "train.py" or "python -m tools.check"."""
+    path = Path(sys.argv[0])
+    return f"python -m tools.{path.stem}" if path.parent.name == "tools" else path.name
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults are shown where there are any, the docstring's lines are kept."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def add_machine_arguments(parser):
@@ -231,8 +243,12 @@ def catch_signals(handler):
 
 def command_to_resume():
     """The command line that resumes this run."""
-    words = [word for word in sys.argv[1:] if word != "--resume"]
+    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
     return shlex.join(["python", Path(sys.argv[0]).name, *words, "--resume"])
+
+
+def resume_with():
+    return f"Resume with: {command_to_resume()}"
 
 
 # --- exit status ----------------------------------------------------------------------------------
@@ -254,7 +270,6 @@ def exit_with_status(main):
     0 done; 1 the run failed for a reason outside the code; 2 bad input; 128 + n stopped by signal n
     (130 Ctrl-C). A defect of the code keeps its traceback.
     """
-    script = Path(sys.argv[0]).name
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:
@@ -262,7 +277,7 @@ def exit_with_status(main):
         if outcome is None:
             raise
         status, message = outcome
-        print(f"{script}: {message}", file=sys.stderr)
+        print(f"{script_name()}: {message}", file=sys.stderr)
         sys.exit(status)
     sys.exit(0)
 

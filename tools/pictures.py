@@ -36,7 +36,9 @@ def smaller(path):
         raise InputError(f"{path}: not a picture; run `make demo`, then `make pictures`") from None
     picture.thumbnail((WIDTH, picture.height), Image.Resampling.LANCZOS)
     data = io.BytesIO()
-    picture.quantize(256, dither=Image.Dither.NONE).save(data, "PNG", optimize=True)
+    picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        data, "PNG", optimize=True
+    )
     return data.getvalue()
 
 

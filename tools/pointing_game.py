@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from common import cli
 from common.devices import pick_device, pick_precision
-from common.errors import InputError
+from common.errors import InputError, one_line
 from common.metrics import wilson_interval
 from common.stacking import load_task, saved_tasks
 from dataloader import read_labels, read_volume, volume_path
@@ -45,8 +45,8 @@ def read_lesions(data_dir):
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path}: lesions are not known there ({type(error).__name__}); the pointing game is "
-            f"for a phantom: python data/phantom/prepare.py --out {data_dir}"
+            f"{path}: cannot be read ({one_line(error)}); give a phantom's folder, such as "
+            "data/phantom, which `python data/phantom/prepare.py` makes"
         ) from None
 
 
