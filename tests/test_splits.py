@@ -154,3 +154,16 @@ def test_csv_of_folds(sets, tmp_path):
     assert head == "seed,id,fold" and len(rows) == 60
     assert rows[0] == f"3,{splits[0].out_of_fold[0]},1"
     assert rows[-1] == f"3,{splits[1].out_of_fold[-1]},2"
+
+
+@pytest.mark.parametrize("protocol", ["article", "held-out"])
+def test_a_patient_is_never_split(tmp_path, protocol):
+    root = write_exams(tmp_path / "data", train=120)
+    patients = {str(i): str(i // 4) for i in range(120)}
+    rows = "".join(f"{exam_id},{patient}\n" for exam_id, patient in patients.items())
+    (root / "train-groups.csv").write_text(rows)
+    train, valid = (MRDataset(root, "acl", "axial", train=t) for t in (True, False))
+    for split in plan_splits(train, valid, protocol, 2, range(2)):
+        parts = (split.train_set.ids, split.tuning, split.out_of_fold)
+        parts = [{patients[exam_id] for exam_id in ids} for ids in parts]
+        assert sum(map(len, parts)) == len(set().union(*parts)) == 30
