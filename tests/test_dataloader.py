@@ -324,7 +324,6 @@ DESCRIPTION = {"name": "n", "version": "1", "synthetic": False, "orientation": {
     "change",
     [{"name": 3}, {"version": 1}, {"synthetic": "no"}, {"synthetic": 0}, {"orientation": "IPL"},
      {"name": None}],
-    ids=str,
 )  # fmt: skip
 def test_description_of_a_data_set(tmp_path, change):
     assert read_dataset(tmp_path) is None
