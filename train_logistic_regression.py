@@ -374,22 +374,18 @@ def save_figures(models_dir, log_dir, task, labels, scores):
             writer.add_scalar(f"valid-auc/{name}", auc_interval(labels["valid"], values).value)
 
 
-def join_seeds(found, seeds=None):
+def join_seeds(found):
     """Put the logits of several seeds side by side.
 
     Args:
         found: {plane: [PlaneLogits, one per seed]}.
-        seeds: positions of the seeds to take; all by default.
 
     Returns:
         {split: {plane: float64 (n, networks)}}
     """
     return {
         split: {
-            plane: np.concatenate(
-                [getattr(one, split) for k, one in enumerate(ones) if seeds is None or k in seeds],
-                axis=1,
-            )
+            plane: np.concatenate([getattr(one, split) for one in ones], axis=1)
             for plane, ones in found.items()
         }
         for split in SPLITS
@@ -404,8 +400,9 @@ def seeds_aucs(found, sets, fit):
     """
     aucs = []
     for k in range(len(found[PLANES[0]])):
-        tuning = tuning_mask(sets, [found[plane][k] for plane in PLANES])
-        _, scores, _ = fit(logits=join_seeds(found, [k]), tuning=tuning)
+        seed = {plane: [ones[k]] for plane, ones in found.items()}
+        tuning = tuning_mask(sets, [one for (one,) in seed.values()])
+        _, scores, _ = fit(logits=join_seeds(seed), tuning=tuning)
         labels = sets[PLANES[0]]["valid"].labels
         aucs.append(auc_interval(labels, scores["valid"][STACK]).value)
     print(f"stack of each seed, validation AUC: {', '.join(f'{auc:.4f}' for auc in aucs)}")

@@ -241,14 +241,10 @@ def catch_signals(handler):
     return {number: signal.signal(number, handler) for number in numbers}
 
 
-def command_to_resume():
-    """The command line that resumes this run."""
-    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
-    return shlex.join(["python", Path(sys.argv[0]).name, *words, "--resume"])
-
-
 def resume_with():
-    return f"Resume with: {command_to_resume()}"
+    """The message with the command line that resumes this run."""
+    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+    return "Resume with: " + shlex.join(["python", Path(sys.argv[0]).name, *words, "--resume"])
 
 
 # --- exit status ----------------------------------------------------------------------------------

@@ -64,6 +64,11 @@ def test_device_that_is_not_there():
     assert_one_line_error(run_script("tools/benchmark.py", "--device", "cuda"), "--device cpu")
 
 
+def test_a_variant_that_is_not_there():
+    done = run_script("tools/benchmark.py", "--only", "nonsense", "--exams", 1, "--valid", 1)
+    assert_one_line_error(done, "--only nonsense", "ours")
+
+
 def test_whole_run(tmp_path):
     done = run_script(
         "tools/benchmark.py", "--whole-run", "--exams", 4, "--valid", 2, "--out", tmp_path

@@ -42,7 +42,7 @@ from common.devices import (
     pick_device,
     pick_precision,
 )
-from common.errors import RunError
+from common.errors import InputError, RunError
 from common.files import write_text
 from dataloader import PLANES, Augmentation, MRDataset, resample
 from model import MRNet, first_convolution_of_grey
@@ -376,8 +376,12 @@ def run(args):
                 rows, what = [whole_run(Path(folder), device, args.cache)], "run"
             else:
                 makers = variants(device, args.workers, Path(folder) / "logs")
-                if args.only:
-                    makers = {name: makers[name] for name in args.only}
+                if unknown := set(args.only or ()) - set(makers):
+                    raise InputError(
+                        f"--only {', '.join(sorted(unknown))}: no such variant on this device; "
+                        f"there are {', '.join(makers)}"
+                    )
+                makers = {name: makers[name] for name in args.only or makers}
                 times, slices = measure(makers, Path(folder), device, args.cache, args.runs)
                 rows, what = table(times, slices, device, precision), "epoch"
                 print(
