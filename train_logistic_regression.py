@@ -19,8 +19,6 @@ PLOS Medicine 2018: logistic regression on the three planes' probabilities. Out-
 Wolpert, "Stacked generalization", Neural Networks 5(2), 1992.
 """
 
-import csv
-import io
 import json
 import statistics
 from datetime import datetime
@@ -36,7 +34,7 @@ from common.checkpoint import digest_of, load_model, model_path, run_suffix
 from common.devices import pick_device, pick_precision
 from common.errors import InputError
 from common.figures import reliability_figure, roc_figure
-from common.files import atomic, write_text
+from common.files import atomic, write_csv, write_text
 from common.logs import open_writer
 from common.metrics import auc_difference, auc_interval, summary
 from common.stacking import (
@@ -344,16 +342,13 @@ def list_caveats(protocol, folds, thresholds):
     return caveats
 
 
-def predictions_csv(sets, scores):
-    """Each exam's probabilities, both splits, as CSV text."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["split", "id", "label", *scores["valid"]])
+def prediction_rows(sets, scores):
+    """Each exam's probabilities, both splits, below a row of titles."""
+    yield ["split", "id", "label", *scores["valid"]]
     for split in SPLITS:
         for i, exam_id in enumerate(sets[split].ids):
             values = (f"{column[i]:.9f}" for column in scores[split].values())
-            rows.writerow([split, exam_id, int(sets[split].labels[i]), *values])
-    return text.getvalue()
+            yield [split, exam_id, int(sets[split].labels[i]), *values]
 
 
 def save_figures(models_dir, log_dir, task, labels, scores):
@@ -459,7 +454,7 @@ def run(args):
     write_stack(base_models, stack | provenance)
     start = str(args.models_dir / args.task)
     write_text(f"{start}-results.json", json.dumps(results, indent=2) + "\n")
-    write_text(f"{start}-predictions.csv", predictions_csv(sets[PLANES[0]], scores))
+    write_csv(f"{start}-predictions.csv", prediction_rows(sets[PLANES[0]], scores))
     log_dir = args.logs_dir / args.task / "stack" / f"{datetime.now():%Y%m%d-%H%M%S}"
     save_figures(args.models_dir, log_dir, args.task, labels, scores)
     print(

@@ -5,6 +5,8 @@ reader sees the old file or the new one and never a part. Needs neither torch no
 importers under data/ write with it too.
 """
 
+import csv
+import io
 import os
 import tempfile
 from contextlib import contextmanager
@@ -56,3 +58,10 @@ def write_bytes(path, data, mode=None):
 def write_text(path, text):
     """Write a text file atomically, UTF-8."""
     write_bytes(path, text.encode("utf-8", "surrogateescape"))
+
+
+def write_csv(path, rows):
+    """Write rows of plain values as CSV, atomically."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())

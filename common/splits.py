@@ -12,7 +12,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from common.checkpoint import run_suffix
 from common.errors import InputError
-from common.files import write_text
+from common.files import write_csv
 from dataloader import GROUPS, MRDataset
 
 PROTOCOLS = ("article", "held-out")
@@ -149,6 +149,6 @@ def tuning_rows(labels, rows, seed, groups):
 
 def write_folds(path, splits):
     """CSV of seed,id,fold: which network was not trained on which exam; nothing without folds."""
-    rows = [f"{one.seed},{exam_id},{one.fold}\n" for one in splits for exam_id in one.out_of_fold]
+    rows = [(one.seed, exam_id, one.fold) for one in splits for exam_id in one.out_of_fold]
     if rows:
-        write_text(path, "seed,id,fold\n" + "".join(rows))
+        write_csv(path, [("seed", "id", "fold"), *rows])

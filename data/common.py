@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.errors import InputError
-from common.files import write_bytes, write_text
+from common.files import write_bytes, write_csv, write_text
 
 # Per plane (patient axis 0 x, 1 y, 2 z; sign) along which slices, rows and columns grow, as in
 # MRNet. x grows to the patient's left, y to posterior, z to superior (LPS; PS3.3 C.7.6.2.1.1).
@@ -49,13 +49,6 @@ def write_volume(path, volume):
     data = io.BytesIO()  # written directly to a file, NumPy hides why a write failed
     np.save(data, volume, allow_pickle=False)
     write_bytes(path, data.getbuffer())
-
-
-def write_csv(path, rows):
-    """Rows of plain values -> CSV file."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_text(path, text.getvalue())
 
 
 # --- pixels ---------------------------------------------------------------------------------------

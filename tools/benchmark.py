@@ -13,8 +13,6 @@ The slow row is the article's loop (tools/article_loop.py).
 """
 
 import copy
-import csv
-import io
 import re
 import resource
 import statistics
@@ -43,7 +41,7 @@ from common.devices import (
     pick_precision,
 )
 from common.errors import InputError, RunError
-from common.files import write_text
+from common.files import write_csv
 from dataloader import PLANES, Augmentation, MRDataset, resample
 from model import MRNet, first_convolution_of_grey
 from tools.article_loop import ArticlesLoop
@@ -299,13 +297,10 @@ def table(times, slices, device, precision):
 
 def save(rows, path):
     """Write the rows as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(
-        {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
-    )
-    write_text(path, text.getvalue())
+    columns = list(rows[0])
+    cells = [[row.get(name, "") for name in columns] for row in rows]
+    cells = [[f"{v:.4g}" if isinstance(v, float) else v for v in line] for line in cells]
+    write_csv(path, [columns, *cells])
     print(f"\nwritten  {path}")
 
 

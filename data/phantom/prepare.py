@@ -31,7 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
 
 from common.errors import InputError  # noqa: E402
-from common.files import write_text  # noqa: E402
+from common.files import write_csv, write_text  # noqa: E402
 from data.common import ORIENTATION, TARGET, write_dataset, write_volume  # noqa: E402
 from data.phantom.anatomy import draw_knee  # noqa: E402
 from data.phantom.lesions import PREVALENCE, draw_labels, draw_lesions  # noqa: E402
@@ -158,8 +158,8 @@ def main():
     first = 0
     for split, rows in splits.items():
         for task in PREVALENCE:
-            lines = (f"{first + i},{labels[task]}\n" for i, labels in enumerate(rows))
-            write_text(args.out / f"{split}-{task}.csv", "".join(lines))
+            labels = enumerate((row[task] for row in rows), start=first)
+            write_csv(args.out / f"{split}-{task}.csv", labels)
         first += len(rows)
         positive = ", ".join(f"{sum(r[task] for r in rows)} {task}" for task in PREVALENCE)
         print(f"{split}: {len(rows)} exams, {positive}")
