@@ -172,7 +172,7 @@ def faulty_stacks():
         yield {"combinations": combinations}
 
 
-@pytest.mark.parametrize("change", faulty_stacks())
+@pytest.mark.parametrize("change", list(faulty_stacks()))
 def test_a_damaged_stack_is_named(tmp_path, change):
     path = stack_path(tmp_path, "acl")
     path.write_text(json.dumps({"format": stacking.FORMAT} | a_stack() | change))
