@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import norm, rankdata
+from scipy.special import expit, logit
+from scipy.stats import beta, norm, rankdata
+from scipy.stats import t as student
 from sklearn import calibration
 from sklearn.metrics import auc as area
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
@@ -83,13 +85,10 @@ def test_auc_of_a_hand_counted_example():
 @pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
 @pytest.mark.parametrize("kind", [np.float32, np.float64, bool, np.int64])
 def test_labels_may_be_any_numbers_and_columns(shape, kind):
-    assert (
-        roc_auc(
-            np.array([1, 1, 0, 0], kind).reshape(shape),
-            np.array([3, 2, 1, 2], np.float32).reshape(shape),
-        )
-        == 0.875
-    )
+    labels = np.array([1, 1, 0, 0], kind).reshape(shape)
+    scores = np.array([3, 2, 1, 2], np.float32)
+    assert roc_auc(labels, scores.reshape(shape)) == 0.875
+    assert operating_point(labels, scores, 2).tp == 2
 
 
 def test_hanley_mcneil_example_has_the_published_delong_values():
@@ -117,8 +116,13 @@ def test_delong_equals_all_pairs_brute_force(case):
     labels, scores = case
     aucs, covariance = brute_force(labels, scores)
     assert standard_error(labels, scores) ** 2 == pytest.approx(covariance[0, 0], abs=1e-14)
-    assert auc_interval(labels, scores).value == pytest.approx(aucs[0], abs=1e-14)
+    auc, low, high = auc_interval(labels, scores)
+    assert auc == pytest.approx(aucs[0], abs=1e-14)
     assert roc_auc(labels, scores) == pytest.approx(aucs[0], abs=1e-14)
+    if covariance[0, 0] > 1e-12:  # on the logit scale; Student's t of the smaller class
+        quantile = student.ppf(0.975, np.bincount(labels).min() - 1)
+        width = quantile * math.sqrt(covariance[0, 0]) / (auc * (1 - auc))
+        assert (low, high) == pytest.approx((expit(logit(auc) - width), expit(logit(auc) + width)))
 
 
 @settings(deadline=None, max_examples=150)
@@ -217,6 +221,7 @@ def test_bootstrap_is_scikit_learn_over_the_same_resamples():
             aucs.append(roc_auc_score(np.repeat([1, 0], [15, 25]), drawn))
     bounds = auc_interval(labels, scores, method="bootstrap", resamples=60, seed=9)[1:]
     assert len(aucs) == 60 and bounds == pytest.approx(np.quantile(aucs, [0.025, 0.975]))
+    auc_interval(labels, scores, method="bootstrap", resamples=1)  # the fewest
 
 
 def test_bootstrap_agrees_with_delong_on_many_exams_and_is_seeded(monkeypatch):
@@ -298,9 +303,17 @@ def test_wilson_has_the_values_of_newcombe_1998(successes, n, low, high):
     assert interval == pytest.approx((successes / n, low, high), abs=5e-5)
 
 
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.99])
+def test_wilson_is_the_closed_form_at_any_level(level):
+    k, n, z = 7, 30, norm.ppf((1 + level) / 2)
+    half = z * math.sqrt(k * (n - k) / n + z**2 / 4)
+    low, high = (k + z**2 / 2 - half) / (n + z**2), (k + z**2 / 2 + half) / (n + z**2)
+    assert wilson_interval(k, n, level) == pytest.approx((k / n, low, high))
+
+
 @pytest.mark.parametrize("successes, n", [(0, 0), (3, 2), (-1, 2)])
 def test_wilson_refuses_what_is_no_proportion(successes, n):
-    with pytest.raises(MetricError):
+    with pytest.raises(MetricError, match=f"no proportion: {successes} successes of {n}"):
         wilson_interval(successes, n)
 
 
@@ -318,10 +331,18 @@ def test_youden_by_hand_takes_the_more_sensitive_of_equals():
     assert choose_threshold([1, 0, 1, 0], [0.9, 0.8, 0.7, 0.1]) == 0.7
 
 
+def test_youden_tells_close_sums_apart():
+    # n/P, and later 2n/P - (n+1)/N with P = 2n + 1, N = 2n + 3: less by 1/(PN), 2.5e-9
+    n = 10_000
+    labels = np.repeat([1, 0, 1, 0, 1], [n, n + 1, n, n + 2, 1])
+    assert choose_threshold(labels, -np.arange(len(labels))) == -(n - 1)
+
+
 def test_wanted_sensitivity_by_hand():
     labels, scores = [1] * 20 + [0] * 20, np.r_[np.arange(21, 41), np.arange(1, 40, 2)]
     # 19 of 20 positives score 22 and more, all of them 21 and more
     assert choose_threshold(labels, scores, "sensitivity", 0.95) == 22
+    assert choose_threshold(labels, scores, "sensitivity") == 22  # 0.95 is the default
     assert choose_threshold(labels, scores, "sensitivity", 0.951) == 21
     assert choose_threshold(labels, scores, "sensitivity", 1.0) == 21
 
@@ -353,6 +374,7 @@ def test_brier_and_ece_by_hand():
     # bins of 0.2: {0.2}: |0.2 - 0| x 1, {0.6, 0.6}: |0.6 - 0.5| x 2, {0.9}: |0.9 - 1| x 1;
     # (0.2 + 0.2 + 0.1) / 4
     assert expected_calibration_error(labels, probabilities, bins=5) == pytest.approx(0.125)
+    assert expected_calibration_error([0, 1], [0.1, 0.3], bins=1) == pytest.approx(0.3)
     assert expected_calibration_error([0, 0, 1], [0, 0, 1]) == 0
     assert expected_calibration_error([1, 1], [0, 0]) == brier([1, 1], [0, 0]) == 1
 
@@ -361,7 +383,7 @@ def test_brier_and_ece_by_hand():
 @given(exams(), st.integers(1, 15))
 def test_calibration_curve_is_scikit_learns_with_counts(case, bins):
     labels, probabilities = case
-    curve = calibration_curve(labels, probabilities, bins)
+    curve = calibration_curve(labels, probabilities, bins, level=0.8)
     observed, predicted = calibration.calibration_curve(labels, probabilities, n_bins=bins)
     assert curve.observed == pytest.approx(observed)
     assert curve.predicted == pytest.approx(predicted)
@@ -369,7 +391,7 @@ def test_calibration_curve_is_scikit_learns_with_counts(case, bins):
     for k, n, low, high in zip(
         curve.observed * curve.count, curve.count, curve.low, curve.high, strict=True
     ):
-        assert wilson_interval(round(k), n)[1:] == pytest.approx((low, high))
+        assert wilson_interval(round(k), n, 0.8)[1:] == pytest.approx((low, high))
     assert 0 <= expected_calibration_error(labels, probabilities, bins) <= 1
 
 
@@ -407,6 +429,47 @@ def test_band_contains_the_curve_and_stays_in_range(case):
 def test_a_perfect_curve_still_has_a_band():
     band = roc_band(np.repeat([0, 1], [96, 24]), np.arange(120))
     assert (band.tpr == 1).all() and 0.8 < band.low[0] < 0.95
+
+
+def test_band_is_scikit_learns_curve_of_each_resample_and_jeffreys_interval(monkeypatch):
+    labels, scores = binormal(np.random.default_rng(4), 9, 14, 0.8)
+    scores = np.round(scores, 1)  # with ties
+    monkeypatch.setattr(metrics, "CHUNK", 10 * len(labels))  # 25 resamples in 3 chunks
+    band = roc_band(labels, scores, level=0.8, resamples=25, seed=6, points=21)
+    grid, distinct, curves = np.linspace(0, 1, 21), np.unique(scores), []
+    assert band.fpr == pytest.approx(grid)
+    for up, down in metrics._resampled_counts(labels == 1, scores, 25, seed=6):
+        for p, n in zip(up, down, strict=True):
+            drawn = np.concatenate([np.repeat(distinct, p), np.repeat(distinct, n)])
+            fpr, tpr, _ = roc_curve(np.repeat([1, 0], [9, 14]), drawn)
+            curves.append(np.interp(grid, fpr, tpr))
+    assert len(curves) == 25
+    mean, variance = np.mean(curves, axis=0), np.var(curves, axis=0)
+    fpr, tpr, _ = roc_curve(labels, scores)
+    for i, seen in enumerate(np.interp(grid, fpr, tpr)):
+        worth = min(mean[i] * (1 - mean[i]) / variance[i], 9) if variance[i] else 9
+        low, high = beta.ppf([0.1, 0.9], seen * worth + 0.5, (1 - seen) * worth + 0.5)
+        assert band.tpr[i] == pytest.approx(seen)
+        assert band.low[i] == pytest.approx(1 if i == 20 else min(low, seen))
+        assert band.high[i] == pytest.approx(max(high, seen))
+    assert np.array_equal(roc_band(labels, scores).low, roc_band(labels, scores, seed=0).low)
+
+
+def test_summary_by_hand():
+    labels, probabilities = [1, 0, 1, 1, 0, 0], [0.9, 0.8, 0.6, 0.3, 0.35, 0.1]
+    parts = {
+        "auc": auc_interval(labels, probabilities, 0.8),
+        "sensitivity": wilson_interval(2, 3, 0.8),
+        "specificity": wilson_interval(1, 3, 0.8),
+        "accuracy": wilson_interval(3, 6, 0.8),
+    }
+    wanted = {"n": 6, "positives": 3, "threshold": 0.35, "tp": 2, "fp": 2, "tn": 1, "fn": 1}
+    for name, (value, low, high) in parts.items():
+        wanted |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    wanted["average_precision"] = average_precision_score(labels, probabilities)
+    wanted["brier"] = (0.1**2 + 0.8**2 + 0.4**2 + 0.7**2 + 0.35**2 + 0.1**2) / 6
+    wanted["ece"] = (0.1 + 0.8 + 0.4 + 0.7 + 0.35 + 0.1) / 6  # each alone in its bin
+    assert summary(labels, probabilities, 0.35, level=0.8) == pytest.approx(wanted)
 
 
 @settings(deadline=None, max_examples=60)
@@ -493,6 +556,8 @@ def test_one_class_is_its_own_error(function, label):
         (lambda y, s: calibration_curve(y, s, bins=0), "one bin"),
         (lambda y, s: auc_interval(y, s, method="magic"), "'magic'"),
         (lambda y, s: auc_interval(y, s, level=95), "level"),
+        (lambda y, s: auc_difference(y, s, 1 - s, level=1), "level"),
+        (lambda y, s: roc_band(y, s, level=0), "level"),
         (lambda y, s: auc_interval(y, s, method="bootstrap", resamples=0), "one resample"),
         (lambda y, s: choose_threshold(y, s, "best"), "'best'"),
         (lambda y, s: choose_threshold(y, s, "sensitivity", 1.5), "1.5"),

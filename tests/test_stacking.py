@@ -104,6 +104,9 @@ def test_tuning_exams_choose_the_threshold_and_are_not_fitted_on():
     p = fitted.predict_proba(x)[:, 1]
     assert combinations["sagittal"]["threshold"] in p[25:]
     assert combinations["sagittal"]["threshold"] == threshold_for(labels[25:], p[25:], tuning[25:])
+    wanted = fit_combinations("logit", logits, labels, tuning, sensitivity=0.6)["sagittal"]
+    assert wanted["threshold"] == sorted(p[25:][labels[25:] == 1])[-3]  # 3 of 5 positives
+    assert wanted["threshold"] != combinations["sagittal"]["threshold"]
 
 
 def test_thresholds():
@@ -135,8 +138,10 @@ def test_decisions():
 def test_a_stack_is_read_as_it_was_written(tmp_path):
     path = stack_path(tmp_path, "acl")
     assert path == tmp_path / "acl-stack.json"
-    save_stack(path, a_stack())
-    assert load_stack(tmp_path, "acl") == {"format": stacking.FORMAT} | a_stack()
+    all_planes = {plane: [f"acl-{plane}.pt"] for plane in PLANES}
+    for stack in (a_stack(base_models=all_planes), a_stack()):
+        save_stack(path, stack)
+        assert load_stack(tmp_path, "acl") == {"format": stacking.FORMAT} | stack
     assert path.read_text().endswith("}\n")
 
 
@@ -200,6 +205,8 @@ def test_tasks_with_models(tmp_path):
     save_stack(stack_path(tmp_path, "meniscus"), a_stack())
     (tmp_path / "acl-axial-fold1of2.pt").touch()
     assert saved_tasks(tmp_path) == ["acl", "cyst", "meniscus"]
+    with pytest.raises(InputError, match="no models of task 'x'; tasks here: acl, cyst, meniscus"):
+        load_task(tmp_path, "x")
 
 
 def test_everything_of_a_task(tmp_path):
