@@ -3,13 +3,14 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from torch import nn
 from torchvision.models import alexnet
 
-from model import MRNet, first_convolution_of_grey
+from model import MRNet, enlarge_maps, first_convolution_of_grey
 
 
 def articles_forward(model, x):
@@ -113,3 +114,16 @@ def test_dropout_only_while_training():
     assert model(x) != model(x)
     model.eval()
     assert model(x) == model(x)
+
+
+@pytest.mark.parametrize("cells", [(7, 7), (3, 2), (2, 4), (1, 1)])
+def test_enlarged_maps_are_numpys_interpolation_between_the_centres_of_cells(cells):
+    # Cell i of a row or column lies at 31 + 32 i px; NumPy keeps the outer values beyond the ends.
+    maps = np.random.default_rng(0).standard_normal((2, *cells)).astype(np.float32)
+    wanted = maps
+    for axis, side in ((1, 230), (2, 256)):
+        centres = 31 + 32 * np.arange(maps.shape[axis])
+        wanted = np.apply_along_axis(
+            lambda row, at=centres, n=side: np.interp(np.arange(n), at, row), axis, wanted
+        )
+    np.testing.assert_allclose(enlarge_maps(maps, 230, 256), wanted, atol=1e-4)

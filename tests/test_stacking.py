@@ -227,6 +227,18 @@ def test_everything_of_a_task(tmp_path):
     assert again.datasets == [None] and not again.is_synthetic
     with pytest.raises(InputError, match="no models of task 'cyst'; tasks here: acl"):
         load_task(tmp_path, "cyst")
+    write_models(tmp_path, "acl-axial", "acl-coronal", dataset=synthetic)
+    assert load_task(tmp_path, "acl").datasets == [synthetic]  # once
+    there = load_task(tmp_path, "acl", "meta").networks.values()
+    assert all(p.is_meta for found in there for net, *_ in found for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", ["cyst-axial", "acl-sagittal"])
+def test_a_model_of_another_task_or_plane_is_refused(tmp_path, name):
+    write_models(tmp_path, name)
+    (tmp_path / f"{name}.pt").rename(tmp_path / "acl-axial.pt")
+    with pytest.raises(InputError, match="acl-axial.pt: a model of " + name.replace("-", ", ")):
+        load_task(tmp_path, "acl")
 
 
 def test_a_task_with_a_stack_has_the_stacks_networks(tmp_path):
