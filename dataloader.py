@@ -12,10 +12,13 @@ import copy
 import csv
 import errno
 import hashlib
+import itertools
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +31,8 @@ from model import SMALLEST_SIDE
 PLANES = ("axial", "coronal", "sagittal")
 SPLITS = ("train", "valid")
 MEAN, STD = 58.09, 49.73  # grey levels of MRNet's volumes; Stanford's released loader
+CHANNELS = ("grey", "neighbours")  # of the network's input
+UNKNOWN = float("nan")  # label of an exam that nobody has read for this finding
 MAX_ROTATION = 25.0  # degrees; the article
 MAX_SHIFT = 25 / 256  # of the side: the article's 25 px of 256, and as much at other sizes
 FLIP = 0.5  # probability; the article
@@ -61,8 +66,8 @@ def label_rows(root_dir, task, split):
     """Read the CSV of one split row by row.
 
     Yields:
-        (id without leading zeros, 0.0 or 1.0, None) for a good row, (None, None, what is wrong with
-        it and how to fix it, one line) for another.
+        (id without leading zeros, label 0.0 to 1.0 or UNKNOWN where it is empty, None) for a good
+        row, (None, None, what is wrong with it and how to fix it, one line) for another.
     """
     path = Path(root_dir) / f"{split}-{task}.csv"
     seen = set()
@@ -75,13 +80,13 @@ def label_rows(root_dir, task, split):
                 if len(row) != 2 or not re.fullmatch(r"\s*[0-9]{1,12}\s*", row[0], re.ASCII):
                     yield None, None, f"{where}: expected `id,label` with a whole-number id"
                     continue
-                exam_id, label = row[0].strip().lstrip("0") or "0", row[1].strip()
-                if label not in ("0", "1"):
-                    yield None, None, f"{where}: label {row[1]!r:.40} is not 0 or 1"
+                exam_id, label = row[0].strip().lstrip("0") or "0", parse_label(row[1])
+                if label is None:
+                    yield None, None, f"{where}: label {row[1]!r:.40} is not from 0 to 1, or empty"
                 elif exam_id in seen:
                     yield None, None, f"{where}: id {exam_id} is listed twice; keep one row"
                 else:
-                    yield exam_id, float(label), None
+                    yield exam_id, label, None
                 seen.add(exam_id)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = one_line(error)
@@ -92,16 +97,26 @@ def label_rows(root_dir, task, split):
         )
 
 
+def parse_label(text):
+    """A label's text as float: 0 (negative) to 1 (positive), UNKNOWN if empty, None if neither."""
+    text = text.strip()
+    if not text:
+        return UNKNOWN
+    if not re.fullmatch(r"[01]|[01]?\.[0-9]{1,9}", text, re.ASCII) or float(text) > 1:
+        return None
+    return float(text)
+
+
 def read_labels(root_dir, task, split):
-    """Ids and labels of one split.
+    """Ids and labels of one split; exams whose label is unknown (empty) are left out.
 
     Returns:
         ids: list of str without leading zeros, in the order of the file.
-        labels: float32 (n,), 0 or 1.
+        labels: float32 (n,), 0 to 1.
 
     Raises:
-        InputError: folder, task or file missing, a row that is not `id,label`, a label other than
-            0 or 1, an id twice, or one class only.
+        InputError: folder, task or file missing, a row that is not `id,label`, a label below 0 or
+            above 1, an id twice, or one class only (from 0.5 on is positive).
     """
     root, known = Path(root_dir), tasks(root_dir)
     if task not in known:
@@ -114,13 +129,25 @@ def read_labels(root_dir, task, split):
     for exam_id, label, fault in label_rows(root, task, split):
         if fault:
             raise InputError(fault)
-        labels[exam_id] = label
-    if len(set(labels.values())) < 2:
+        if not math.isnan(label):
+            labels[exam_id] = label
+    if len({is_positive(label) for label in labels.values()}) < 2:
         raise InputError(
             f"{root}/{split}-{task}.csv: {len(labels)} exams of one class only; training and AUC "
             "need both 0 and 1"
         )
     return list(labels), np.fromiter(labels.values(), np.float32, len(labels))
+
+
+def count_unknown(root_dir, task, split):
+    """Number of rows with an empty label."""
+    return sum(math.isnan(label) for _, label, fault in label_rows(root_dir, task, split)
+               if not fault)  # fmt: skip
+
+
+def is_positive(labels):
+    """Whether labels 0 to 1 count as positive where there are two classes only: from 0.5 on."""
+    return labels >= 0.5
 
 
 def read_groups(root_dir, split):
@@ -255,18 +282,29 @@ def rescale(volume, intensity):
     return grey.sub_(low).mul_(255.0 / (high - low).clamp(min=1.0))
 
 
-def preprocess(volume, intensity, transform=None):
-    """Input of the network: uint8 (s, H, W) -> float32 (s, 1, H, W), same device.
+def preprocess(volume, intensity, channels="grey", transform=None, rows=None):
+    """Input of the network: uint8 (s, H, W) -> float32 (s, 1 or 3, H, W), same device.
 
     Args:
+        intensity: "standardized" or "raw", as in MRDataset.
+        channels: "grey", each slice alone, or "neighbours", between the slice before and the slice
+            after it; the first and the last repeat themselves.
         transform: moves grey levels 0..255 before they are standardised, so that black stays black.
+        rows: int64 tensor, the slices to take; by default all.
     """
     grey = rescale(volume, intensity)
+    if rows is not None and channels == "grey":
+        grey = grey[rows]
     if transform is not None:
         grey = transform(grey)
     if intensity == "standardized":
         grey = torch.sub(grey, MEAN).div_(STD)
-    return grey[:, None]  # (s, H, W) -> (s, 1, H, W)
+    if channels == "grey":
+        return grey[:, None]  # (s, H, W) -> (s, 1, H, W)
+    # Neighbours in the exam, not among the slices that were taken.
+    middle = torch.arange(len(grey), device=grey.device) if rows is None else rows
+    around = torch.stack([middle - 1, middle, middle + 1], dim=1).clamp(0, len(grey) - 1)
+    return grey[around]  # (s, H, W) -> (s, 3, H, W)
 
 
 def grey_levels(x, intensity):
@@ -279,10 +317,16 @@ class Augmentation:
 
     Rotation U(-25, 25) degrees, shift U(-25, 25) px of 256 in both directions, horizontal flip
     with probability 0.5, composed into one bilinear resampling; what comes from outside is black.
+
+    What a data set needs of a transform: `draw(n)` gives the random numbers for n exams, `apply`
+    moves one exam by its row of them.
+
+    Args:
+        mirror: axis that the flip turns round: "columns" as in the article, "rows" or "slices".
     """
 
-    def __init__(self, rotation=MAX_ROTATION, shift=MAX_SHIFT, flip=FLIP):
-        self.rotation, self.shift, self.flip = rotation, shift, flip
+    def __init__(self, rotation=MAX_ROTATION, shift=MAX_SHIFT, flip=FLIP, mirror="columns"):
+        self.rotation, self.shift, self.flip, self.mirror = rotation, shift, flip, mirror
 
     def draw(self, n):
         """Random poses for n exams: float32 (n, 4), angle in radians, shift in sides, +1 or -1."""
@@ -292,9 +336,18 @@ class Augmentation:
         flip = 1 - 2 * (u[:, 3] < self.flip).float()
         return torch.stack((angle, shift[:, 0], shift[:, 1], flip), dim=1)
 
-    def __call__(self, grey, pose=None):
-        """Grey levels float32 (s, H, W) moved by `pose` (4,), a fresh draw if None."""
-        return resample(grey, self.draw(1)[0].to(grey.device) if pose is None else pose)
+    def apply(self, grey, drawn):
+        """Grey levels float32 (s, H, W) moved by one row of `draw` (4,)."""
+        pose = drawn.to(grey.device, non_blocking=True)
+        if self.mirror == "columns":
+            return resample(grey, pose)
+        axis = ("slices", "rows").index(self.mirror)
+        grey = torch.where(pose[3] < 0, grey.flip(axis), grey)  # waits for no device
+        return resample(grey, torch.cat([pose[:3], torch.ones_like(pose[3:])]))
+
+    def __call__(self, grey):
+        """Grey levels float32 (s, H, W) moved by a fresh draw."""
+        return self.apply(grey, self.draw(1)[0])
 
 
 def resample(grey, pose):
@@ -325,18 +378,34 @@ def resample(grey, pose):
     return F.grid_sample(grey[None], grid, align_corners=False)[0]  # (1, s, H, W) -> (s, H, W)
 
 
+class View(NamedTuple):
+    """What a training step sees of an exam: the random numbers of one epoch."""
+
+    drawn: torch.Tensor | None  # the transform's; None leaves the exam as it is
+    rows: torch.Tensor | None  # int64 (k,), the slices; None is all of them
+
+
 class MRDataset(Dataset):
-    """The exams of one task, plane and split.
+    """The exams of one plane and split, with their labels of one finding or several.
 
     Args:
         root_dir: data folder in MRNet's layout.
-        task: any name with train-<task>.csv and valid-<task>.csv in the folder.
+        task: any name with train-<task>.csv and valid-<task>.csv in the folder, or a list of them:
+            then the exams that have a label of any.
         plane: "axial", "coronal" or "sagittal".
         train: the training split, else the validation split.
-        transform: called with float32 (s, H, W) grey levels 0..255, returns the same shape, as
-            `Augmentation()` does; None to evaluate.
+        transform: moves float32 (s, H, W) grey levels 0..255, as `Augmentation()` does, whose
+            `draw` and `apply` it must have; None to evaluate.
         intensity: "standardized" (each volume stretched to 0..255, then MRNet's mean and SD) or
             "raw" (0..255, as in the article).
+
+    Attributes:
+        labels: float32 (n, tasks), 0 to 1 or UNKNOWN.
+        targets, weights: float32 (n, tasks), what the loss takes: labels and class weights; weight
+            and target 0 where the label is unknown.
+        channels: in CHANNELS, of the network's input.
+        slices: (least, most) part of the slices in a training step, drawn anew for each.
+        unknown: {task: number of exams whose label is empty}.
 
     Every volume's header is checked here, so that a fault shows before training and not in it.
 
@@ -344,61 +413,110 @@ class MRDataset(Dataset):
         InputError: for anything wrong in the folder, one line with the file and how to fix it.
     """
 
+    channels, slices = "grey", (1.0, 1.0)
+
     def __init__(self, root_dir, task, plane, train=True, transform=None, intensity="standardized"):
         self.root, self.split = Path(root_dir), "train" if train else "valid"
-        self.task, self.plane = task, plane
+        self.tasks, self.plane = (task,) if isinstance(task, str) else tuple(task), plane
         self.transform, self.intensity = transform, intensity
-        self.ids, self.labels = read_labels(root_dir, task, self.split)
+        known = [dict(zip(*read_labels(root_dir, t, self.split), strict=True)) for t in self.tasks]
+        self.ids = list(dict.fromkeys(itertools.chain(*known)))
+        rows = [[labels.get(exam_id, UNKNOWN) for labels in known] for exam_id in self.ids]
+        self.unknown = {task: count_unknown(root_dir, task, self.split) for task in self.tasks}
+        self.labels = np.array(rows, np.float32)
         groups = read_groups(root_dir, self.split)
         self.groups = [groups.get(exam_id, f"exam {exam_id}") for exam_id in self.ids]
         self.description = read_dataset(root_dir)
-        labels = self.labels if train else read_labels(root_dir, task, "train")[1]
-        self.set_class_weights(1.0, float((labels == 0).sum() / (labels == 1).sum()))
-        self.paths = [volume_path(root_dir, self.split, plane, i) for i in self.ids]
-        self.shapes = [open_volume(path).shape for path in self.paths]
+        ratios = [class_ratio(read_labels(root_dir, t, "train")[1]) for t in self.tasks]
+        self.set_class_weights(1.0, ratios)
+        self.paths = [self.find(exam_id) for exam_id in self.ids]
+        self.shapes = [self.read_shape(path) for path in self.paths]
         self.cached = [None] * len(self.paths)
         self.digests = [None] * len(self.paths)  # of the voxels, once they have been read
 
     def set_class_weights(self, negative, positive):
-        """Weights of the loss of either class; at first 1 and negatives/positives, counted on the
-        training labels for both splits."""
-        self.class_weights = negative, positive
-        self.weights = np.where(self.labels == 1, positive, negative).astype(np.float32)
+        """Weights of the loss of either class, for each finding or one for all; at first 1 and
+        negatives/positives, counted on the training labels for both splits.
+
+        A label between 0 and 1 is that part of a positive and the rest of a negative exam.
+        """
+        positive = np.broadcast_to(np.float64(positive), len(self.tasks))
+        pairs = zip(self.tasks, positive.tolist(), strict=True)
+        self.class_weights = {task: (negative, weight) for task, weight in pairs}
+        labels = self.labels.astype(np.float64)
+        weights = labels * positive + (1 - labels) * negative
+        self.targets = np.nan_to_num(labels * positive / weights).astype(np.float32)
+        self.weights = np.nan_to_num(weights).astype(np.float32)
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, i):
-        """-> volume float32 (s, 1, H, W), label float32 (1,), weight float32 (1,)."""
+        """-> volume float32 (s, 1 or 3, H, W), target float32 (tasks,), weight float32 (tasks,)."""
         i = range(len(self))[i]  # -1 is the last exam; beyond the ends IndexError
-        label, weight = self.labels[i : i + 1], self.weights[i : i + 1]
-        return self.exam(i, self.transform), torch.from_numpy(label), torch.from_numpy(weight)
+        target, weight = torch.from_numpy(self.targets[i]), torch.from_numpy(self.weights[i])
+        return self.exam(i, view=self.draw([i])[0]), target, weight
 
-    def exam(self, i, transform=None, device=None):
-        """Exam i as input of the network, on `device`: float32 (s, 1, H, W)."""
-        return preprocess(self.volume(i).to(device, non_blocking=True), self.intensity, transform)
+    def draw(self, rows):
+        """Random views of some exams: list of View."""
+        drawn = [None] * len(rows) if self.transform is None else self.transform.draw(len(rows))
+        pairs = zip(drawn, rows, strict=True)
+        return [View(one, self.draw_slices(self.shapes[i][0])) for one, i in pairs]
+
+    def draw_slices(self, count):
+        """A random part of `count` slices in their order, int64 (k,); None for all."""
+        least, most = self.slices
+        if least == 1:
+            return None
+        part = least if least == most else least + torch.rand(()).item() * (most - least)
+        return torch.randperm(count)[: max(1, round(part * count))].sort().values
+
+    def exam(self, i, device=None, view=None):
+        """Exam i as input of the network, on `device`: float32 (s, 1 or 3, H, W).
+
+        Args:
+            view: View for a training step; None for the whole exam as it is.
+        """
+        return self.prepare(self.volume(i), device, view)
+
+    def prepare(self, volume, device=None, view=None):
+        """The same of a volume uint8 (s, H, W) that is at hand."""
+        return self.prepare_plane(volume.to(device, non_blocking=True), self.transform, view)
+
+    def prepare_plane(self, volume, transform, view):
+        """uint8 (s, H, W) -> float32 (s, 1 or 3, H, W), with a plane's own transform and View."""
+        drawn, rows = view or (None, None)
+        transform = None if drawn is None else partial(transform.apply, drawn=drawn)
+        rows = None if rows is None else rows.to(volume.device, non_blocking=True)
+        return preprocess(volume, self.intensity, self.channels, transform, rows)
 
     def volume(self, i):
         """Exam i as stored: uint8 tensor (s, H, W), from memory if `cache` was called."""
-        return (
-            torch.from_numpy(read_volume(self.paths[i]))
-            if self.cached[i] is None
-            else self.cached[i]
-        )
+        return self.read(self.paths[i]) if self.cached[i] is None else self.cached[i]
 
-    def rows_of(self, ids):
-        """Rows of exams by id; ids that are not here are left out."""
-        row = {exam_id: i for i, exam_id in enumerate(self.ids)}
-        return [row[exam_id] for exam_id in ids if exam_id in row]
+    # What follows is of one plane; MultiPlaneDataset has it of several.
 
-    def subset(self, rows, transform=None):
-        """The exams at `rows` only, with another transform; class weights unchanged."""
-        subset = copy.copy(self)
-        subset.transform = transform
-        subset.labels, subset.weights = self.labels[rows], self.weights[rows]
-        for name in ("ids", "groups", "paths", "shapes", "cached", "digests"):
-            setattr(subset, name, [getattr(self, name)[row] for row in rows])
-        return subset
+    def find(self, exam_id):
+        return volume_path(self.root, self.split, self.plane, exam_id)
+
+    def read_shape(self, path):
+        return open_volume(path).shape
+
+    def read(self, path):
+        return torch.from_numpy(read_volume(path))
+
+    def digest(self, volume):
+        return hashlib.sha256(volume.cpu().numpy()).hexdigest()[:32]
+
+    def check_sides(self, smallest, backbone):
+        """Raise InputError for the first exam with slices smaller than a backbone needs, px."""
+        for path, shape in zip(self.paths, self.shapes, strict=True):
+            check_side(path, shape, smallest, backbone)
+
+    @property
+    def slice_counts(self):
+        """Slices of each exam: list of int."""
+        return [shape[0] for shape in self.shapes]
 
     @property
     def nbytes(self):
@@ -410,14 +528,41 @@ class MRDataset(Dataset):
         for i, _ in enumerate(progress(self.paths)):
             self.cached[i] = self.volume(i).to(device)
 
+    def rows_of(self, ids):
+        """Rows of exams by id; ids that are not here are left out."""
+        row = {exam_id: i for i, exam_id in enumerate(self.ids)}
+        return [row[exam_id] for exam_id in ids if exam_id in row]
+
+    def subset(self, rows, transform=None):
+        """The exams at `rows` only, with another transform; class weights unchanged."""
+        subset = copy.copy(self)
+        subset.transform = transform
+        for name in ("labels", "targets", "weights"):
+            setattr(subset, name, getattr(self, name)[rows])
+        for name in ("ids", "groups", "paths", "shapes", "cached", "digests"):
+            setattr(subset, name, [getattr(self, name)[row] for row in rows])
+        return subset
+
+    def finding(self, task):
+        """The exams whose label of one finding is known, with this label only, as a data set of
+        `task` alone has them."""
+        if self.tasks == (task,):
+            return self
+        column = self.tasks.index(task)
+        subset = self.subset(self.rows_of(read_labels(self.root, task, self.split)[0]))
+        subset.tasks, subset.transform = (task,), self.transform
+        subset.class_weights = {task: self.class_weights[task]}
+        for name in ("labels", "targets", "weights"):
+            setattr(subset, name, getattr(subset, name)[:, column : column + 1])
+        return subset
+
     def fingerprint(self):
         """Hash of ids, labels and voxels, 32 hex digits: the same for two runs on the same data."""
         for i, digest in enumerate(self.digests):
             if digest is None:  # 1.4 GB/s: 2 s for MRNet
-                voxels = self.volume(i).cpu().numpy()
-                self.digests[i] = hashlib.sha256(voxels).hexdigest()[:32]
+                self.digests[i] = self.digest(self.volume(i))
         rows = zip(self.ids, self.labels, self.shapes, self.digests, strict=True)
-        text = "".join(f"{i},{int(label)},{shape},{d}\n" for i, label, shape, d in rows)
+        text = "".join(f"{i},{label_text(label)},{shape},{d}\n" for i, label, shape, d in rows)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def has_fingerprint(self, fingerprint):
@@ -425,5 +570,128 @@ class MRDataset(Dataset):
         if len(fingerprint) == 32:
             return fingerprint == self.fingerprint()
         rows = zip(self.ids, self.labels, self.shapes, strict=True)
-        text = "".join(f"{i},{int(label)},{shape}\n" for i, label, shape in rows)
+        text = "".join(f"{i},{label_text(label)},{shape}\n" for i, label, shape in rows)
         return fingerprint == hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_side(path, shape, smallest, backbone):
+    """Raise InputError where a volume's slices are smaller than a backbone needs.
+
+    Args:
+        shape: (s, H, W) of the volume at `path`.
+        smallest: px.
+    """
+    if min(shape[1:]) < smallest:
+        raise InputError(
+            f"{path}: slices of {shape[1]} x {shape[2]} px; {backbone} needs at least {smallest} "
+            "px, resize them or take another --backbone"
+        )
+
+
+def class_ratio(labels):
+    """Negatives by positives, the class weight of positives; labels float32 (n,), 0 to 1."""
+    positive = float(labels.sum(dtype=np.float64))
+    return (len(labels) - positive) / positive
+
+
+def label_text(labels):
+    """The labels of one exam (tasks,) for a fingerprint: "1", "0.7", "0;nan;1"."""
+    return ";".join(f"{label:g}" for label in labels)
+
+
+class MultiPlaneDataset(MRDataset):
+    """The exams of several planes together: everything by plane, {plane: ...}, where MRDataset has
+    it of one.
+
+    Args:
+        plane: list of planes; an exam may lack some of them (`lacking`).
+        transform: {plane: transform}, or None.
+
+    Attributes:
+        plane_dropout: probability of leaving a plane out of a training step; one always stays.
+        taken: the planes that are evaluated; None for all of `plane`.
+    """
+
+    plane_dropout, taken = 0.0, None
+
+    def find(self, exam_id):
+        paths = {p: volume_path(self.root, self.split, p, exam_id) for p in self.plane}
+        there = {plane: path for plane, path in paths.items() if path.exists()}
+        return there or paths  # of which the first is then named as missing
+
+    def read_shape(self, path):
+        return {plane: open_volume(one).shape for plane, one in path.items()}
+
+    def read(self, path):
+        return {plane: torch.from_numpy(read_volume(one)) for plane, one in path.items()}
+
+    def digest(self, volume):
+        return "+".join(super(MultiPlaneDataset, self).digest(one) for one in volume.values())
+
+    @property
+    def lacking(self):
+        """Paths of the volumes that exams lack."""
+        return [
+            volume_path(self.root, self.split, plane, exam_id)
+            for exam_id, paths in zip(self.ids, self.paths, strict=True)
+            for plane in self.plane
+            if plane not in paths
+        ]
+
+    def check_sides(self, smallest, backbone):
+        for paths, shapes in zip(self.paths, self.shapes, strict=True):
+            for plane, path in paths.items():
+                check_side(path, shapes[plane], smallest, backbone)
+
+    @property
+    def slice_counts(self):
+        return [sum(shape[0] for shape in shapes.values()) for shapes in self.shapes]
+
+    @property
+    def nbytes(self):
+        return sum(math.prod(shape) for shapes in self.shapes for shape in shapes.values())
+
+    def cache(self, device, progress=iter):
+        for i, _ in enumerate(progress(self.paths)):
+            self.cached[i] = {p: volume.to(device) for p, volume in self.volume(i).items()}
+
+    def draw(self, rows):
+        """Random views of some exams, each plane with its own: list of {plane: View}."""
+        drawn = {
+            plane: transform.draw(len(rows))
+            for plane, transform in (self.transform or {}).items()
+            if transform is not None
+        }
+        views = []
+        for k, i in enumerate(rows):
+            planes = self.draw_planes(list(self.shapes[i]))
+            views.append(
+                {
+                    p: View(
+                        drawn[p][k] if p in drawn else None, self.draw_slices(self.shapes[i][p][0])
+                    )
+                    for p in planes
+                }
+            )
+        return views
+
+    def draw_planes(self, planes):
+        """The planes of an exam less those that plane dropout takes; one stays."""
+        if self.plane_dropout == 0:
+            return planes
+        u = torch.rand(len(planes))
+        kept = [p for p, one in zip(planes, u.tolist(), strict=True) if one >= self.plane_dropout]
+        return kept or [planes[int(u.argmax())]]
+
+    def prepare(self, volume, device=None, view=None):
+        """{plane: float32 (s, 1 or 3, H, W)}; planes that `view` leaves out are left out."""
+        if view is None:
+            view = dict.fromkeys(p for p in volume if p in (self.taken or self.plane))
+        return {
+            plane: self.prepare_plane(
+                volume[plane].to(device, non_blocking=True),
+                (self.transform or {}).get(plane),
+                view[plane],
+            )
+            for plane in view
+        }

@@ -12,6 +12,7 @@ import base64
 import html
 import io
 import json
+import math
 import time
 from datetime import datetime
 from itertools import islice
@@ -19,22 +20,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from common import cli
-from common.devices import autocast, pick_device, pick_precision
+from common.devices import pick_device, pick_precision
 from common.engine import sigmoid
 from common.errors import InputError, RunError
-from common.exams import open_exams, refuse_unfit
+from common.exams import open_exams, read_planes, refuse_unfit
 from common.figures import OPACITY, heat_colours, overlay
 from common.files import write_text
 from common.stacking import decide, load_task
-from dataloader import PLANES, preprocess, read_volume
-from model import CELL_FIRST, CELL_STEP
+from dataloader import PLANES
+from model import BACKBONES, regrid
 
 NOTICE = "Research use only, not a medical device."
 SYNTHETIC_ONLY = "SYNTHETIC TRAINING ONLY."  # begins each headline of such networks
@@ -44,14 +44,19 @@ FRAME_SIDE, FRAME_SECONDS = 256, 0.25  # of the animation
 
 
 class PlaneMaps(NamedTuple):
-    """The networks' answer for one plane of one exam, and where it comes from."""
+    """Where some networks' answer for one plane of one exam comes from.
+
+    The networks' mean logit is the sum of `maps`, `others` and `bias`.
+    """
 
     volume: np.ndarray  # uint8 (s, H, W)
-    maps: np.ndarray  # float32 (s, h, w), mean over the plane's networks, in units of the logit
+    maps: np.ndarray  # float32 (s, h, w), mean over the networks, in units of the logit
+    backbone: str  # whose cells they have
     logit: float  # mean over the networks
+    others: float  # what other planes add to it, in networks that join several
     bias: float  # mean over the networks
-    logits: list  # of each network
     probability: float  # mean over the networks
+    networks: list  # of each "alexnet, maximum over slices"
 
     @property
     def slice_sums(self):
@@ -85,58 +90,69 @@ def parse_arguments():
 # --- maps -----------------------------------------------------------------------------------------
 
 
-def explain_plane(networks, volume, device, precision):
-    """Probability and maps of one plane: PlaneMaps.
+def explain_networks(networks, volumes, device, precision):
+    """Probability and maps of networks that take the same planes.
 
     Args:
-        networks: list of (MRNet, intensity).
-        volume: uint8 array (s, H, W).
-    """
-    maps, logits = [], []
-    stored = torch.from_numpy(volume).to(device)
-    for model, intensity in networks:
-        with autocast(device, precision):
-            found = model.heat_maps(preprocess(stored, intensity))
-        maps.append(found[0])
-        logits.append(found[1])
-    return PlaneMaps(
-        volume=volume,
-        maps=np.mean(maps, axis=0),
-        logit=float(np.mean(logits)),
-        logits=logits,
-        bias=float(np.mean([model.classifier.bias.item() for model, _ in networks])),
-        probability=float(sigmoid(logits).mean()),
-    )
-
-
-def explain_planes(models, exam, device, precision):
-    """Each plane that has both a volume and a model, and what cannot be used.
+        networks: list of stacking.Network.
+        volumes: {plane: uint8 array (s, H, W)}.
 
     Returns:
-        {plane: PlaneMaps}, {plane: why not}.
+        {plane: PlaneMaps}, and the logits, [float, one for each network].
     """
-    explained, unusable = {}, {p: why for p, why in exam.unusable.items() if p in models.networks}
-    for plane in models.networks:
-        if plane in exam.paths:
-            try:
-                volume = read_volume(exam.paths[plane])
-            except InputError as error:
-                unusable[plane] = str(error)
-                continue
-            networks = models.networks[plane]
-            explained[plane] = explain_plane(networks, volume, device, precision)
-    if not explained:
-        have = ", ".join(models.networks) or "no plane"
-        why = next(iter(unusable.values()), f"no volume of a plane with a {models.task} model")
-        raise InputError(f"exam {exam.name}: {why} (models: {have})")
-    return {plane: explained[plane] for plane in PLANES if plane in explained}, unusable
+    found = [network.heat_maps(volumes, device, precision) for network in networks]
+    logits = [logit for _, logit in found]
+    backbones = [network.model.backbone for network in networks]
+    finest = min(backbones, key=lambda name: BACKBONES[name].cell_step)
+    bias = float(np.mean([network.bias for network in networks]))
+    explained = {}
+    for plane in found[0][0]:
+        shape = max((maps[plane].shape for maps, _ in found), key=math.prod)
+        pairs = zip(found, backbones, strict=True)
+        maps = [regrid(maps[plane], name, finest, shape) for (maps, _), name in pairs]
+        mean = np.mean(maps, axis=0)
+        explained[plane] = PlaneMaps(
+            volume=volumes[plane],
+            maps=mean,
+            backbone=finest,
+            logit=float(np.mean(logits)),
+            others=float(np.mean(logits)) - bias - float(mean.sum(dtype=np.float64)),
+            bias=bias,
+            probability=float(sigmoid(logits).mean()),
+            networks=list(dict.fromkeys(map(describe_network, networks))),
+        )
+    return explained, logits
 
 
-def decision_of(models, planes):
-    """The stack's Decision from {plane: PlaneMaps}, or None without a stack."""
-    if models.stack is None:
-        return None
-    return decide(models.stack, {plane: one.logits for plane, one in planes.items()})
+def describe_network(network):
+    """What a map comes from, in a few words."""
+    pooling = {"max": "maximum", "mean": "mean", "attention": "attention"}[network.model.pooling]
+    return f"{network.model.backbone}, {pooling} over slices"
+
+
+def explain_planes(models, volumes, device, precision):
+    """What each group of a task's networks that take the same planes says.
+
+    Args:
+        models: stacking.TaskModels.
+        volumes: {plane: uint8 array (s, H, W)}.
+
+    Returns:
+        {title: PlaneMaps}, such as "axial", or "axial of axial+sagittal" for networks that join
+        planes; and {column: [float, one for each network]}.
+    """
+    explained, logits = {}, {}
+    for planes, columns in models.by_planes.items():
+        columns = {name: ones for name, ones in columns.items() if ones[0].takes(volumes)}
+        if not columns:
+            continue
+        networks = [network for ones in columns.values() for network in ones]
+        found, values = explain_networks(networks, volumes, device, precision)
+        for column, ones in columns.items():
+            logits[column], values = values[: len(ones)], values[len(ones) :]
+        of = "" if len(planes) == 1 else f" of {'+'.join(planes)}"
+        explained |= {f"{plane}{of}": one for plane, one in found.items()}
+    return explained, logits
 
 
 def pick_exam(exams, wanted, source):
@@ -178,13 +194,17 @@ def jpeg(grey):
 
 def make_page(exam, models, explained, decision, unusable):
     """The HTML page as text. Everything that varies is JSON, and is put in as text by the page."""
+    counts = count_networks(models)
     planes = [
         {
-            "plane": plane,
+            "plane": title,
             "probability": one.probability,
             "logit": one.logit,
+            "others": one.others if " of " in title else None,
             "bias": one.bias,
-            "networks": len(models.networks[plane]),
+            "of": "; ".join(one.networks),
+            "networks": counts[title],
+            "cell": BACKBONES[one.backbone][2:4],
             "height": one.volume.shape[1],
             "width": one.volume.shape[2],
             "cells": one.maps.shape[1:],
@@ -193,7 +213,7 @@ def make_page(exam, models, explained, decision, unusable):
             "sums": one.slice_sums.tolist(),
             "slices": [jpeg(image) for image in one.volume],
         }
-        for plane, one in explained.items()
+        for title, one in explained.items()
     ]
     content = {
         "exam": exam.name,
@@ -205,9 +225,8 @@ def make_page(exam, models, explained, decision, unusable):
         "synthetic": models.is_synthetic,
         "trained_on": [cli.describe_dataset(dataset) for dataset in models.datasets or [None]],
         "thresholds": (models.stack or {}).get("thresholds", ""),
-        "missing": [plane for plane in PLANES if plane not in explained],
+        "missing": [p for p in PLANES if all(t.split()[0] != p for t in explained)],
         "planes": planes,
-        "cell": [CELL_STEP, CELL_FIRST],
         "opacity": OPACITY,
         "colours": heat_colours().ravel().tolist(),
         "made": f"{datetime.now():%Y-%m-%d %H:%M}, commit {cli.git_sha()}",
@@ -216,6 +235,15 @@ def make_page(exam, models, explained, decision, unusable):
     data = json.dumps(content).replace("<", "\\u003c")
     title = html.escape(f"{models.task}, exam {exam.name}")
     return PAGE.replace("{{title}}", title).replace("{{notice}}", NOTICE).replace("{{data}}", data)
+
+
+def count_networks(models):
+    """{title of `explain_planes`: number of networks}."""
+    counts = {}
+    for planes, columns in models.by_planes.items():
+        of = "" if len(planes) == 1 else f" of {'+'.join(planes)}"
+        counts |= {f"{plane}{of}": sum(map(len, columns.values())) for plane in planes}
+    return counts
 
 
 PAGE = (Path(__file__).parent / "common" / "explain.html").read_text(encoding="utf-8")
@@ -227,7 +255,8 @@ PAGE = (Path(__file__).parent / "common" / "explain.html").read_text(encoding="u
 def headline(exam, models, explained, decision):
     """One line with the probabilities."""
     warning = f"{SYNTHETIC_ONLY} " if models.is_synthetic else ""
-    results = ", ".join(f"{plane} {one.probability:.2f}" for plane, one in explained.items())
+    probabilities = {title.split(" of ")[-1]: one.probability for title, one in explained.items()}
+    results = ", ".join(f"{name} {value:.2f}" for name, value in probabilities.items())
     if decision:
         results += ", stack {:.2f}, threshold {:.2f}: {}".format(*decision)
     return f"{warning}{models.task}, exam {exam.name}: {results}"
@@ -243,7 +272,7 @@ def contact_sheet(explained, title):
     rows = figure.subplots(len(explained), SHEET_SLICES, squeeze=False)
     colours = ListedColormap(heat_colours() / 255)
     for row, (plane, one) in zip(rows, explained.items(), strict=True):
-        pictures = overlay(one.volume, one.maps)
+        pictures = overlay(one.volume, one.maps, one.backbone)
         best = np.argsort(-one.slice_sums, kind="stable")[:SHEET_SLICES]
         for axes in row:
             axes.set_axis_off()
@@ -254,6 +283,7 @@ def contact_sheet(explained, title):
         shown = one.slice_sums[best].sum()
         others = one.slice_sums.sum() - shown
         text = f"{plane}: logit {one.logit:+.2f} = these {shown:+.2f}, other slices {others:+.2f}"
+        text += f", other planes {one.others:+.2f}" if " of " in plane else ""
         text += f", bias {one.bias:+.2f}"
         row[0].text(0, -0.07, text, color="w", fontsize=8, transform=row[0].transAxes,
                     in_layout=False)  # fmt: skip
@@ -266,7 +296,9 @@ def contact_sheet(explained, title):
 
 def animation(explained, title):
     """All planes side by side, from the first slice to the last: list of PIL images."""
-    pictures = {plane: overlay(one.volume, one.maps) for plane, one in explained.items()}
+    pictures = {
+        title: overlay(one.volume, one.maps, one.backbone) for title, one in explained.items()
+    }
     count = max(len(frames) for frames in pictures.values())
     head, foot = 18, 46
     frames = []
@@ -314,16 +346,23 @@ def run(args):
     """Explain one exam and write the three files."""
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    models = load_task(args.models_dir, args.task, device)
+    models = load_task(args.models_dir, args.task, device, args.recipes)
     with open_exams(args.exams, args.plane) as exams:
         refuse_unfit(models, exams.datasets, args.allow_synthetic)
         exam = exams.load(pick_exam(exams, args.exam, args.exams[0]))
         began = time.perf_counter()
-        explained, unusable = explain_planes(models, exam, device, precision)
+        volumes, unusable = read_planes(exam, models)
+        explained, logits = explain_planes(models, volumes, device, precision)
+    if not explained:
+        have = ", ".join(models.networks) or "no plane"
+        why = next(iter(unusable.values()), f"no volume of a plane with a {models.task} model")
+        raise InputError(f"exam {exam.name}: {why} (models: {have})")
     path = args.out / f"{exam.name}-{models.task}"
     page, sheet, gif = (path.with_name(path.name + end) for end in (".html", ".png", ".gif"))
     check_overwrite((page, sheet, gif), exam, args.overwrite)
-    decision = decision_of(models, explained) if args.partial or not unusable else None
+    decision = None
+    if models.stack and (args.partial or not unusable):
+        decision = decide(models.stack, volumes, logits)
     title = headline(exam, models, explained, decision)
     print(title)
     for dataset in models.datasets or [None]:

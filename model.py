@@ -2,25 +2,116 @@
 
     from model import MRNet
     logit = MRNet()(torch.randn(1, 30, 1, 256, 256))  # (1, 1); random weights until you load some
+    network = MRNet(backbone="resnet18", pooling="attention", tasks=3)
 
-AlexNet's five convolutional layers process each slice alone, global average pooling makes each
-slice a vector of 256 numbers, the maximum over slices makes the exam one such vector, and a linear
-layer turns it into a logit.
+A convolutional backbone (AlexNet's in the article, ten others of torchvision's) processes each
+slice alone, global average pooling makes each slice a vector, pooling over slices (the maximum, in
+the article) makes the exam one such vector, and a linear layer turns it into one logit a finding.
+`MultiPlaneMRNet` joins the vectors of several planes before the linear layer.
 
 Sources: Bien et al., "Deep-learning-assisted diagnosis for knee magnetic resonance imaging",
 PLOS Medicine 15(11), 2018 (MRNet); Krizhevsky, "One weird trick for parallelizing convolutional
-neural networks", arXiv:1404.5997 (this AlexNet); torchvision.models.alexnet (its layers).
+neural networks", arXiv:1404.5997 (this AlexNet); torchvision.models (the backbones' layers); Ilse
+et al., "Attention-based deep multiple instance learning", ICML 2018 (gated attention).
 """
+
+from collections import OrderedDict
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
-CHANNELS = 256  # channels of AlexNet's last convolution
+POOLINGS = ("max", "mean", "attention")
+ATTENTION_SIZE = 128  # hidden units of the gated attention; Ilse et al. 2018
 SMALLEST_SIDE = 63  # px; below it AlexNet's third pooling has nothing left to pool
-# Receptive fields: the centres of neighbouring cells of the last feature maps are CELL_STEP px
-# apart, the first is at CELL_FIRST px; from strides and paddings of the layers below.
-CELL_STEP, CELL_FIRST = 32, 31
+# Values that a training step keeps at once for backward, 3.6 GB in fp32; beyond it slices go
+# through the backbone in chunks and backward computes each chunk again: 61 slices fit in 8 GB.
+MOST_ACTIVATIONS = 900e6
+
+
+class Backbone(NamedTuple):
+    """A convolutional network of torchvision's, cut before its classifier."""
+
+    channels: int  # of its last feature maps
+    smallest_side: int  # px
+    # Receptive fields: the centres of neighbouring cells of the last feature maps are cell_step px
+    # apart, the first is at cell_first px; from strides and paddings of the layers below.
+    cell_step: int
+    cell_first: float
+    activations: int  # values that backward keeps, per pixel of a slice; measured
+    # The input as the weights expect it is x * scale + offset, for each input channel.
+    scale: tuple = (1.0, 1.0, 1.0)
+    offset: tuple = (0.0, 0.0, 0.0)
+
+
+# Inception's weights are of Google's, which had pixels from -1 to 1 in place of ImageNet's mean
+# (0.485, 0.456, 0.406) and SD (0.229, 0.224, 0.225): torchvision's `transform_input`.
+BACKBONES = {
+    "alexnet": Backbone(256, 63, 32, 31, 17),
+    "squeezenet1_1": Backbone(512, 17, 16, 15, 97),
+    "vgg11": Backbone(512, 32, 32, 15.5, 240),
+    "vgg16": Backbone(512, 32, 32, 15.5, 362),
+    "resnet18": Backbone(512, 32, 32, 0, 109),
+    "resnet34": Backbone(512, 32, 32, 0, 159),
+    "resnet50": Backbone(2048, 32, 32, 0, 428),
+    "inception_v3": Backbone(2048, 75, 32, 37, 253, scale=(0.229 / 0.5, 0.224 / 0.5, 0.225 / 0.5),
+                             offset=(-0.015 / 0.5, -0.044 / 0.5, -0.094 / 0.5)),
+    "densenet121": Backbone(1024, 32, 32, 14, 650),
+    "efficientnet_b0": Backbone(1280, 32, 32, 0, 439),
+    "convnext_tiny": Backbone(768, 32, 32, 15.5, 1058),
+}  # fmt: skip
+
+
+def make_features(backbone):
+    """A backbone's convolutional part with random weights: (s, 3, H, W) -> (s, channels, h, w).
+
+    Its first convolution also takes one grey channel, with the result of three equal ones.
+
+    Args:
+        backbone: name in BACKBONES.
+    """
+    if backbone == "alexnet":
+        return alexnet_features()
+    from torchvision import models  # 170 MB of memory, and AlexNet does not need it
+
+    more = {"aux_logits": False, "init_weights": False} if backbone == "inception_v3" else {}
+    return cut(getattr(models, backbone)(weights=None, **more))
+
+
+def cut(network):
+    """The convolutional part of a classifier of torchvision's, names of its parameters kept."""
+    if hasattr(network, "features"):
+        layers = OrderedDict(network.features.named_children())
+        if type(network).__name__ == "DenseNet":  # in its forward
+            layers["relu"] = nn.ReLU(inplace=True)
+    else:  # ResNet and Inception: layers in a row, then the classifier's
+        layers = OrderedDict(network.named_children())
+        for name in ("avgpool", "dropout", "fc", "AuxLogits"):
+            layers.pop(name, None)
+    features = nn.Sequential(layers)
+    replace_first_convolution(features)
+    return features
+
+
+def replace_first_convolution(module):
+    """Make the first Conv2d within a module a GreyConv2d with the same parameters.
+
+    Returns:
+        whether there was one.
+    """
+    for name, child in module.named_children():
+        if isinstance(child, nn.Conv2d):
+            grey = GreyConv2d(child.in_channels, child.out_channels, child.kernel_size,
+                              child.stride, child.padding, bias=child.bias is not None)  # fmt: skip
+            grey.load_state_dict(child.state_dict())
+            setattr(module, name, grey)
+            return True
+        if replace_first_convolution(child):
+            return True
+    return False
 
 
 def alexnet_features():
@@ -31,7 +122,7 @@ def alexnet_features():
     commute, with the same gradient, and ReLU has a quarter of the values left to work on.
     """
     return nn.Sequential(
-        nn.Conv2d(3, 64, kernel_size=11, stride=4, padding=2),
+        GreyConv2d(3, 64, kernel_size=11, stride=4, padding=2),
         nn.MaxPool2d(kernel_size=3, stride=2),
         nn.ReLU(inplace=True),
         nn.Conv2d(64, 192, kernel_size=5, padding=2),
@@ -41,104 +132,266 @@ def alexnet_features():
         nn.ReLU(inplace=True),
         nn.Conv2d(384, 256, kernel_size=3, padding=1),
         nn.ReLU(inplace=True),
-        nn.Conv2d(256, CHANNELS, kernel_size=3, padding=1),
+        nn.Conv2d(256, 256, kernel_size=3, padding=1),
         nn.MaxPool2d(kernel_size=3, stride=2),
         nn.ReLU(inplace=True),
     )
 
 
 class MRNet(nn.Module):
-    """The article's network: AlexNet features, average pool, max over slices, linear classifier.
+    """The article's network: backbone, average pool, pooling over slices, linear classifier.
 
     Args:
-        features: state dict for `pretrained_model` (torchvision's `alexnet().features`), or None
-            for random weights.
-        dropout: probability of dropping each of the 256 exam features before the classifier. The
+        features: state dict for `pretrained_model` (as `make_features` names its parameters;
+            torchvision's `alexnet().features`), or None for random weights.
+        dropout: probability of dropping each of the exam's features before the classifier. The
             article's text mentions dropout and its code has none, so 0 is the default.
+        backbone: name in BACKBONES.
+        pooling: over slices, one of POOLINGS.
+        tasks: number of findings, each with a logit.
     """
 
-    def __init__(self, features=None, dropout=0.0):
+    def __init__(self, features=None, dropout=0.0, backbone="alexnet", pooling="max", tasks=1):
         super().__init__()
-        self.pretrained_model = alexnet_features()
+        self.backbone, self.pooling = backbone, pooling
+        self.pretrained_model = make_features(backbone)
         if features is not None:
             self.pretrained_model.load_state_dict(features)
         self.pooling_layer = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(CHANNELS, 1)
+        channels = BACKBONES[backbone].channels
+        if pooling == "attention":
+            self.attention = GatedAttention(channels)
+        self.classifier = nn.Linear(channels, tasks)
         self.to(memory_format=torch.channels_last)  # the layout that convolutions run fastest in
 
+    def train(self, mode=True):
+        """As in torch, but batch normalisation keeps ImageNet's statistics: a batch is the slices
+        of one exam, whose own say more about the exam than about knees."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
     def forward(self, x):
-        """One exam -> one logit, no sigmoid.
+        """One exam -> one logit a finding, no sigmoid.
 
         Args:
             x: float (1, s, 3, H, W) as in the article, or (1, s, 1, H, W): the same logit as with
-                three equal channels, without the copies. H and W at least 63 px.
+                three equal channels, without the copies. Without the first 1, too. H and W at
+                least the backbone's smallest side.
 
         Returns:
-            float32 (1, 1).
+            float32 (1, tasks).
         """
-        x = x.squeeze(0)  # (1, s, c, H, W) -> (s, c, H, W)
-        maps = self.feature_maps(x)  # (s, 256, 7, 7) for 256 x 256
-        # Pooled in fp32 even after bf16 convolutions: free, and the maximum is precise.
-        maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
-        slices = self.pooling_layer(maps).flatten(1)  # (s, 256, 1, 1) -> (s, 256)
-        exam = slices.amax(dim=0, keepdim=True)  # (s, 256) -> (1, 256)
+        exam = self.exam_features(x)
         with torch.autocast(x.device.type, enabled=False):
-            return self.classifier(self.dropout(exam))  # (1, 256) -> (1, 1)
+            return self.classifier(self.dropout(exam))  # (1, 256) -> (1, tasks)
+
+    def exam_features(self, x):
+        """One exam -> its features, `x` as in `forward`: float32 (1, channels)."""
+        x = x.reshape(-1, *x.shape[-3:])  # (1, s, c, H, W) -> (s, c, H, W)
+        slices = self.slice_features(self.feature_maps(x))  # (s, 256)
+        if self.pooling == "max":
+            return slices.amax(dim=0, keepdim=True)  # (s, 256) -> (1, 256)
+        return (slices * self.slice_weights(slices)).sum(dim=0, keepdim=True)
 
     def feature_maps(self, x):
         """Last feature maps of each slice: (s, 1 or 3, H, W) -> (s, 256, h, w)."""
-        first = self.pretrained_model[0]
-        x = first(x) if x.shape[1] == 3 else first_convolution_of_grey(x, first)
-        return self.pretrained_model[1:](x)
+        backbone = BACKBONES[self.backbone]
+        if backbone.offset != (0.0, 0.0, 0.0):
+            scale, offset = (x.new_tensor(values)[:, None, None] for values in
+                             (backbone.scale, backbone.offset))  # fmt: skip
+            x = x * scale + offset  # one channel becomes three that differ
+        values = x.shape[0] * x.shape[2] * x.shape[3] * backbone.activations
+        if values <= MOST_ACTIVATIONS:
+            return self.pretrained_model(x)
+        chunks = x.chunk(int(-(-values // MOST_ACTIVATIONS)))
+        if not torch.is_grad_enabled():
+            return torch.cat([self.pretrained_model(chunk) for chunk in chunks])
+        return torch.cat(
+            [checkpoint(self.pretrained_model, chunk, use_reentrant=False) for chunk in chunks]
+        )
+
+    def slice_features(self, maps):
+        """Global average of feature maps, in fp32: (s, 256, h, w) -> (s, 256)."""
+        # In fp32 even after bf16 convolutions: free, and the maximum is precise.
+        maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+        return self.pooling_layer(maps).flatten(1)  # (s, 256, 1, 1) -> (s, 256)
+
+    def slice_weights(self, slices):
+        """What each slice counts in each exam feature; each channel's weights sum to 1.
+
+        Args:
+            slices: float32 (s, channels).
+
+        Returns:
+            (s, channels), (s, 1) or (1, 1) to be broadcast: one-hot for the maximum.
+        """
+        if self.pooling == "max":
+            return F.one_hot(slices.argmax(dim=0), len(slices)).T.to(slices.dtype)
+        if self.pooling == "mean":
+            return slices.new_full((1, 1), 1 / len(slices))
+        with torch.autocast(slices.device.type, enabled=False):
+            return self.attention(slices)
+
+    def contributions(self, volume, weight):
+        """What each cell of the last feature maps adds to a weighted sum of the exam's features.
+
+        The sum is linear in the maps once the slices' weights are fixed: a channel's exam feature
+        is the mean over cells of its maps, each slice with its weight.
+
+        Args:
+            volume: float32 (s, 1 or 3, H, W).
+            weight: float32 (channels,).
+
+        Returns:
+            maps: float32 (s, h, w); and their exact sum, computed from the pooled features: ().
+        """
+        maps = self.feature_maps(volume).float()  # (s, 256, h, w)
+        slices = self.slice_features(maps)  # (s, 256)
+        weights = self.slice_weights(slices) * weight  # (s, 256)
+        cells = maps.shape[2] * maps.shape[3]
+        # No matrix product: autocast would round it to bf16, and the sum would not be exact.
+        parts = (maps * (weights / cells).expand_as(slices)[:, :, None, None]).sum(dim=1)
+        return parts, (slices * weights).sum()
 
     @torch.inference_mode()
     def heat_maps(self, volume):
-        """Class activation maps that add up to the exam's logit, exactly.
+        """Class activation maps that add up to the exam's logit of the first finding, exactly.
 
-        The logit is linear in the last feature maps: each channel's maximum over slices is the
-        spatial mean of its map in one slice. That map, times the classifier's weight, over h * w,
-        is what the channel adds; the sum over all slices and cells, plus the classifier's bias, is
-        the logit. Source: class activation maps, Zhou et al., CVPR 2016.
+        Each channel's feature maps, times the classifier's weight and the slices' weights in the
+        pooling, over h * w: the sum over all channels, slices and cells, plus the classifier's
+        bias, is the logit. Source: class activation maps, Zhou et al., CVPR 2016.
 
         Args:
-            volume: float32 (s, 1, H, W), preprocessed, on the network's device.
+            volume: float32 (s, 1 or 3, H, W), preprocessed, on the network's device.
 
         Returns:
             maps: float32 array (s, h, w), in units of the logit; above 0 is for the finding.
             logit: float, as `forward` returns it in evaluation mode.
         """
-        features = self.feature_maps(volume).float()  # (s, 256, h, w)
-        s, channels, h, w = features.shape
-        slices = features.mean(dim=(2, 3))  # (s, 256, h, w) -> (s, 256)
-        exam, best_slice = slices.max(
-            dim=0
-        )  # (256,), and the slice that each channel's maximum is in
-        weight = self.classifier.weight[0]
-        best_maps = features[
-            best_slice, torch.arange(channels, device=best_slice.device)
-        ]  # (256, h, w)
-        maps = torch.zeros(s, h, w, device=features.device)
-        maps.index_add_(0, best_slice, best_maps * (weight / (h * w))[:, None, None])
-        # No matrix product: autocast would round it to bf16, and the sum would not be exact.
-        logit = (exam * weight).sum().item() + self.classifier.bias.item()
-        return maps.cpu().numpy(), logit
+        maps, total = self.contributions(volume, self.classifier.weight[0])
+        return maps.cpu().numpy(), total.item() + self.classifier.bias[0].item()
+
+
+class MultiPlaneMRNet(nn.Module):
+    """Several planes in one network: their exam features side by side, then one linear classifier.
+
+    Each plane's own classifier stays, for an auxiliary loss in training.
+
+    Args:
+        networks: {plane: MRNet}, all with as many findings; two may share their backbone.
+        dropout: as in MRNet, before the joint classifier.
+    """
+
+    def __init__(self, networks, dropout=0.0):
+        super().__init__()
+        self.networks = nn.ModuleDict(networks)
+        self.dropout = nn.Dropout(dropout)
+        first = next(iter(networks.values()))
+        self.backbone, self.pooling = first.backbone, first.pooling
+        sizes = [network.classifier.in_features for network in networks.values()]
+        self.classifier = nn.Linear(sum(sizes), first.classifier.out_features)
+
+    def forward(self, exam):
+        """One exam -> one logit a finding.
+
+        Args:
+            exam: {plane: as MRNet.forward takes it}, of at least one plane; the features of a plane
+                that is missing are 0.
+
+        Returns:
+            float32 (1, tasks).
+        """
+        return self.all_logits(exam)[:1]
+
+    def all_logits(self, exam):
+        """The joint logits, then those of each plane there is: float32 (1 + planes, tasks)."""
+        features, logits = [], []
+        for plane, network in self.networks.items():
+            if plane in exam:
+                features.append(network.exam_features(exam[plane]))
+                with torch.autocast(features[-1].device.type, enabled=False):
+                    logits.append(network.classifier(network.dropout(features[-1])))
+            else:
+                weight = network.classifier.weight
+                features.append(weight.new_zeros(1, weight.shape[1]))
+        joint = torch.cat(features, dim=1)  # (1, 768) for three planes of AlexNet
+        with torch.autocast(joint.device.type, enabled=False):
+            return torch.cat([self.classifier(self.dropout(joint)), *logits])
+
+    @torch.inference_mode()
+    def heat_maps(self, exam):
+        """As MRNet.heat_maps, of all planes together.
+
+        Args:
+            exam: {plane: float32 (s, 1 or 3, H, W)}.
+
+        Returns:
+            {plane: float32 array (s, h, w)} that add up to the joint logit less the bias, and the
+            joint logit.
+        """
+        sizes = [network.classifier.in_features for network in self.networks.values()]
+        weights = dict(zip(self.networks, self.classifier.weight[0].split(sizes), strict=True))
+        maps, logit = {}, self.classifier.bias[0].item()
+        for plane, network in self.networks.items():
+            if plane in exam:
+                parts, total = network.contributions(exam[plane], weights[plane])
+                maps[plane] = parts.cpu().numpy()
+                logit += total.item()
+        return maps, logit
+
+
+class GatedAttention(nn.Module):
+    """Weights of the slices by gated attention (Ilse et al. 2018, equation 9).
+
+    Args:
+        channels: features of a slice.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.tanh = nn.Linear(channels, ATTENTION_SIZE)
+        self.gate = nn.Linear(channels, ATTENTION_SIZE)
+        self.score = nn.Linear(ATTENTION_SIZE, 1)
+
+    def forward(self, slices):
+        """Slices (s, channels) -> weights (s, 1) that sum to 1."""
+        hidden = torch.tanh(self.tanh(slices)) * torch.sigmoid(self.gate(slices))  # (s, 128)
+        return torch.softmax(self.score(hidden), dim=0)
+
+
+class GreyConv2d(nn.Conv2d):
+    """A convolution of three channels that takes one grey channel as well, as three equal ones."""
+
+    def forward(self, x):
+        """(s, 3 or 1, H, W) -> (s, out, h, w)."""
+        if x.shape[1] == self.in_channels:
+            return super().forward(x)
+        if self.stride[0] >= 4:
+            return first_convolution_of_grey(x, self)
+        # As one channel that lies last: torch then keeps the layout of what follows.
+        x = x.squeeze(1)[..., None].permute(0, 3, 1, 2)  # (s, 1, H, W), strides of (s, H, W, 1)
+        weight = self.weight.sum(dim=1)[..., None].permute(0, 3, 1, 2)  # -> (out, 1, k, k)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 
 def first_convolution_of_grey(x, conv):
-    """AlexNet's first convolution on a grey image: what `conv` gives for three equal channels.
+    """A convolution of large stride on a grey image: what `conv` gives for three equal channels.
 
     The weights are summed over their input channels on the way in, so the parameter keeps its
-    pretrained shape and its gradient is exact. A kernel of 11 with stride 4 over one channel is
-    slow everywhere; the same sum over 4 x 4 blocks laid out as 16 channels is a plain 3 x 3
-    convolution (tools/benchmark.py measures the gain).
+    pretrained shape and its gradient is exact. AlexNet's kernel of 11 with stride 4 over one
+    channel is slow everywhere; the same sum over 4 x 4 blocks laid out as 16 channels is a plain
+    3 x 3 convolution (tools/benchmark.py measures the gain).
 
     Args:
         x: float (s, 1, H, W).
-        conv: Conv2d(3, 64, kernel_size=11, stride=4, padding=2).
+        conv: Conv2d with square kernel and stride; AlexNet's is Conv2d(3, 64, 11, 4, 2).
 
     Returns:
-        (s, 64, h, w) with h = (H - 7) // 4 + 1.
+        (s, out, h, w); h = (H - 7) // 4 + 1 for AlexNet.
     """
     stride, padding = conv.stride[0], conv.padding[0]
     kernel = conv.kernel_size[0]
@@ -159,22 +412,56 @@ def first_convolution_of_grey(x, conv):
     return F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, conv.bias)
 
 
-def enlarge_maps(maps, height, width):
+def enlarge_maps(maps, height, width, backbone="alexnet"):
     """Heat maps resampled to the size of the slices, bilinearly.
 
-    Each cell is placed at the centre of its receptive field, CELL_STEP * i + CELL_FIRST px:
-    stretching 7 cells over 256 px would be off by up to 13 px. Beyond the outer cells, their value.
+    Each cell is placed at the centre of its receptive field, cell_step * i + cell_first px:
+    stretching AlexNet's 7 cells over 256 px would be off by up to 13 px. Beyond the outer cells,
+    their value.
 
     Args:
         maps: float32 array (s, h, w).
+        backbone: whose maps they are, name in BACKBONES.
 
     Returns:
         float32 array (s, height, width).
     """
     h, w = maps.shape[1:]
+    step, first = BACKBONES[backbone].cell_step, BACKBONES[backbone].cell_first
     # Position of each pixel in cells, then in grid_sample's -1..1 between the outer cells' centres.
-    y, x = ((torch.arange(n) - CELL_FIRST) / CELL_STEP for n in (height, width))
+    y, x = ((torch.arange(n) - first) / step for n in (height, width))
     y, x = 2 * y / max(h - 1, 1) - 1, 2 * x / max(w - 1, 1) - 1
     grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)[None]  # (1, H, W, 2)
     maps = torch.from_numpy(maps)[None]  # the slices are the channels: (1, s, h, w)
     return F.grid_sample(maps, grid, padding_mode="border", align_corners=True)[0].numpy()
+
+
+def regrid(maps, backbone, other, shape):
+    """Heat maps of one backbone on the cells of another, their sum unchanged.
+
+    Each cell is shared out among the other's cells by their distance, as bilinear interpolation
+    weighs them.
+
+    Args:
+        maps: float32 array (s, h, w).
+        backbone, other: names in BACKBONES.
+        shape: (s, h', w') of the result.
+
+    Returns:
+        float32 array of that shape.
+    """
+    if backbone == other:
+        return maps
+    mine, theirs = BACKBONES[backbone], BACKBONES[other]
+
+    def shares(cells, others):
+        """(others, cells), each column sums to 1."""
+        at = torch.arange(cells) * mine.cell_step + mine.cell_first
+        places = torch.arange(others) * theirs.cell_step + theirs.cell_first
+        near = (1 - (places[:, None] - at).abs() / mine.cell_step).clamp(min=0)
+        alone = F.one_hot((places[:, None] - at).abs().argmin(dim=0), others).T
+        near = torch.where(near.sum(dim=0) > 0, near, alone)
+        return near / near.sum(dim=0)
+
+    rows, columns = (shares(n, m) for n, m in zip(maps.shape[1:], shape[1:], strict=True))
+    return (rows @ torch.from_numpy(maps) @ columns.T).numpy()

@@ -32,12 +32,14 @@ from tqdm import tqdm
 from common import cli, engine
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, one_line
-from common.exams import open_exams, refuse_unfit
+from common.exams import open_exams, read_planes, refuse_unfit
 from common.files import atomic
 from common.stacking import decide, load_task, saved_tasks
-from dataloader import PLANES, read_volume
+from dataloader import PLANES
 
-COLUMNS = ("exam", "source", "task", *PLANES, "stack", "threshold", "decision", "planes", "missing")
+JOINT = "joint"  # probability of networks that join several planes
+COLUMNS = ("exam", "source", "task", *PLANES, JOINT, "stack", "threshold", "decision", "planes")
+COLUMNS += ("missing",)
 # What could not be used; what the networks were trained on; hashes of models and of the input.
 COLUMNS += ("note", "error", "trained_on", "model", "input")
 DIGITS = 8  # of a probability
@@ -83,67 +85,53 @@ def parse_arguments():
     return args
 
 
-def read_planes(exam, wanted):
-    """The volumes of an exam, and what cannot be used of it.
-
-    Args:
-        wanted: planes that any network is there for.
-
-    Returns:
-        {plane: uint8 array (s, H, W)}, {plane: why not}, both of planes in `wanted`.
-    """
-    volumes, unusable = {}, {p: why for p, why in exam.unusable.items() if p in wanted}
-    for plane, path in exam.paths.items():
-        if plane in wanted:
-            try:
-                volumes[plane] = read_volume(path)
-            except InputError as error:
-                unusable[plane] = str(error)
-    return volumes, unusable
-
-
 def predict_exam(exam, tasks, options):
     """Rows of one exam, one a task, and how many slices went through a network."""
-    wanted = [plane for plane in PLANES if any(plane in models.networks for models in tasks)]
-    volumes, unusable = read_planes(exam, wanted)
-    rows, slices = [], 0
+    rows, slices, read = [], 0, {}
     for models in tasks:
-        logits = {}
-        for plane in PLANES:
-            if plane in volumes and plane in models.networks:
-                networks = models.networks[plane]
-                logits[plane] = engine.predict_volume(
-                    networks, volumes[plane], options.device, options.precision
-                )
-                slices += len(volumes[plane]) * len(networks)
-        lost = {plane: why for plane, why in unusable.items() if plane in models.networks}
-        rows.append(make_row(exam, models, logits, lost, options.partial))
+        volumes, unusable = read_planes(exam, models, read)
+        logits = models.logits(volumes, options.device, options.precision)
+        for column in logits:
+            networks = models.networks[column]
+            counts = (len(volumes[p]) for p in networks[0].planes if p in volumes)
+            slices += sum(counts) * len(networks)
+        rows.append(make_row(exam, models, Answer(list(volumes), unusable, logits), options))
     return rows, slices
 
 
-def make_row(exam, models, logits, unusable, partial):
-    """Dict of COLUMNS: floats, strings, lists of planes, None for what there is not.
+class Answer(NamedTuple):
+    """What the networks of one task said about one exam."""
 
-    Args:
-        logits: {plane: [one of each network]}.
-        unusable: {plane: why}, of planes that have networks.
-    """
+    planes: list  # that they were given
+    unusable: dict  # {plane: why not}, of planes that any of them takes
+    logits: dict  # {column: [one of each network]}
+
+
+def make_row(exam, models, answer, options):
+    """Dict of COLUMNS: floats, strings, lists of planes, None for what there is not."""
+    used, unusable = answer.planes, answer.unusable
     row = dict.fromkeys(COLUMNS) | {"exam": printable(exam.name), "source": printable(exam.source)}
     row |= {"task": models.task, "input": exam.input}
-    for plane, values in logits.items():
-        row[plane] = round(float(engine.sigmoid(values).mean()), DIGITS)
-    row["planes"] = list(logits)
-    row["missing"] = [plane for plane in PLANES if plane not in logits]
-    notes = [f"no {plane} model" for plane in exam.paths if plane not in models.networks]
-    absent = [p for p in models.networks if p not in exam.paths and p not in unusable]
+    for planes, columns in models.by_planes.items():
+        values = [v for column in columns for v in answer.logits.get(column, ())]
+        if values:  # several sets of planes joined in networks are one column
+            name = planes[0] if len(planes) == 1 else JOINT
+            row[name] = round(float(engine.sigmoid(values).mean()), DIGITS)
+    row["planes"] = used
+    row["missing"] = [plane for plane in PLANES if plane not in used]
+    notes = [f"no {plane} model" for plane in exam.paths if plane not in models.planes]
+    absent = [p for p in models.planes if p not in exam.paths and p not in unusable]
     notes += [f"no {plane} volume" for plane in absent]
     if models.stack is None:
         notes.append("no stack, so no decision")
-    elif logits and (partial or not unusable):
-        decision = decide(models.stack, logits)
-        row["stack"] = round(decision.probability, DIGITS)
-        row["threshold"], row["decision"] = decision.threshold, decision.label
-        notes += ["partial"] if unusable else []
+    elif used and (options.partial or not unusable):
+        decision = decide(models.stack, used, answer.logits)
+        if decision is None:
+            notes.append(f"the networks need more planes than {' and '.join(used)}, so no decision")
+        else:
+            row["stack"] = round(decision.probability, DIGITS)
+            row["threshold"], row["decision"] = decision.threshold, decision.label
+            notes += ["partial"] if unusable else []
     row["note"] = "; ".join(notes) or None
     row["error"] = describe_unusable(unusable)
     row["trained_on"] = "; ".join(cli.describe_dataset(found) for found in models.datasets) or None
@@ -335,8 +323,9 @@ def run(args):
     # Pipelines get rows and nothing else.
     to_stdout = str(args.out) == "-"
     log = partial(print, file=sys.stderr if to_stdout else sys.stdout)
-    names = sorted(set(args.task)) if args.task else saved_tasks(args.models_dir)
-    tasks = [load_task(args.models_dir, name, device) for name in names]
+    recipes = args.recipes
+    names = sorted(set(args.task)) if args.task else saved_tasks(args.models_dir, recipes)
+    tasks = [load_task(args.models_dir, name, device, recipes) for name in names]
     saved = {}
     if args.resume:
         saved = saved_exams(args.out, names, model_of(tasks, options), args.jsonl)

@@ -4,16 +4,19 @@
     python train.py --task acl --plane axial --data-dir data/phantom --lr 1e-4 --epochs 10
     python train.py --task acl --plane sagittal --resume                   # after an interruption
     python train.py --task acl --plane sagittal --protocol held-out --folds 5 --repeat 3
+    python train.py --task all --plane sagittal --backbone vgg16           # every finding in one
+    python train.py --task acl --plane axial coronal sagittal              # three planes in one
 
 Writes models/<task>-<plane>.pt (the epoch with the best AUC on the validation exams, or with
 `--protocol held-out` on the tuning exams; about 10 MB) and
-logs/<task>/<plane>/<time>/ for `tensorboard --logdir logs`.
+logs/<task>/<plane>/<time>/ for `tensorboard --logdir logs`. With a recipe other than the article's
+its name follows the plane's.
 
 The default recipe is the article's ("How to train an MRI classifier with PyTorch"): Adam, lr 1e-5,
 weight decay 0.1, one exam per step, class-weighted binary cross-entropy, rotation, shift and flip,
 learning rate times 0.3 after 3 epochs without a better validation loss, stop after 5.
-docs/differences.md lists where the article's code differs and why; common/splits.py describes
-protocols and folds.
+docs/differences.md lists where the article's code differs and why, docs/improvements.md what its
+list of improvements became; common/splits.py describes protocols and folds.
 
 run -> train_network (one network) -> train_epochs (its epochs) -> train_model and evaluate_model
 (one pass over the exams) -> common/engine.py (the loop, the loss, the optimizer's step).
@@ -21,7 +24,8 @@ run -> train_network (one network) -> train_epochs (its epochs) -> train_model a
 
 import argparse
 import time
-from dataclasses import MISSING, asdict, fields
+from contextlib import ExitStack
+from dataclasses import asdict, fields
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -31,9 +35,13 @@ import numpy as np
 import torch
 
 from common import cli, engine
+from common.augmentation import AUGMENTATIONS, SLICES_OF_STRONG
 from common.checkpoint import (
+    ARCHITECTURE,
     TrainState,
+    build_model,
     check_writable,
+    column_name,
     is_finished,
     load_model,
     lock,
@@ -41,77 +49,98 @@ from common.checkpoint import (
     restore_state,
     save_model,
 )
-from common.config import Config
+from common.config import ARTICLE, THE_ARTICLES, Config, read_recipe
+from common.datasets import load_exams
 from common.devices import CACHES, GraphedSteps, cache_volumes, pick_device, pick_precision
 from common.errors import InputError, Interrupted, RunError
-from common.logs import TrainingLog
-from common.metrics import auc_interval, roc_auc
-from common.splits import PROTOCOLS, plan_splits, write_folds
+from common.logs import Epoch, TrainingLog, heads_of_epochs
+from common.metrics import auc_interval
+from common.optimization import (
+    OPTIMIZERS,
+    SCHEDULERS,
+    make_average,
+    make_optimizer,
+    make_scheduler,
+    steps_with_optimizer,
+)
+from common.splits import PROTOCOLS, fingerprints_of, plan_splits, write_folds
 from common.weights import imagenet_features
-from dataloader import INTENSITIES, PLANES, Augmentation, MRDataset, grey_levels
-from model import MRNet
-
-PLATEAU_PATIENCE, PLATEAU_FACTOR, PLATEAU_THRESHOLD = 3, 0.3, 1e-4  # the article's
-STEP_EPOCHS, STEP_FACTOR = 3, 0.5  # the article's
-SCHEDULERS = ("plateau", "step", "none")
+from dataloader import CHANNELS, INTENSITIES, PLANES, grey_levels, is_positive, tasks
+from model import BACKBONES, POOLINGS
 
 
 def parse_arguments():
-    parser = cli.make_parser(__doc__)  # the recipe's defaults are in common/config.py
+    parser = cli.make_parser(__doc__)  # the recipe's defaults are in recipes/article.toml
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--task",
-        required=True,
-        help="any NAME with train-NAME.csv in the data folder; MRNet's: abnormal, acl, meniscus",
-    )
-    add(
-        "--plane",
-        required=True,
-        choices=PLANES,
-        help="the article found sagittal best for ACL; train all three to stack them",
-    )
+    task = "any NAME with train-NAME.csv in the data folder; MRNet's: abnormal, acl, meniscus. "
+    task += "Several, or all: one network for all of them, in the time of one"
+    add("--task", required=True, nargs="+", help=task)
+    plane = "the article found sagittal best for ACL; train all three to stack them. Several: one "
+    plane += "network that joins their features"
+    add("--plane", required=True, nargs="+", choices=PLANES, help=plane)
     add("--data-dir", type=Path, default=Path("data"), help="folder in MRNet's layout")
     raw = "raw gives the network 0-255 as the article did; it learns worse"
     add("--intensity", choices=INTENSITIES, help=raw)
-    augment = "rotate, shift and flip training exams; leave it on, exams are few"
-    add("--augment", action=switch, help=augment)
+    channels = "neighbours: each slice between the slices beside it, as the three colours (2.5D)"
+    add("--channels", choices=CHANNELS, help=channels)
+    augment = "article flips columns in every plane, anatomical left and right only; strong adds "
+    augment += f"gamma, contrast, blur, noise, cut-outs, {SLICES_OF_STRONG:.0%} or more of slices"
+    add("--augment", choices=AUGMENTATIONS, help=augment)
+    slices = "train each step on a random part of the slices: 0.5 takes half the time"
+    add("--slices", type=cli.part, help=slices)
 
-    add = parser.add_argument_group("recipe").add_argument
-    add("--epochs", type=cli.positive_int, help="at most; early stopping ends most runs sooner")
-    lr = "1e-5 suits MRNet's 1,130 exams; with 200, 3e-5 to 1e-4; higher values are unstable"
-    add("--lr", type=cli.positive_float, help=lr)
-    l2 = "L2 inside Adam, as in the article"
-    add("--weight-decay", type=cli.nonnegative_float, help=l2)
-    add(
-        "--lr-scheduler",
-        choices=SCHEDULERS,
-        help=f"plateau: x {PLATEAU_FACTOR} after {PLATEAU_PATIENCE} epochs without a better "
-        f"loss; step: x {STEP_FACTOR} every {STEP_EPOCHS} epochs",
-    )
-    patience = "stop after this many epochs without a better loss"
-    add("--patience", type=cli.positive_int, help=patience)
-    dropout = "before the classifier; the article's text has it, its code does not"
-    add("--dropout", type=cli.probability, help=dropout)
-    weights = "weight positives by negatives/positives, as the article's text asks"
-    add("--class-weights", action=switch, help=weights)
+    add = parser.add_argument_group("network").add_argument
+    backbone = "others than alexnet and vgg16 need torchvision's host once for their weights"
+    add("--backbone", choices=BACKBONES, help=backbone)
     imagenet = "start from ImageNet; --no-pretrained starts from random weights, learns far slower"
     add("--pretrained", action=switch, help=imagenet)
+    pooling = "over slices; attention learns which count (Ilse et al. 2018)"
+    add("--pooling", choices=POOLINGS, help=pooling)
+    dropout = "before the classifier; the article's text has it, its code does not"
+    add("--dropout", type=cli.probability, help=dropout)
+    share = "with several planes: one backbone for all of them"
+    add("--share-backbone", action=switch, help=share)
+    auxiliary = "with several planes: weight of the loss of each plane's own logit"
+    add("--plane-weight", type=cli.nonnegative_float, help=auxiliary)
+    drop = "with several planes: leave each out with this probability, so that one may be missing"
+    add("--plane-dropout", type=cli.probability, help=drop)
+
+    add = parser.add_argument_group("recipe").add_argument
+    recipe = "name of a file in recipes/, or path of another; other options win over it"
+    add("--recipe", default=ARTICLE, metavar="NAME|FILE", help=recipe)
+    most = "at most; early stopping ends most runs sooner. cosine and one-cycle plan for them"
+    add("--epochs", type=cli.positive_int, help=most)
+    lr = "1e-5 suits MRNet's 1,130 exams; with 200, 3e-5 to 1e-4; higher values are unstable"
+    add("--lr", type=cli.positive_float, help=lr)
+    head = "the classifier's own learning rate, ten times --lr is common; 0: --lr"
+    add("--head-lr", type=cli.nonnegative_float, help=head)
+    add("--optimizer", choices=OPTIMIZERS, help="adamw: weight decay apart from the gradient")
+    l2 = "L2 inside Adam, as in the article; with adamw 0.01 is common"
+    add("--weight-decay", type=cli.nonnegative_float, help=l2)
+    schedule = "plateau and step: the article's, by epochs; cosine, one-cycle: by steps, to 0"
+    add("--lr-scheduler", choices=SCHEDULERS, help=schedule)
+    warmup = "part of all steps in which the rate rises, with cosine, one-cycle (0: 0.3) or none"
+    add("--warmup", type=cli.probability, help=warmup)
+    patience = "stop after this many epochs without a better loss"
+    add("--patience", type=cli.positive_int, help=patience)
+    weights = "weight positives by negatives/positives, as the article's text asks"
+    add("--class-weights", action=switch, help=weights)
+    accumulate = "exams in one step of the optimizer, their losses averaged"
+    add("--accumulate", type=cli.positive_int, help=accumulate)
+    average = "decay of the weights' moving average, which is evaluated and saved, such as 0.999"
+    add("--average-weights", type=cli.probability, help=average)
+    clip = "largest norm of the gradient, such as 1; 0: any"
+    add("--clip", type=cli.nonnegative_float, help=clip)
     add("--seed", type=cli.seed_number, help="fixes order, augmentation and initial classifier")
 
     add = parser.add_argument_group("protocol").add_argument
-    add(
-        "--protocol",
-        choices=PROTOCOLS,
-        help="what selects the epoch and stops the training: the validation exams themselves "
-        "(optimistic) or a held-out part of the training exams",
-    )
-    add(
-        "--folds",
-        type=cli.positive_int,
-        help="number of networks, each trained without its fold of the training exams; 3 to 5 "
-        "for honest stacking, 1 is the article's",
-    )
+    protocol = "what selects the epoch and stops the training: the validation exams themselves "
+    protocol += "(optimistic) or a held-out part of the training exams"
+    add("--protocol", choices=PROTOCOLS, help=protocol)
+    folds = "number of networks, each trained without its fold of the training exams; 3 to 5 for "
+    folds += "honest stacking, 1 is the article's"
+    add("--folds", type=cli.positive_int, help=folds)
     seeds = "number of seeds, from --seed on; differences below their spread are noise"
     add("--repeat", type=cli.positive_int, help=seeds)
 
@@ -130,9 +159,9 @@ def parse_arguments():
     add("--log-every", type=cli.positive_int, default=100, help=points)
     resume = "skip trainings that are finished, continue one that was interrupted"
     add("--resume", action="store_true", help=resume)
-    article = {f.name: f.default for f in fields(Config) if f.default is not MISSING}
-    parser.set_defaults(**article | {"device": "auto", "precision": "auto"})
-    return parser.parse_args()
+    parser.set_defaults(**{f.name: f.default for f in fields(Config) if f.name in THE_ARTICLES})
+    parser.set_defaults(seed=0, protocol="article", folds=1, repeat=1, cuda_graphs=False)
+    return cli.parse_with_recipe(parser, read_recipe, ["--task", "acl", "--plane", PLANES[0]])
 
 
 class Files(NamedTuple):
@@ -150,8 +179,12 @@ def run(args):
     precision = pick_precision(args.precision, device)
     check_writable(args.models_dir)
     args.device, args.precision = device.type, precision  # what "auto" became
+    args.task = "+".join(tasks(args.data_dir) if args.task == ["all"] else args.task)
+    args.plane = "+".join(plane for plane in PLANES if plane in args.plane)
     commit = cli.print_start_up(vars(args), device, precision)
     config = Config(**{field.name: getattr(args, field.name) for field in fields(Config)})
+    config.check()
+    cli.print_recipe(config)
     files = Files(args.models_dir, args.logs_dir, args.log_every, args.resume)
     train_set, valid_set = load_exams(config, args.data_dir)
     cached = cache_volumes(
@@ -169,8 +202,16 @@ def run(args):
     for number, split in enumerate(splits, start=1):
         if len(splits) > 1:
             print(f"\n-- network {number} of {len(splits)}: seed {split.seed}, fold {split.fold}")
-        with lock(model_path(files.models_dir, config.task, config.plane, split.suffix)):
+        with ExitStack() as locks:
+            for task in config.tasks:
+                locks.enter_context(lock(path_of(config, split, files, task)))
             train_network(config, split, files, provenance)
+
+
+def path_of(config, split, files, task):
+    """Path of the model of one finding."""
+    column = column_name(config.plane, config.recipe)
+    return model_path(files.models_dir, task, column, split.suffix)
 
 
 def train_network(config, split, files, provenance):
@@ -182,20 +223,24 @@ def train_network(config, split, files, provenance):
         files: Files.
         provenance: dict of plain values for its metadata: commit at the start, versions, data set.
     """
-    path = model_path(files.models_dir, config.task, config.plane, split.suffix)
-    state_path = path.with_suffix(".state")
+    paths = {task: path_of(config, split, files, task) for task in config.tasks}
+    state_path = path_of(config, split, files, config.task).with_suffix(".state")
     about = asdict(config), split.data_sets
-    if files.resume and not state_path.is_file() and is_finished(path, *about):
-        print(f"\nfinished before: {path}")
-        return
+    if files.resume and not state_path.is_file():
+        done = [is_finished(path, asdict(config), split.finding(t)) for t, path in paths.items()]
+        if all(done):
+            print(f"\nfinished before: {', '.join(map(str, paths.values()))}")
+            return
     state = start_state(config, split)
     done = None
     if files.resume and restore_state(state_path, state, *about):
         done = state.epoch, state.epoch * len(split.train_set)
-        steps = f" and {len(state.partial_epoch['logits'])} steps" if state.partial_epoch else ""
+        left = state.partial_epoch
+        steps = f" and {len(left['logits']) // config.accumulate} steps" if left else ""
         print(f"\nresumed {state_path} after epoch {state.epoch}{steps}")
     state.log_dir = state.log_dir or new_log_dir(config, split, files)
-    save_state = partial(state.save, state_path, asdict(config), split.fingerprints())
+    fingerprints = fingerprints_of(split.data_sets)
+    save_state = partial(state.save, state_path, asdict(config), fingerprints)
     save_state()  # before the first model: a model without a state beside it is a finished one
     with (
         TrainingLog(state.log_dir, files.log_every, done) as log,
@@ -206,11 +251,13 @@ def train_network(config, split, files, provenance):
         try:
             for epoch in train_epochs(config, split, state, stop_requested):
                 if epoch is not None:
-                    if epoch.is_best:
-                        save_model(path, state.model, describe(config, split, epoch, provenance))
+                    for task in epoch.best:
+                        metadata = describe(config, split, epoch, task) | provenance
+                        finding = config.tasks.index(task)
+                        save_model(paths[task], state.evaluated, metadata, finding)
                     print(epoch, flush=True)
                     log.add_steps(epoch.number, *epoch.steps)
-                    log.add_epoch(epoch.number, epoch.metrics, epoch.lr, epoch.exams_per_second)
+                    log.add_epoch(epoch)
                 save_state()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(cli.resume_with()) from None
@@ -218,31 +265,12 @@ def train_network(config, split, files, provenance):
             if state.bad_epochs >= config.patience:
                 metric = f"{split.selected_on} loss"
                 print(f"stopped: {metric} has not improved for {config.patience} epochs")
-            report_best_model(config, split, path, state.log_dir, log)
+            for task, path in paths.items():
+                report_best_model(config, split, task, path, log)
+            print(f"logs   {state.log_dir}")
             state_path.unlink(missing_ok=True)
         if stop_requested:  # perhaps while reporting: another network may be next
             raise Interrupted(stop_requested[0], cli.resume_with())
-
-
-class Epoch(NamedTuple):
-    """What one epoch gave."""
-
-    number: int  # from 1
-    lr: float
-    steps: tuple  # labels, logits, weighted losses of the steps, float32 (n,) each, in their order
-    metrics: dict  # {"train", and "valid" or "tune": {"loss", "auc"}}
-    exams_per_second: float  # of training
-    seconds: float  # of training and evaluation
-    is_best: bool  # the best AUC so far
-
-    def __str__(self):
-        """A line of the table that `train_epochs` begins."""
-        train, selected = self.metrics.values()
-        return (
-            f"{self.number:5d}  {train['loss']:10.4f}  {train['auc']:9.4f}  "
-            f"{selected['loss']:10.4f}  {selected['auc']:9.4f}  {self.lr:7.1e}  "
-            f"{self.seconds:7.1f}  {self.exams_per_second:7.1f}{'  best' if self.is_best else ''}"
-        )
 
 
 def train_epochs(config, split, state, stop_requested):
@@ -251,59 +279,61 @@ def train_epochs(config, split, state, stop_requested):
     Yields:
         an Epoch after each; None if a stop was requested within one, and then it ends.
     """
+    after = [state.scheduler.step] if steps_with_optimizer(state.scheduler) else []
+    if state.average:
+        after.append(partial(state.average.update_parameters, state.model))
+    auxiliary = config.plane_weight if len(config.planes) > 1 else 0.0
     step = engine.TrainingStep(
-        state.model, state.optimizer, torch.device(config.device), config.precision
+        state.model, state.optimizer, config.precision, config.clip, auxiliary, after
     )
     step = GraphedSteps(step) if config.cuda_graphs else step
-    print(
-        f"\n{'epoch':>5}  {'train loss':>10}  {'train auc':>9}  {split.selected_on + ' loss':>10}  "
-        f"{split.selected_on + ' auc':>9}  {'lr':>7}  {'seconds':>7}  {'exams/s':>7}",
-        flush=True,
-    )
+    print(heads_of_epochs(split.selected_on, config.tasks), flush=True)
     while state.epoch < config.epochs and state.bad_epochs < config.patience:
         began, lr = time.perf_counter(), state.lr
         what = f"epoch {state.epoch + 1}/{config.epochs}"
         before = len(state.partial_epoch["logits"]) if state.partial_epoch else 0
         torch.manual_seed(split.random_seed(state.epoch + 1))
-        steps, train = train_model(state, step, split.train_set, what, stop_requested)
+        steps, train = train_model(
+            state, step, split.train_set, what, stop_requested, config.accumulate
+        )
         if train is None:
             yield None
             return
         speed = (len(split.train_set) - before) / (time.perf_counter() - began)
-        selected, _ = evaluate_model(state.model, split.selection_set, config, what)
-        is_best = state.update(selected)  # steps the schedule, counts for early stopping
+        selected, _ = evaluate_model(state.evaluated, split.selection_set, config, what)
+        best = state.update(selected)  # steps the schedule, counts for early stopping
         metrics = {"train": train, split.selected_on: selected}
-        seconds = time.perf_counter() - began
-        yield Epoch(state.epoch, lr, steps, metrics, speed, seconds, is_best)
+        yield Epoch(state.epoch, lr, steps, metrics, speed, time.perf_counter() - began, best)
         if stop_requested:
             return
 
 
-def train_model(state, step, exams, what, stop_requested=()):
+def train_model(state, step, exams, what, stop_requested=(), accumulate=1):
     """One epoch of training (the article's `train_model`).
 
-    The loop is `engine.train_epoch`; forward, loss, backward and update: `engine.training_step`.
+    The loop is `engine.train_epoch`; forward, loss, backward and update: `engine.TrainingStep`.
 
     Args:
         state: TrainState; its `epoch` or, if a stop was requested, its `partial_epoch` is updated.
         step: engine.TrainingStep, or GraphedSteps.
         exams: MRDataset.
         what: title of the progress bar.
+        accumulate: exams in a step.
 
     Returns:
-        labels, logits, weighted losses of the steps, float32 (n,) each, and {"loss", "auc"}; None
-        for the latter if a stop was requested before the end.
+        labels, logits, weighted losses of the steps, float32 (n, tasks) each, and {finding:
+        {"loss", "auc"}}; None for the latter if a stop was requested before the end.
 
     Raises:
         RunError: the loss is infinite or not a number.
     """
     order, logits, losses = engine.train_epoch(
-        step, exams, what, state.partial_epoch, stop_requested
+        step, exams, what, state.partial_epoch, stop_requested, accumulate
     )
-    bad = np.flatnonzero(~np.isfinite(losses))
+    bad = np.flatnonzero(~np.isfinite(losses).all(axis=1))
     if len(bad):
         raise RunError(
-            f"the loss became {losses[bad[0]]} in epoch {state.epoch + 1} at "
+            f"the loss became {losses[bad[0]].sum()} in epoch {state.epoch + 1} at "
             f"{exams.paths[order[bad[0]]]}; look at that exam, or lower --lr. "
             "The models of earlier epochs are kept"
         )
@@ -313,98 +343,66 @@ def train_model(state, step, exams, what, stop_requested=()):
         state.partial_epoch = results | engine.random_states(step.device)
         return (labels, logits, losses), None
     state.epoch, state.partial_epoch = state.epoch + 1, None
-    metrics = {"loss": float(losses.mean()), "auc": roc_auc(labels, logits)}
-    return (labels, logits, losses), metrics
+    return (labels, logits, losses), engine.metrics_of(exams.tasks, labels, logits, losses)
 
 
 def evaluate_model(model, exams, config, what="evaluate"):
     """Predict some exams without augmentation (the article's `evaluate_model`).
 
     Returns:
-        {"loss": mean weighted loss, "auc"}, and logits float32 (n,).
+        {finding: {"loss": mean weighted loss, "auc"}}, and logits float32 (n, tasks).
 
     Raises:
         RunError: a prediction is infinite or not a number.
     """
     logits = engine.predict(model, exams, torch.device(config.device), config.precision, what)
-    losses = engine.exam_losses(exams.labels, exams.weights, logits)
-    bad = np.flatnonzero(~np.isfinite(losses))
+    losses = engine.exam_losses(exams.targets, exams.weights, logits)
+    bad = np.flatnonzero(~np.isfinite(losses).all(axis=1))
     if len(bad):
         raise RunError(
-            f"the logit of {exams.paths[bad[0]]} is {logits[bad[0]]}: the network diverged; "
+            f"the logit of {exams.paths[bad[0]]} is {logits[bad[0]].sum()}: the network diverged; "
             "lower --lr. The models of earlier epochs are kept"
         )
-    return {"loss": float(losses.mean()), "auc": roc_auc(exams.labels, logits)}, logits
-
-
-def load_exams(config, data_dir):
-    """The training and the validation exams, two MRDatasets; prints what they are."""
-    train_set, valid_set = (
-        MRDataset(
-            data_dir,
-            config.task,
-            config.plane,
-            train=train,
-            transform=Augmentation() if train and config.augment else None,
-            intensity=config.intensity,
-        )
-        for train in (True, False)
-    )
-    if not config.class_weights:
-        for exams in (train_set, valid_set):
-            exams.set_class_weights(1.0, 1.0)
-    cli.print_exams(train_set, valid_set)
-    if not config.pretrained:
-        print("weights    RANDOM (--no-pretrained): no ImageNet features")
-    return train_set, valid_set
+    return engine.metrics_of(exams.tasks, exams.labels, logits, losses), logits
 
 
 def start_state(config, split):
-    """TrainState before the first epoch: the network, Adam and the learning-rate schedule."""
+    """TrainState before the first epoch: the network, the optimizer and the schedule."""
     torch.manual_seed(split.random_seed())
-    features = imagenet_features() if config.pretrained else None
-    device = torch.device(config.device)
-    model = MRNet(features, dropout=config.dropout).to(device)
-    graphs = config.cuda_graphs
-    optimizer = torch.optim.Adam(
-        model.parameters(),
-        lr=torch.tensor(config.lr, device=device) if graphs else config.lr,
-        weight_decay=config.weight_decay,
-        fused=True,
-        capturable=graphs,
-    )
-    return TrainState(model, optimizer, make_scheduler(config.lr_scheduler, optimizer))
-
-
-def make_scheduler(name, optimizer):
-    """The article's learning-rate schedules; each is stepped once an epoch."""
-    schedules = torch.optim.lr_scheduler
-    if name == "plateau":
-        return schedules.ReduceLROnPlateau(
-            optimizer, patience=PLATEAU_PATIENCE, factor=PLATEAU_FACTOR, threshold=PLATEAU_THRESHOLD
-        )
-    if name == "step":
-        return schedules.StepLR(optimizer, step_size=STEP_EPOCHS, gamma=STEP_FACTOR)
-    return schedules.ConstantLR(optimizer, factor=1.0)
+    features = imagenet_features(config.backbone) if config.pretrained else None
+    architecture = {name: getattr(config, name) for name in ARCHITECTURE}
+    model = build_model(architecture, config.planes, features, len(config.tasks))
+    model = model.to(torch.device(config.device))
+    optimizer = make_optimizer(model, config)
+    steps = -(-len(split.train_set) // config.accumulate)
+    scheduler = make_scheduler(config, optimizer, steps)
+    average = make_average(model, config.average_weights)
+    return TrainState(model, optimizer, scheduler, config.tasks, average)
 
 
 def new_log_dir(config, split, files):
-    name = f"{config.plane}{split.suffix}"
+    name = column_name(config.plane, config.recipe) + split.suffix
     return str(files.logs_dir / config.task / name / f"{datetime.now():%Y%m%d-%H%M%S}")
 
 
 def augmented_exam(config, split):
-    """The first training exam as the network gets it, as grey levels: float32 0..1 (s, 1, H, W)."""
+    """The first training exam as the network gets it, as grey levels: float32 0..1 (s, c, H, W)."""
     torch.manual_seed(split.random_seed())
-    return (grey_levels(split.train_set[0][0], config.intensity) / 255).clamp(0, 1)
+    exam = split.train_set[0][0]
+    exam = next(iter(exam.values())) if isinstance(exam, dict) else exam
+    return (grey_levels(exam, config.intensity) / 255).clamp(0, 1)
 
 
-def describe(config, split, epoch, provenance):
-    """Metadata of a saved model: plain values only."""
+def describe(config, split, epoch, task):
+    """Metadata of the saved model of one finding: plain values only."""
     return {
-        "task": config.task,
+        "task": task,
         "plane": config.plane,
+        "recipe": config.recipe,
+        "architecture": {name: getattr(config, name) for name in ARCHITECTURE},
         "intensity": config.intensity,
+        "channels": config.channels,
+        "plane_dropout": config.plane_dropout,
         "pretrained": config.pretrained,
         "precision": config.precision,
         "epoch": epoch.number,
@@ -413,33 +411,34 @@ def describe(config, split, epoch, provenance):
         "out_of_fold": split.out_of_fold,
         "tuning": split.tuning,
         "protocol": config.protocol,
-        "metrics": epoch.metrics,
+        "metrics": {which: metrics[task] for which, metrics in epoch.metrics.items()},
         "arguments": asdict(config),
-        "class_weights": list(split.train_set.class_weights),
-        "data": split.fingerprints(),
-    } | provenance
+        "class_weights": list(split.train_set.class_weights[task]),
+        "data": fingerprints_of(split.finding(task)),
+    }
 
 
-def report_best_model(config, split, path, log_dir, log):
-    """Evaluate the best model on the validation exams, log its curves, print where things are."""
+def report_best_model(config, split, task, path, log):
+    """Evaluate a finding's best model on the validation exams, log its curves, print its path."""
     model, metadata = load_model(path)
     device = torch.device(config.device)
     model.to(device)
-    valid, logits = evaluate_model(model, split.valid_set, config)
-    metadata["metrics"]["valid"] = valid
+    exams = split.valid_set.finding(task)
+    metrics, logits = evaluate_model(model, exams, config)
+    metadata["metrics"]["valid"] = valid = metrics[task]
     metadata["arguments"] = asdict(config)  # epochs may have been added since that epoch
     save_model(path, model, metadata)
-    labels, epoch = split.valid_set.labels, metadata["epoch"]
-    title = f"{config.task}, {config.plane}, epoch {epoch}"
-    log.add_result(title, labels, engine.sigmoid(logits), metadata, asdict(config))
-    log.add_heat_maps(model, split.valid_set, epoch, device)
-    low, high = auc_interval(labels, logits)[1:]
+    labels, epoch = is_positive(exams.labels[:, 0]).astype(np.float32), metadata["epoch"]
+    title = f"{task}, {config.plane}, epoch {epoch}"
+    log.add_result(title, labels, engine.sigmoid(logits[:, 0]), metadata, asdict(config))
+    log.add_heat_maps(model, exams, epoch, device)
+    low, high = auc_interval(labels, logits[:, 0])[1:]
     note = "optimistic: these exams selected the epoch"
     if split.selected_on == "tune":
         note = "the epoch was selected on other exams"
     print(
-        f"\nvalidation AUC {valid['auc']:.4f} [{low:.3f}, {high:.3f}], epoch {epoch} "
-        f"({note})\nmodel  {path}\nlogs   {log_dir}"
+        f"\n{f'{task}, ' if len(config.tasks) > 1 else ''}validation AUC {valid['auc']:.4f} "
+        f"[{low:.3f}, {high:.3f}], epoch {epoch} ({note})\nmodel  {path}"
     )
 
 

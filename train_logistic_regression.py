@@ -3,12 +3,15 @@
     python train_logistic_regression.py                        # task acl, MRNet under data/
     python train_logistic_regression.py --task meniscus --data-dir data/phantom
     python train_logistic_regression.py --folds 5 --repeat 3   # what train.py made with these
+    python train_logistic_regression.py --recipes article vgg16                # planes x recipes
+    python train_logistic_regression.py --planes sagittal axial+coronal        # networks that join
 
 Loads models/<task>-{axial,coronal,sagittal}*.pt, predicts training exams (without augmentation) and
 validation exams, fits scikit-learn's LogisticRegression on the training predictions, reports AUC
 with its interval, operating points and calibration, and writes models/<task>-stack.json,
 <task>-predictions.csv, <task>-results.json, <task>-roc.png, <task>-reliability.png and
-logs/<task>/stack/<time>/.
+logs/<task>/stack/<time>/. With other recipes the stack's name has them:
+<task>-stack-article+vgg16.json; `predict.py --recipes article vgg16` then answers with it.
 
 With `--folds 1`, the article's way, the regression is fitted on exams that the networks were
 trained on. With `--folds K` it is fitted on out-of-fold predictions: each training exam is
@@ -30,7 +33,14 @@ import numpy as np
 from tabulate import tabulate
 
 from common import cli, engine
-from common.checkpoint import digest_of, load_model, model_path, run_suffix
+from common.checkpoint import (
+    column_name,
+    digest_of,
+    load_model,
+    model_path,
+    run_suffix,
+    unfinished_states,
+)
 from common.devices import pick_device, pick_precision
 from common.errors import InputError
 from common.figures import reliability_figure, roc_figure
@@ -38,14 +48,16 @@ from common.files import atomic, write_csv, write_text
 from common.logs import open_writer
 from common.metrics import auc_difference, auc_interval, summary
 from common.stacking import (
+    COMBINATIONS,
     FEATURES,
     combine,
     fit_combinations,
     save_stack,
+    stack_name,
     stack_path,
     threshold_for,
 )
-from dataloader import PLANES, SPLITS, MRDataset
+from dataloader import CHANNELS, PLANES, SPLITS, MRDataset, MultiPlaneDataset, is_positive
 
 STACK = "stack"
 STAR = "*"  # beside each threshold: explained below the table
@@ -55,6 +67,15 @@ GAIN = "stack against best plane"
 def parse_arguments():
     parser = cli.make_parser(__doc__)
     parser.add_argument("--task", default="acl", help="any task whose three planes are trained")
+    parser.add_argument(
+        "--planes",
+        nargs="+",
+        choices=COMBINATIONS,
+        default=list(PLANES),
+        metavar="PLANE",
+        help="what train.py had as --plane, joined by + where it was several",
+    )
+    cli.add_recipes_argument(parser)
     parser.add_argument(
         "--data-dir",
         type=Path,
@@ -94,6 +115,7 @@ class BaseModels(NamedTuple):
 
     models_dir: Path
     task: str
+    columns: dict  # {column of the stack: planes that its networks take, joined by +}
     folds: int
     repeat: int
     first_seed: int
@@ -102,30 +124,33 @@ class BaseModels(NamedTuple):
     def seeds(self):
         return range(self.first_seed, self.first_seed + self.repeat)
 
-    def paths(self, plane, seed):
-        """Files of one plane's networks for one seed: one, or one per fold."""
+    def paths(self, column, seed):
+        """Files of one column's networks for one seed: one, or one per fold."""
         named = seed if self.repeat > 1 else None
         folds = range(1, self.folds + 1) if self.folds > 1 else [0]
         return [
-            model_path(self.models_dir, self.task, plane, run_suffix(fold, self.folds, named))
+            model_path(self.models_dir, self.task, column, run_suffix(fold, self.folds, named))
             for fold in folds
         ]
 
-    def all_paths(self, plane):
-        return [path for seed in self.seeds for path in self.paths(plane, seed)]
+    def all_paths(self, column):
+        return [path for seed in self.seeds for path in self.paths(column, seed)]
 
 
 def check_base_models(base_models, data_dir):
     """Raise InputError for a plane that is not trained, with the command that trains it."""
-    for plane in PLANES:
-        for path in base_models.all_paths(plane):
-            unfinished = path.with_suffix(".state").is_file()
+    for column, planes in base_models.columns.items():
+        for path in base_models.all_paths(column):
+            unfinished = unfinished_states(path, base_models.task)
             if unfinished or not path.is_file():
                 folds, repeat = base_models.folds, base_models.repeat
                 more = f" --folds {folds}" if folds > 1 else ""
                 more += f" --repeat {repeat}" if repeat > 1 else ""
+                recipe = column.removeprefix(planes).removeprefix("-")
+                more += f" --recipe {recipe}" if recipe else ""
+                plane = planes.replace("+", " ")
                 raise InputError(
-                    f"{path}: the {plane} plane of {base_models.task} is not trained"
+                    f"{path}: the {column} plane of {base_models.task} is not trained"
                     f"{' to its end' if unfinished else ''}. Run python train.py --task "
                     f"{base_models.task} --plane {plane} --data-dir {data_dir} --models-dir "
                     f"{base_models.models_dir} --seed {base_models.first_seed}{more} --resume, "
@@ -168,47 +193,68 @@ def check_network(path, metadata, sets, expected):
             )
 
 
-def load_exams(data_dir, task):
-    """{plane: {split: MRDataset}} of a task."""
-    return {
-        plane: {split: MRDataset(data_dir, task, plane, train=split == "train") for split in SPLITS}
-        for plane in PLANES
-    }
+def load_exams(data_dir, task, wanted):
+    """{planes: {split: MRDataset}} of a task; `wanted` are single planes, or joined by +."""
+    sets = {}
+    for planes in dict.fromkeys(wanted):
+        kind, plane = (MultiPlaneDataset, planes.split("+")) if "+" in planes else (
+            MRDataset, planes)  # fmt: skip
+        sets[planes] = {s: kind(data_dir, task, plane, train=s == "train") for s in SPLITS}
+    return sets
 
 
-class PlaneLogits(NamedTuple):
-    """Predictions of one plane's networks of one seed."""
+class ColumnLogits(NamedTuple):
+    """Predictions of one column's networks of one seed, from all their planes first, then from
+    those sets of planes that they can also do with."""
 
-    train: np.ndarray  # float64 (n, 1); with folds, of the network that was not trained on the exam
-    valid: np.ndarray  # float64 (m, networks)
+    # {planes: float64 (n, 1)}; with folds, of the network that was not trained on the exam
+    train: dict
+    valid: dict  # {planes: float64 (m, networks)}
     protocols: set
     tuning: list  # ids of the exams that selected the epoch, where it is one network
 
 
-def predict_plane(base_models, plane, seed, sets, device, precision):
-    """One plane's logits for one seed: PlaneLogits.
+def predict_column(base_models, column, seed, sets, device, precision):
+    """One column's logits for one seed: ColumnLogits.
 
     With folds, training exams are predicted out-of-fold, by the network that was not trained on
     them, else by the only network; validation exams by all networks.
     """
-    train_set, valid_set = sets["train"], sets["valid"]
-    out, valid = np.full(len(train_set), np.nan), []
-    paths, folds, protocols, tuning = base_models.paths(plane, seed), base_models.folds, set(), []
+    paths, folds, protocols, tuning = base_models.paths(column, seed), base_models.folds, set(), []
+    train, valid = {}, {}
     for number, path in enumerate(paths, start=1):
-        model, metadata = load_model(path, base_models.task, plane)
+        model, metadata = load_model(path, base_models.task, column)
         expected = {"seed": seed, "fold": number if folds > 1 else 0, "folds": folds}
         check_network(path, metadata, sets, expected)
-        train_set.intensity = valid_set.intensity = metadata["intensity"]
-        rows = train_set.rows_of(metadata["out_of_fold"]) if folds > 1 else range(len(train_set))
-        model = model.to(device)
-        out[rows] = engine.predict(model, train_set.subset(rows), device, precision, path.stem)
-        valid.append(engine.predict(model, valid_set, device, precision, path.stem))
+        for exams in sets.values():
+            exams.intensity = metadata["intensity"]
+            exams.channels = metadata.get("channels", CHANNELS[0])
+        out = metadata["out_of_fold"] if folds > 1 else sets["train"].ids
+        rows, model = sets["train"].rows_of(out), model.to(device)
+        for planes in sets_of_planes(metadata):
+            for exams in sets.values():
+                exams.taken = planes.split("+")
+            logits = train.setdefault(planes, np.full((len(sets["train"]), 1), np.nan))
+            out_of_fold = sets["train"].subset(rows)
+            logits[rows] = engine.predict(model, out_of_fold, device, precision, path.stem)
+            valid.setdefault(planes, []).append(
+                engine.predict(model, sets["valid"], device, precision, path.stem)
+            )
         protocols.add(metadata["protocol"])
         tuning = metadata.get("tuning", []) if folds == 1 else []
-    if np.isnan(out).any():
+    if any(np.isnan(logits).any() for logits in train.values()):
         raise InputError(f"{paths[0]}: its folds leave training exams out; train all folds again")
-    valid = np.stack(valid, axis=1).astype(np.float64)
-    return PlaneLogits(out[:, None], valid, protocols, tuning)
+    valid = {key: np.concatenate(ones, axis=1).astype(np.float64) for key, ones in valid.items()}
+    return ColumnLogits(train, valid, protocols, tuning)
+
+
+def sets_of_planes(metadata):
+    """The planes that a network takes, joined by +; with plane dropout, then each part of them."""
+    planes = metadata["plane"]
+    if not metadata.get("plane_dropout"):
+        return [planes]
+    parts = [name for name in COMBINATIONS if set(name.split("+")) < set(planes.split("+"))]
+    return [planes, *parts]
 
 
 def make_stack(task, kind, logits, labels, tuning, sensitivity=None):
@@ -216,39 +262,43 @@ def make_stack(task, kind, logits, labels, tuning, sensitivity=None):
 
     Args:
         kind: one of FEATURES.
-        logits: {split: {plane: float64 (n, networks)}}.
+        logits: {split: {column: {planes: float64 (n, networks)}}}, as ColumnLogits has them.
         labels: {split: float32 (n,)}.
         tuning, sensitivity: as `stacking.fit_combinations` takes them.
 
     Returns:
         the stack as `stacking.save_stack` takes it, {split: {name: probabilities}} with the
-        planes and the stack, and {name: threshold}.
+        columns and the stack, and {name: threshold}.
     """
     combinations = fit_combinations(kind, logits["train"], labels["train"], tuning, sensitivity)
     stack = {"task": task, "features": kind, "combinations": combinations}
     scores, thresholds = {}, {}
     for split in SPLITS:
-        planes = logits[split].items()
-        scores[split] = {plane: engine.sigmoid(values).mean(axis=1) for plane, values in planes}
-        scores[split][STACK], thresholds[STACK] = combine(stack, logits[split])
-    for plane in PLANES:
-        p = scores["train"][plane]
-        thresholds[plane] = threshold_for(labels["train"], p, tuning, sensitivity)
+        whole = {column: next(iter(found.values())) for column, found in logits[split].items()}
+        scores[split] = {
+            column: engine.sigmoid(values).mean(axis=1) for column, values in whole.items()
+        }
+        planes = {p for found in logits[split].values() for p in next(iter(found)).split("+")}
+        scores[split][STACK], thresholds[STACK] = combine(stack, planes, whole)
+    for column in logits["train"]:
+        p = scores["train"][column]
+        thresholds[column] = threshold_for(labels["train"], p, tuning, sensitivity)
     return stack, scores, thresholds
 
 
-def tuning_mask(sets, found):
+def tuning_mask(train_set, found):
     """The training exams that thresholds are chosen on: bool (n,), all False where there are none.
 
-    Those that selected the epoch of the only network of each plane: no network was trained on them,
-    and what is applied later is these very networks.
+    Those that selected the epoch of the only network of each column: no network was trained on
+    them, and what is applied later is these very networks.
 
     Args:
-        found: list of PlaneLogits.
+        found: {column: [ColumnLogits, one per seed]}.
     """
-    train_set = sets[PLANES[0]]["train"]
     tuning = np.zeros(len(train_set), bool)
-    if len(found) == len(PLANES) and len({frozenset(one.tuning) for one in found}) == 1:
+    seeds = [len(ones) for ones in found.values()]
+    found = [one for ones in found.values() for one in ones]
+    if max(seeds) == 1 and len({frozenset(one.tuning) for one in found}) == 1:
         tuning[train_set.rows_of(found[0].tuning)] = True
     return tuning
 
@@ -289,7 +339,8 @@ def evaluate_scores(labels, scores, thresholds):
         row["train_auc"] = auc_interval(labels["train"], scores["train"][name]).value
         row |= {f"{key}_at_half": half[key] for key in ("sensitivity", "specificity", "accuracy")}
         rows[name] = row
-    best = max(PLANES, key=lambda plane: rows[plane]["train_auc"])
+    columns = [name for name in rows if name != STACK]
+    best = max(columns, key=lambda column: rows[column]["train_auc"])
     gain = auc_difference(labels["valid"], scores["valid"][STACK], scores["valid"][best])
     return rows | {GAIN: {"plane": best} | gain._asdict()}
 
@@ -305,7 +356,7 @@ def print_report(title, labels, rows, training_auc, caveats):
     counts = {s: f"{len(labels[s])} exams, {int(labels[s].sum())} positive" for s in SPLITS}
     print(f"\ntraining {counts['train']}; validation {counts['valid']}\n{title}\n")
     table = []
-    for name in (*PLANES, STACK):
+    for name in (name for name in rows if name != GAIN):
         row = rows[name]
         auc = f"{row['auc']:.4f} [{row['auc_low']:.3f}, {row['auc_high']:.3f}]"
         point = [f"{row[key]:.3f}" for key in ("sensitivity", "specificity", "accuracy")]
@@ -348,18 +399,21 @@ def prediction_rows(sets, scores):
     for split in SPLITS:
         for i, exam_id in enumerate(sets[split].ids):
             values = (f"{column[i]:.9f}" for column in scores[split].values())
-            yield [split, exam_id, int(sets[split].labels[i]), *values]
+            yield [split, exam_id, f"{sets[split].labels[i, 0]:g}", *values]
 
 
-def save_figures(models_dir, log_dir, task, labels, scores):
-    """ROC curves and reliability diagram, as PNG and for TensorBoard."""
+def save_figures(start, log_dir, task, labels, scores):
+    """ROC curves and reliability diagram, as PNG and for TensorBoard.
+
+    Args:
+        start: of the pictures' paths, before "-roc.png".
+    """
     figures = {
         "roc": roc_figure(labels["valid"], scores["valid"], band=STACK),
         "reliability": reliability_figure(labels["valid"], scores["valid"][STACK], task),
     }
     for name, figure in figures.items():
-        path = models_dir / f"{task}-{name}.png"
-        with atomic(path) as temporary:
+        with atomic(Path(f"{start}-{name}.png")) as temporary:
             figure.savefig(temporary, format="png", dpi=120)
     with open_writer(log_dir) as writer:
         for name, figure in figures.items():
@@ -373,32 +427,35 @@ def join_seeds(found):
     """Put the logits of several seeds side by side.
 
     Args:
-        found: {plane: [PlaneLogits, one per seed]}.
+        found: {column: [ColumnLogits, one per seed]}.
 
     Returns:
-        {split: {plane: float64 (n, networks)}}
+        {split: {column: {planes: float64 (n, networks)}}}
     """
     return {
         split: {
-            plane: np.concatenate([getattr(one, split) for one in ones], axis=1)
-            for plane, ones in found.items()
+            column: {
+                planes: np.concatenate([getattr(one, split)[planes] for one in ones], axis=1)
+                for planes in getattr(ones[0], split)
+            }
+            for column, ones in found.items()
         }
         for split in SPLITS
     }
 
 
-def seeds_aucs(found, sets, fit):
+def seeds_aucs(found, exams, fit):
     """Validation AUC of a stack for each seed alone; prints them with mean and SD.
 
     Args:
+        exams: {split: MRDataset}.
         fit: function of logits and tuning, `make_stack` with the rest of its arguments.
     """
     aucs = []
-    for k in range(len(found[PLANES[0]])):
-        seed = {plane: [ones[k]] for plane, ones in found.items()}
-        tuning = tuning_mask(sets, [one for (one,) in seed.values()])
-        _, scores, _ = fit(logits=join_seeds(seed), tuning=tuning)
-        labels = sets[PLANES[0]]["valid"].labels
+    for k in range(len(next(iter(found.values())))):
+        seed = {column: [ones[k]] for column, ones in found.items()}
+        _, scores, _ = fit(logits=join_seeds(seed), tuning=tuning_mask(exams["train"], seed))
+        labels = labels_of(exams["valid"])
         aucs.append(auc_interval(labels, scores["valid"][STACK]).value)
     print(f"stack of each seed, validation AUC: {', '.join(f'{auc:.4f}' for auc in aucs)}")
     mean, sd = statistics.mean(aucs), statistics.stdev(aucs)
@@ -407,58 +464,82 @@ def seeds_aucs(found, sets, fit):
     return aucs
 
 
+def labels_of(exams):
+    """Labels of the only finding, 0 or 1: float32 (n,)."""
+    return is_positive(exams.labels[:, 0]).astype(np.float32)
+
+
 def run(args):
     """Predict, fit, report and write everything."""
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    base_models = BaseModels(args.models_dir, args.task, args.folds, args.repeat, args.seed)
-    sets = load_exams(args.data_dir, args.task)
-    labels = {split: sets[PLANES[0]][split].labels for split in SPLITS}
+    wanted = [planes for planes in COMBINATIONS if planes in args.planes]
+    columns = {column_name(planes, r): planes for r in args.recipes for planes in wanted}
+    base_models = BaseModels(
+        args.models_dir, args.task, columns, args.folds, args.repeat, args.seed
+    )
+    sets = load_exams(args.data_dir, args.task, wanted)
+    exams = sets[wanted[0]]  # ids and labels are the same in all of them
+    labels = {split: labels_of(exams[split]) for split in SPLITS}
     check_base_models(base_models, args.data_dir)
     commit = cli.print_start_up(vars(args), device, precision)
 
-    found = {  # plane -> [PlaneLogits, one per seed]
-        plane: [
-            predict_plane(base_models, plane, seed, sets[plane], device, precision)
+    found = {  # column -> [ColumnLogits, one per seed]
+        column: [
+            predict_column(base_models, column, seed, sets[planes], device, precision)
             for seed in base_models.seeds
         ]
-        for plane in PLANES
+        for column, planes in columns.items()
     }
-    every = [one for ones in found.values() for one in ones]
-    protocols = set().union(*(one.protocols for one in every))
+    protocols = set().union(*(one.protocols for ones in found.values() for one in ones))
     # One optimistic network makes the stack optimistic.
     protocol = "article" if "article" in protocols else protocols.pop()
     fit = partial(make_stack, args.task, args.features, labels=labels, sensitivity=args.sensitivity)
-    aucs = seeds_aucs(found, sets, fit) if args.repeat > 1 else None
-    tuning = tuning_mask(sets, every)
+    aucs = seeds_aucs(found, exams, fit) if args.repeat > 1 else None
+    tuning = tuning_mask(exams["train"], found)
     stack, scores, thresholds = fit(logits=join_seeds(found), tuning=tuning)
     chosen = threshold_source(tuning, args.folds, args.repeat)
-    caveats = list_caveats(protocol, args.folds, chosen)
     rows = evaluate_scores(labels, scores, thresholds)
-    title = f"{args.task}: protocol {protocol}, folds {args.folds}, stacked on {args.features}"
-    training_auc = "out-of-fold AUC" if args.folds > 1 else "train AUC"
-    print_report(title, labels, rows, training_auc, caveats)
-
-    provenance = {
+    report = {
         "protocol": protocol,
         "folds": args.folds,
+        "recipes": args.recipes,
         "thresholds": chosen,
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "data": {split: sets[PLANES[0]][split].fingerprint() for split in SPLITS},
+        "data": {split: exams[split].fingerprint() for split in SPLITS},
         "git": commit,
         "versions": cli.versions(),
     }
-    results = {"task": args.task, "valid": rows, "caveats": caveats} | provenance
+    caveats = list_caveats(protocol, args.folds, chosen)
+    title = f"{args.task}: protocol {protocol}, folds {args.folds}, stacked on {args.features}"
+    training_auc = "out-of-fold AUC" if args.folds > 1 else "train AUC"
+    print_report(title, labels, rows, training_auc, caveats)
+    results = {"task": args.task, "valid": rows, "caveats": caveats} | report
     if aucs is not None:
         results["stack_auc_of_seeds"] = aucs
-    write_stack(base_models, stack | provenance)
-    start = str(args.models_dir / args.task)
+    write_stack(base_models, stack | report)
+    write_results(base_models, args.logs_dir, args.recipes, results, exams, scores)
+
+
+def write_results(base_models, logs_dir, recipes, results, exams, scores):
+    """Write results, predictions and figures, and print where they are.
+
+    Args:
+        results: plain dict.
+        exams: {split: MRDataset}.
+        scores: as `make_stack` returns them.
+    """
+    models_dir, task = base_models.models_dir, base_models.task
+    name = stack_name(recipes)
+    start = str(models_dir / f"{task}{name.removeprefix('stack')}")
     write_text(f"{start}-results.json", json.dumps(results, indent=2) + "\n")
-    write_csv(f"{start}-predictions.csv", prediction_rows(sets[PLANES[0]], scores))
-    log_dir = args.logs_dir / args.task / "stack" / f"{datetime.now():%Y%m%d-%H%M%S}"
-    save_figures(args.models_dir, log_dir, args.task, labels, scores)
+    write_csv(f"{start}-predictions.csv", prediction_rows(exams, scores))
+    log_dir = logs_dir / task / name / f"{datetime.now():%Y%m%d-%H%M%S}"
+    labels = {split: labels_of(exams[split]) for split in SPLITS}
+    save_figures(start, log_dir, task, labels, scores)
+    stack = stack_path(models_dir, task, recipes)
     print(
-        f"\nstack        {start}-stack.json\nresults      {start}-results.json\n"
+        f"\nstack        {stack}\nresults      {start}-results.json\n"
         f"predictions  {start}-predictions.csv\n"
         f"figures      {start}-roc.png, -reliability.png\nlogs         {log_dir}"
     )
@@ -466,10 +547,10 @@ def run(args):
 
 def write_stack(base_models, stack):
     """Write a stack with the names and hashes of the networks that it was fitted on."""
-    paths = {plane: base_models.all_paths(plane) for plane in PLANES}
-    names = {plane: [path.name for path in paths[plane]] for plane in PLANES}
-    digests = {path.name: digest_of(path) for plane in PLANES for path in paths[plane]}
-    path = stack_path(base_models.models_dir, base_models.task)
+    paths = {column: base_models.all_paths(column) for column in base_models.columns}
+    names = {column: [path.name for path in found] for column, found in paths.items()}
+    digests = {path.name: digest_of(path) for found in paths.values() for path in found}
+    path = stack_path(base_models.models_dir, base_models.task, stack["recipes"])
     save_stack(path, stack | {"base_models": names, "digests": digests})
 
 

@@ -6,6 +6,7 @@
 They load with `weights_only=True`, so nothing in them can run, and are written atomically.
 """
 
+import glob
 import hashlib
 import io
 import os
@@ -15,10 +16,13 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from common.config import ARTICLE, PLANNED, THE_ARTICLES
 from common.errors import InputError, one_line
 from common.files import write_bytes
-from dataloader import INTENSITIES, is_dataset
-from model import MRNet
+from common.metrics import mean_of
+from common.optimization import steps_with_optimizer
+from dataloader import CHANNELS, INTENSITIES, PLANES, is_dataset
+from model import POOLINGS, MRNet, MultiPlaneMRNet
 
 FORMAT = "mrnet-model-2"
 STATE_FORMAT = "mrnet-training-2"
@@ -29,7 +33,9 @@ EARLIER = {
     STATE_FORMAT: {"mrnet-training-1": {"recipe": "config", "choose": "selection",
                                         "part": "partial_epoch"}},
 }  # fmt: skip
-RECORDED_LATER = ("precision", "device", "cuda_graphs")  # arguments
+RECORDED_LATER = ("precision", "device", "cuda_graphs")  # arguments; of this machine, if not given
+# What a network is built from, and must be saved with its weights.
+ARCHITECTURE = ("backbone", "pooling", "dropout", "share_backbone")
 # What the metadata of every saved model has; train.py writes more.
 METADATA = {
     "task": str,
@@ -117,9 +123,35 @@ def run_suffix(fold=None, folds=1, seed=None):
     return (f"-fold{fold}of{folds}" if folds > 1 else "") + ("" if seed is None else f"-seed{seed}")
 
 
-def model_path(models_dir, task, plane, suffix=""):
-    """Path of the best model of a task and plane; `suffix` is a `run_suffix`."""
-    return Path(models_dir) / f"{task}-{plane}{suffix}.pt"
+def column_name(plane, recipe=ARTICLE):
+    """What a network of one plane, or of several joined by "+", is to a stack: "sagittal", or
+    "sagittal-vgg16" for a recipe other than the article's."""
+    return plane if recipe == ARTICLE else f"{plane}-{recipe}"
+
+
+def model_path(models_dir, task, column, suffix=""):
+    """Path of the best model of a task.
+
+    Args:
+        column: as `column_name`.
+        suffix: as `run_suffix`.
+    """
+    return Path(models_dir) / f"{task}-{column}{suffix}.pt"
+
+
+def unfinished_states(path, task):
+    """The training states that a model at `path` may yet be overwritten from: its own training's,
+    or that of a network of several findings ("abnormal+acl-sagittal.state").
+
+    Args:
+        task: of the model.
+    """
+    end = path.stem.removeprefix(task)
+    return [
+        state
+        for state in path.parent.glob(f"*{glob.escape(end)}.state")
+        if task in state.stem.removesuffix(end).split("+")
+    ]
 
 
 def digest_of(path):
@@ -143,56 +175,92 @@ def check_writable(folder):
 # --- models ---------------------------------------------------------------------------------------
 
 
-def save_model(path, model, metadata):
-    """Write a model of about 10 MB with its description.
+def save_model(path, model, metadata, finding=0):
+    """Write a model of one finding (AlexNet: about 10 MB) with its description.
 
     Args:
-        model: MRNet.
+        model: MRNet or MultiPlaneMRNet.
         metadata: dict of plain values, at least METADATA.
+        finding: which of the network's findings; the classifiers of the others are left out.
     """
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    for name in state:
+        if name.split(".")[-2:-1] == ["classifier"]:
+            state[name] = state[name][finding : finding + 1].clone()
     write_checkpoint(path, {"format": FORMAT, "model": state, "metadata": metadata})
 
 
-def load_model(path, task=None, plane=None):
+def load_model(path, task=None, column=None):
     """A saved model, ready to evaluate, and its description.
 
     Args:
-        task, plane: what it must be a model of, if given.
+        task, column: what it must be a model of, if given (`column_name`).
 
     Returns:
-        MRNet in evaluation mode on the CPU, and its metadata, a dict with at least METADATA.
+        MRNet or MultiPlaneMRNet in evaluation mode on the CPU, and its metadata, a dict with at
+        least METADATA.
 
     Raises:
         InputError: missing, damaged, of another version, or of another task or plane.
     """
     content = read_checkpoint(path)
-    model = MRNet()
     try:
-        model.load_state_dict(content["model"])
         metadata = content["metadata"]
         is_valid = is_metadata(metadata)
+        model = build_model(metadata.get("architecture", {}), metadata["plane"].split("+"))
+        model.load_state_dict(content["model"])
         is_valid = is_valid and all(bool(torch.isfinite(w).all()) for w in model.parameters())
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
         is_valid = False
     if not is_valid:
         raise InputError(f"{path}: incomplete model file; delete it and train again")
-    if (task or metadata["task"], plane or metadata["plane"]) != (
-        metadata["task"],
-        metadata["plane"],
-    ):
+    found = column_name(metadata["plane"], metadata.get("recipe", ARTICLE))
+    if (task or metadata["task"], column or found) != (metadata["task"], found):
         raise InputError(
-            f"{path}: a model of {one_line(metadata['task'])}, {one_line(metadata['plane'])}, not "
-            f"of {task}, {plane}; put the right file there, or train again"
+            f"{path}: a model of {one_line(metadata['task'])}, {one_line(found)}, not "
+            f"of {task}, {column}; put the right file there, or train again"
         )
     return model.eval(), metadata
+
+
+def build_model(architecture, planes, features=None, tasks=1):
+    """A network with random weights, or ImageNet's in its backbones.
+
+    Args:
+        architecture: dict with `backbone`, `pooling`, `dropout`, `share_backbone`, as in Config;
+            without a name of them, the article's.
+        planes: list; a MultiPlaneMRNet for several.
+        features: state dict of the backbone, or None.
+        tasks: number of findings.
+
+    Raises:
+        KeyError, ValueError: no such backbone or pooling.
+    """
+    architecture = {name: THE_ARTICLES[name] for name in ARCHITECTURE} | architecture
+    backbone, pooling = architecture["backbone"], architecture["pooling"]
+    if pooling not in POOLINGS:
+        raise ValueError(f"no such pooling: {pooling}")
+    networks = {
+        plane: MRNet(features, architecture["dropout"], backbone, pooling, tasks)
+        for plane in planes
+    }
+    if len(planes) == 1:
+        return networks[planes[0]]
+    if architecture["share_backbone"]:
+        first = networks[planes[0]].pretrained_model
+        for network in networks.values():
+            network.pretrained_model = first
+    return MultiPlaneMRNet(networks, architecture["dropout"])
 
 
 def is_metadata(content):
     """Whether a model's description is complete. Raises KeyError or TypeError, too."""
     return (
         all(isinstance(content[name], kind) for name, kind in METADATA.items())
+        and set(content["plane"].split("+")) <= set(PLANES)
+        and isinstance(content.get("recipe", ARTICLE), str)
         and content["intensity"] in INTENSITIES
+        and content.get("channels", CHANNELS[0]) in CHANNELS
         and "valid" in content["data"]
         and all(isinstance(exam_id, str) for exam_id in content["out_of_fold"])
         and (content.get("dataset") is None or is_dataset(content["dataset"]))
@@ -207,47 +275,55 @@ class TrainState:
 
     Args:
         model, optimizer, scheduler: as at the start of the training.
+        tasks: names of the findings.
+        average: torch's AveragedModel of the model, or None.
     """
 
     PLAIN = (
         "epoch", "best_loss", "bad_epochs", "best_auc", "log_dir", "partial_epoch",
     )  # fmt: skip
-    PARTS = ("model", "optimizer", "scheduler")
+    PARTS = ("model", "optimizer", "scheduler", "average")
 
-    def __init__(self, model, optimizer, scheduler):
+    def __init__(self, model, optimizer, scheduler, tasks, average=None):
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.average = average
         self.epoch = 0  # epochs done
         self.best_loss, self.bad_epochs = float("inf"), 0  # for early stopping
-        self.best_auc = -float("inf")  # of the model that is saved
+        self.best_auc = dict.fromkeys(tasks, -float("inf"))  # of the models that are saved
         self.log_dir = ""
         self.partial_epoch = None  # of an interrupted epoch, as engine.train_epoch takes it
 
     @property
     def lr(self):
-        """Learning rate of the next step."""
+        """Learning rate of the next step, the backbone's."""
         return float(self.optimizer.param_groups[0]["lr"])
 
+    @property
+    def evaluated(self):
+        """The network that is evaluated and saved: the moving average, if there is one."""
+        return self.average.module if self.average else self.model
+
     def update(self, selected):
-        """Step the schedule and count epochs for early stopping.
+        """Step a schedule that counts epochs, and count epochs for early stopping.
 
         Args:
-            selected: {"loss", "auc"} on the exams that select the epoch.
+            selected: {finding: {"loss", "auc"}} on the exams that select the epoch.
 
         Returns:
-            whether this is the best AUC so far.
+            the findings whose AUC is the best so far, each of them selects its own epoch.
         """
+        loss = mean_of(selected)["loss"]
         if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            self.scheduler.step(selected["loss"])
-        else:
+            self.scheduler.step(loss)
+        elif not steps_with_optimizer(self.scheduler):
             self.scheduler.step()
-        if selected["loss"] < self.best_loss:
-            self.best_loss, self.bad_epochs = selected["loss"], 0
+        if loss < self.best_loss:
+            self.best_loss, self.bad_epochs = loss, 0
         else:
             self.bad_epochs += 1
-        is_best = selected["auc"] > self.best_auc
-        if is_best:
-            self.best_auc = selected["auc"]
-        return is_best
+        best = [task for task, one in selected.items() if one["auc"] > self.best_auc[task]]
+        self.best_auc |= {task: selected[task]["auc"] for task in best}
+        return best
 
     def save(self, path, config, data):
         """Write the state.
@@ -257,23 +333,38 @@ class TrainState:
             data: dict, fingerprints of the exams.
         """
         training = {name: getattr(self, name) for name in self.PLAIN}
-        training |= {name: getattr(self, name).state_dict() for name in self.PARTS}
+        parts = [name for name in self.PARTS if getattr(self, name) is not None]
+        training |= {name: getattr(self, name).state_dict() for name in parts}
         content = {"format": STATE_FORMAT, "config": config, "data": data, "training": training}
         write_checkpoint(path, content)
 
     def restore(self, training):
         """Take over what `save` wrote as "training"."""
         for name in self.PLAIN:
-            setattr(self, name, training[name])
+            if name != "best_auc":
+                setattr(self, name, training[name])
+        best = training["best_auc"]  # a number in earlier versions, which had one finding only
+        self.best_auc = best if isinstance(best, dict) else dict.fromkeys(self.best_auc, best)
+        if self.partial_epoch and self.partial_epoch["logits"].dim() == 1:  # likewise
+            self.partial_epoch |= {n: self.partial_epoch[n][:, None] for n in ("logits", "losses")}
         settings = [dict(group) for group in self.optimizer.param_groups]
         for name in self.PARTS:
-            getattr(self, name).load_state_dict(training[name])
+            if getattr(self, name) is not None:
+                getattr(self, name).load_state_dict(training[name])
         # The optimizer's state brings the settings of the machine that it ran on: keep this one's,
         # and the learning rate in the tensor that CUDA graphs read.
         for group, ours in zip(self.optimizer.param_groups, settings, strict=True):
             lr = float(group["lr"])
             group |= {name: ours[name] for name in ("fused", "capturable", "foreach")}
             group["lr"] = ours["lr"].fill_(lr) if torch.is_tensor(ours["lr"]) else lr
+
+
+def recorded(config):
+    """Arguments as an earlier version recorded them, with what it did not know: the article's."""
+    config = dict(THE_ARTICLES) | {"recipe": ARTICLE} | (config if isinstance(config, dict) else {})
+    if isinstance(config["augment"], bool):
+        config["augment"] = "article" if config["augment"] else "none"
+    return config
 
 
 def check_same(path, config, data_sets, earlier, ignore=()):
@@ -288,8 +379,7 @@ def check_same(path, config, data_sets, earlier, ignore=()):
     Raises:
         InputError: with the arguments that the file was made with.
     """
-    theirs, fingerprints = earlier
-    theirs = theirs if isinstance(theirs, dict) else {}
+    theirs, fingerprints = recorded(earlier[0]), earlier[1]
     # Earlier versions did not record all arguments.
     theirs = {name: config[name] for name in RECORDED_LATER} | theirs
     other = [name for name in config if name not in ignore and config[name] != theirs.get(name)]
@@ -337,9 +427,11 @@ def restore_state(path, state, config, data_sets):
         return False
     content = read_checkpoint(path, expected=STATE_FORMAT)
     try:
-        # A resumed training may have more epochs than before.
+        # A resumed training may have more epochs than before, if its schedule is not planned for
+        # their number.
         earlier = content["config"], content["data"]
-        check_same(path, config, data_sets, earlier, ignore=["epochs"])
+        ignore = [] if config["lr_scheduler"] in PLANNED else ["epochs"]
+        check_same(path, config, data_sets, earlier, ignore)
         state.restore(content["training"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError):
         raise InputError(f"{path}: incomplete training state; delete it and train again") from None

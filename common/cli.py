@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from common.config import ARTICLE
 from common.devices import PRECISIONS, device_name
 from common.errors import InputError, Interrupted, RunError, one_line
-from dataloader import PLANES
+from dataloader import PLANES, is_positive
 
 # --- arguments ------------------------------------------------------------------------------------
 
@@ -27,9 +28,54 @@ def make_parser(docstring):
     """A parser that is described by a script's docstring: its first line above the arguments, the
     rest, with example commands, below."""
     description, _, epilog = docstring.partition("\n\n")
-    return argparse.ArgumentParser(
+    return Parser(
         prog=script_name(), description=description, epilog=epilog, formatter_class=HelpFormatter
     )
+
+
+def parse_with_recipe(parser, read_recipe, required):
+    """Parse the command line with the values of its --recipe as defaults.
+
+    A recipe's values go through the parser as options before the user's own, so that they are
+    checked as these are and the user's win.
+
+    Args:
+        read_recipe: as `config.read_recipe`.
+        required: words of a command line that the parser takes.
+
+    Returns:
+        argparse's Namespace; its `recipe` is the recipe's name.
+
+    Raises:
+        InputError: the recipe holds a value that the option does not take.
+    """
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--recipe", default=parser.get_default("recipe"))
+    name, values = read_recipe(first.parse_known_args()[0].recipe)
+    words = []
+    for key, value in values.items():
+        option = key.replace("_", "-")
+        words += [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [
+            f"--{option}={value}"
+        ]  # fmt: skip
+    if not {"-h", "--help"} & set(sys.argv[1:]):
+        parser.source = name
+        parser.parse_args([*required, *words])
+        parser.source = None
+    args = parser.parse_args([*words, *sys.argv[1:]])
+    args.recipe = name
+    return args
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's; while it reads a recipe, `source`, a fault is the recipe's."""
+
+    source = None
+
+    def error(self, message):
+        if self.source:
+            raise InputError(f"recipe {self.source}: {message}; correct it")
+        super().error(message)
 
 
 def script_name():
@@ -63,13 +109,15 @@ def add_machine_arguments(parser):
 
 
 def add_exam_arguments(parser):
-    """--plane, --models-dir, --partial, --allow-synthetic: for scripts that answer about exams."""
+    """--plane, --models-dir, --recipes, --partial, --allow-synthetic: for scripts that answer about
+    exams."""
     parser.add_argument(
         "--plane", choices=PLANES, help="of a single .npy file whose path does not contain it"
     )
     parser.add_argument(
         "--models-dir", type=Path, default=Path("models"), help="where train.py wrote"
     )
+    add_recipes_argument(parser)
     parser.add_argument(
         "--partial",
         action="store_true",
@@ -80,6 +128,16 @@ def add_exam_arguments(parser):
         action="store_true",
         help="let networks that were trained on synthetic exams only answer about others; to try "
         "the commands",
+    )
+
+
+def add_recipes_argument(parser):
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        metavar="RECIPE",
+        default=[ARTICLE],
+        help="of the networks, as train.py's --recipe; several: the stack of all of them",
     )
 
 
@@ -100,6 +158,10 @@ def positive_int(text):
 
 def seed_number(text):
     return parse_number(text, int, lambda v: 0 <= v < 2**31, "a whole number from 0 to below 2^31")
+
+
+def part(text):
+    return parse_number(text, float, lambda v: 0 < v <= 1, "a number above 0 and at most 1")
 
 
 def positive_float(text):
@@ -161,6 +223,12 @@ def print_start_up(arguments, device, precision):
     return commit
 
 
+def print_recipe(config):
+    """Print what a Config has that the article's recipe has not."""
+    found = " ".join(f"{name}={value}" for name, value in config.differences.items())
+    print(f"recipe     {config.recipe}" + (f"; beyond the article: {found}" if found else ""))
+
+
 def describe_dataset(dataset):
     """A data set in a few words; `dataset` as `dataloader.read_dataset` returns it, or None."""
     if dataset is None:
@@ -172,11 +240,19 @@ def describe_dataset(dataset):
 def print_exams(train_set, valid_set):
     """Print what two MRDatasets hold, and a warning if they share exams or patients."""
     for exams in (train_set, valid_set):
-        slices = [shape[0] for shape in exams.shapes]
+        slices = exams.slice_counts
+        counts = [int(is_positive(column).sum()) for column in exams.labels.T]
+        positive = f"{counts[0]} positive"
+        if len(counts) > 1:
+            named = zip(exams.tasks, counts, strict=True)
+            positive = ", ".join(f"{count} positive of {task}" for task, count in named)
         print(
-            f"{exams.split:<10} {len(exams)} exams, {int(exams.labels.sum())} positive, "
+            f"{exams.split:<10} {len(exams)} exams, {positive}, "
             f"{min(slices)} to {max(slices)} slices"
         )
+        for task, count in exams.unknown.items():
+            if count:
+                print(f"{exams.split:<10} {count} exams without a label of {task}")
     for what in ("ids", "groups"):
         if both := set(getattr(train_set, what)) & set(getattr(valid_set, what)):
             print(
@@ -185,7 +261,9 @@ def print_exams(train_set, valid_set):
                 f"python -m tools.check {train_set.root} lists them"
             )
     print(f"data set   {describe_dataset(train_set.description)}")
-    print("class weights  negative {:g}, positive {:.3f}".format(*train_set.class_weights))
+    for task, pair in train_set.class_weights.items():
+        of = f" of {task}" if len(train_set.tasks) > 1 else ""
+        print("class weights  negative {:g}, positive {:.3f}".format(*pair) + of)
 
 
 def progress(items, what, total=None):

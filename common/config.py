@@ -1,28 +1,93 @@
-"""The arguments of train.py that change its result; the defaults are the article's recipe."""
+"""The arguments of train.py that change its result, and recipes: files that hold some of them.
 
+from common.config import Config, read_recipe
+config = Config("acl", "sagittal", lr=1e-4)  # the rest as in recipes/article.toml
+"""
+
+import re
+import tomllib
 from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import InputError, one_line
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+ARTICLE = "article"
+PLANNED = ("cosine", "one-cycle")  # schedules that are planned for a number of epochs
+
+
+def read_recipe(source):
+    """A recipe file's values.
+
+    Args:
+        source: name of a file in recipes/, or path of another.
+
+    Returns:
+        its name, and {argument of train.py: value} of what it says, as Config names them.
+
+    Raises:
+        InputError: no such file, not TOML, an unknown key, or a name that files cannot have.
+    """
+    path = RECIPES / f"{source}.toml"
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", source) or source.endswith(".toml"):
+        path = Path(source).expanduser()
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.toml")))
+        raise InputError(
+            f"{path}: no such recipe; give the path of a .toml file, or one of {names}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a recipe ({one_line(error)}); correct it") from None
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", path.stem):
+        raise InputError(
+            f"{path}: a recipe's name becomes part of file names; use letters, digits, . _ and -"
+        )
+    values = {key.replace("-", "_"): value for key, value in content.items()}
+    if path != RECIPES / f"{ARTICLE}.toml" and (unknown := values.keys() - THE_ARTICLES.keys()):
+        names = ", ".join(sorted(name.replace("_", "-") for name in unknown))
+        known = ", ".join(name.replace("_", "-") for name in THE_ARTICLES)
+        raise InputError(f"{path}: unknown {names}; a recipe may have {known}")
+    return path.stem, values
+
+
+THE_ARTICLES = read_recipe(ARTICLE)[1]
 
 
 @dataclass(frozen=True)
 class Config:
     """One training's arguments; a resumed training must agree on all of them.
 
-    Values are the article's ("How to train an MRI classifier with PyTorch") unless a comment names
-    another source.
+    What they mean: recipes/article.toml, `train.py --help`.
     """
 
-    task: str
-    plane: str
-    intensity: str = "standardized"  # Stanford's released loader; the article's is "raw"
-    augment: bool = True
-    epochs: int = 50  # at most
-    lr: float = 1e-5
-    weight_decay: float = 0.1  # L2 inside Adam
-    lr_scheduler: str = "plateau"
-    patience: int = 5  # epochs without a better loss before training stops
-    dropout: float = 0.0  # the article's text mentions one, its code has none
-    class_weights: bool = True
-    pretrained: bool = True
+    task: str  # "acl", or several joined: "abnormal+acl+meniscus"
+    plane: str  # "sagittal", or several joined
+    recipe: str = ARTICLE  # its name
+    intensity: str = THE_ARTICLES["intensity"]
+    channels: str = THE_ARTICLES["channels"]
+    augment: str = THE_ARTICLES["augment"]
+    slices: float = THE_ARTICLES["slices"]
+    backbone: str = THE_ARTICLES["backbone"]
+    pretrained: bool = THE_ARTICLES["pretrained"]
+    pooling: str = THE_ARTICLES["pooling"]
+    dropout: float = THE_ARTICLES["dropout"]
+    share_backbone: bool = THE_ARTICLES["share_backbone"]
+    plane_weight: float = THE_ARTICLES["plane_weight"]
+    plane_dropout: float = THE_ARTICLES["plane_dropout"]
+    class_weights: bool = THE_ARTICLES["class_weights"]
+    accumulate: int = THE_ARTICLES["accumulate"]
+    optimizer: str = THE_ARTICLES["optimizer"]
+    lr: float = THE_ARTICLES["lr"]
+    head_lr: float = THE_ARTICLES["head_lr"]
+    weight_decay: float = THE_ARTICLES["weight_decay"]
+    clip: float = THE_ARTICLES["clip"]
+    average_weights: float = THE_ARTICLES["average_weights"]
+    lr_scheduler: str = THE_ARTICLES["lr_scheduler"]
+    warmup: float = THE_ARTICLES["warmup"]
+    epochs: int = THE_ARTICLES["epochs"]
+    patience: int = THE_ARTICLES["patience"]
     seed: int = 0
     protocol: str = "article"
     folds: int = 1
@@ -30,3 +95,57 @@ class Config:
     precision: str = "fp32"  # or "bf16"
     device: str = "cpu"  # or "cuda"
     cuda_graphs: bool = False
+
+    @property
+    def tasks(self):
+        return tuple(self.task.split("+"))
+
+    @property
+    def planes(self):
+        return tuple(self.plane.split("+"))
+
+    @property
+    def differences(self):
+        """{argument: value} of what differs from the article's recipe."""
+        return {
+            name: getattr(self, name)
+            for name, value in THE_ARTICLES.items()
+            if getattr(self, name) != value
+        }
+
+    def check(self):
+        """Refuse combinations that make no sense.
+
+        Raises:
+            InputError: with the options to change.
+        """
+        for is_wrong, reason in (
+            (len(self.planes) == 1 and self.share_backbone,
+             "--share-backbone: needs several planes, such as --plane axial coronal"),
+            (len(self.planes) == 1 and self.plane_dropout > 0,
+             "--plane-dropout: needs several planes, such as --plane axial coronal"),
+            (self.warmup > 0 and self.lr_scheduler in ("plateau", "step"),
+             f"--warmup: not with --lr-scheduler {self.lr_scheduler}, which counts epochs; use "
+             "cosine, one-cycle or none"),
+        ):  # fmt: skip
+            if is_wrong:
+                raise InputError(reason)
+        if self.cuda_graphs:
+            self.check_graphs()
+
+    def check_graphs(self):
+        """Refuse what a CUDA graph of a whole step on slices of one plane cannot hold."""
+        allowed = {"backbone": "alexnet", "pooling": "max", "channels": "grey", "slices": 1.0,
+                   "accumulate": 1, "clip": 0.0, "average_weights": 0.0}  # fmt: skip
+        other = [name for name, value in allowed.items() if getattr(self, name) != value]
+        if self.augment == "strong":
+            other.append("augment")
+        if self.lr_scheduler in PLANNED or self.warmup:
+            other.append("lr_scheduler")
+        if len(self.planes) > 1:
+            other.append("plane")
+        if other:
+            options = ", ".join(
+                f"--{name.replace('_', '-')} {getattr(self, name)}" for name in other
+            )
+            raise InputError(f"--cuda-graphs: not with {options}; leave one of them out")

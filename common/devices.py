@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from common.errors import InputError
+from dataloader import View
 
 PRECISIONS = ("auto", "fp32", "bf16")
 CACHES = ("auto", "device", "ram", "disk")
@@ -164,7 +165,7 @@ class GraphedSteps:
     must be capturable with its learning rate in a tensor.
 
     Args:
-        step: engine.TrainingStep, the step that is captured.
+        step: engine.TrainingStep of single exams, the step that is captured.
     """
 
     BUCKET = 4  # slices; at most 3 are repeated
@@ -175,37 +176,39 @@ class GraphedSteps:
         self.graphs, self.pool, self.stream = {}, None, torch.cuda.Stream()
         self.eager_left = self.EAGER
 
-    def __call__(self, exams, i, pose, label, weight):
-        """One step on exam i, as TrainingStep: logit (1,), loss (), valid until the next call."""
+    def __call__(self, exams, rows, views, targets, weights):
+        """One step on one exam, as TrainingStep: logits and losses, valid until the next call."""
+        (i,), ((pose, _),) = rows, views
         volume = exams.volume(i)
         bucket = -(-len(volume) // self.BUCKET) * self.BUCKET
-        key = (bucket, *volume.shape[1:], pose is None)
+        key = (bucket, *volume.shape[1:], pose is None, targets.shape[1])
         if self.eager_left:
             self.eager_left -= 1
             buffers = self.make_buffers(key, volume.device)
-            self.fill(buffers, volume, pose, label, weight)
+            self.fill(buffers, volume, pose, targets, weights)
             with torch.cuda.stream(self.stream):
                 self.stream.wait_stream(torch.cuda.default_stream())
-                results = self.step.on_volume(exams, *buffers)
+                results = self.on_buffers(exams, *buffers)
             torch.cuda.default_stream().wait_stream(self.stream)
             return results
         if key not in self.graphs:
             self.graphs[key] = self.capture(exams, key, volume.device)
         graph, buffers, results = self.graphs[key]
-        self.fill(buffers, volume, pose, label, weight)
+        self.fill(buffers, volume, pose, targets, weights)
         graph.replay()
         return results
 
     def make_buffers(self, key, device):
-        """What a graph reads: volume uint8 (b, H, W), pose (4,) or None, label and weight (1,)."""
+        """What a graph reads: volume uint8 (b, H, W), pose (4,) or None, target and weight
+        (1, tasks)."""
         volume = torch.zeros(key[:3], dtype=torch.uint8, device=device)
         pose = None if key[3] else torch.zeros(4, device=device)
-        return volume, pose, torch.zeros(1, device=device), torch.zeros(1, device=device)
+        return volume, pose, *(torch.zeros(1, key[4], device=device) for _ in range(2))
 
-    def fill(self, buffers, volume, pose, label, weight):
+    def fill(self, buffers, volume, pose, target, weight):
         """Copy one exam into the buffers that a graph reads."""
         fill_bucket(volume, buffers[0])
-        for buffer, value in zip(buffers[1:], (pose, label, weight), strict=True):
+        for buffer, value in zip(buffers[1:], (pose, target, weight), strict=True):
             if buffer is not None:
                 buffer.copy_(value)
 
@@ -214,6 +217,11 @@ class GraphedSteps:
         buffers = self.make_buffers(key, device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            results = self.step.on_volume(exams, *buffers)
+            results = self.on_buffers(exams, *buffers)
         self.pool = self.pool or graph.pool()
         return graph, buffers, results
+
+    def on_buffers(self, exams, volume, pose, target, weight):
+        """The step on what buffers hold."""
+        exam = exams.prepare(volume, self.device, View(pose, None))
+        return self.step.on_exams(iter([exam]), target, weight)

@@ -1,7 +1,5 @@
 """One training step, one epoch, predictions: shared by training, stacking, predicting, timing."""
 
-from functools import partial
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,57 +7,88 @@ from scipy.special import expit
 
 from common.cli import progress
 from common.devices import autocast
-from dataloader import Augmentation, preprocess
-
-
-def training_step(model, optimizer, volume, label, weight, precision):
-    """Forward, class-weighted binary cross-entropy, backward, update, for one exam.
-
-    Args:
-        volume: float32 (s, 1, H, W), preprocessed; label, weight: float32 (1,).
-
-    Returns:
-        logit (1,) and weighted loss (), on the device: nothing here waits for it.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    with autocast(volume.device, precision):
-        logit = model(volume[None])[0]  # (s, 1, H, W) -> (1, s, 1, H, W) -> (1, 1) -> (1,)
-    del volume  # backward, where memory peaks, does not need it
-    loss = F.binary_cross_entropy_with_logits(logit, label, weight)
-    loss.backward()
-    optimizer.step()
-    return logit.detach(), loss.detach()
+from common.metrics import roc_auc
+from dataloader import is_positive
 
 
 class TrainingStep:
-    """`training_step` for exams of a data set, augmented and preprocessed on `device`."""
+    """One step of the optimizer on one exam or several, augmented and preprocessed on `device`.
 
-    def __init__(self, model, optimizer, device, precision):
+    Args:
+        precision: "fp32" or "bf16".
+        clip: largest norm of the gradient; 0 for any.
+        plane_weight: of the mean auxiliary loss of the planes, for a MultiPlaneMRNet.
+        after: functions to call after each step: a schedule's, the moving average's.
+    """
+
+    def __init__(self, model, optimizer, precision, clip=0.0, plane_weight=0.0, after=()):
         self.model, self.optimizer = model, optimizer
-        self.device, self.precision = device, precision
+        self.device = next(model.parameters()).device
+        self.precision, self.clip, self.plane_weight = precision, clip, plane_weight
+        self.after = after
 
-    def __call__(self, exams, i, pose, label, weight):
-        """One step on exam i: logit (1,) and loss ().
+    def __call__(self, exams, rows, views, targets, weights):
+        """Forward, class-weighted binary cross-entropy, backward, update.
+
+        The losses are summed and divided by the number of exams, not by their weights: as one batch
+        under torch's mean reduction, and with one exam the article's step.
 
         Args:
             exams: MRDataset.
-            pose: float32 (4,) for its Augmentation; None leaves the draw to its transform.
-            label, weight: float32 (1,), on the device.
-        """
-        return self.on_volume(exams, exams.volume(i), pose, label, weight)
+            rows: list of n int, the exams of this step.
+            views: n Views, as `exams.draw` returns them.
+            targets, weights: float32 (n, tasks), on the device.
 
-    def on_volume(self, exams, volume, pose, label, weight):
-        """The same on a volume uint8 (s, H, W) that is at hand."""
-        transform = exams.transform if pose is None else partial(exams.transform, pose=pose)
-        # The preprocessed volume gets no name here, so that training_step can free it.
-        return training_step(
-            self.model,
-            self.optimizer,
-            preprocess(volume.to(self.device, non_blocking=True), exams.intensity, transform),
-            label,
-            weight,
-            self.precision,
-        )
+        Returns:
+            logits and weighted losses, float32 (n, tasks) on the device: nothing here waits for it.
+        """
+        pairs = zip(rows, views, strict=True)
+        prepared = (exams.prepare(exams.volume(i), self.device, view) for i, view in pairs)
+        return self.on_exams(prepared, targets, weights)
+
+    def on_exams(self, prepared, targets, weights):
+        """The same on an iterator of exams as `exams.prepare` returns them."""
+        n = len(targets)
+        self.optimizer.zero_grad(set_to_none=True)
+        # An exam gets no name here, so that `backward` can free it.
+        results = [
+            self.backward(next(prepared), targets[k : k + 1], weights[k : k + 1], n)
+            for k in range(n)
+        ]
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        for function in self.after:
+            function()
+        logits, losses = zip(*results, strict=True)
+        return torch.cat(logits), torch.cat(losses)
+
+    def backward(self, exam, target, weight, exams_in_step):
+        """Forward and backward for one exam; target and weight (1, tasks).
+
+        Returns:
+            logits and weighted losses (1, tasks).
+        """
+        planes = None
+        with autocast(self.device, self.precision):
+            if self.plane_weight:
+                logit = self.model.all_logits(exam)  # (1 + planes, tasks)
+                logit, planes = logit[:1], logit[1:]
+            else:
+                logit = self.model(exam)  # (1, tasks)
+        del exam  # backward, where memory peaks, does not need it
+        losses = weighted_losses(logit, target, weight)
+        loss = losses.mean()
+        if planes is not None:
+            each = weighted_losses(planes, target.expand_as(planes), weight.expand_as(planes))
+            loss = loss + self.plane_weight * each.mean()
+        (loss / exams_in_step if exams_in_step > 1 else loss).backward()
+        return logit.detach(), losses.detach()
+
+
+def weighted_losses(logits, targets, weights):
+    """Class-weighted binary cross-entropy, element by element."""
+    return F.binary_cross_entropy_with_logits(logits, targets, weights, reduction="none")
 
 
 def random_states(device):
@@ -77,47 +106,44 @@ def restore_random_states(states, device):
         torch.cuda.set_rng_state(states["device_random"], device)
 
 
-def train_epoch(step, exams, what="train", partial_epoch=None, stop_requested=()):
-    """One pass over all exams in random order, one exam per step.
+def train_epoch(step, exams, what="train", partial_epoch=None, stop_requested=(), accumulate=1):
+    """One pass over all exams in random order.
 
     Random numbers come from torch's default generator: seed it before each epoch and the epoch is
     the same wherever training was resumed.
 
     Args:
         step: TrainingStep, or GraphedSteps for volumes cached on a CUDA device.
-        exams: MRDataset with an Augmentation, another transform or none; a graph can only hold the
-            first and the last of these.
+        exams: MRDataset.
         what: title of the progress bar.
         partial_epoch: what an interrupted epoch left, to resume it: {"logits", "losses"}, float32
-            (k,), and what `random_states` returned.
+            (k, tasks), and what `random_states` returned.
         stop_requested: filled from outside to stop after the current step.
+        accumulate: exams in a step; the last step has what is left.
 
     Returns:
-        order int (n,), and logits and weighted losses float32 (n,), in the order of the steps; only
-        those of the first steps if a stop was requested.
+        order int (n,), and logits and weighted losses float32 (n, tasks), in the order of the
+        steps; only those of the first steps if a stop was requested.
     """
-    is_augmentation = isinstance(exams.transform, Augmentation)
-    if not isinstance(step, TrainingStep) and not (exams.transform is None or is_augmentation):
-        raise ValueError(f"a CUDA graph cannot hold a {type(exams.transform).__name__}")
     step.model.train()
     n, device = len(exams), step.device
     order = torch.randperm(n).tolist()
-    poses = [None] * n
-    if is_augmentation:  # all draws cross to the device at once
-        poses = exams.transform.draw(n).to(device)
-    labels = torch.from_numpy(exams.labels[order]).to(device)
+    views = exams.draw(order)
+    targets = torch.from_numpy(exams.targets[order]).to(device)
     weights = torch.from_numpy(exams.weights[order]).to(device)
-    logits, losses = torch.empty(n, device=device), torch.empty(n, device=device)
+    logits, losses = torch.empty_like(targets), torch.empty_like(targets)
     begin = 0
     if partial_epoch is not None:
         begin = len(partial_epoch["logits"])
         logits[:begin], losses[:begin] = partial_epoch["logits"], partial_epoch["losses"]
         restore_random_states(partial_epoch, device)
     end = begin
-    for end, i in enumerate(progress(order[begin:], what), start=begin + 1):
-        k = end - 1
-        logit, loss = step(exams, i, poses[k], labels[k : k + 1], weights[k : k + 1])
-        logits[k : k + 1], losses[k] = logit, loss
+    for k in progress(range(begin, n, accumulate), what):
+        end = min(k + accumulate, n)
+        group = slice(k, end)
+        logits[group], losses[group] = step(
+            exams, order[group], views[group], targets[group], weights[group]
+        )
         if stop_requested:
             break
     return np.array(order), logits[:end].cpu().numpy(), losses[:end].cpu().numpy()
@@ -125,34 +151,28 @@ def train_epoch(step, exams, what="train", partial_epoch=None, stop_requested=()
 
 @torch.inference_mode()
 def predict(model, exams, device, precision, what="predict"):
-    """Logits of all exams, in their order, without augmentation: float32 (n,)."""
+    """Logits of all exams, in their order, without augmentation: float32 (n, tasks)."""
     model.eval()
-    logits = torch.empty(len(exams), device=device)
+    logits = torch.empty(exams.labels.shape, device=device)
     for i in progress(range(len(exams)), what):
         with autocast(device, precision):
-            logits[i] = model(exams.exam(i, None, device)[None])[0, 0]
+            logits[i] = model(exams.exam(i, device))[0]
     return logits.cpu().numpy()
 
 
-@torch.inference_mode()
-def predict_volume(networks, volume, device, precision):
-    """Logits of one plane of one exam: list of float, one for each of its networks.
-
-    Args:
-        networks: list of (MRNet, intensity), as in `stacking.TaskModels`.
-        volume: uint8 array (s, H, W).
-    """
-    logits, stored = [], torch.from_numpy(volume).to(device)
-    for model, intensity in networks:
-        with autocast(device, precision):
-            logits.append(model(preprocess(stored, intensity)[None]).item())
-    return logits
+def exam_losses(targets, weights, logits):
+    """`weighted_losses` of arrays: three float32 (n, tasks) -> float32 (n, tasks)."""
+    return weighted_losses(*(torch.from_numpy(x) for x in (logits, targets, weights))).numpy()
 
 
-def exam_losses(labels, weights, logits):
-    """Class-weighted binary cross-entropy of each exam: three float32 (n,) -> float32 (n,)."""
-    logits, labels, weights = (torch.from_numpy(x) for x in (logits, labels, weights))
-    return F.binary_cross_entropy_with_logits(logits, labels, weights, reduction="none").numpy()
+def metrics_of(names, labels, logits, losses):
+    """{finding: {"loss", "auc"}} over the exams whose label is known; arrays float32 (n, tasks)."""
+    metrics = {}
+    for t, task in enumerate(names):
+        known = ~np.isnan(labels[:, t])
+        auc = roc_auc(is_positive(labels[known, t]), logits[known, t])
+        metrics[task] = {"loss": float(losses[known, t].mean()), "auc": auc}
+    return metrics
 
 
 def sigmoid(logits):

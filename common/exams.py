@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from common.errors import InputError
 from data.common import ORIENTATION
-from dataloader import PLANES, read_dataset
+from dataloader import PLANES, read_dataset, read_volume
 
 ROOT = Path(__file__).parent.parent
 # What the importer makes of any scan.
@@ -130,6 +130,30 @@ def dataset_of(folder):
     return None
 
 
+def read_planes(exam, models, read=None):
+    """The volumes of an exam that a task's networks take, and what cannot be used of it.
+
+    Args:
+        models: stacking.TaskModels.
+        read: {plane: volume}, what was read before; filled.
+
+    Returns:
+        {plane: uint8 array (s, H, W)} in the order of PLANES, {plane: why not}.
+    """
+    read = {} if read is None else read
+    volumes, unusable = {}, {p: why for p, why in exam.unusable.items() if p in models.planes}
+    for plane in models.planes:
+        if plane in exam.paths:
+            try:
+                if plane not in read:
+                    read[plane] = read_volume(exam.paths[plane])
+                models.check_volume(exam.paths[plane], read[plane], plane)
+                volumes[plane] = read[plane]
+            except InputError as error:
+                unusable[plane] = str(error)
+    return volumes, unusable
+
+
 def refuse_unfit(models, datasets, allow_synthetic):
     """Refuse exams that the networks of a task have no answer for.
 
@@ -151,7 +175,7 @@ def refuse_unfit(models, datasets, allow_synthetic):
         )
     for trained_on in models.datasets:
         for given in datasets:
-            for plane in models.networks:
+            for plane in models.planes:
                 mine = ((trained_on or {}).get("orientation") or {}).get(plane)
                 theirs = ((given or {}).get("orientation") or {}).get(plane)
                 if mine and theirs and mine != theirs:

@@ -78,12 +78,13 @@ def heat_colours():
     return (matplotlib.colormaps["managua_r"](np.linspace(0, 1, 256))[:, :3] * 255).astype(np.uint8)
 
 
-def overlay(volume, maps, opacity=OPACITY, scale=None):
+def overlay(volume, maps, backbone="alexnet", opacity=OPACITY, scale=None):
     """Slices with their heat maps on top.
 
     Args:
         volume: uint8 array (s, H, W).
         maps: float32 array (s, h, w), as `MRNet.heat_maps` returns them.
+        backbone: whose maps they are.
         opacity: of the strongest colour, 0 to 1; it falls to 0 where the map is 0.
         scale: the map's value that gets the end of the colour scale; by default its largest.
 
@@ -91,7 +92,7 @@ def overlay(volume, maps, opacity=OPACITY, scale=None):
         uint8 array (s, H, W, 3).
     """
     scale = scale or float(np.abs(maps).max()) or 1.0
-    heat = np.clip(enlarge_maps(maps, *volume.shape[1:]) / scale, -1, 1)  # (s, H, W)
+    heat = np.clip(enlarge_maps(maps, *volume.shape[1:], backbone) / scale, -1, 1)  # (s, H, W)
     colour = heat_colours()[np.rint((heat + 1) * 127.5).astype(np.uint8)]  # (s, H, W, 3)
     cover = (opacity * np.abs(heat))[..., None]
     grey = np.asarray(volume, np.float32)[..., None]

@@ -1,8 +1,53 @@
 """What TensorBoard shows: the curves, pictures and hyperparameters of a training."""
 
+from typing import NamedTuple
+
 import numpy as np
 
-from common.metrics import roc_auc
+from common.metrics import mean_of, roc_auc
+from dataloader import is_positive
+
+
+class Epoch(NamedTuple):
+    """What one epoch of training gave."""
+
+    number: int  # from 1
+    lr: float
+    steps: tuple  # labels, logits, weighted losses, float32 (n, tasks) each, in the steps' order
+    metrics: dict  # {"train", and "valid" or "tune": {finding: {"loss", "auc"}}}
+    exams_per_second: float  # of training
+    seconds: float  # of training and evaluation
+    best: list  # findings whose AUC is the best so far
+
+    def __str__(self):
+        """A line of the table that `heads_of_epochs` begins: means over the findings."""
+        train, selected = (mean_of(metrics) for metrics in self.metrics.values())
+        line = (
+            f"{self.number:5d}  {train['loss']:10.4f}  {train['auc']:9.4f}  "
+            f"{selected['loss']:10.4f}  {selected['auc']:9.4f}  {self.lr:7.1e}  "
+            f"{self.seconds:7.1f}  {self.exams_per_second:7.1f}"
+        )
+        findings = list(self.metrics.values())[1]
+        if len(findings) > 1:
+            aucs = (f"{task} {one['auc']:.3f}" for task, one in findings.items())
+            line += "  " + ", ".join(aucs)
+        if self.best:
+            line += "  best" if len(findings) == 1 else f"  best: {', '.join(self.best)}"
+        return line
+
+
+def heads_of_epochs(selected_on, tasks):
+    """The first line of a table of Epochs.
+
+    Args:
+        selected_on: "valid" or "tune".
+        tasks: the findings.
+    """
+    aucs = f"  {selected_on} auc of each" if len(tasks) > 1 else ""
+    return (
+        f"\n{'epoch':>5}  {'train loss':>10}  {'train auc':>9}  {selected_on + ' loss':>10}  "
+        f"{selected_on + ' auc':>9}  {'lr':>7}  {'seconds':>7}  {'exams/s':>7}{aucs}"
+    )
 
 
 class NoWriter:
@@ -60,31 +105,34 @@ class TrainingLog:
         self.writer.add_images(title, slices, epoch, dataformats=dataformats)
 
     def add_steps(self, epoch, labels, logits, losses):
-        """Running means within an epoch, from the steps' own logits.
+        """Running means within an epoch, from the steps' own logits; of several findings the AUC is
+        their mean.
 
         Args:
-            labels, logits, losses: float32 (n,), in the order of the steps.
+            labels, logits, losses: float32 (n, tasks), in the order of the steps.
         """
         n = len(labels)
         for end in [*range(self.log_every, n, self.log_every), n]:
             step = (epoch - 1) * n + end
             self.within.add_scalar("within-epoch/train-loss", losses[:end].mean(), step)
-            if len(set(labels[:end])) == 2:
-                auc = roc_auc(labels[:end], logits[:end])
-                self.within.add_scalar("within-epoch/train-auc", auc, step)
+            aucs = []
+            for label, logit in zip(labels[:end].T, logits[:end].T, strict=True):
+                known = ~np.isnan(label)
+                if len(set(is_positive(label[known]))) == 2:
+                    aucs.append(roc_auc(is_positive(label[known]), logit[known]))
+            if aucs:
+                self.within.add_scalar("within-epoch/train-auc", np.mean(aucs), step)
         self.within.flush()
 
-    def add_epoch(self, epoch, metrics, lr, exams_per_second):
-        """Points of one epoch.
-
-        Args:
-            metrics: {"train" or what the epoch is selected on: {"loss", "auc"}}.
-        """
-        for name in ("loss", "auc"):
-            for split, values in metrics.items():
-                self.writer.add_scalar(f"{name}/{split}", values[name], epoch)
-        self.writer.add_scalar("learning-rate", lr, epoch)
-        self.writer.add_scalar("exams-per-second", exams_per_second, epoch)
+    def add_epoch(self, epoch):
+        """Points of one Epoch: means over the findings, and each one's where they are several."""
+        for split, findings in epoch.metrics.items():
+            for name, value in mean_of(findings).items():
+                self.writer.add_scalar(f"{name}/{split}", value, epoch.number)
+            for task, one in findings.items() if len(findings) > 1 else ():
+                self.writer.add_scalar(f"auc-{split}/{task}", one["auc"], epoch.number)
+        self.writer.add_scalar("learning-rate", epoch.lr, epoch.number)
+        self.writer.add_scalar("exams-per-second", epoch.exams_per_second, epoch.number)
         self.writer.flush()
 
     def add_result(self, title, labels, probabilities, metadata, config):
@@ -108,13 +156,17 @@ class TrainingLog:
         """Heat maps of the first positive and the first negative exam.
 
         Args:
-            model: MRNet on `device`.
-            exams: MRDataset.
+            model: MRNet or MultiPlaneMRNet on `device`.
+            exams: MRDataset of one finding.
         """
         from common.figures import overlay
 
-        for label, name in ((1, "positive"), (0, "negative")):
-            i = int(np.flatnonzero(exams.labels == label)[0])
-            maps, _ = model.heat_maps(exams.exam(i, None, device))
-            slices = overlay(exams.volume(i).cpu().numpy(), maps)
-            self.add_images(f"heat map of a {name} validation exam", slices, epoch, "NHWC")
+        for label, name in ((True, "positive"), (False, "negative")):
+            i = int(np.flatnonzero(is_positive(exams.labels[:, 0]) == label)[0])
+            maps, volume = model.heat_maps(exams.exam(i, device))[0], exams.volume(i)
+            if not isinstance(volume, dict):
+                maps, volume = {"": maps}, {"": volume}
+            for plane, one in maps.items():
+                slices = overlay(volume[plane].cpu().numpy(), one, model.backbone)
+                title = f"heat map of a {name} validation exam {plane}".strip()
+                self.add_images(title, slices, epoch, "NHWC")

@@ -448,3 +448,10 @@ def _resampled_counts(positive, scores, resamples, seed):
             drawn += k * np.arange(rows)[:, None]  # each resample its own columns
             counts.append(np.bincount(drawn.ravel(), minlength=rows * k).reshape(rows, k))
         yield counts
+
+
+def mean_of(metrics):
+    """The mean over findings: {finding: {"loss", "auc"}} -> {"loss", "auc"}."""
+    return {
+        name: sum(one[name] for one in metrics.values()) / len(metrics) for name in ("loss", "auc")
+    }

@@ -13,7 +13,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from common.checkpoint import run_suffix
 from common.errors import InputError
 from common.files import write_csv
-from dataloader import GROUPS, MRDataset
+from dataloader import GROUPS, MRDataset, is_positive
 
 PROTOCOLS = ("article", "held-out")
 TUNING_PARTS = 10  # held-out: one part in ten of the training exams selects the epoch
@@ -24,19 +24,21 @@ def split_exams(labels, parts, seed, groups=None):
     """Stratified folds: the rows that each of `parts` leaves out, int arrays that cover all rows.
 
     Args:
-        labels: float (n,), 0 or 1.
+        labels: float (n,) or (n, tasks), 0 to 1 or unknown (NaN). With several findings the folds
+            are stratified by their combinations.
         groups: (n,), exams of one group go to one fold; None where each exam is one of its own.
 
     Raises:
         InputError: too few exams or groups of a class: a fold would hold one class only.
     """
-    rarer = int(min((labels == 0).sum(), (labels == 1).sum()))
+    columns = labels.reshape(len(labels), -1).T  # (n, tasks) -> (tasks, n)
+    rarer = min(rarer_class(column) for column in columns)
     if rarer < parts:
         raise InputError(
             f"{parts} folds of {len(labels)} exams: the rarer class has {rarer} exams, so a fold "
             f"would hold one class only; use at most {rarer} folds"
         )
-    rows = np.zeros(len(labels))
+    rows, labels = np.zeros(len(labels)), strata(columns, parts)
     if groups is None or len(set(groups)) == len(labels):
         folds = StratifiedKFold(parts, shuffle=True, random_state=seed).split(rows, labels)
     else:
@@ -48,12 +50,28 @@ def split_exams(labels, parts, seed, groups=None):
         folds = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
         folds = folds.split(rows, labels, groups)
     left_out = [out for _, out in folds]
-    if any(len(set(labels[out])) < 2 for out in left_out):
+    if any(rarer_class(column[out]) == 0 for column in columns for out in left_out):
         raise InputError(
             f"{parts} folds of {len(labels)} exams in {len(set(groups))} groups: a fold would hold "
             f"one class only; use fewer folds, or correct train-{GROUPS}.csv"
         )
     return left_out
+
+
+def rarer_class(labels):
+    """Number of exams of the rarer class, those with unknown labels left out; labels (n,)."""
+    return int(min(is_positive(labels).sum(), (labels < 0.5).sum()))
+
+
+def strata(columns, parts):
+    """The class that folds are stratified by: labels (tasks, n) -> int (n,).
+
+    Combinations of findings that fewer than `parts` exams have are one class together.
+    """
+    classes = is_positive(columns) + 2 * np.isnan(columns)  # 0, 1, or 2 for unknown
+    _, codes, counts = np.unique(classes, axis=1, return_inverse=True, return_counts=True)
+    codes = codes.reshape(-1)
+    return np.where(counts[codes] < parts, -1, codes)
 
 
 @dataclass
@@ -78,14 +96,19 @@ class Split:
     def data_sets(self):
         return {"train": self.train_set, "selection": self.selection_set, "valid": self.valid_set}
 
-    def fingerprints(self):
-        """{name: MRDataset.fingerprint()} of `data_sets`."""
-        return {name: exams.fingerprint() for name, exams in self.data_sets.items()}
+    def finding(self, task):
+        """`data_sets` for one finding of several."""
+        return {name: exams.finding(task) for name, exams in self.data_sets.items()}
 
     def random_seed(self, epoch=0):
         """Seed of everything random in an epoch: it follows from seed, fold and epoch, so resuming
         an epoch needs no generator's state."""
         return (self.seed * 1009 + self.fold) * 100_003 + epoch
+
+
+def fingerprints_of(data_sets):
+    """{name: MRDataset.fingerprint()} of {name: MRDataset}."""
+    return {name: exams.fingerprint() for name, exams in data_sets.items()}
 
 
 def plan_splits(train_set, valid_set, protocol, folds, seeds):
@@ -132,18 +155,20 @@ def tuning_rows(labels, rows, seed, groups):
     """The part of `rows` that selects the epoch: int array.
 
     Args:
-        labels, groups: (n,) of all training exams.
+        labels: (n,) or (n, tasks); groups: (n,), of all training exams.
         rows: int array, the training exams that are not out-of-fold.
 
     Raises:
         InputError: fewer than TUNING_PARTS exams of a class.
     """
     ours = labels[rows]
-    if min((ours == 0).sum(), (ours == 1).sum()) < TUNING_PARTS:
-        raise InputError(
-            f"--protocol held-out: needs {TUNING_PARTS} training exams of each class "
-            f"(there are {len(ours)}, {int(ours.sum())} positive); use --protocol article"
-        )
+    for column in ours.reshape(len(ours), -1).T:
+        if rarer_class(column) < TUNING_PARTS:
+            raise InputError(
+                f"--protocol held-out: needs {TUNING_PARTS} training exams of each class (there "
+                f"are {len(column)}, {int(is_positive(column).sum())} positive); use --protocol "
+                "article"
+            )
     return rows[split_exams(ours, TUNING_PARTS, seed + TUNING_SEED, groups[rows])[0]]
 
 

@@ -1,7 +1,9 @@
 """Combine the networks of a finding: features, logistic regression, thresholds, decision, files.
 
-A stack has a logistic regression for each set of planes that an exam may have. It is JSON, and
-holds the hashes of the networks that it was fitted on.
+Its inputs are columns: a plane's networks of one recipe ("sagittal", "sagittal-vgg16"), or those
+that join several planes ("axial+sagittal"). A stack has a logistic regression for each set of
+planes that an exam may have. It is JSON, and holds the hashes of the networks that it was fitted
+on.
 
 Sources: Bien et al., PLOS Medicine 2018: logistic regression on the three planes' probabilities.
 Out-of-fold stacking: Wolpert, "Stacked generalization", Neural Networks 5(2), 1992.
@@ -15,18 +17,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
-from common.checkpoint import digest_of, load_model, model_path
+from common.checkpoint import column_name, digest_of, load_model, model_path
+from common.config import ARTICLE
+from common.devices import autocast
 from common.engine import sigmoid
 from common.errors import InputError
 from common.files import write_text
 from common.metrics import choose_threshold
-from dataloader import PLANES
+from dataloader import CHANNELS, PLANES, check_side, preprocess
+from model import BACKBONES
 
-FORMAT = "mrnet-stack-3"
-FORMATS = (FORMAT, "mrnet-stack-2", "mrnet-stack-1")  # that can be read
+FORMAT = "mrnet-stack-4"
+FORMATS = (FORMAT, "mrnet-stack-3", "mrnet-stack-2", "mrnet-stack-1")  # that can be read
 ROUNDED_LOGITS = "mrnet-stack-1"  # its logits had gone through rounded probabilities
 FEATURES = ("probability", "logit")
 # Each set of planes that an exam may have.
@@ -40,14 +46,23 @@ COMBINATIONS = [
 # --- fit and apply --------------------------------------------------------------------------------
 
 
-def stack_features(kind, planes, logits):
-    """Inputs of the regression: {plane: (n, networks)} -> float64 (n, planes).
+def stack_features(kind, logits):
+    """Inputs of the regression: [(n, networks) of each column] -> float64 (n, columns).
 
     Args:
         kind: "probability", the mean of the networks' probabilities, or "logit", of their logits.
     """
     values = sigmoid if kind == "probability" else np.asarray
-    return np.stack([values(logits[plane]).mean(axis=1) for plane in planes], axis=1)
+    return np.stack([values(one).mean(axis=1) for one in logits], axis=1)
+
+
+def restrict(planes, there):
+    """The planes of "axial+sagittal" that an exam has, in the same form; "" for none.
+
+    Args:
+        there: container of planes.
+    """
+    return "+".join(plane for plane in planes.split("+") if plane in there)
 
 
 def fit_combinations(kind, logits, labels, tuning, sensitivity=None):
@@ -55,21 +70,31 @@ def fit_combinations(kind, logits, labels, tuning, sensitivity=None):
 
     Args:
         kind: as `stack_features`.
-        logits: {plane: float64 (n, networks)} of the training exams.
+        logits: {column: {planes: float64 (n, networks)}} of the training exams: first from all the
+            planes that the column's networks take, then from those sets of planes that they can
+            also do with. Sets of planes that no column can do with get no regression.
         labels: float32 (n,), 0 or 1.
         tuning: bool (n,), the exams that thresholds are chosen on and regressions not fitted on;
             all False: both are done on all exams.
         sensitivity: as `threshold_for`.
 
     Returns:
-        {"axial+coronal+sagittal": {"coefficients", "intercept", "threshold"}, ...}
+        {"axial+coronal+sagittal": {"columns", "coefficients", "intercept", "threshold"}, ...}
     """
     combinations = {}
     for name in COMBINATIONS:
-        x = stack_features(kind, name.split("+"), logits)
+        columns = {
+            column: found[key]
+            for column, found in logits.items()
+            if (key := restrict(next(iter(found)), name.split("+"))) in found
+        }
+        if not columns:
+            continue
+        x = stack_features(kind, columns.values())
         fitted = LogisticRegression().fit(x[~tuning], labels[~tuning])
         probabilities = fitted.predict_proba(x)[:, 1]
         combinations[name] = {
+            "columns": list(columns),
             "coefficients": fitted.coef_[0].tolist(),
             "intercept": float(fitted.intercept_[0]),
             "threshold": threshold_for(labels, probabilities, tuning, sensitivity),
@@ -92,19 +117,23 @@ def threshold_for(labels, probabilities, tuning, sensitivity=None):
     return choose_threshold(labels, probabilities, "sensitivity", sensitivity)
 
 
-def combine(stack, logits):
+def combine(stack, planes, logits):
     """Apply a stack to the planes that exist.
 
     Args:
         stack: dict as `load_stack` returns it.
-        logits: {plane: float64 (n, networks)}, at least one plane.
+        planes: of the exams, container of at least one.
+        logits: {column: float64 (n, networks)}.
 
     Returns:
         float64 (n,) stacked probability, and the threshold of this set of planes.
+
+    Raises:
+        KeyError: the stack has no regression for this set of planes.
     """
-    planes = [plane for plane in PLANES if plane in logits]
-    combination = stack["combinations"]["+".join(planes)]
-    features = stack_features(stack["features"], planes, logits)
+    combination = stack["combinations"]["+".join(plane for plane in PLANES if plane in planes)]
+    columns = [logits[column] for column in combination["columns"]]
+    features = stack_features(stack["features"], columns)
     score = features @ np.asarray(combination["coefficients"]) + combination["intercept"]
     return expit(score), combination["threshold"]
 
@@ -117,24 +146,34 @@ class Decision(NamedTuple):
     label: str  # "positive" or "negative"
 
 
-def decide(stack, logits):
-    """The Decision of a stack for one exam.
+def decide(stack, planes, logits):
+    """The Decision of a stack for one exam; None if it cannot do with these planes.
 
     Args:
         stack: dict as `load_stack` returns it.
-        logits: {plane: [float, one for each network]}, at least one plane.
+        planes: of the exam, container of at least one.
+        logits: {column: [float, one for each network]}.
     """
-    columns = {plane: np.array([values]) for plane, values in logits.items()}
-    (stacked,), threshold = combine(stack, columns)
+    columns = {column: np.array([values]) for column, values in logits.items()}
+    try:
+        (stacked,), threshold = combine(stack, planes, columns)
+    except KeyError:
+        return None
     return Decision(float(stacked), threshold, "positive" if stacked >= threshold else "negative")
 
 
 # --- files ----------------------------------------------------------------------------------------
 
 
-def stack_path(models_dir, task):
+def stack_name(recipes=(ARTICLE,)):
+    """What a stack of the networks of some recipes is called in file names: "stack" for the
+    article's, else "stack-article+vgg16"."""
+    return "stack" if tuple(recipes) == (ARTICLE,) else f"stack-{'+'.join(recipes)}"
+
+
+def stack_path(models_dir, task, recipes=(ARTICLE,)):
     """Path of a task's stack."""
-    return Path(models_dir) / f"{task}-stack.json"
+    return Path(models_dir) / f"{task}-{stack_name(recipes)}.json"
 
 
 def save_stack(path, stack):
@@ -142,28 +181,30 @@ def save_stack(path, stack):
     write_text(path, json.dumps({"format": FORMAT, **stack}, indent=2) + "\n")
 
 
-def load_stack(models_dir, task):
+def load_stack(models_dir, task, recipes=(ARTICLE,)):
     """A task's stack.
 
     Returns:
         dict with at least `task`; `features`, "probability" or "logit"; `base_models`, the file
-        names of each plane's networks; `digests`, the SHA-256 of each of these files; and
-        `combinations`, for each set of planes ("axial+sagittal") its `coefficients`, `intercept`
-        and `threshold`.
+        names of each column's networks; `digests`, the SHA-256 of each of these files; and
+        `combinations`, for each set of planes ("axial+sagittal") its `columns`, `coefficients`,
+        `intercept` and `threshold`.
 
     Raises:
         InputError: missing, damaged, or not a stack of this task.
     """
-    path = stack_path(models_dir, task)
+    path = stack_path(models_dir, task, recipes)
+    again = f"train_logistic_regression.py --task {task}"
+    again += f" --recipes {' '.join(recipes)}" if tuple(recipes) != (ARTICLE,) else ""
     try:
         stack = json.loads(path.read_text(encoding="utf-8"))
         if "members" in stack:  # as earlier versions called them
             stack["base_models"] = stack.pop("members")
+        for planes, combination in stack["combinations"].items():
+            combination.setdefault("columns", planes.split("+"))  # earlier versions had no recipes
         is_valid = is_stack(stack) and stack["task"] == task
     except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such stack; run `python train_logistic_regression.py --task {task}`"
-        ) from None
+        raise InputError(f"{path}: no such stack; run `python {again}`") from None
     except (OSError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError,
             RecursionError):  # fmt: skip
         is_valid = False
@@ -173,8 +214,8 @@ def load_stack(models_dir, task):
         )
     if stack["format"] == ROUNDED_LOGITS and stack["features"] == "logit":
         raise InputError(
-            f"{path}: fitted on rounded logits by an earlier version; run "
-            f"`python train_logistic_regression.py --task {task} --features logit` again"
+            f"{path}: fitted on rounded logits by an earlier version; run `python {again} "
+            "--features logit` again"
         )
     return stack
 
@@ -184,19 +225,21 @@ def is_stack(content):
     return (
         content["format"] in FORMATS
         and content["features"] in FEATURES
-        and content["combinations"].keys() == set(COMBINATIONS)
-        and all(is_combination(planes, c) for planes, c in content["combinations"].items())
-        and content["base_models"].keys() <= set(PLANES)
+        and len(content["combinations"]) > 0
+        and content["combinations"].keys() <= set(COMBINATIONS)
+        and all(is_combination(c, content["base_models"]) for c in content["combinations"].values())
         and isinstance(content["digests"], dict)
         and all(is_file_name(f) for files in content["base_models"].values() for f in files)
     )
 
 
-def is_combination(planes, content):
-    """Whether a combination of `planes` holds finite numbers, one coefficient per plane."""
+def is_combination(content, base_models):
+    """Whether a combination holds finite numbers, one coefficient for each of its columns."""
     numbers = [*content["coefficients"], content["intercept"], content["threshold"]]
-    return len(numbers) == len(planes.split("+")) + 2 and all(
-        type(number) in (int, float) and math.isfinite(number) for number in numbers
+    return (
+        len(numbers) == len(content["columns"]) + 2
+        and set(content["columns"]) <= base_models.keys()
+        and all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
     )
 
 
@@ -208,11 +251,55 @@ def is_file_name(name):
 # --- everything of a task -------------------------------------------------------------------------
 
 
+class Network(NamedTuple):
+    """A saved network, ready to answer."""
+
+    model: torch.nn.Module  # MRNet or MultiPlaneMRNet in evaluation mode, of one finding
+    planes: tuple  # that it takes
+    intensity: str
+    channels: str
+    may_lack: bool  # it was trained with plane dropout, so a plane may be missing
+
+    @property
+    def bias(self):
+        return self.model.classifier.bias.item()
+
+    def takes(self, planes):
+        """Whether it can answer about an exam with these planes."""
+        there = sum(plane in planes for plane in self.planes)
+        return there == len(self.planes) or (self.may_lack and there > 0)
+
+    def prepare(self, volumes, device):
+        """{plane: uint8 array (s, H, W)} -> input of the network on `device`."""
+        exam = {
+            plane: preprocess(
+                torch.from_numpy(volumes[plane]).to(device), self.intensity, self.channels
+            )
+            for plane in self.planes
+            if plane in volumes
+        }
+        return exam if len(self.planes) > 1 else exam[self.planes[0]]
+
+    @torch.inference_mode()
+    def logit(self, volumes, device, precision):
+        """The logit of one exam, float; `volumes` as `prepare` takes them."""
+        exam = self.prepare(volumes, device)
+        with autocast(device, precision):
+            return self.model(exam).item()
+
+    def heat_maps(self, volumes, device, precision):
+        """{plane: float32 array (s, h, w)}, as `MRNet.heat_maps`, and the logit."""
+        exam = self.prepare(volumes, device)
+        with autocast(device, precision):
+            maps, logit = self.model.heat_maps(exam)
+        return (maps if len(self.planes) > 1 else {self.planes[0]: maps}), logit
+
+
 class TaskModels(NamedTuple):
     """Everything saved for one task."""
 
     task: str
-    networks: dict  # plane -> [(MRNet in evaluation mode, its intensity), ...]; several with folds
+    networks: dict  # column -> [Network, ...]; several with folds
     stack: dict | None  # as `load_stack` returns it
     digest: str  # of the files of all networks and the stack, 12 hex digits
     datasets: list  # that the networks were trained on: dataset.json's content, None if unknown
@@ -222,59 +309,117 @@ class TaskModels(NamedTuple):
         """Whether any of the networks was trained on synthetic exams."""
         return any(dataset is not None and dataset["synthetic"] for dataset in self.datasets)
 
+    @property
+    def planes(self):
+        """The planes that any network takes, in the order of PLANES."""
+        taken = {plane for networks in self.networks.values() for plane in networks[0].planes}
+        return [plane for plane in PLANES if plane in taken]
 
-def saved_tasks(models_dir):
-    """Names of the tasks that have a stack or a model of a plane, sorted.
+    @property
+    def by_planes(self):
+        """{(planes that they take): {column: [Network, ...]}}, single planes first."""
+        found = {}
+        for column, networks in self.networks.items():
+            found.setdefault(networks[0].planes, {})[column] = networks
+        order = sorted(found, key=lambda planes: (len(planes), PLANES.index(planes[0])))
+        return {planes: found[planes] for planes in order}
+
+    def check_volume(self, path, volume, plane):
+        """Raise InputError where a plane's slices are smaller than one of its networks needs."""
+        for networks in self.networks.values():
+            backbone = networks[0].model.backbone
+            if plane in networks[0].planes:
+                check_side(path, volume.shape, BACKBONES[backbone].smallest_side, backbone)
+
+    def logits(self, volumes, device, precision):
+        """{column: [float, one for each network]} of the columns that can do with the planes.
+
+        Args:
+            volumes: {plane: uint8 array (s, H, W)}.
+        """
+        return {
+            column: [network.logit(volumes, device, precision) for network in networks]
+            for column, networks in self.networks.items()
+            if networks[0].takes(volumes)
+        }
+
+
+def saved_tasks(models_dir, recipes=(ARTICLE,)):
+    """Names of the tasks that have a stack or a model of some recipes, sorted.
 
     Raises:
         InputError: there is none.
     """
     folder = Path(models_dir)
-    endings = ["-stack.json", *(f"-{plane}.pt" for plane in PLANES)]
+    endings = [f"-{column}.pt" for column in columns_of(recipes)]
+    endings.append(f"-{stack_name(recipes)}.json")
     names = {p.name.removesuffix(end) for end in endings for p in folder.glob(f"*{end}")}
     if not names:
+        of = f" of recipe {' or '.join(recipes)}" if tuple(recipes) != (ARTICLE,) else ""
         raise InputError(
-            f"{folder}: no saved models; run `make demo`, or train.py and "
-            "train_logistic_regression.py, or give another --models-dir"
+            f"{folder}: no saved models{of}; run `make demo`, or train.py and "
+            "train_logistic_regression.py, or give another --models-dir or --recipes"
         )
     return sorted(names)
 
 
-def load_task(models_dir, task, device="cpu"):
+def columns_of(recipes):
+    """The columns that networks of some recipes may have, of single planes and of several."""
+    return [column_name(planes, recipe) for recipe in recipes for planes in COMBINATIONS]
+
+
+def as_network(model, metadata, device):
+    """A loaded model and its metadata as a Network on `device`."""
+    return Network(
+        model.to(device),
+        tuple(metadata["plane"].split("+")),
+        metadata["intensity"],
+        metadata.get("channels", CHANNELS[0]),
+        metadata.get("plane_dropout", 0) > 0,
+    )
+
+
+def load_task(models_dir, task, device="cpu", recipes=(ARTICLE,)):
     """The networks of a task, on `device`, and its stack if there is one: TaskModels.
+
+    Args:
+        recipes: of the networks.
 
     Raises:
         InputError: no such task, or a saved model that is damaged or of another task or plane.
     """
     folder = Path(models_dir)
-    if task not in saved_tasks(folder):
+    if task not in saved_tasks(folder, recipes):
         raise InputError(
-            f"{folder}: no models of task '{task}'; tasks here: {', '.join(saved_tasks(folder))}"
+            f"{folder}: no models of task '{task}'; tasks here: "
+            f"{', '.join(saved_tasks(folder, recipes))}"
         )
-    stack = load_stack(folder, task) if stack_path(folder, task).is_file() else None
+    stack = None
+    if stack_path(folder, task, recipes).is_file():
+        stack = load_stack(folder, task, recipes)
     if stack:
         paths = {
-            plane: [folder / name for name in names]
-            for plane, names in stack["base_models"].items()
+            column: [folder / name for name in names]
+            for column, names in stack["base_models"].items()
         }
     else:
-        paths = {plane: [model_path(folder, task, plane)] for plane in PLANES}
-        paths = {plane: found for plane, found in paths.items() if found[0].is_file()}
+        paths = {column: [model_path(folder, task, column)] for column in columns_of(recipes)}
+        paths = {column: found for column, found in paths.items() if found[0].is_file()}
     networks, digests, datasets = {}, [], []
-    for plane in paths:
-        loaded = [load_model(path, task, plane) for path in paths[plane]]
-        for path in paths[plane]:
+    for column in paths:
+        loaded = [load_model(path, task, column) for path in paths[column]]
+        for path in paths[column]:
             digests.append(digest_of(path))
             if stack and stack["digests"].get(path.name) != digests[-1]:
                 raise InputError(
                     f"{path}: trained again after the stack was fitted; run python "
                     f"train_logistic_regression.py --task {task} with the same arguments"
                 )
-        networks[plane] = [(model.to(device), meta["intensity"]) for model, meta in loaded]
-        for _, meta in loaded:
-            if meta.get("dataset") not in datasets:
-                datasets.append(meta.get("dataset"))
+        networks[column] = [as_network(*one, device) for one in loaded]
+        for _, metadata in loaded:
+            if metadata.get("dataset") not in datasets:
+                datasets.append(metadata.get("dataset"))
     if stack:
-        digests.append(digest_of(stack_path(folder, task)))
+        digests.append(digest_of(stack_path(folder, task, recipes)))
     digest = hashlib.sha256(" ".join(digests).encode()).hexdigest()[:12]
     return TaskModels(task, networks, stack, digest, datasets)

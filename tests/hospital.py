@@ -49,9 +49,9 @@ def read_code(volume):
     return sum(int(bit) << k for k, bit in enumerate(bits[0, 1:-1]))
 
 
-def predict_code(networks, volume, device, precision):
-    """Stands in for engine.predict_volume: the code as a logit of two decimals."""
-    return [read_code(volume) / 1000 - 1] * len(networks)
+def predict_code(network, volumes, device, precision):
+    """Stands in for stacking.Network.logit: the code as a logit of two decimals."""
+    return read_code(volumes[network.planes[0]]) / 1000 - 1
 
 
 def code_said(cell):

@@ -111,7 +111,7 @@ def test_without_weights_the_run_stops(tmp_path, monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(weights, "SOURCES", {"nowhere": refused})
+    monkeypatch.setattr(weights, "sources", lambda backbone: {"nowhere": refused})
     with pytest.raises(InputError, match="no route to host.*--no-pretrained"):
         weights.imagenet_features()
 
@@ -145,7 +145,7 @@ def a_state(lr=1e-3):
     model = torch.nn.Linear(3, 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
-    return TrainState(model, optimizer, scheduler)
+    return TrainState(model, optimizer, scheduler, ["acl"])
 
 
 def test_early_stopping_counts_epochs_without_a_better_loss():
@@ -154,10 +154,10 @@ def test_early_stopping_counts_epochs_without_a_better_loss():
     best, bad = [], []
     for epoch, (loss, auc) in enumerate(story, start=1):
         state.epoch = epoch
-        best.append(state.update({"loss": loss, "auc": auc}))
+        best.append(state.update({"acl": {"loss": loss, "auc": auc}}))
         bad.append(state.bad_epochs)
-    assert best == [True, True, False, True, False] and bad == [0, 0, 1, 2, 0]
-    assert (state.best_loss, state.best_auc) == (0.3, 0.9)
+    assert best == [["acl"], ["acl"], [], ["acl"], []] and bad == [0, 0, 1, 2, 0]
+    assert (state.best_loss, state.best_auc) == (0.3, {"acl": 0.9})
     assert state.lr == pytest.approx(1e-3 * 0.5**2)  # the plateau schedule heard the losses
 
 
@@ -165,7 +165,7 @@ def test_a_state_is_restored_with_this_machines_settings(tmp_path):
     state = a_state()
     state.model(torch.ones(2, 3)).sum().backward()
     state.optimizer.step()
-    state.epoch, state.best_auc, state.log_dir, state.partial_epoch = 2, 0.7, "logs/x", None
+    state.epoch, state.best_auc, state.log_dir = 2, {"acl": 0.7}, "logs/x"
     path = tmp_path / "acl-axial.state"
     state.save(path, {"lr": 1e-3}, {"train": "f"})
     content = checkpoint.read_checkpoint(path, checkpoint.STATE_FORMAT)
@@ -174,12 +174,24 @@ def test_a_state_is_restored_with_this_machines_settings(tmp_path):
     for group in other.optimizer.param_groups:
         group["capturable"] = True
     other.restore(content["training"])
-    assert (other.epoch, other.best_auc, other.log_dir) == (2, 0.7, "logs/x")
+    assert (other.epoch, other.best_auc, other.log_dir) == (2, {"acl": 0.7}, "logs/x")
     (group,) = other.optimizer.param_groups
     assert torch.is_tensor(group["lr"]) and other.lr == pytest.approx(1e-3)
     assert group["capturable"] is True
     assert torch.equal(other.model.weight, state.model.weight)
     assert len(other.optimizer.state) == 2
+    # An earlier version had one finding only.
+    partial_epoch = {"logits": torch.ones(2), "losses": torch.zeros(2)}
+    other.restore(content["training"] | {"best_auc": 0.6, "partial_epoch": partial_epoch})
+    assert other.best_auc == {"acl": 0.6} and other.partial_epoch["logits"].shape == (2, 1)
+
+
+def test_each_finding_has_its_own_best_epoch():
+    state = a_state()
+    state.best_auc = {"acl": 0.5, "meniscus": 0.9}
+    selected = {"acl": {"loss": 0.4, "auc": 0.6}, "meniscus": {"loss": 0.8, "auc": 0.8}}
+    assert state.update(selected) == ["acl"]
+    assert state.best_auc == {"acl": 0.6, "meniscus": 0.9} and state.best_loss == pytest.approx(0.6)
 
 
 class Exams:
@@ -207,7 +219,8 @@ def test_what_a_resumed_run_must_agree_on():
     ):
         with pytest.raises(InputError, match=f"x.pt: was trained with {words};"):
             check_same(*same, (config | change, prints))
-    with pytest.raises(InputError, match="--lr None"):
+    # What is not recorded was the article's.
+    with pytest.raises(InputError, match="trained with --lr 1e-05, --lr-scheduler plateau, --ep"):
         check_same(*same, (None, prints))
     for other in ({"train": "a"}, {"train": "a", "valid": "c"}, prints | {"more": "d"}):
         with pytest.raises(InputError, match="other exams"):

@@ -20,7 +20,7 @@ def one_epoch(exams, precision="fp32", graphs=None, device=CPU, seed=0):
     model = MRNet().to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(1e-5, device=device),
                                  weight_decay=0.1, capturable=device.type == "cuda")  # fmt: skip
-    step = engine.TrainingStep(model, optimizer, device, precision)
+    step = engine.TrainingStep(model, optimizer, precision)
     results = engine.train_epoch(graphs(step) if graphs else step, exams)
     return model, results
 
@@ -58,8 +58,8 @@ def test_an_epoch_is_adam_on_the_weighted_loss_written_out(shared_exams):
         adam.zero_grad()
         loss.sum().backward()
         adam.step()
-        assert logits[step] == pytest.approx(logit.item(), abs=2e-4)
-        assert losses[step] == pytest.approx(loss.item(), abs=2e-4)
+        assert logits[step, 0] == pytest.approx(logit.item(), abs=2e-4)
+        assert losses[step, 0] == pytest.approx(loss.item(), abs=2e-4)
 
 
 def test_caches_give_the_same_numbers(shared_exams, capsys):
@@ -122,13 +122,11 @@ class ReplayedSteps(devices.GraphedSteps):
 
     def capture(self, exams, key, device):
         buffers = self.make_buffers(key, device)
-        results = torch.full((1,), torch.nan), torch.full((), torch.nan)
+        results = torch.full((1, 1), torch.nan), torch.full((1, 1), torch.nan)
 
         class Graph:
             def replay(_):
-                for result, value in zip(
-                    results, self.step.on_volume(exams, *buffers), strict=True
-                ):
+                for result, value in zip(results, self.on_buffers(exams, *buffers), strict=True):
                     result.copy_(value)
 
         return Graph(), buffers, results
@@ -158,10 +156,10 @@ def test_cuda_graphs_equal_eager_steps_and_wait_for_nothing(shared_exams):
     torch.manual_seed(0)
     model = MRNet().to(cuda)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
-    fed = exams.exam(0, None, cuda)
-    label = weight = torch.ones(1, device=cuda)
+    step = engine.TrainingStep(model, optimizer, "bf16")
+    label = weight = torch.ones(1, 1, device=cuda)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        engine.training_step(model, optimizer, fed, label, weight, "bf16")
+        step(exams, [0], exams.draw([0]), label, weight)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -98,10 +98,15 @@ STACK = {
     "format": stacking.FORMAT,
     "task": "acl",
     "features": "logit",
-    "base_models": {"axial": ["acl-axial.pt"]},
+    "base_models": {plane: [f"acl-{plane}.pt"] for plane in COMBINATIONS[:3]},
     "digests": {"acl-axial.pt": "00"},
     "combinations": {
-        planes: {"coefficients": [1.5] * len(planes.split("+")), "intercept": 0.2, "threshold": 0.5}
+        planes: {
+            "columns": planes.split("+"),
+            "coefficients": [1.5] * len(planes.split("+")),
+            "intercept": 0.2,
+            "threshold": 0.5,
+        }
         for planes in COMBINATIONS
     },
 }
@@ -159,8 +164,8 @@ def read_stack(path):
     (path.parent / "acl-stack.json").write_bytes(path.read_bytes())
     stack = load_stack(path.parent, "acl")
     for planes in stack["combinations"]:
-        columns = {plane: np.array([[0.3, 2.0]]) for plane in planes.split("+")}
-        stacking.combine(stack, columns)
+        columns = dict.fromkeys(stack["base_models"], np.array([[0.3, 2.0]]))
+        stacking.combine(stack, planes.split("+"), columns)
 
 
 def read_lesions(path):

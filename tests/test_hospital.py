@@ -11,13 +11,13 @@ import pytest
 from conftest import PLANES, run_script
 from hospital import KINDS, code_said, damage, predict_code, write_hospital, write_study
 
-from common import engine
+from common.stacking import Network
 
 
 @pytest.fixture
 def predict(trained, monkeypatch):
     """predict.py with networks that read the code in the pixels."""
-    monkeypatch.setattr(engine, "predict_volume", predict_code)
+    monkeypatch.setattr(Network, "logit", predict_code)
     models = ("--models-dir", trained[0] / "models", "--precision", "fp32", "--allow-synthetic")
     return lambda *args: run_script("predict.py", *models, *args)
 

@@ -39,8 +39,8 @@ def test_exams_are_the_volumes_slices(tmp_path, valid, first):
     for axis, plane in enumerate(PLANES):
         train, other = (MRDataset(tmp_path / "out", "adrenal", plane, t) for t in (True, False))
         assert train.ids == list("012345") and other.ids[0] == str(first)
-        np.testing.assert_array_equal(train.labels, arrays["train_labels"][:, 0])
-        np.testing.assert_array_equal(other.labels, arrays[f"{valid}_labels"][:, 0])
+        np.testing.assert_array_equal(train.labels[:, 0], arrays["train_labels"][:, 0])
+        np.testing.assert_array_equal(other.labels[:, 0], arrays[f"{valid}_labels"][:, 0])
         expected = np.moveaxis(arrays[f"{valid}_images"][1], axis, 0)
         enlarged = F.interpolate(
             torch.from_numpy(expected.astype(np.float32))[:, None], (64, 64), mode="bilinear"

@@ -167,7 +167,7 @@ def signals_heard():
 def test_a_signal_finishes_the_step_and_saves(work, monkeypatch, number, status):
     """Sent to the process in the seventh of twelve steps of the second epoch."""
     assert run_script("train.py", *arguments(work, "--epochs", 3, models="whole")).returncode == 0
-    steps, real = [], engine.training_step
+    steps, real = [], engine.TrainingStep.backward
 
     def step(*args):
         steps.append(1)
@@ -175,7 +175,7 @@ def test_a_signal_finishes_the_step_and_saves(work, monkeypatch, number, status)
             os.kill(os.getpid(), number)
         return real(*args)
 
-    monkeypatch.setattr(engine, "training_step", step)
+    monkeypatch.setattr(engine.TrainingStep, "backward", step)
     done = run_script("train.py", *arguments(work, "--epochs", 3))
     assert done.returncode == status and len(steps) == 19
     assert "--epochs 3 --resume" in done.stderr.splitlines()[-1]
@@ -284,7 +284,7 @@ def test_two_runs_of_one_model(work):
 
 @pytest.mark.parametrize("everything", [False, True])
 def test_data_that_disappear_while_training(work, monkeypatch, everything):
-    steps, real = [], engine.training_step
+    steps, real = [], engine.TrainingStep.backward
 
     def step(*args):
         steps.append(1)
@@ -293,7 +293,7 @@ def test_data_that_disappear_while_training(work, monkeypatch, everything):
             shutil.rmtree(folder) if everything else (folder / "0005.npy").unlink()
         return real(*args)
 
-    monkeypatch.setattr(engine, "training_step", step)
+    monkeypatch.setattr(engine.TrainingStep, "backward", step)
     done = run_script("train.py", *arguments(work, "--epochs", 3, "--cache", "disk"))
     assert_one_line_error(done, ".npy", "no such volume")
     assert load_model(work / "models" / "acl-axial.pt")[1]["epoch"] == 1

@@ -30,6 +30,7 @@ from common import cli, devices, engine, weights
 from common.checkpoint import load_model, read_checkpoint, write_checkpoint
 from common.metrics import choose_threshold
 from common.splits import split_exams
+from common.stacking import Network
 from dataloader import MRDataset
 
 ONE = KINDS.index("one untold")
@@ -183,7 +184,7 @@ def test_3_no_group_stands_in_two_folds(tmp_path, seed):
     assert sorted(np.concatenate(folds)) == list(range(36))
     for out in folds:
         assert not set(groups[out]) & set(np.delete(groups, out))
-        assert set(data.labels[out]) == {0, 1}
+        assert set(data.labels[out, 0]) == {0, 1}
 
 
 def test_3_training_keeps_groups_together(tmp_path):
@@ -206,7 +207,7 @@ def test_3_training_keeps_groups_together(tmp_path):
 def test_4_each_knee_is_an_exam_of_its_own(trained, tmp_path, monkeypatch, kind):
     from hospital import code_said, predict_code
 
-    monkeypatch.setattr(engine, "predict_volume", predict_code)
+    monkeypatch.setattr(Network, "logit", predict_code)
     expected = write_study(tmp_path, 6, kind)
     done = predict(trained, tmp_path)
     rows = {row["exam"]: row for row in csv.DictReader(done.stdout.splitlines())}
@@ -454,12 +455,13 @@ def test_9_logits_stay_as_they_are(trained, tmp_path):
         content["model"]["classifier.bias"] += 30
         write_checkpoint(path, content)
         data = MRDataset(exams, "acl", plane)
-        x[plane] = engine.predict(load_model(path)[0], data, devices.pick_device("cpu"), "fp32")
+        found = engine.predict(load_model(path)[0], data, devices.pick_device("cpu"), "fp32")
+        x[plane] = found[:, 0]
     assert max(np.abs(values).max() for values in x.values()) > 37
     done = stack(exams, "--features", "logit")
     assert done.returncode == 0, done.stdout + done.stderr
     columns = np.stack([x[plane] for plane in PLANES], axis=1).astype(float)
-    reference = LogisticRegression().fit(columns, data.labels)
+    reference = LogisticRegression().fit(columns, data.labels[:, 0])
     fitted = json.loads((tmp_path / "models" / "acl-stack.json").read_text())
     found = fitted["combinations"]["axial+coronal+sagittal"]["coefficients"]
     np.testing.assert_allclose(found, reference.coef_[0], rtol=1e-3, atol=1e-6)
@@ -615,8 +617,8 @@ def test_14_a_download_that_fails_without_a_word(tmp_path, monkeypatch):
     def silent():
         raise OSError
 
-    monkeypatch.setattr(weights, "cache_file", lambda: tmp_path / "features.pt")
-    monkeypatch.setattr(weights, "SOURCES", {"nowhere": silent})
+    monkeypatch.setattr(weights, "cache_file", lambda backbone: tmp_path / "features.pt")
+    monkeypatch.setattr(weights, "sources", lambda backbone: {"nowhere": silent})
     with pytest.raises(InputError, match="nowhere: OSError"):
         weights.imagenet_features()
 
@@ -630,10 +632,12 @@ def test_14_the_last_exam_has_a_label(shared_exams):
         exams[len(exams)]
 
 
-def test_14_a_graph_drops_no_transform(shared_exams):
-    exams = MRDataset(shared_exams, "acl", "axial", transform=lambda grey: 0 * grey)
-    with pytest.raises(ValueError, match="graph"):
-        engine.train_epoch(object(), exams)
+def test_14_a_graph_drops_no_transform():
+    from common.config import Config
+    from common.errors import InputError
+
+    with pytest.raises(InputError, match="--cuda-graphs: not with --augment strong"):
+        Config("acl", "axial", augment="strong", cuda_graphs=True).check()
 
 
 def test_14_the_state_within_an_epoch_has_the_devices_generator(monkeypatch):
@@ -711,8 +715,8 @@ def write_riddles(root, exams=20):
     return root
 
 
-MEMORISE = ("--folds", "2", "--no-augment", "--lr", "3e-4", "--patience", "99", "--weight-decay",
-            "0", "--lr-scheduler", "none")  # fmt: skip
+MEMORISE = ("--folds", "2", "--augment", "none", "--lr", "3e-4", "--patience", "99",
+            "--weight-decay", "0", "--lr-scheduler", "none")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -730,7 +734,7 @@ def logits_of(exams, fold):
     """The training exams, their logits by the axial network of one fold, and its held-out rows."""
     model, metadata = load_model(exams.parent / "models" / f"acl-axial-fold{fold}of2.pt")
     data = MRDataset(exams, "acl", "axial")
-    logits = engine.predict(model, data, devices.pick_device("cpu"), "fp32")
+    logits = engine.predict(model, data, devices.pick_device("cpu"), "fp32")[:, 0]
     return data, logits, data.rows_of(metadata["out_of_fold"])
 
 

@@ -5,7 +5,7 @@ import pytest
 from conftest import write_exams
 
 from common.errors import InputError
-from common.splits import plan_splits, split_exams, tuning_rows, write_folds
+from common.splits import fingerprints_of, plan_splits, split_exams, tuning_rows, write_folds
 from dataloader import Augmentation, MRDataset
 
 
@@ -73,7 +73,7 @@ def test_the_articles_protocol_selects_on_the_validation_exams(sets):
     assert split.selection_set is split.valid_set is valid and split.selected_on == "valid"
     assert split.out_of_fold == split.tuning == []
     assert split.data_sets == {"train": split.train_set, "selection": valid, "valid": valid}
-    assert split.fingerprints()["train"] == train.fingerprint()
+    assert fingerprints_of(split.data_sets)["train"] == train.fingerprint()
 
 
 def test_held_out_selects_on_a_tenth_of_each_class(sets):

@@ -51,14 +51,22 @@ def some_logits(n=40, networks=2, seed=0):
     }
 
 
+def whole(logits):
+    """Each plane's networks take this plane only."""
+    return {plane: {plane: values} for plane, values in logits.items()}
+
+
 def one_combination(planes, threshold=0.4):
-    return {"coefficients": [1.0] * len(planes.split("+")), "intercept": -1, "threshold": threshold}
+    columns = planes.split("+")
+    return {"columns": columns, "coefficients": [1.0] * len(columns), "intercept": -1,
+            "threshold": threshold}  # fmt: skip
 
 
 def a_stack(**more):
     combinations = {planes: one_combination(planes) for planes in COMBINATIONS}
     return {"task": "acl", "features": "probability", "combinations": combinations,
-            "base_models": {"axial": ["acl-axial.pt"]}, "digests": {}} | more  # fmt: skip
+            "base_models": {plane: [f"acl-{plane}.pt"] for plane in PLANES},
+            "digests": {}} | more  # fmt: skip
 
 
 def test_every_set_of_planes():
@@ -68,10 +76,10 @@ def test_every_set_of_planes():
 
 def test_features_are_means_of_probabilities_or_of_logits():
     logits = {"axial": np.array([[logit(0.2), logit(0.4)]]), "sagittal": np.array([[1.0, 3.0]])}
-    features = stack_features("probability", ["axial", "sagittal"], logits)
+    features = stack_features("probability", logits.values())
     sigmoids = (1 / (1 + math.exp(-1)) + 1 / (1 + math.exp(-3))) / 2
     np.testing.assert_allclose(features, [[0.3, sigmoids]])
-    features = stack_features("logit", ["sagittal"], logits)
+    features = stack_features("logit", [logits["sagittal"]])
     np.testing.assert_allclose(features, [[2.0]])
 
 
@@ -80,14 +88,14 @@ def test_a_stack_is_scikit_learns_regression_of_the_planes_that_exist(kind):
     labels, logits = some_logits()
     nobody = np.zeros(len(labels), bool)
     stack = {"features": kind,
-             "combinations": fit_combinations(kind, logits, labels, nobody)}  # fmt: skip
+             "combinations": fit_combinations(kind, whole(logits), labels, nobody)}  # fmt: skip
     assert list(stack["combinations"]) == COMBINATIONS
     for planes in (["axial", "coronal", "sagittal"], ["axial", "sagittal"], ["coronal"]):
-        x = stack_features(kind, planes, logits)
+        x = stack_features(kind, [logits[plane] for plane in planes])
         wanted = LogisticRegression().fit(x, labels).predict_proba(x)[:, 1]
         # In any order of the planes.
         given = {plane: logits[plane] for plane in reversed(planes)}
-        stacked, threshold = combine(stack, given)
+        stacked, threshold = combine(stack, planes, given)
         np.testing.assert_allclose(stacked, wanted, atol=1e-9)
         assert threshold == threshold_for(labels, wanted, nobody) == pytest.approx(threshold)
         assert wanted.min() <= threshold <= wanted.max()
@@ -96,7 +104,7 @@ def test_a_stack_is_scikit_learns_regression_of_the_planes_that_exist(kind):
 def test_tuning_exams_choose_the_threshold_and_are_not_fitted_on():
     labels, logits = some_logits()
     tuning = np.arange(40) >= 25
-    combinations = fit_combinations("logit", logits, labels, tuning)
+    combinations = fit_combinations("logit", whole(logits), labels, tuning)
     x = logits["sagittal"].mean(axis=1, keepdims=True)
     fitted = LogisticRegression().fit(x[:25], labels[:25])
     assert combinations["sagittal"]["coefficients"] == pytest.approx(fitted.coef_[0])
@@ -104,7 +112,7 @@ def test_tuning_exams_choose_the_threshold_and_are_not_fitted_on():
     p = fitted.predict_proba(x)[:, 1]
     assert combinations["sagittal"]["threshold"] in p[25:]
     assert combinations["sagittal"]["threshold"] == threshold_for(labels[25:], p[25:], tuning[25:])
-    wanted = fit_combinations("logit", logits, labels, tuning, sensitivity=0.6)["sagittal"]
+    wanted = fit_combinations("logit", whole(logits), labels, tuning, sensitivity=0.6)["sagittal"]
     assert wanted["threshold"] == sorted(p[25:][labels[25:] == 1])[-3]  # 3 of 5 positives
     assert wanted["threshold"] != combinations["sagittal"]["threshold"]
 
@@ -125,21 +133,27 @@ def test_decisions():
     # sum of logits - 1: the threshold 0.4 lies at logit(0.4)
     edge = 1 + logit(0.4)
     for value, label in ((edge + 1e-6, "positive"), (edge - 1e-6, "negative")):
-        probability, threshold, said = decide(stack, {"axial": [value]})
+        probability, threshold, said = decide(stack, ["axial"], {"axial": [value]})
         assert said == label and threshold == 0.4 and type(probability) is float
         assert probability == pytest.approx(0.4, abs=1e-5)
-    two = decide(stack, {"axial": [0.0, 4.0], "coronal": [1.0, -1.0]})
+    logits = {"axial": [0.0, 4.0], "coronal": [1.0, -1.0]}
+    two = decide(stack, list(logits), logits)
     assert two.probability == pytest.approx(1 / (1 + math.exp(-1)))
     at = a_stack(features="logit")
-    at["combinations"]["axial"] = {"coefficients": [1.0], "intercept": 0, "threshold": 0.5}
-    assert decide(at, {"axial": [0.0]}).label == "positive"  # at the threshold
+    at["combinations"]["axial"] |= {"intercept": 0, "threshold": 0.5}
+    assert decide(at, ["axial"], {"axial": [0.0]}).label == "positive"  # at the threshold
+    del at["combinations"]["axial"]
+    assert decide(at, ["axial"], {"axial": [0.0]}) is None
 
 
 def test_a_stack_is_read_as_it_was_written(tmp_path):
     path = stack_path(tmp_path, "acl")
     assert path == tmp_path / "acl-stack.json"
-    all_planes = {plane: [f"acl-{plane}.pt"] for plane in PLANES}
-    for stack in (a_stack(base_models=all_planes), a_stack()):
+    joint = {"columns": ["axial+coronal", "axial-vgg16"], "coefficients": [1.0, 2.0],
+             "intercept": 0.5, "threshold": 0.5}  # fmt: skip
+    names = {"axial+coronal": ["acl-axial+coronal.pt"], "axial-vgg16": ["acl-axial-vgg16.pt"]}
+    other = a_stack(base_models=names, combinations={"axial+coronal": joint})
+    for stack in (other, a_stack()):
         save_stack(path, stack)
         assert load_stack(tmp_path, "acl") == {"format": stacking.FORMAT} | stack
     assert path.read_text().endswith("}\n")
@@ -148,10 +162,14 @@ def test_a_stack_is_read_as_it_was_written(tmp_path):
 def test_stacks_of_earlier_versions(tmp_path):
     path = stack_path(tmp_path, "acl")
     earlier = a_stack()
+    for combination in earlier["combinations"].values():
+        del combination["columns"]
+    path.write_text(json.dumps({"format": "mrnet-stack-3"} | earlier))
+    assert load_stack(tmp_path, "acl") == a_stack(format="mrnet-stack-3")
     earlier["members"] = earlier.pop("base_models")
     for version in ("mrnet-stack-1", "mrnet-stack-2"):
         path.write_text(json.dumps({"format": version} | earlier))
-        assert load_stack(tmp_path, "acl")["base_models"] == {"axial": ["acl-axial.pt"]}
+        assert load_stack(tmp_path, "acl") == a_stack(format=version)
     path.write_text(json.dumps({"format": "mrnet-stack-2"} | earlier | {"features": "logit"}))
     load_stack(tmp_path, "acl")
     path.write_text(json.dumps({"format": "mrnet-stack-1"} | earlier | {"features": "logit"}))
@@ -165,12 +183,12 @@ def faulty_stacks():
     yield {"features": "other"}
     yield {"combinations": {}}
     yield {"base_models": {"other": []}}
-    yield {"base_models": {"axial": ["../acl-axial.pt"]}}
-    yield {"base_models": {"axial": ["acl-axial.zip"]}}
-    yield {"base_models": {"axial": [7]}}
+    for name in ("../acl-axial.pt", "acl-axial.zip", 7):
+        yield {"base_models": a_stack()["base_models"] | {"axial": [name]}}
     yield {"digests": []}
     bad = ({"coefficients": [1.0, 2.0]}, {"coefficients": ["1"]}, {"intercept": math.nan},
-           {"threshold": math.inf}, {"threshold": True}, {"coefficients": None})  # fmt: skip
+           {"threshold": math.inf}, {"threshold": True}, {"coefficients": None},
+           {"columns": ["axial-other"]}, {"columns": []})  # fmt: skip
     for change in bad:
         combinations = a_stack()["combinations"]
         combinations["axial"] |= change
@@ -215,10 +233,10 @@ def test_everything_of_a_task(tmp_path):
     write_models(tmp_path, "acl-coronal")
     models = load_task(tmp_path, "acl")
     assert models.task == "acl" and models.stack is None
-    assert {plane: [i for _, i in found] for plane, found in models.networks.items()} == {
+    assert {plane: [n.intensity for n in found] for plane, found in models.networks.items()} == {
         "axial": ["raw"], "coronal": ["raw"],
     }  # fmt: skip
-    assert all(not net.training for found in models.networks.values() for net, _ in found)
+    assert all(not n.model.training for found in models.networks.values() for n in found)
     assert models.datasets == [synthetic, None] and models.is_synthetic
     assert len(models.digest) == 12
     write_models(tmp_path, "acl-axial")
@@ -230,7 +248,7 @@ def test_everything_of_a_task(tmp_path):
     write_models(tmp_path, "acl-axial", "acl-coronal", dataset=synthetic)
     assert load_task(tmp_path, "acl").datasets == [synthetic]  # once
     there = load_task(tmp_path, "acl", "meta").networks.values()
-    assert all(p.is_meta for found in there for net, *_ in found for p in net.parameters())
+    assert all(p.is_meta for found in there for n in found for p in n.model.parameters())
 
 
 @pytest.mark.parametrize("name", ["cyst-axial", "acl-sagittal"])
@@ -246,13 +264,13 @@ def test_a_task_with_a_stack_has_the_stacks_networks(tmp_path):
     write_models(tmp_path, *names, "acl-axial")
     files = [f"{name}.pt" for name in names]
     digests = {name: stacking.digest_of(tmp_path / name) for name in files}
-    stack = a_stack(base_models={"axial": files}, digests=digests)
+    combinations = {"axial": one_combination("axial")}
+    stack = a_stack(base_models={"axial": files}, digests=digests, combinations=combinations)
     save_stack(stack_path(tmp_path, "acl"), stack)
     models = load_task(tmp_path, "acl")
     assert list(models.networks) == ["axial"] and len(models.networks["axial"]) == 2
     assert models.stack["digests"] == digests and models.datasets == [None]
-    changed = a_stack(base_models={"axial": files}, digests=digests, note="other")
-    save_stack(stack_path(tmp_path, "acl"), changed)
+    save_stack(stack_path(tmp_path, "acl"), stack | {"note": "other"})
     assert load_task(tmp_path, "acl").digest != models.digest
     write_models(tmp_path, names[1])
     with pytest.raises(InputError, match="fold2of2.pt: trained again after the stack was fitted"):

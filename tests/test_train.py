@@ -15,9 +15,11 @@ import train
 from common import engine
 from common.checkpoint import load_model, read_checkpoint
 from common.config import Config
+from common.datasets import load_exams
 from common.errors import RunError
 from common.splits import plan_splits
 from dataloader import Augmentation, MRDataset
+from model import MRNet
 
 CPU = torch.device("cpu")
 
@@ -40,10 +42,14 @@ def split(shared_exams):
 def test_the_default_recipe_is_the_articles(monkeypatch):
     args = vars(parse(monkeypatch))
     article = {
-        "task": "acl", "plane": "axial", "intensity": "standardized", "augment": True, "epochs": 50,
-        "lr": 1e-5, "weight_decay": 0.1, "lr_scheduler": "plateau", "patience": 5, "dropout": 0.0,
-        "class_weights": True, "pretrained": True, "seed": 0, "protocol": "article", "folds": 1,
-        "repeat": 1, "device": "auto", "precision": "auto", "cuda_graphs": False,
+        "task": ["acl"], "plane": ["axial"], "recipe": "article", "intensity": "standardized",
+        "channels": "grey", "augment": "article", "slices": 1.0, "backbone": "alexnet",
+        "pretrained": True, "pooling": "max", "dropout": 0.0, "share_backbone": False,
+        "plane_weight": 0.5, "plane_dropout": 0.0, "class_weights": True, "accumulate": 1,
+        "optimizer": "adam", "lr": 1e-5, "head_lr": 0.0, "weight_decay": 0.1, "clip": 0.0,
+        "average_weights": 0.0, "lr_scheduler": "plateau", "warmup": 0.0, "epochs": 50,
+        "patience": 5, "seed": 0, "protocol": "article", "folds": 1, "repeat": 1,
+        "device": "auto", "precision": "auto", "cuda_graphs": False,
     }  # fmt: skip
     files = {"data_dir": Path("data"), "models_dir": Path("models"), "logs_dir": Path("logs"),
              "log_every": 100, "resume": False, "cache": "auto"}  # fmt: skip
@@ -51,19 +57,24 @@ def test_the_default_recipe_is_the_articles(monkeypatch):
 
 
 def test_every_argument_is_taken(monkeypatch):
-    words = ("--data-dir d --intensity raw --no-augment --epochs 3 --lr 0.5 --weight-decay 0 "
-             "--lr-scheduler step --patience 2 --dropout 0.25 --no-class-weights --no-pretrained "
-             "--seed 7 --protocol held-out --folds 4 --repeat 2 --device cpu --precision fp32 "
-             "--cache disk --cuda-graphs --models-dir m --logs-dir l --log-every 9 "
-             "--resume")  # fmt: skip
+    words = ("--data-dir d --intensity raw --channels neighbours --augment strong --slices 0.5 "
+             "--backbone vgg11 --no-pretrained --pooling mean --dropout 0.25 --share-backbone "
+             "--plane-weight 0.1 --plane-dropout 0.3 --no-class-weights --accumulate 4 --optimizer "
+             "adamw --lr 0.5 --head-lr 0.6 --weight-decay 0 --clip 1 --average-weights 0.9 "
+             "--lr-scheduler cosine --warmup 0.1 --epochs 3 --patience 2 --seed 7 --protocol "
+             "held-out --folds 4 --repeat 2 --device cpu --precision fp32 --cache disk "
+             "--cuda-graphs --models-dir m --logs-dir l --log-every 9 --resume")  # fmt: skip
     args = vars(parse(monkeypatch, *words.split()))
     assert args == {
-        "task": "acl", "plane": "axial", "data_dir": Path("d"), "intensity": "raw",
-        "augment": False, "epochs": 3, "lr": 0.5, "weight_decay": 0.0, "lr_scheduler": "step",
-        "patience": 2, "dropout": 0.25, "class_weights": False, "pretrained": False, "seed": 7,
-        "protocol": "held-out", "folds": 4, "repeat": 2, "device": "cpu", "precision": "fp32",
-        "cache": "disk", "cuda_graphs": True, "models_dir": Path("m"), "logs_dir": Path("l"),
-        "log_every": 9, "resume": True,
+        "task": ["acl"], "plane": ["axial"], "recipe": "article", "data_dir": Path("d"),
+        "intensity": "raw", "channels": "neighbours", "augment": "strong", "slices": 0.5,
+        "backbone": "vgg11", "pretrained": False, "pooling": "mean", "dropout": 0.25,
+        "share_backbone": True, "plane_weight": 0.1, "plane_dropout": 0.3, "class_weights": False,
+        "accumulate": 4, "optimizer": "adamw", "lr": 0.5, "head_lr": 0.6, "weight_decay": 0.0,
+        "clip": 1.0, "average_weights": 0.9, "lr_scheduler": "cosine", "warmup": 0.1, "epochs": 3,
+        "patience": 2, "seed": 7, "protocol": "held-out", "folds": 4, "repeat": 2,
+        "device": "cpu", "precision": "fp32", "cache": "disk", "cuda_graphs": True,
+        "models_dir": Path("m"), "logs_dir": Path("l"), "log_every": 9, "resume": True,
     }  # fmt: skip
 
 
@@ -80,11 +91,14 @@ def test_every_argument_is_taken(monkeypatch):
         ("--folds x", "'x' is not a whole number"),
         ("--repeat 0", "at least 1"),
         ("--log-every 0", "at least 1"),
-        ("--lr-scheduler cosine", "invalid choice"),
+        ("--lr-scheduler cos", "invalid choice"),
         ("--protocol mine", "invalid choice"),
         ("--intensity other", "invalid choice"),
         ("--cache here", "invalid choice"),
         ("--plane oblique", "invalid choice"),
+        ("--backbone lenet", "invalid choice"),
+        ("--slices 0", "'0' is not a number above 0 and at most 1"),
+        ("--accumulate 0", "at least 1"),
     ],
 )
 def test_arguments_that_are_refused(monkeypatch, capsys, words, fault):
@@ -99,30 +113,6 @@ def test_task_and_plane_are_required(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             train.parse_arguments()
         assert "required" in capsys.readouterr().err
-
-
-def rates(name, losses):
-    """Learning rate of each epoch, then after the last, starting from 1."""
-    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = train.make_scheduler(name, optimizer)
-    found = []
-    for loss in losses:
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step(loss) if name == "plateau" else scheduler.step()
-    return [*found, optimizer.param_groups[0]["lr"]]
-
-
-def test_schedules():
-    # Three epochs without a better loss are waited for, the fourth lowers the rate.
-    assert rates("plateau", [0.5] * 6) == pytest.approx([1, 1, 1, 1, 1, 0.3, 0.3])
-    # An improvement of less than 1 in 10,000 is none.
-    less = [0.5 * (1 - 1e-5) ** i for i in range(6)]
-    assert rates("plateau", less)[5] == pytest.approx(0.3)
-    more = [0.5 * (1 - 5e-4) ** i for i in range(6)]
-    assert rates("plateau", more)[5] == 1
-    assert rates("step", [0.5] * 6) == pytest.approx([1, 1, 1, 0.5, 0.5, 0.5, 0.25])
-    assert rates("none", [0.5] * 3) == [1, 1, 1, 1]
 
 
 def test_the_state_at_the_start(split):
@@ -141,15 +131,15 @@ def test_the_state_at_the_start(split):
 
 
 def test_imagenet_features_are_the_default(split, monkeypatch):
-    features = torch.nn.Module.state_dict(train.MRNet().pretrained_model)
-    monkeypatch.setattr(train, "imagenet_features", lambda: features)
+    features = MRNet().pretrained_model.state_dict()
+    monkeypatch.setattr(train, "imagenet_features", lambda backbone: features)
     state = train.start_state(config(pretrained=True), split)
     for name, value in state.model.pretrained_model.state_dict().items():
         assert torch.equal(value, features[name])
 
 
 def step_of(state):
-    return engine.TrainingStep(state.model, state.optimizer, CPU, "fp32")
+    return engine.TrainingStep(state.model, state.optimizer, "fp32")
 
 
 def test_one_epoch_of_training(split):
@@ -161,6 +151,7 @@ def test_one_epoch_of_training(split):
         state, step_of(state), split.train_set, "epoch"
     )
     np.testing.assert_array_equal(labels, split.train_set.labels[order])
+    metrics, labels, logits = metrics["acl"], labels[:, 0], logits[:, 0]
     assert metrics["loss"] == pytest.approx(losses.mean())
     assert metrics["auc"] == pytest.approx(roc_auc_score(labels, logits))
     p, weights = 1 / (1 + np.exp(-logits.astype(float))), np.where(labels == 1, 2, 1)
@@ -184,7 +175,7 @@ def test_an_epoch_that_was_stopped_is_finished_by_the_next_call(split):
             return real(*args)
 
     torch.manual_seed(9)
-    stopping = Stopping(state.model, state.optimizer, CPU, "fp32")
+    stopping = Stopping(state.model, state.optimizer, "fp32")
     (labels, logits, losses), metrics = train.train_model(
         state, stopping, split.train_set, "epoch", stop
     )
@@ -214,7 +205,7 @@ def test_a_loss_that_is_not_finite_names_epoch_and_exam(split):
 def test_evaluation(split):
     state = train.start_state(config(), split)
     metrics, logits = train.evaluate_model(state.model, split.valid_set, config())
-    labels = split.valid_set.labels
+    labels, logits, metrics = split.valid_set.labels[:, 0], logits[:, 0], metrics["acl"]
     assert len(logits) == 8 and not state.model.training
     assert metrics["auc"] == pytest.approx(roc_auc_score(labels, logits))
     p, weights = 1 / (1 + np.exp(-logits.astype(float))), np.where(labels == 1, 2, 1)
@@ -229,18 +220,19 @@ def test_evaluation(split):
 
 
 def test_exams_as_the_arguments_ask_for(shared_exams, capsys):
-    for exams in train.load_exams(config(), shared_exams):
-        assert (exams.task, exams.plane, exams.intensity) == ("acl", "axial", "standardized")
-        assert exams.class_weights == (1.0, 2.0)
+    for exams in load_exams(config(), shared_exams):
+        assert (exams.tasks, exams.plane, exams.intensity) == (("acl",), "axial", "standardized")
+        assert exams.class_weights == {"acl": (1.0, 2.0)}
         assert isinstance(exams.transform, Augmentation) == (exams.split == "train")
+        assert exams.channels == "grey" and exams.slices == (1.0, 1.0)
     said = capsys.readouterr().out
     assert "train      12 exams, 4 positive, 2 to 4 slices" in said
     assert "valid      8 exams, 3 positive" in said and "WARNING" not in said
     assert "RANDOM" in said and "class weights  negative 1, positive 2.000" in said
-    plain = config(augment=False, class_weights=False, intensity="raw", pretrained=True)
-    for exams in train.load_exams(plain, shared_exams):
+    plain = config(augment="none", class_weights=False, intensity="raw", pretrained=True)
+    for exams in load_exams(plain, shared_exams):
         assert exams.transform is None and exams.intensity == "raw"
-        assert exams.class_weights == (1.0, 1.0) and set(exams.weights) == {1}
+        assert exams.class_weights == {"acl": (1.0, 1.0)} and set(exams.weights[:, 0]) == {1}
     assert "RANDOM" not in capsys.readouterr().out
 
 
@@ -294,7 +286,7 @@ def test_a_whole_run(tmp_path):
 
     valid = MRDataset(exams, "acl", "axial", train=False)
     again, logits = train.evaluate_model(model, valid, config())
-    assert again["auc"] == pytest.approx(auc, abs=1e-4)
+    assert again["acl"]["auc"] == pytest.approx(auc, abs=1e-4)
     wanted = {"task": "acl", "plane": "axial", "intensity": "standardized", "pretrained": False,
               "precision": "fp32", "seed": 3, "fold": 0, "out_of_fold": [], "tuning": [],
               "protocol": "article", "class_weights": [1.0, 2.0], "dataset": None,

@@ -71,8 +71,8 @@ class ArticlesDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         volume = np.load(self.exams.paths[i])
-        label = torch.FloatTensor([self.exams.labels[i]])
-        weight = torch.FloatTensor([self.exams.weights[i]])
+        label = torch.FloatTensor([self.exams.labels[i, 0]])
+        weight = torch.FloatTensor([self.exams.weights[i, 0]])
         if self.train:
             return articles_transform(volume), label, weight
         return torch.FloatTensor(np.stack((volume,) * 3, axis=1)), label, weight

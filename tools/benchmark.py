@@ -43,7 +43,7 @@ from common.devices import (
 from common.errors import InputError, RunError
 from common.files import write_csv
 from dataloader import PLANES, Augmentation, MRDataset, resample
-from model import MRNet, first_convolution_of_grey
+from model import GreyConv2d, MRNet, first_convolution_of_grey
 from tools.article_loop import ArticlesLoop
 
 SIDE = 256
@@ -131,7 +131,7 @@ class Ours:
             fused=True,
             capturable=cuda,
         )
-        self.step = engine.TrainingStep(self.model, self.optimizer, device, self.precision)
+        self.step = engine.TrainingStep(self.model, self.optimizer, self.precision)
         if graphs:
             self.step = GraphedSteps(self.step)
             self.train()  # captures the graphs: once a run, not once an epoch
@@ -148,13 +148,18 @@ class ThreeChannels(MRNet):
         return super().forward(x.expand(-1, -1, 3, -1, -1).contiguous())
 
 
-class WithoutBlocks(MRNet):
+class SummedConv2d(GreyConv2d):
     """The summed first convolution as it stands: 11 x 11, stride 4, one channel."""
 
-    def feature_maps(self, x):
-        first = self.pretrained_model[0]
-        x = F.conv2d(x, first.weight.sum(1, keepdim=True), first.bias, first.stride, first.padding)
-        return self.pretrained_model[1:](x)
+    def forward(self, x):
+        return F.conv2d(x, self.weight.sum(1, keepdim=True), self.bias, self.stride, self.padding)
+
+
+class WithoutBlocks(MRNet):
+    def __init__(self):
+        super().__init__()
+        self.pretrained_model[0] = SummedConv2d(3, 64, kernel_size=11, stride=4, padding=2)
+        self.to(memory_format=torch.channels_last)
 
 
 class WithoutChannelsLast(MRNet):
@@ -168,7 +173,7 @@ class WithoutChannelsLast(MRNet):
 
 
 class TwoResamplings(Augmentation):
-    def __call__(self, grey, pose):
+    def apply(self, grey, pose):
         still = torch.zeros_like(pose)
         still[3] = 1.0
         turned = torch.cat([pose[:1], still[1:3], pose[3:]])
@@ -264,7 +269,7 @@ def measure(makers, root, device, cache, runs):
             if round_:
                 for kept, value in zip(times[name], measured, strict=True):
                     kept.append(value)
-    return times, [sum(shape[0] for shape in exams.shapes) for exams in sets]
+    return times, [sum(exams.slice_counts) for exams in sets]
 
 
 def table(times, slices, device, precision):

@@ -17,7 +17,6 @@ from tabulate import tabulate
 from common import cli
 from common.errors import InputError
 from common.metrics import auc_difference, brier, roc_auc
-from dataloader import PLANES
 
 
 def parse_arguments():
@@ -32,23 +31,25 @@ def read_predictions(path):
     """The validation exams of a predictions.csv.
 
     Returns:
-        ids, labels float64 (n,), and {name: probabilities float64 (n,)}, sorted by id.
+        ids, labels float64 (n,) 0 or 1, and {name: probabilities float64 (n,)}, sorted by id.
 
     Raises:
         InputError: not such a file.
     """
-    names = (*PLANES, "stack")
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = sorted(
                 (row for row in csv.DictReader(file) if row["split"] == "valid"),
                 key=lambda row: row["id"],
             )
-        labels = np.array([float(row["label"]) for row in rows])
+        labels = np.array([float(float(row["label"]) >= 0.5) for row in rows])
+        names = [name for name in rows[0] if name not in ("split", "id", "label")]
         scores = {name: np.array([float(row[name]) for row in rows]) for name in names}
-        if not rows or not all(np.isfinite(values).all() for values in scores.values()):
+        if "stack" not in scores or not all(
+            np.isfinite(values).all() for values in scores.values()
+        ):
             raise ValueError
-    except (OSError, KeyError, TypeError, ValueError, csv.Error):
+    except (OSError, LookupError, TypeError, ValueError, csv.Error):
         raise InputError(
             f"{path}: no predictions of validation exams; train_logistic_regression.py writes them"
         ) from None
@@ -67,7 +68,7 @@ def run(args):
     a, b = (name[:12] for name in args.names)
     print(f"{len(labels)} validation exams, {int(labels.sum())} positive")
     rows = []
-    for name in first:
+    for name in (name for name in first if name in second):
         gain = auc_difference(labels, second[name], first[name])
         interval = f"{gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
         aucs = [roc_auc(labels, scores[name]) for scores in (first, second)]

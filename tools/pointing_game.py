@@ -18,10 +18,10 @@ from common import cli
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, one_line
 from common.metrics import wilson_interval
-from common.stacking import load_task, saved_tasks
+from common.stacking import decide, load_task, saved_tasks
 from dataloader import read_labels, read_volume, volume_path
-from explain import decision_of, explain_plane
-from model import CELL_FIRST, CELL_STEP
+from explain import explain_planes
+from model import BACKBONES
 
 TOLERANCE = 15.0  # mm from the lesion's extent: less than half a cell of the map (19 mm) more
 LIMB_SIGNAL = 0.1  # of the brightest tissue; the phantom's fat has 0.2, its air 0.05
@@ -34,6 +34,7 @@ def parse_arguments():
     parser.add_argument(
         "--models-dir", type=Path, default=Path("models"), help="where train.py wrote"
     )
+    cli.add_recipes_argument(parser)
     cli.add_machine_arguments(parser)
     return parser.parse_args()
 
@@ -80,10 +81,11 @@ def near(points, boxes):
     )
 
 
-def strongest_voxel(maps):
+def strongest_voxel(maps, backbone="alexnet"):
     """Where the heat map is strongest: slice, row and column in voxels, float (3,)."""
     s, i, j = np.unravel_index(np.argmax(maps), maps.shape)
-    return np.array([s, CELL_STEP * i + CELL_FIRST, CELL_STEP * j + CELL_FIRST], float)
+    step, first = BACKBONES[backbone].cell_step, BACKBONES[backbone].cell_first
+    return np.array([s, step * i + first, step * j + first], float)
 
 
 def chance_of(volume, step, boxes, every=4):
@@ -107,8 +109,9 @@ def play(models, plane, data_dir, lesions, device, precision):
     found = []
     for exam_id in cli.progress(positives, f"{models.task}, {plane}"):
         path = volume_path(data_dir, "valid", plane, exam_id)
-        one = explain_plane(models.networks[plane], read_volume(path), device, precision)
-        decision = decision_of(models, {plane: one})
+        explained, logits = explain_planes(models, {plane: read_volume(path)}, device, precision)
+        one = explained[plane]
+        decision = decide(models.stack, [plane], logits) if models.stack else None
         if decision.label == "negative" if decision else one.probability < 0.5:
             continue
         step, boxes = boxes_of(lesions, exam_id, models.task, plane)
@@ -118,7 +121,8 @@ def play(models, plane, data_dir, lesions, device, precision):
                 "phantom again"
             )
         centre = (np.array(one.volume.shape) - 1) / 2
-        hits = (bool(near(voxel * step, boxes)) for voxel in (strongest_voxel(one.maps), centre))
+        voxels = (strongest_voxel(one.maps, one.backbone), centre)
+        hits = (bool(near(voxel * step, boxes)) for voxel in voxels)
         found.append((*hits, chance_of(one.volume, step, boxes)))
     return len(positives), found
 
@@ -128,12 +132,13 @@ def run(args):
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     lesions = read_lesions(args.data)
-    names = [args.task] if args.task else saved_tasks(args.models_dir)
+    recipes = args.recipes
+    names = [args.task] if args.task else saved_tasks(args.models_dir, recipes)
     head = ("positive", "found", "hits", "pointing [95 %]", "chance", "centre")
     print(f"{'task':<10}{'plane':<10}{{:>9}}{{:>7}}{{:>6}}{{:>21}}{{:>8}}{{:>8}}".format(*head))
     for name in names:
-        models = load_task(args.models_dir, name, device)
-        for plane in models.networks:
+        models = load_task(args.models_dir, name, device, recipes)
+        for (plane,) in (planes for planes in models.by_planes if len(planes) == 1):
             count, found = play(models, plane, args.data, lesions, device, precision)
             line = f"{name:<10}{plane:<10}{count:9d}{len(found):7d}"
             if found:

@@ -1,0 +1,91 @@
+"""The optimizer, the learning-rate schedule and the moving average of the weights.
+
+Sources: the article (Adam, plateau and step schedules); Loshchilov and Hutter, "Decoupled weight
+decay regularization", ICLR 2019 (AdamW), and "SGDR", ICLR 2017 (cosine); Smith and Topin,
+"Super-convergence", 2018 (one-cycle); Polyak and Juditsky 1992 (averaged weights).
+"""
+
+import math
+
+import torch
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+PLATEAU_PATIENCE, PLATEAU_FACTOR, PLATEAU_THRESHOLD = 3, 0.3, 1e-4  # the article's
+STEP_EPOCHS, STEP_FACTOR = 3, 0.5  # the article's
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+SCHEDULERS = ("plateau", "step", "cosine", "one-cycle", "none")
+ONE_CYCLE_WARMUP = 0.3  # of all steps, where --warmup is 0; torch's and fastai's
+
+
+def make_optimizer(model, config):
+    """Adam or AdamW; classifiers (and attention) with a learning rate of their own if asked for."""
+    rates = {"backbone": config.lr, "head": config.head_lr or config.lr}
+    parameters = {"backbone": [], "head": []}
+    for name, parameter in model.named_parameters():
+        within = config.head_lr > 0 and "pretrained_model" not in name
+        parameters["head" if within else "backbone"].append(parameter)
+    device = next(model.parameters()).device
+    groups = [
+        # A CUDA graph reads the learning rate from a tensor.
+        {"params": found, "lr": torch.tensor(rates[part], device=device)
+         if config.cuda_graphs else rates[part]}
+        for part, found in parameters.items() if found
+    ]  # fmt: skip
+    return OPTIMIZERS[config.optimizer](
+        groups,
+        lr=groups[0]["lr"],
+        weight_decay=config.weight_decay,
+        fused=True,
+        capturable=config.cuda_graphs,
+    )
+
+
+def make_scheduler(config, optimizer, steps):
+    """A learning-rate schedule.
+
+    Args:
+        steps: of the optimizer in one epoch.
+
+    Returns:
+        torch's scheduler: plateau and step (the article's) are stepped once an epoch, the others
+        after every step of the optimizer.
+    """
+    if config.lr_scheduler == "plateau":
+        return lr_scheduler.ReduceLROnPlateau(
+            optimizer, patience=PLATEAU_PATIENCE, factor=PLATEAU_FACTOR, threshold=PLATEAU_THRESHOLD
+        )
+    if config.lr_scheduler == "step":
+        return lr_scheduler.StepLR(optimizer, step_size=STEP_EPOCHS, gamma=STEP_FACTOR)
+    total = steps * config.epochs
+    if config.lr_scheduler == "one-cycle":
+        return lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=[group["lr"] for group in optimizer.param_groups],
+            total_steps=total,
+            pct_start=config.warmup or ONE_CYCLE_WARMUP,
+        )
+    warmup, is_cosine = round(config.warmup * total), config.lr_scheduler == "cosine"
+    if not (warmup or is_cosine):
+        return lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+    def factor(step):
+        if step < warmup:
+            return (step + 1) / warmup
+        if not is_cosine:
+            return 1.0
+        return (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+
+    return lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def steps_with_optimizer(scheduler):
+    """Whether a schedule is stepped after every step of the optimizer, not after every epoch."""
+    return isinstance(scheduler, lr_scheduler.LambdaLR | lr_scheduler.OneCycleLR)
+
+
+def make_average(model, decay):
+    """The moving average of a model's weights: torch's AveragedModel, or None for a decay of 0."""
+    if decay == 0:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
