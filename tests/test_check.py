@@ -16,8 +16,8 @@ def test_sound_exams_have_no_fault(exams):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no faults" in done.stdout
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert ["acl", "train", "12", "4", "33", "%"] in rows
-    assert ["acl", "valid", "8", "3", "38", "%"] in rows  # ids 12 to 19: 12, 15, 18
+    assert ["acl", "train", "12", "4", "33", "%", "0", "0"] in rows
+    assert ["acl", "valid", "8", "3", "38", "%", "0", "0"] in rows  # ids 12 to 19: 12, 15, 18
     assert any(row[:3] == ["axial", "train", "12"] and row[-1] == "64x64" for row in rows)
 
 
@@ -80,3 +80,14 @@ def test_no_data_in_one_line(tmp_path, name):
     (tmp_path / "empty").mkdir()
     done = check(tmp_path / name)
     assert done.returncode == 2 and "phantom" in done.stderr and done.stdout == ""
+
+
+def test_unknown_and_soft_labels_are_counted(exams):
+    (exams / "train-acl.csv").write_text("".join(f"{i},\n" for i in range(4))
+                                         + "".join(f"{i},0.{i}\n" for i in range(4, 10))
+                                         + "10,1\n11,0\n")  # fmt: skip
+    done = run_script("tools/check.py", exams)
+    assert done.returncode == 0, done.stdout
+    row = next(line.split() for line in done.stdout.splitlines() if line.startswith("acl  "))
+    # 0.5 to 0.9 and 1 are positive
+    assert row == ["acl", "train", "8", "6", "75", "%", "4", "6"]

@@ -4,6 +4,7 @@
     python -m tools.benchmark --exams 1130 --valid 120 --runs 3 --device cuda
     python -m tools.benchmark --growth                 # time against slices and exams
     python -m tools.benchmark --whole-run --exams 1130 --valid 120   # train.py: start-up, memory
+    python -m tools.benchmark --backbones --runs 3 --exams 4 --valid 1      # every backbone
 
 Makes random volumes of MRNet's size in a temporary folder, runs every variant once a round so that
 a machine that slows down slows all of them, and prints medians over the rounds with their spread.
@@ -43,7 +44,7 @@ from common.devices import (
 from common.errors import InputError, RunError
 from common.files import write_csv
 from dataloader import PLANES, Augmentation, MRDataset, resample
-from model import GreyConv2d, MRNet, first_convolution_of_grey
+from model import BACKBONES, GreyConv2d, MRNet, first_convolution_of_grey
 from tools.article_loop import ArticlesLoop
 
 SIDE = 256
@@ -68,6 +69,14 @@ def parse_arguments():
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="leave out the other variants")
     parser.add_argument(
         "--growth", action="store_true", help="time against slices and exams instead"
+    )
+    parser.add_argument(
+        "--backbones",
+        nargs="*",
+        choices=BACKBONES,
+        metavar="NAME",
+        help="every backbone (or those named) beside torchvision's plain three-channel fp32 loop, "
+        "and the memory of an exam of 30 and of 61 slices",
     )
     parser.add_argument(
         "--whole-run",
@@ -326,6 +335,104 @@ def growth(device, runs):
     return rows
 
 
+class PlainLoop:
+    """The plain loop for a backbone: torchvision's own network on three equal channels, eager,
+    fp32, contiguous; one exam a step."""
+
+    def __init__(self, backbone, exams, device):
+        self.exams, self.device = exams, device
+        self.features = plain_features(backbone).to(device)
+        self.head = torch.nn.Linear(BACKBONES[backbone].channels, 1).to(device)
+        parameters = [*self.features.parameters(), *self.head.parameters()]
+        self.optimizer = torch.optim.Adam(parameters, lr=1e-5, weight_decay=0.1)
+
+    def logit(self, i):
+        x = self.exams.exam(i, self.device).expand(-1, 3, -1, -1).contiguous()
+        slices = F.adaptive_avg_pool2d(self.features(x), 1).flatten(1)
+        return self.head(slices.max(dim=0, keepdim=True)[0])
+
+    def train(self):
+        self.features.train()
+        for i in range(len(self.exams)):
+            self.optimizer.zero_grad()
+            logit, target = self.logit(i), torch.ones(1, 1, device=self.device)
+            F.binary_cross_entropy_with_logits(logit, target).backward()
+            self.optimizer.step()
+
+    @torch.no_grad()
+    def evaluate(self):
+        self.features.eval()
+        for i in range(len(self.exams)):
+            self.logit(i)
+
+
+def plain_features(backbone):
+    """torchvision's layers before the classifier, as torchvision builds them."""
+    from torchvision import models
+
+    more = {"aux_logits": False, "init_weights": False} if backbone == "inception_v3" else {}
+    network = getattr(models, backbone)(weights=None, **more)
+    if hasattr(network, "features"):
+        return network.features
+    layers = [m for n, m in network.named_children() if n not in ("avgpool", "dropout", "fc")]
+    return torch.nn.Sequential(*layers)
+
+
+def backbone_row(backbone, exams, device, runs):
+    """One backbone: parameters, ms a slice of ours and of the plain loop, round by round."""
+    loops = {
+        "ours": partial(Ours, network=partial(MRNet, backbone=backbone), graphs=False),
+        "plain": lambda sets, device: PlainLoop(backbone, sets[0], device),
+    }
+    loops = {name: make((exams, exams), device) for name, make in loops.items()}
+    times = {(name, what): [] for name in loops for what in ("train", "evaluate")}
+    for round_ in range(runs + 1):  # the first round warms up
+        for name, what in times:
+            took = 1e3 * seconds(getattr(loops[name], what), device) / sum(exams.slice_counts)
+            times[name, what] += [took] if round_ else []
+    middle = statistics.median
+    row = {"backbone": backbone}
+    row["parameters, M"] = sum(p.numel() for p in loops["ours"].model.parameters()) / 1e6
+    for what in ("train", "evaluate"):
+        ours, plain = times["ours", what], times["plain", what]
+        row |= {f"{what} ms/slice": middle(ours), f"plain {what} ms/slice": middle(plain)}
+        row[f"{what} faster"] = middle(b / a for a, b in zip(ours, plain, strict=True))
+    for slices in (30, 61):
+        row[f"GB at {slices}"] = peak_memory(backbone, slices, device)
+    return row
+
+
+def peak_memory(backbone, slices, device):
+    """GB that a process takes at most in two training steps on an exam of some slices, fp32."""
+    code = (
+        "import resource, torch\n"
+        "from common.engine import TrainingStep\n"
+        "from model import MRNet\n"
+        f"model = MRNet(backbone='{backbone}').to('{device.type}').train()\n"
+        "step = TrainingStep(model, torch.optim.Adam(model.parameters()), 'fp32')\n"
+        "one = torch.ones(1, 1, device=step.device)\n"
+        f"make = lambda: iter([torch.rand({slices}, 1, {SIDE}, {SIDE}, device=step.device)])\n"
+        "[step.on_exams(make(), one, one) for _ in range(2)]\n"
+        "cuda = step.device.type == 'cuda'\n"
+        "kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(torch.cuda.max_memory_allocated() if cuda else 1024 * kib)\n"
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    return int(done.stdout) / 1e9 if done.returncode == 0 else float("nan")
+
+
+def backbones(names, root, device, runs):
+    """A row for each backbone."""
+    exams = MRDataset(root, "acl", PLANES[0])
+    cache_volumes([exams], "auto", device)
+    rows = []
+    for name in names or BACKBONES:
+        rows.append(backbone_row(name, exams, device, runs))
+        print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
 def whole_run(root, device, cache):
     """Two epochs of train.py in a process of its own, as a user starts it: one row of values."""
     command = [sys.executable, str(Path(__file__).parent.parent / "train.py"), "--task", "acl"]
@@ -372,7 +479,10 @@ def run(args):
     else:
         with tempfile.TemporaryDirectory() as folder:
             write_exams(Path(folder), {"train": args.exams, "valid": args.valid}, mrnet_slices)
-            if args.whole_run:
+            if args.backbones is not None:
+                rows = backbones(args.backbones, Path(folder), device, args.runs)
+                what = "backbones"
+            elif args.whole_run:
                 rows, what = [whole_run(Path(folder), device, args.cache)], "run"
             else:
                 makers = variants(device, args.workers, Path(folder) / "logs")

@@ -5,12 +5,13 @@
 
 Reads every label and every volume of a folder in MRNet's layout, in parallel, and prints all that
 is wrong: volumes missing, truncated, pickled, of a wrong type or shape, without contrast; labels
-beyond 0 and 1, ids twice, in both splits or not in every plane; a patient in both splits
+that are not from 0 to 1, ids twice, in both splits or not in every plane; a patient in both splits
 (<split>-groups.csv); the same volume under two ids, which leaks training exams into
 validation. Then the class counts. Exit status 0, or 2 with faults.
 """
 
 import hashlib
+import math
 import os
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from dataloader import (
     GROUPS,
     PLANES,
     SPLITS,
+    is_positive,
     label_rows,
     read_groups,
     read_volume,
@@ -79,9 +81,10 @@ def check_labels(root):
                 else:
                     found[exam_id] = label
             labels[task][split] = found
-            if len(set(found.values())) < 2:
+            known = [label for label in found.values() if not math.isnan(label)]
+            if len({is_positive(label) for label in known}) < 2:
                 faults.append(
-                    f"{root}/{split}-{task}.csv: {len(found)} exams of one class only; training "
+                    f"{root}/{split}-{task}.csv: {len(known)} exams of one class only; training "
                     "and AUC need both 0 and 1"
                 )
         both = sorted(labels[task]["train"].keys() & labels[task]["valid"].keys(), key=int)
@@ -218,14 +221,17 @@ def check(root, workers):
 
 
 def class_counts(labels):
-    """Rows of a table: exams and positives of each task and split."""
+    """Rows of a table, one for each task and split: exams with a known label, positives (from 0.5
+    on), exams with an unknown label, exams with one between 0 and 1."""
     rows = []
     for task, splits in labels.items():
         for split, ids in splits.items():
-            positive = int(sum(ids.values()))
-            share = f"{100 * positive / max(len(ids), 1):.0f} %"
-            row = {"task": task, "split": split, "exams": len(ids), "positive": positive}
-            rows.append(row | {"share": share})
+            known = [label for label in ids.values() if not math.isnan(label)]
+            positive = sum(map(is_positive, known))
+            share = f"{100 * positive / max(len(known), 1):.0f} %"
+            row = {"task": task, "split": split, "exams": len(known), "positive": positive}
+            soft = sum(label not in (0, 1) for label in known)
+            rows.append(row | {"share": share, "unknown": len(ids) - len(known), "soft": soft})
     return rows
 
 
