@@ -278,7 +278,7 @@ def contact_sheet(explained, title):
             axes.set_axis_off()
         for axes, s in zip(row, best, strict=False):
             axes.imshow(pictures[s])
-            text = f"{plane} {s + 1} of {len(pictures)}: {one.slice_sums[s]:+.2f}"
+            text = f"{plane.split()[0]} {s + 1} of {len(pictures)}: {one.slice_sums[s]:+.2f}"
             axes.set_title(text, color="w", fontsize=9)
         shown = one.slice_sums[best].sum()
         others = one.slice_sums.sum() - shown
@@ -312,7 +312,9 @@ def animation(explained, title):
             image = Image.fromarray(slices[s])
             image.thumbnail((FRAME_SIDE, FRAME_SIDE))
             frame.paste(image, (FRAME_SIDE * column, head))
-            text = f"{plane} {s + 1} of {len(slices)}: {explained[plane].slice_sums[s]:+.2f}"
+            joint = ", joint" if " of " in plane else ""
+            text = f"{plane.split()[0]} {s + 1} of {len(slices)}{joint}: "
+            text += f"{explained[plane].slice_sums[s]:+.2f}"
             draw.text((FRAME_SIDE * column + 6, 3), text, "white")
         bar = Image.fromarray(heat_colours()[None]).resize((160, 8))  # (1, 256, 3)
         frame.paste(bar, (60, head + FRAME_SIDE + 8))

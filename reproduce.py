@@ -19,8 +19,10 @@ from pathlib import Path
 from tabulate import tabulate
 
 from common import cli
+from common.config import ARTICLE, read_recipe
 from common.errors import Interrupted, RunError
 from common.files import write_text
+from common.stacking import start_of_results
 from dataloader import PLANES, tasks
 
 # (who, protocol, {task: AUC}); none of these is ours.
@@ -83,13 +85,17 @@ def call(script, *arguments):
 
 
 def shared_with_stack(recipe):
-    """The arguments of train.py that train_logistic_regression.py needs as well."""
+    """The arguments of train.py that train_logistic_regression.py needs as well, and the name of
+    the recipe."""
     names = ("--folds", "--repeat", "--seed", "--device", "--precision")
     parser = argparse.ArgumentParser(add_help=False)
     for name in names:
         parser.add_argument(name)
+    parser.add_argument("--recipe", default=ARTICLE)
     known = vars(parser.parse_known_args(recipe)[0])
-    return [word for name, value in known.items() if value for word in (f"--{name}", value)]
+    name = read_recipe(known.pop("recipe"))[0]
+    words = [word for name, value in known.items() if value for word in (f"--{name}", value)]
+    return [*words, "--recipes", name], name
 
 
 def markdown(results):
@@ -124,9 +130,10 @@ def run(args):
     for task in wanted:
         for plane in PLANES:
             call("train.py", "--task", task, "--plane", plane, *places, "--resume", *args.recipe)
-        call("train_logistic_regression.py", "--task", task, *places,
-             *shared_with_stack(args.recipe))  # fmt: skip
-        results[task] = json.loads((args.models_dir / f"{task}-results.json").read_text())
+        words, recipe = shared_with_stack(args.recipe)
+        call("train_logistic_regression.py", "--task", task, *places, *words)
+        start = start_of_results(args.models_dir, task, [recipe])
+        results[task] = json.loads(Path(f"{start}-results.json").read_text())
     table = markdown(results)
     write_text(args.models_dir / "results.json", json.dumps(results, indent=2) + "\n")
     write_text(args.models_dir / "results.md", table)

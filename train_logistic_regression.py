@@ -55,6 +55,7 @@ from common.stacking import (
     save_stack,
     stack_name,
     stack_path,
+    start_of_results,
     threshold_for,
 )
 from dataloader import CHANNELS, PLANES, SPLITS, MRDataset, MultiPlaneDataset, is_positive
@@ -531,7 +532,7 @@ def write_results(base_models, logs_dir, recipes, results, exams, scores):
     """
     models_dir, task = base_models.models_dir, base_models.task
     name = stack_name(recipes)
-    start = str(models_dir / f"{task}{name.removeprefix('stack')}")
+    start = start_of_results(models_dir, task, recipes)
     write_text(f"{start}-results.json", json.dumps(results, indent=2) + "\n")
     write_csv(f"{start}-predictions.csv", prediction_rows(exams, scores))
     log_dir = logs_dir / task / name / f"{datetime.now():%Y%m%d-%H%M%S}"

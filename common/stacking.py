@@ -176,6 +176,11 @@ def stack_path(models_dir, task, recipes=(ARTICLE,)):
     return Path(models_dir) / f"{task}-{stack_name(recipes)}.json"
 
 
+def start_of_results(models_dir, task, recipes=(ARTICLE,)):
+    """Start of the paths of a stack's tables and figures: "acl" or "acl-article+vgg16"."""
+    return str(Path(models_dir) / f"{task}{stack_name(recipes).removeprefix('stack')}")
+
+
 def save_stack(path, stack):
     """Write a stack (plain dict) as JSON."""
     write_text(path, json.dumps({"format": FORMAT, **stack}, indent=2) + "\n")
