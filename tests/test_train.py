@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_script, write_exams
+from conftest import assert_one_line_error, run_script, write_exams
 from sklearn.metrics import log_loss, roc_auc_score
 
 import train
 from common import engine
-from common.checkpoint import load_model, read_checkpoint
+from common.checkpoint import load_model, lock, read_checkpoint
 from common.config import Config
 from common.errors import RunError
 from common.splits import plan_splits
@@ -338,3 +338,57 @@ def test_folds_and_their_csv(tmp_path):
         mine = [row["id"] for row in rows if row["fold"] == str(fold)]
         assert content["metadata"]["out_of_fold"] == mine and len(mine) == 6
         assert (tmp_path / "logs" / "acl" / f"axial-fold{fold}of2").is_dir()
+
+
+def trained_on(exams, folder, *more):
+    """train.py on the CPU; one epoch, if `more` does not say otherwise."""
+    return run_script(
+        "train.py", "--task", "acl", "--plane", "axial", "--data-dir", exams, "--models-dir",
+        folder / "models", "--logs-dir", folder / "logs", "--device", "cpu", "--precision", "fp32",
+        "--no-pretrained", "--epochs", "1", *more,
+    )  # fmt: skip
+
+
+def test_training_stops_after_epochs_without_a_better_loss(tmp_path):
+    exams = write_exams(tmp_path / "data", train=30)
+    more = ("--protocol", "held-out", "--epochs", "9", "--patience", "2", "--lr", "1e-30")
+    done = trained_on(exams, tmp_path, *more)  # with that rate no loss ever changes
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.strip()[:1].isdigit()]
+    assert [row[0] for row in rows] == ["1", "2", "3"]
+    assert rows[0][8:] == ["best"] and rows[1][8:] == rows[2][8:] == []
+    assert "stopped: tune loss has not improved for 2 epochs" in done.stdout
+    assert "the epoch was selected on other exams" in done.stdout
+    assert "epoch  train loss  train auc   tune loss   tune auc" in done.stdout
+    (folder,) = (tmp_path / "logs" / "acl" / "axial").iterdir()
+    speeds = [value for _, value in read_events(folder)["exams-per-second"]]
+    for row, speed in zip(rows, speeds, strict=True):  # seconds are of the evaluation, too
+        assert speed == pytest.approx(float(row[7]), abs=0.1)
+        assert speed * (float(row[6]) + 0.05) > 27  # exams
+
+
+def test_an_augmented_exam_and_heat_maps_are_logged(shared_exams, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert trained_on(shared_exams, tmp_path).returncode == 0
+    (folder,) = (tmp_path / "logs" / "acl" / "axial").iterdir()
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    logged = {tag.split("/")[0]: events.Images(tag) for tag in events.Tags()["images"]}
+    assert [event.step for event in logged["an augmented training exam"]] == [1]
+    assert {"heat map of a positive validation exam", "heat map of a negative validation exam",
+            "roc"} <= set(logged)  # fmt: skip
+
+
+def test_cuda_graphs_need_cuda(shared_exams, tmp_path):
+    done = trained_on(shared_exams, tmp_path, "--cuda-graphs", "--cache", "device")
+    assert_one_line_error(done, "--cuda-graphs: needs --device cuda")
+
+
+@pytest.mark.parametrize("suffix, more", [("", ()), ("-fold1of2", ("--folds", "2"))])
+def test_a_model_that_another_run_trains_is_left_alone(shared_exams, tmp_path, suffix, more):
+    path = tmp_path / "models" / f"acl-axial{suffix}.pt"
+    path.parent.mkdir()
+    with lock(path):
+        done = trained_on(shared_exams, tmp_path, *more)
+    assert_one_line_error(done, path, "another run")
+    assert not path.exists()
