@@ -359,6 +359,9 @@ def test_training_stops_after_epochs_without_a_better_loss(tmp_path):
     assert rows[0][8:] == ["best"] and rows[1][8:] == rows[2][8:] == []
     assert "stopped: tune loss has not improved for 2 epochs" in done.stdout
     assert "the epoch was selected on other exams" in done.stdout
+    metrics = load_model(tmp_path / "models" / "acl-axial.pt")[1]["metrics"]
+    assert set(metrics) == {"train", "tune", "valid"}
+    assert f"validation AUC {metrics['valid']['auc']:.4f} [" in done.stdout
     assert "epoch  train loss  train auc   tune loss   tune auc" in done.stdout
     (folder,) = (tmp_path / "logs" / "acl" / "axial").iterdir()
     speeds = [value for _, value in read_events(folder)["exams-per-second"]]
