@@ -251,6 +251,10 @@ def test_the_augmented_exam_that_is_logged(split):
         slices = train.augmented_exam(config(intensity=intensity), split)
         assert slices.shape[1:] == (1, 64, 64) and slices.min() >= 0 and 0.4 < slices.max() <= 1
         assert torch.equal(slices, train.augmented_exam(config(intensity=intensity), split))
+    split.train_set.transform = None
+    stored = np.load(split.train_set.paths[0])
+    slices = train.augmented_exam(config(intensity="raw"), split)
+    np.testing.assert_allclose(slices[:, 0], stored / 255, atol=1e-6)
 
 
 def read_events(folder):
@@ -352,14 +356,17 @@ def trained_on(exams, folder, *more):
 def test_training_stops_after_epochs_without_a_better_loss(tmp_path):
     exams = write_exams(tmp_path / "data", train=30)
     more = ("--protocol", "held-out", "--epochs", "9", "--patience", "2", "--lr", "1e-30")
-    done = trained_on(exams, tmp_path, *more)  # with that rate no loss ever changes
+    # With that rate no loss ever changes.
+    done = trained_on(exams, tmp_path, "--cache", "disk", *more)
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if line.strip()[:1].isdigit()]
     assert [row[0] for row in rows] == ["1", "2", "3"]
     assert rows[0][8:] == ["best"] and rows[1][8:] == rows[2][8:] == []
     assert "stopped: tune loss has not improved for 2 epochs" in done.stdout
     assert "the epoch was selected on other exams" in done.stdout
-    metrics = load_model(tmp_path / "models" / "acl-axial.pt")[1]["metrics"]
+    metadata = load_model(tmp_path / "models" / "acl-axial.pt")[1]
+    assert f"commit     {metadata['git']}\n" in done.stdout and "cache      disk" in done.stdout
+    metrics = metadata["metrics"]
     assert set(metrics) == {"train", "tune", "valid"}
     assert f"validation AUC {metrics['valid']['auc']:.4f} [" in done.stdout
     assert "epoch  train loss  train auc   tune loss   tune auc" in done.stdout
