@@ -369,7 +369,8 @@ def test_training_stops_after_epochs_without_a_better_loss(tmp_path):
     metrics = metadata["metrics"]
     assert set(metrics) == {"train", "tune", "valid"}
     assert f"validation AUC {metrics['valid']['auc']:.4f} [" in done.stdout
-    assert "epoch  train loss  train auc   tune loss   tune auc" in done.stdout
+    head = "epoch train loss train auc tune loss tune auc lr seconds exams/s"
+    assert head in [" ".join(line.split()) for line in done.stdout.splitlines()]
     (folder,) = (tmp_path / "logs" / "acl" / "axial").iterdir()
     speeds = [value for _, value in read_events(folder)["exams-per-second"]]
     for row, speed in zip(rows, speeds, strict=True):  # seconds are of the evaluation, too
@@ -402,3 +403,45 @@ def test_a_model_that_another_run_trains_is_left_alone(shared_exams, tmp_path, s
         done = trained_on(shared_exams, tmp_path, *more)
     assert_one_line_error(done, path, "another run")
     assert not path.exists()
+
+
+def test_what_an_interrupted_training_leaves_and_how_it_goes_on(
+    shared_exams, tmp_path, monkeypatch
+):
+    path = tmp_path / "models" / "acl-axial.pt"
+    constant = ("--lr", "1e-30")  # the first epoch stays the best
+    calls, real = [], engine.predict
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:  # while the second epoch is evaluated
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "predict", interrupted)
+        assert trained_on(shared_exams, tmp_path, *constant, "--epochs", "2").returncode == 130
+    assert path.with_suffix(".state").is_file()
+    assert load_model(path)[1]["arguments"]["epochs"] == 2
+    more = (*constant, "--epochs", "3", "--resume")
+    done = trained_on(shared_exams, tmp_path, *more)
+    assert f"resumed {path.with_suffix('.state')} after epoch 1\n" in done.stdout, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.strip()[:1].isdigit()]
+    assert [row[0] for row in rows] == ["2", "3"]
+    metadata = load_model(path)[1]
+    assert metadata["epoch"] == 1 and metadata["arguments"]["epochs"] == 3
+    assert not path.with_suffix(".state").exists()
+    assert f"finished before: {path}" in trained_on(shared_exams, tmp_path, *more).stdout
+
+
+def test_cuda_graphs_get_their_settings(split, monkeypatch):
+    wanted = config(cuda_graphs=True, lr=3e-4, epochs=1)
+    state = train.start_state(wanted, split)
+    (group,) = state.optimizer.param_groups
+    assert group["capturable"] is True and torch.is_tensor(group["lr"])
+    assert state.lr == pytest.approx(3e-4)
+    steps = []
+    monkeypatch.setattr(train, "GraphedSteps", lambda step: steps.append(step) or step)
+    state = train.start_state(config(), split)
+    assert len(list(train.train_epochs(wanted, split, state, []))) == len(steps) == 1
+    assert steps[0].precision == "fp32"
