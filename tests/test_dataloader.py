@@ -182,8 +182,9 @@ def test_damaged_volume_is_named(exams, name, content, words):
 def test_truncated_volume_is_named(exams):
     path = exams / "train" / "axial" / "0004.npy"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(InputError, match="0004.npy.*whole"):
+    with pytest.raises(InputError, match="0004.npy.*whole") as caught:
         MRDataset(exams, "acl", "axial")
+    assert "empty" not in str(caught.value) and "None" not in str(caught.value)
 
 
 @pytest.mark.parametrize("values", [[0.5], [-1.0], [256.0], [math.nan], [math.inf]])

@@ -544,8 +544,10 @@ def test_bad_arrays_are_named_in_one_line(function, labels, scores, message):
     ],
 )
 def test_one_class_is_its_own_error(function, label):
-    with pytest.raises(OneClassError, match=f"only one class, all 3 labels are {label}"):
-        function([label] * 3, [0.1, 0.2, 0.3])
+    for scores in ([0.1, 0.2, 0.3], [0.1]):
+        message = f"only one class, all {len(scores)} labels are {label}"
+        with pytest.raises(OneClassError, match=message):
+            function([label] * len(scores), scores)
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_script, write_exams
+from conftest import assert_one_line_error, run_script, write_exams
 from sklearn.metrics import log_loss, roc_auc_score
 
 import train
 from common import engine
-from common.checkpoint import load_model, read_checkpoint
+from common.checkpoint import load_model, lock, read_checkpoint
 from common.config import Config
 from common.datasets import load_exams
 from common.errors import RunError
@@ -243,6 +243,10 @@ def test_the_augmented_exam_that_is_logged(split):
         slices = train.augmented_exam(config(intensity=intensity), split)
         assert slices.shape[1:] == (1, 64, 64) and slices.min() >= 0 and 0.4 < slices.max() <= 1
         assert torch.equal(slices, train.augmented_exam(config(intensity=intensity), split))
+    split.train_set.transform = None
+    stored = np.load(split.train_set.paths[0])
+    slices = train.augmented_exam(config(intensity="raw"), split)
+    np.testing.assert_allclose(slices[:, 0], stored / 255, atol=1e-6)
 
 
 def read_events(folder):
@@ -330,3 +334,106 @@ def test_folds_and_their_csv(tmp_path):
         mine = [row["id"] for row in rows if row["fold"] == str(fold)]
         assert content["metadata"]["out_of_fold"] == mine and len(mine) == 6
         assert (tmp_path / "logs" / "acl" / f"axial-fold{fold}of2").is_dir()
+
+
+def trained_on(exams, folder, *more):
+    """train.py on the CPU; one epoch, if `more` does not say otherwise."""
+    return run_script(
+        "train.py", "--task", "acl", "--plane", "axial", "--data-dir", exams, "--models-dir",
+        folder / "models", "--logs-dir", folder / "logs", "--device", "cpu", "--precision", "fp32",
+        "--no-pretrained", "--epochs", "1", *more,
+    )  # fmt: skip
+
+
+def test_training_stops_after_epochs_without_a_better_loss(tmp_path):
+    exams = write_exams(tmp_path / "data", train=30)
+    more = ("--protocol", "held-out", "--epochs", "9", "--patience", "2", "--lr", "1e-30")
+    # With that rate no loss ever changes.
+    done = trained_on(exams, tmp_path, "--cache", "disk", *more)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.strip()[:1].isdigit()]
+    assert [row[0] for row in rows] == ["1", "2", "3"]
+    assert rows[0][8:] == ["best"] and rows[1][8:] == rows[2][8:] == []
+    assert "stopped: tune loss has not improved for 2 epochs" in done.stdout
+    assert "the epoch was selected on other exams" in done.stdout
+    metadata = load_model(tmp_path / "models" / "acl-axial.pt")[1]
+    assert f"commit     {metadata['git']}\n" in done.stdout and "cache      disk" in done.stdout
+    metrics = metadata["metrics"]
+    assert set(metrics) == {"train", "tune", "valid"}
+    assert f"validation AUC {metrics['valid']['auc']:.4f} [" in done.stdout
+    head = "epoch train loss train auc tune loss tune auc lr seconds exams/s"
+    assert head in [" ".join(line.split()) for line in done.stdout.splitlines()]
+    (folder,) = (tmp_path / "logs" / "acl" / "axial").iterdir()
+    speeds = [value for _, value in read_events(folder)["exams-per-second"]]
+    for row, speed in zip(rows, speeds, strict=True):  # seconds are of the evaluation, too
+        assert speed == pytest.approx(float(row[7]), abs=0.1)
+        assert speed * (float(row[6]) + 0.05) > 27  # exams
+
+
+def test_an_augmented_exam_and_heat_maps_are_logged(shared_exams, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert trained_on(shared_exams, tmp_path).returncode == 0
+    (folder,) = (tmp_path / "logs" / "acl" / "axial").iterdir()
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    logged = {tag.split("/")[0]: events.Images(tag) for tag in events.Tags()["images"]}
+    assert [event.step for event in logged["an augmented training exam"]] == [1]
+    assert {"heat map of a positive validation exam", "heat map of a negative validation exam",
+            "roc"} <= set(logged)  # fmt: skip
+
+
+def test_cuda_graphs_need_cuda(shared_exams, tmp_path):
+    done = trained_on(shared_exams, tmp_path, "--cuda-graphs", "--cache", "device")
+    assert_one_line_error(done, "--cuda-graphs: needs --device cuda")
+
+
+@pytest.mark.parametrize("suffix, more", [("", ()), ("-fold1of2", ("--folds", "2"))])
+def test_a_model_that_another_run_trains_is_left_alone(shared_exams, tmp_path, suffix, more):
+    path = tmp_path / "models" / f"acl-axial{suffix}.pt"
+    path.parent.mkdir()
+    with lock(path):
+        done = trained_on(shared_exams, tmp_path, *more)
+    assert_one_line_error(done, path, "another run")
+    assert not path.exists()
+
+
+def test_what_an_interrupted_training_leaves_and_how_it_goes_on(
+    shared_exams, tmp_path, monkeypatch
+):
+    path = tmp_path / "models" / "acl-axial.pt"
+    constant = ("--lr", "1e-30")  # the first epoch stays the best
+    calls, real = [], engine.predict
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:  # while the second epoch is evaluated
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "predict", interrupted)
+        assert trained_on(shared_exams, tmp_path, *constant, "--epochs", "2").returncode == 130
+    assert path.with_suffix(".state").is_file()
+    assert load_model(path)[1]["arguments"]["epochs"] == 2
+    more = (*constant, "--epochs", "3", "--resume")
+    done = trained_on(shared_exams, tmp_path, *more)
+    assert f"resumed {path.with_suffix('.state')} after epoch 1\n" in done.stdout, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.strip()[:1].isdigit()]
+    assert [row[0] for row in rows] == ["2", "3"]
+    metadata = load_model(path)[1]
+    assert metadata["epoch"] == 1 and metadata["arguments"]["epochs"] == 3
+    assert not path.with_suffix(".state").exists()
+    assert f"finished before: {path}" in trained_on(shared_exams, tmp_path, *more).stdout
+
+
+def test_cuda_graphs_get_their_settings(split, monkeypatch):
+    wanted = config(cuda_graphs=True, lr=3e-4, epochs=1)
+    state = train.start_state(wanted, split)
+    (group,) = state.optimizer.param_groups
+    assert group["capturable"] is True and torch.is_tensor(group["lr"])
+    assert state.lr == pytest.approx(3e-4)
+    steps = []
+    monkeypatch.setattr(train, "GraphedSteps", lambda step: steps.append(step) or step)
+    state = train.start_state(config(), split)
+    assert len(list(train.train_epochs(wanted, split, state, []))) == len(steps) == 1
+    assert steps[0].precision == "fp32"
