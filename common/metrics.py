@@ -297,7 +297,6 @@ def roc_band(labels, scores, level=0.95, resamples=RESAMPLES, seed=0, points=101
     np.divide(mean * (1 - mean), variance, out=worth, where=variance > 0)
     worth = np.minimum(worth, exams)
     low, high = beta.interval(level, tpr * worth + 0.5, (1 - tpr) * worth + 0.5)
-    low, high = np.where(tpr == 0, 0.0, low), np.where(tpr == 1, 1.0, high)
     low[grid == 1] = 1.0  # all called positive: certain
     return RocBand(grid, tpr, np.minimum(low, tpr), np.maximum(high, tpr))
 
