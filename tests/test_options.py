@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import signal
 from dataclasses import fields
 
 import numpy as np
@@ -377,6 +378,26 @@ def test_the_moving_average():
 
 # --- end to end -----------------------------------------------------------------------------------
 
+
+def stop_at_step(monkeypatch, number):
+    """Send SIGTERM in a step of the optimizer; returns a list that grows with each step."""
+    real, steps = engine.TrainingStep.on_exams, []
+
+    def step(self, *args):
+        steps.append(1)
+        if len(steps) == number:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, *args)
+
+    monkeypatch.setattr(engine.TrainingStep, "on_exams", step)
+    return steps
+
+
+def page_content(path):
+    """The data of a page of explain.py."""
+    return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text(), re.S)[1])
+
+
 MORE = ("--augment", "strong", "--slices", "0.7", "--accumulate", "5", "--head-lr", "1e-3",
         "--average-weights", "0.9", "--clip", "1", "--optimizer", "adamw")  # fmt: skip
 
@@ -393,15 +414,7 @@ def test_a_resumed_run_goes_on_to_the_last_digit(work, monkeypatch, options):
     words = ("--task", "acl", "--plane", "axial", "--epochs", "2", *options)
     train_quickly(work, *words)
     model = load_model(work / "models" / "acl-axial.pt")[0].state_dict()
-    real, steps = engine.TrainingStep.on_exams, []
-
-    def stop(self, *args):
-        steps.append(1)
-        if len(steps) == 5:  # the second of three steps of the second epoch
-            train.cli.signal.raise_signal(train.cli.signal.SIGTERM)
-        return real(self, *args)
-
-    monkeypatch.setattr(engine.TrainingStep, "on_exams", stop)
+    steps = stop_at_step(monkeypatch, 5)  # the second of three steps of the second epoch
     done = run_script("train.py", *files(work), "--no-pretrained", "--epochs", "1", *words)
     assert done.returncode == 143
     fewer = train_quickly(work, *words, "--epochs", "3", "--resume", status=2)
@@ -495,8 +508,7 @@ def test_joined_planes_are_predicted_and_explained(joined):
     done = run_script("explain.py", joined / "data/valid", "--exam", "12", "--task", "acl", "--out",
                       out, "--models-dir", joined / "models", "--precision", "fp32")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    text = (out / "0012-acl.html").read_text()
-    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
+    data = page_content(out / "0012-acl.html")
     titles = [plane["plane"] for plane in data["planes"]]
     assert titles == [*PLANES, *(f"{plane} of axial+coronal+sagittal" for plane in PLANES)]
     for plane in data["planes"]:
@@ -601,21 +613,30 @@ def test_random_combinations_train_or_are_refused(tmp_path, count):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_every_backbone_trains_resumes_predicts_and_explains(tmp_path, backbone):
+def test_every_backbone_trains_resumes_predicts_and_explains(tmp_path, monkeypatch, backbone):
     write_exams(tmp_path / "data", size=96)
+    words = ("--task", "acl", "--backbone", backbone)
     for plane in PLANES:
-        train_quickly(tmp_path, "--task", "acl", "--plane", plane, "--backbone", backbone)
-    train_quickly(tmp_path, "--task", "acl", "--plane", "axial", "--backbone", backbone, "--epochs",
-                  "2")  # fmt: skip
-    done = train_quickly(tmp_path, "--task", "acl", "--plane", "axial", "--backbone", backbone,
-                         "--epochs", "2", "--resume")  # fmt: skip
-    assert "finished before" in done.stdout
+        train_quickly(tmp_path, *words, "--plane", plane)
+    model = load_model(tmp_path / "models" / "acl-axial.pt")[0].state_dict()
+    with monkeypatch.context() as patch:
+        steps = stop_at_step(patch, 7)
+        done = train_quickly(tmp_path, *words, "--plane", "axial", status=143)
+    assert len(steps) == 7
+    done = train_quickly(tmp_path, *words, "--plane", "axial", "--resume")
+    assert "after epoch 0 and 7 steps" in done.stdout
+    again = load_model(tmp_path / "models" / "acl-axial.pt")[0].state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.items())
     assert run_script("train_logistic_regression.py", *files(tmp_path)).returncode == 0
     assert all(row["decision"] for row in predict(tmp_path, tmp_path / "data" / "valid"))
     done = run_script("explain.py", tmp_path / "data/valid", "--exam", "12", "--task", "acl",
                       "--out", tmp_path / "report", "--models-dir", tmp_path / "models",
                       "--precision", "fp32")  # fmt: skip
     assert done.returncode == 0, done.stderr
+    data = page_content(tmp_path / "report" / "0012-acl.html")
+    for plane in data["planes"]:
+        total = sum(plane["sums"]) + plane["bias"]
+        assert total == pytest.approx(plane["logit"], rel=1e-4, abs=1e-5)
 
 
 def test_slices_too_small_for_a_backbone(work):

@@ -433,7 +433,7 @@ def backbone_row(backbone, exams, device, runs):
 def peak_memory(backbone, slices, device):
     """GB that a process takes at most in two training steps on an exam of some slices, fp32."""
     code = (
-        "import resource, torch\n"
+        "import torch\n"
         "from common.engine import TrainingStep\n"
         "from model import MRNet\n"
         f"model = MRNet(backbone='{backbone}').to('{device.type}').train()\n"
@@ -441,9 +441,11 @@ def peak_memory(backbone, slices, device):
         "one = torch.ones(1, 1, device=step.device)\n"
         f"make = lambda: iter([torch.rand({slices}, 1, {SIDE}, {SIDE}, device=step.device)])\n"
         "[step.on_exams(make(), one, one) for _ in range(2)]\n"
-        "cuda = step.device.type == 'cuda'\n"
-        "kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "print(torch.cuda.max_memory_allocated() if cuda else 1024 * kib)\n"
+        "if step.device.type == 'cuda':\n"
+        "    print(torch.cuda.max_memory_allocated())\n"
+        "else:\n"  # getrusage would count what the parent had before exec
+        "    status = open('/proc/self/status').read()\n"
+        "    print(1024 * int(status.split('VmHWM:')[1].split()[0]))\n"
     )
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
