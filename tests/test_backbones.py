@@ -1,5 +1,7 @@
 """The backbones, the poolings and their heat maps, against torchvision and written-out formulas."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torchvision.ops.misc import SqueezeExcitation
 from torchvision.ops.stochastic_depth import StochasticDepth
 
 import model
-from common.weights import imagenet_features
+from common import weights
 from model import BACKBONES, POOLINGS, MRNet, MultiPlaneMRNet, make_features, regrid
 
 NAMES = list(BACKBONES)
@@ -240,11 +242,34 @@ def test_several_planes_in_one_network():
         assert total == pytest.approx(logit, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_weights_as_torchvisions_host_has_them(name, monkeypatch):
+    """A whole classifier's state dict, Inception's with its auxiliary branch, DenseNet's with the
+    names of its first release."""
+    network = torchvisions(name)
+    published = network.state_dict()
+    if name == "inception_v3":
+        more = models.inception_v3(weights=None, init_weights=False).state_dict()
+        published = more | published
+    if name == "densenet121":
+        names = {key: re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", key)
+                 for key in published}  # fmt: skip
+        assert "features.denseblock1.denselayer1.norm.1.weight" in names.values()
+        published = {names[key]: value for key, value in published.items()}
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *args, **more: published)
+    ours = MRNet(weights.features_from_torchvision(name), backbone=name).eval()
+    x = torch.randn(1, 3, 96, 96)
+    wanted = pooled_by_torchvision(network, x)
+    found = ours.slice_features(ours.feature_maps(x))
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
 def test_vgg16s_imagenet_numbers():
     from common.errors import InputError
 
     try:
-        features = imagenet_features("vgg16")
+        features = weights.imagenet_features("vgg16")
     except InputError as error:
         pytest.skip(f"no cache and no network: {error}")
     # The first row of the first kernel, as torchvision's vgg16(weights="IMAGENET1K_V1") prints it.
