@@ -99,13 +99,13 @@ def shared_with_stack(recipe):
 
 
 def markdown(results):
-    """One table: a row for each task's planes and stack, and the published figures below."""
+    """One table: a row for each column of the stacks and the stack, and the published figures."""
     first = next(iter(results.values()))
     protocol = f"{first['protocol']}, folds {first['folds']}"
     if first["protocol"] == "article":
         protocol += " (optimistic)"
     rows = []
-    for name in (*PLANES, "stack"):
+    for name in (name for name, row in first["valid"].items() if "auc" in row):
         found = [result["valid"][name] for result in results.values()]
         aucs = [f"{one['auc']:.3f} [{one['auc_low']:.3f}, {one['auc_high']:.3f}]" for one in found]
         rows.append([f"ours, {name}", protocol, *aucs])

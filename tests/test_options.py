@@ -15,6 +15,7 @@ import torch
 from conftest import PLANES, assert_one_line_error, run_script, write_exams
 from torch.nn import functional as F
 
+import reproduce
 import train
 from common import config as configuration
 from common import engine
@@ -565,6 +566,21 @@ def test_recipes_are_stacked_together(work):
     done = run_script("predict.py", work / "data/valid", "--models-dir", work / "models",
                       "--recipes", "other")  # fmt: skip
     assert_one_line_error(done, "no saved models of recipe other", "--recipes")
+
+
+def test_reproducing_with_a_recipe(tmp_path):
+    (tmp_path / "quick.toml").write_text('pooling = "mean"\n')
+    words = ["--recipe", str(tmp_path / "quick.toml"), "--folds", "3", "--lr", "1"]
+    assert reproduce.shared_with_stack(words) == (
+        ["--folds", "3", "--recipes", "quick"], "quick",
+    )  # fmt: skip
+    assert reproduce.shared_with_stack([]) == (["--recipes", "article"], "article")
+    row = {"auc": 0.75, "auc_low": 0.5, "auc_high": 0.875, "n": 9, "positives": 3}
+    valid = {"axial-quick": row, "stack": row, "stack against best plane": {"plane": "axial-quick"}}
+    table = reproduce.markdown({"acl": {"valid": valid, "protocol": "held-out", "folds": 3}})
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert lines[2] == ["ours, axial-quick", "held-out, folds 3", "0.750 [0.500, 0.875]"]
+    assert lines[3][0] == "ours, stack" and "0.965" in lines[4]
 
 
 def random_options(rng):
