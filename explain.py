@@ -57,6 +57,7 @@ class PlaneMaps(NamedTuple):
     bias: float  # mean over the networks
     probability: float  # mean over the networks
     networks: list  # of each "alexnet, maximum over slices"
+    is_joint: bool  # the networks join several planes
 
     @property
     def slice_sums(self):
@@ -119,7 +120,8 @@ def explain_networks(networks, volumes, device, precision):
             others=float(np.mean(logits)) - bias - float(mean.sum(dtype=np.float64)),
             bias=bias,
             probability=float(sigmoid(logits).mean()),
-            networks=list(dict.fromkeys(map(describe_network, networks))),
+            networks=[describe_network(network) for network in networks],
+            is_joint=len(networks[0].planes) > 1,
         )
     return explained, logits
 
@@ -194,16 +196,15 @@ def jpeg(grey):
 
 def make_page(exam, models, explained, decision, unusable):
     """The HTML page as text. Everything that varies is JSON, and is put in as text by the page."""
-    counts = count_networks(models)
     planes = [
         {
             "plane": title,
             "probability": one.probability,
             "logit": one.logit,
-            "others": one.others if " of " in title else None,
+            "others": one.others if one.is_joint else None,
             "bias": one.bias,
-            "of": "; ".join(one.networks),
-            "networks": counts[title],
+            "of": "; ".join(dict.fromkeys(one.networks)),
+            "networks": len(one.networks),
             "cell": BACKBONES[one.backbone][2:4],
             "height": one.volume.shape[1],
             "width": one.volume.shape[2],
@@ -235,15 +236,6 @@ def make_page(exam, models, explained, decision, unusable):
     data = json.dumps(content).replace("<", "\\u003c")
     title = html.escape(f"{models.task}, exam {exam.name}")
     return PAGE.replace("{{title}}", title).replace("{{notice}}", NOTICE).replace("{{data}}", data)
-
-
-def count_networks(models):
-    """{title of `explain_planes`: number of networks}."""
-    counts = {}
-    for planes, columns in models.by_planes.items():
-        of = "" if len(planes) == 1 else f" of {'+'.join(planes)}"
-        counts |= {f"{plane}{of}": sum(map(len, columns.values())) for plane in planes}
-    return counts
 
 
 PAGE = (Path(__file__).parent / "common" / "explain.html").read_text(encoding="utf-8")
@@ -283,7 +275,7 @@ def contact_sheet(explained, title):
         shown = one.slice_sums[best].sum()
         others = one.slice_sums.sum() - shown
         text = f"{plane}: logit {one.logit:+.2f} = these {shown:+.2f}, other slices {others:+.2f}"
-        text += f", other planes {one.others:+.2f}" if " of " in plane else ""
+        text += f", other planes {one.others:+.2f}" if one.is_joint else ""
         text += f", bias {one.bias:+.2f}"
         row[0].text(0, -0.07, text, color="w", fontsize=8, transform=row[0].transAxes,
                     in_layout=False)  # fmt: skip
@@ -312,7 +304,7 @@ def animation(explained, title):
             image = Image.fromarray(slices[s])
             image.thumbnail((FRAME_SIDE, FRAME_SIDE))
             frame.paste(image, (FRAME_SIDE * column, head))
-            joint = ", joint" if " of " in plane else ""
+            joint = ", joint" if explained[plane].is_joint else ""
             text = f"{plane.split()[0]} {s + 1} of {len(slices)}{joint}: "
             text += f"{explained[plane].slice_sums[s]:+.2f}"
             draw.text((FRAME_SIDE * column + 6, 3), text, "white")

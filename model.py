@@ -75,14 +75,30 @@ def make_features(backbone):
     """
     if backbone == "alexnet":
         return alexnet_features()
+    return cut(torchvision_network(backbone))
+
+
+def torchvision_network(backbone, aux_logits=False):
+    """torchvision's own classifier with random weights.
+
+    Args:
+        aux_logits: with Inception's auxiliary branch.
+    """
     from torchvision import models  # 170 MB of memory, and AlexNet does not need it
 
-    more = {"aux_logits": False, "init_weights": False} if backbone == "inception_v3" else {}
-    return cut(getattr(models, backbone)(weights=None, **more))
+    more = {"aux_logits": aux_logits, "init_weights": False} if "inception" in backbone else {}
+    return getattr(models, backbone)(weights=None, **more)
 
 
 def cut(network):
     """The convolutional part of a classifier of torchvision's, names of its parameters kept."""
+    features = convolutional_part(network)
+    replace_first_convolution(features)
+    return features
+
+
+def convolutional_part(network):
+    """The layers of a classifier of torchvision's before its pooling, as they are."""
     if hasattr(network, "features"):
         layers = OrderedDict(network.features.named_children())
         if type(network).__name__ == "DenseNet":  # in its forward
@@ -91,9 +107,7 @@ def cut(network):
         layers = OrderedDict(network.named_children())
         for name in ("avgpool", "dropout", "fc", "AuxLogits"):
             layers.pop(name, None)
-    features = nn.Sequential(layers)
-    replace_first_convolution(features)
-    return features
+    return nn.Sequential(layers)
 
 
 def replace_first_convolution(module):

