@@ -38,6 +38,7 @@ from common import cli, engine
 from common.augmentation import AUGMENTATIONS, SLICES_OF_STRONG
 from common.checkpoint import (
     ARCHITECTURE,
+    SELECTIONS,
     TrainState,
     build_model,
     check_writable,
@@ -63,7 +64,7 @@ from common.optimization import (
     make_scheduler,
     steps_with_optimizer,
 )
-from common.splits import PROTOCOLS, fingerprints_of, plan_splits, write_folds
+from common.splits import PROTOCOLS, fingerprints_of, numbered, plan_splits, write_folds
 from common.weights import imagenet_features
 from dataloader import CHANNELS, INTENSITIES, PLANES, grey_levels, is_positive, tasks
 from model import BACKBONES, POOLINGS
@@ -124,6 +125,8 @@ def parse_arguments():
     add("--warmup", type=cli.probability, help=warmup)
     patience = "stop after this many epochs without a better loss"
     add("--patience", type=cli.positive_int, help=patience)
+    select = "epoch whose network is saved: best AUC on the exams that select it, or the last"
+    add("--select", choices=SELECTIONS, help=select)
     weights = "weight positives by negatives/positives, as the article's text asks"
     add("--class-weights", action=switch, help=weights)
     accumulate = "exams in one step of the optimizer, their losses averaged"
@@ -143,6 +146,8 @@ def parse_arguments():
     add("--folds", type=cli.positive_int, help=folds)
     seeds = "number of seeds, from --seed on; differences below their spread are noise"
     add("--repeat", type=cli.positive_int, help=seeds)
+    only = "train only these of the networks of --folds and --repeat, by number from 1"
+    add("--networks", type=cli.positive_int, nargs="+", metavar="N", help=only)
 
     machine = parser.add_argument_group("machine")
     cli.add_machine_arguments(machine)
@@ -152,8 +157,7 @@ def parse_arguments():
     machine.add_argument("--cuda-graphs", action=switch, help=graphs)
 
     add = parser.add_argument_group("files").add_argument
-    models = "for models and the state of a training"
-    add("--models-dir", type=Path, default=Path("models"), help=models)
+    add("--models-dir", type=Path, default=Path("models"), help="for models and training states")
     add("--logs-dir", type=Path, default=Path("logs"), help="for TensorBoard")
     points = "steps between two points of the curves within an epoch"
     add("--log-every", type=cli.positive_int, default=100, help=points)
@@ -199,7 +203,7 @@ def run(args):
     seeds = range(config.seed, config.seed + config.repeat)
     splits = plan_splits(train_set, valid_set, config.protocol, config.folds, seeds)
     write_folds(args.models_dir / f"{config.task}-folds.csv", splits)
-    for number, split in enumerate(splits, start=1):
+    for number, split in numbered(splits, args.networks):
         if len(splits) > 1:
             print(f"\n-- network {number} of {len(splits)}: seed {split.seed}, fold {split.fold}")
         with ExitStack() as locks:
@@ -377,7 +381,7 @@ def start_state(config, split):
     steps = -(-len(split.train_set) // config.accumulate)
     scheduler = make_scheduler(config, optimizer, steps)
     average = make_average(model, config.average_weights)
-    return TrainState(model, optimizer, scheduler, config.tasks, average)
+    return TrainState(model, optimizer, scheduler, config.tasks, average, config.select)
 
 
 def new_log_dir(config, split, files):

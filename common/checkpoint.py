@@ -34,6 +34,7 @@ EARLIER = {
                                         "part": "partial_epoch"}},
 }  # fmt: skip
 RECORDED_LATER = ("precision", "device", "cuda_graphs")  # arguments; of this machine, if not given
+SELECTIONS = ("auc", "last")  # which epoch's network is saved
 # What a network is built from, and must be saved with its weights.
 ARCHITECTURE = ("backbone", "pooling", "dropout", "share_backbone")
 # What the metadata of every saved model has; train.py writes more.
@@ -277,6 +278,7 @@ class TrainState:
         model, optimizer, scheduler: as at the start of the training.
         tasks: names of the findings.
         average: torch's AveragedModel of the model, or None.
+        select: one of SELECTIONS.
     """
 
     PLAIN = (
@@ -284,9 +286,9 @@ class TrainState:
     )  # fmt: skip
     PARTS = ("model", "optimizer", "scheduler", "average")
 
-    def __init__(self, model, optimizer, scheduler, tasks, average=None):
+    def __init__(self, model, optimizer, scheduler, tasks, average=None, select=SELECTIONS[0]):
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.average = average
+        self.average, self.select = average, select
         self.epoch = 0  # epochs done
         self.best_loss, self.bad_epochs = float("inf"), 0  # for early stopping
         self.best_auc = dict.fromkeys(tasks, -float("inf"))  # of the models that are saved
@@ -310,7 +312,8 @@ class TrainState:
             selected: {finding: {"loss", "auc"}} on the exams that select the epoch.
 
         Returns:
-            the findings whose AUC is the best so far, each of them selects its own epoch.
+            the findings whose AUC is the best so far, each of them selects its own epoch; all of
+            them where the last epoch is selected.
         """
         loss = mean_of(selected)["loss"]
         if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -323,7 +326,7 @@ class TrainState:
             self.bad_epochs += 1
         best = [task for task, one in selected.items() if one["auc"] > self.best_auc[task]]
         self.best_auc |= {task: selected[task]["auc"] for task in best}
-        return best
+        return list(selected) if self.select == "last" else best
 
     def save(self, path, config, data):
         """Write the state.

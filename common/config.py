@@ -90,6 +90,7 @@ class Config:
     warmup: float = THE_ARTICLES["warmup"]
     epochs: int = THE_ARTICLES["epochs"]
     patience: int = THE_ARTICLES["patience"]
+    select: str = THE_ARTICLES["select"]
     seed: int = 0
     protocol: str = "article"
     folds: int = 1

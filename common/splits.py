@@ -151,6 +151,18 @@ def plan_splits(train_set, valid_set, protocol, folds, seeds):
     return splits
 
 
+def numbered(splits, wanted=None):
+    """(number from 1, Split) of each of `splits`, or only of those whose numbers are wanted.
+
+    Raises:
+        InputError: there is no such number.
+    """
+    if wrong := [number for number in wanted or () if number > len(splits)]:
+        raise InputError(f"--networks {wrong[0]}: --folds and --repeat make {len(splits)} only")
+    pairs = list(enumerate(splits, start=1))
+    return [pair for pair in pairs if pair[0] in wanted] if wanted else pairs
+
+
 def tuning_rows(labels, rows, seed, groups):
     """The part of `rows` that selects the epoch: int array.
 

@@ -48,7 +48,8 @@ def test_the_default_recipe_is_the_articles(monkeypatch):
         "plane_weight": 0.5, "plane_dropout": 0.0, "class_weights": True, "accumulate": 1,
         "optimizer": "adam", "lr": 1e-5, "head_lr": 0.0, "weight_decay": 0.1, "clip": 0.0,
         "average_weights": 0.0, "lr_scheduler": "plateau", "warmup": 0.0, "epochs": 50,
-        "patience": 5, "seed": 0, "protocol": "article", "folds": 1, "repeat": 1,
+        "patience": 5, "select": "auc", "seed": 0, "protocol": "article", "folds": 1,
+        "repeat": 1, "networks": None,
         "device": "auto", "precision": "auto", "cuda_graphs": False,
     }  # fmt: skip
     files = {"data_dir": Path("data"), "models_dir": Path("models"), "logs_dir": Path("logs"),
@@ -61,9 +62,10 @@ def test_every_argument_is_taken(monkeypatch):
              "--backbone vgg11 --no-pretrained --pooling mean --dropout 0.25 --share-backbone "
              "--plane-weight 0.1 --plane-dropout 0.3 --no-class-weights --accumulate 4 --optimizer "
              "adamw --lr 0.5 --head-lr 0.6 --weight-decay 0 --clip 1 --average-weights 0.9 "
-             "--lr-scheduler cosine --warmup 0.1 --epochs 3 --patience 2 --seed 7 --protocol "
-             "held-out --folds 4 --repeat 2 --device cpu --precision fp32 --cache disk "
-             "--cuda-graphs --models-dir m --logs-dir l --log-every 9 --resume")  # fmt: skip
+             "--lr-scheduler cosine --warmup 0.1 --epochs 3 --patience 2 --select last --seed 7 "
+             "--protocol held-out --folds 4 --repeat 2 --networks 2 8 --device cpu --precision "
+             "fp32 --cache disk --cuda-graphs --models-dir m --logs-dir l --log-every 9 "
+             "--resume")  # fmt: skip
     args = vars(parse(monkeypatch, *words.split()))
     assert args == {
         "task": ["acl"], "plane": ["axial"], "recipe": "article", "data_dir": Path("d"),
@@ -72,7 +74,8 @@ def test_every_argument_is_taken(monkeypatch):
         "share_backbone": True, "plane_weight": 0.1, "plane_dropout": 0.3, "class_weights": False,
         "accumulate": 4, "optimizer": "adamw", "lr": 0.5, "head_lr": 0.6, "weight_decay": 0.0,
         "clip": 1.0, "average_weights": 0.9, "lr_scheduler": "cosine", "warmup": 0.1, "epochs": 3,
-        "patience": 2, "seed": 7, "protocol": "held-out", "folds": 4, "repeat": 2,
+        "patience": 2, "select": "last", "seed": 7, "protocol": "held-out", "folds": 4,
+        "repeat": 2, "networks": [2, 8],
         "device": "cpu", "precision": "fp32", "cache": "disk", "cuda_graphs": True,
         "models_dir": Path("m"), "logs_dir": Path("l"), "log_every": 9, "resume": True,
     }  # fmt: skip

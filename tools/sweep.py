@@ -1,0 +1,333 @@
+"""Train many recipes on the same folds and see which is better: out of fold, with intervals.
+
+    python -m tools.sweep sweeps/search.toml --data-dir data/adrenal64 --jobs 2
+    python -m tools.sweep sweeps/search.toml --data-dir data/adrenal64 --drop       # cheaper
+    python -m tools.sweep_table benchmarks/search                       # the table once more
+
+A sweep is a TOML file: `task`, `planes`, `folds`, `seeds`, `protocol`, and for each recipe a table
+[recipes.NAME] with what differs from the article's, or from another of the file (`like = "NAME"`).
+Each network is one run of train.py, as a job of its own; every training exam is then predicted by
+the network that was not trained on it and whose epoch other exams selected. Start it again after
+an interruption: nothing finished is repeated.
+
+Writes benchmarks/SWEEP/NAME.json for each recipe, with the whole configuration and for each
+network its out-of-fold logits, time, memory, epoch, commit and versions; networks are deleted when
+they have predicted (`--keep-models`). Then it prints tools/sweep_table.py's table.
+"""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from common import cli, engine
+from common.checkpoint import column_name, load_model, model_path, run_suffix
+from common.config import ARTICLE, THE_ARTICLES
+from common.devices import pick_device, pick_precision
+from common.errors import InputError, RunError, one_line
+from common.files import write_text
+from common.jobs import Job, Jobs
+from tools.sweep_table import dropped_recipes, print_table
+from train_logistic_regression import check_network, load_exams
+
+SETTINGS = {"task": str, "planes": list, "folds": int, "seeds": int, "protocol": str}
+OF_RECIPES = ("like", "planes")  # keys of a recipe's table beside train.py's options
+
+
+def parse_arguments():
+    parser = cli.make_parser(__doc__)
+    add = parser.add_argument
+    add("sweep", type=Path, help="TOML file: which recipes, planes, folds and seeds")
+    add("--data-dir", type=Path, default=Path("data"), help="folder in MRNet's layout")
+    jobs = "networks trained side by side, one thread each on two cores: 1.3 times as many exams a "
+    jobs += "second as one with two threads"
+    add("--jobs", type=cli.positive_int, default=2, help=jobs)
+    drop = "after each fold leave out the recipes whose AUC is below the best one's so far, with "
+    drop += "95 %% certainty for each; the article's stays"
+    add("--drop", action="store_true", help=drop)
+    out = "folder of the results; default benchmarks/ and the sweep's name"
+    add("--out", type=Path, help=out)
+    add("--models-dir", type=Path, help="default models/ and the sweep's name")
+    add("--keep-models", action="store_true", help="keep them: 10 MB each")
+    cli.add_machine_arguments(parser)
+    return parser.parse_args()
+
+
+class Network(NamedTuple):
+    """One network of a sweep."""
+
+    recipe: str
+    planes: str  # joined by + where it takes several
+    number: int  # train.py's, folds within seeds, from 1
+
+
+class Sweep(NamedTuple):
+    """What a sweep's file asks for."""
+
+    task: str  # several findings in one network: joined by +
+    folds: int
+    seeds: int
+    protocol: str
+    recipes: dict  # {name: {option: value} of all that differs from the article's}
+    planes: dict  # {name: [planes of a network, ...]}
+
+    def networks(self):
+        """Every Network, by rounds: a fold of each recipe, then the next fold."""
+        for number in range(1, self.folds * self.seeds + 1):
+            for name in self.recipes:
+                for planes in self.planes[name]:
+                    yield Network(name, planes, number)
+
+    def seed_and_fold(self, number):
+        """Of a network: seed from 0, fold from 1."""
+        return (number - 1) // self.folds, (number - 1) % self.folds + 1
+
+    def model_file(self, folder, task, network):
+        """Where train.py saves a network's model of one finding."""
+        seed, fold = self.seed_and_fold(network.number)
+        suffix = run_suffix(fold, self.folds, seed if self.seeds > 1 else None)
+        return model_path(folder, task, column_name(network.planes, network.recipe), suffix)
+
+
+def read_sweep(path):
+    """A Sweep from its TOML file.
+
+    Raises:
+        InputError: no such file, not TOML, an unknown key, a recipe that is not there.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        settings = {name: content.pop(name) for name in SETTINGS}
+        tables = content.pop("recipes")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such sweep; give the path of a TOML file") from None
+    except KeyError as error:
+        raise InputError(f"{path}: lacks {error.args[0]}; sweeps/ has examples") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a sweep ({one_line(error)}); correct it") from None
+    wrong = [name for name, kind in SETTINGS.items() if not isinstance(settings[name], kind)]
+    if content or wrong:
+        raise InputError(f"{path}: unknown or wrong: {', '.join([*content, *wrong])}")
+    if settings["folds"] < 2 or settings["seeds"] < 1:
+        raise InputError(f"{path}: needs at least 2 folds and 1 seed")
+    planes = settings.pop("planes")
+    recipes = {name: resolve(path, tables, name) for name in tables}
+    if ARTICLE not in recipes:
+        raise InputError(f"{path}: lacks [recipes.{ARTICLE}], which the others are compared with")
+    each = {name: tables[name].get("planes", planes) for name in tables}
+    return Sweep(**settings, recipes=recipes, planes=each)
+
+
+def resolve(path, tables, name, asked_by=()):
+    """What a recipe changes of the article's, with all that it is `like`: {option: value}."""
+    if name not in tables or name in asked_by:
+        raise InputError(f'{path}: like = "{name}": no such recipe, or in a circle')
+    table = {key.replace("_", "-"): value for key, value in tables[name].items()}
+    known = {option.replace("_", "-") for option in THE_ARTICLES}
+    if unknown := table.keys() - known - set(OF_RECIPES):
+        raise InputError(f"{path}: recipe {name}: unknown {', '.join(sorted(unknown))}")
+    base = {}
+    if "like" in table:
+        base = resolve(path, tables, table["like"], (*asked_by, name))
+    return base | {key: value for key, value in table.items() if key not in OF_RECIPES}
+
+
+class Setting(NamedTuple):
+    """Where and on what a sweep runs."""
+
+    data_dir: Path
+    out: Path
+    models_dir: Path
+    keep_models: bool
+    device: str
+    precision: str
+
+
+class Results:
+    """What one recipe's networks have predicted: OUT/NAME.json, kept up to date.
+
+    Args:
+        out: folder.
+        sweep: Sweep.
+        name: of the recipe.
+
+    Raises:
+        InputError: the file is of another recipe or sweep.
+    """
+
+    def __init__(self, out, sweep, name):
+        self.path = out / f"{name}.json"
+        head = {"task": sweep.task, "folds": sweep.folds, "seeds": sweep.seeds,
+                "protocol": sweep.protocol, "recipe": sweep.recipes[name]}  # fmt: skip
+        self.content = head | {"networks": {}}
+        if self.path.is_file():
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            other = [key for key, value in head.items() if found.get(key) != value]
+            # More seeds may be added later: their folds are their own.
+            if other and other != ["seeds"]:
+                raise InputError(
+                    f"{self.path}: was made with another {', '.join(other)}; give the recipe "
+                    "another name, or another --out"
+                )
+            self.content = found | head
+        self.networks = self.content["networks"]
+
+    def get(self, network):
+        """What a Network predicted, None if it has not yet."""
+        return self.networks.get(f"{network.planes} {network.number}")
+
+    def interrupted(self, network, usage):
+        """Record the time that an interrupted training of a Network has taken so far."""
+        parts = self.content.setdefault("interrupted", {})
+        parts[f"{network.planes} {network.number}"] = self.whole(network, usage)
+        self.write()
+
+    def whole(self, network, usage):
+        """The time of a Network's training with its interrupted parts."""
+        before = self.content.get("interrupted", {}).pop(f"{network.planes} {network.number}", {})
+        return {name: round(value + before.get(name, 0), 1) for name, value in usage.items()}
+
+    def add(self, network, found):
+        """Record what a Network predicted."""
+        self.networks[f"{network.planes} {network.number}"] = found
+        self.write()
+
+    def write(self):
+        """Write the file, a line for each network."""
+        text = json.dumps({**self.content, "networks": {}}, indent=1)
+        lines = [f'  "{k}": {json.dumps(one)}' for k, one in self.networks.items()]
+        networks = '"networks": {\n' + ",\n".join(lines) + "\n }"
+        write_text(self.path, text.replace('"networks": {}', networks) + "\n")
+
+
+def run(args):
+    """Train what is missing, predict out of fold, print the table."""
+    sweep, name = read_sweep(args.sweep), args.sweep.stem
+    device = pick_device(args.device)
+    setting = Setting(
+        args.data_dir,
+        args.out or Path("benchmarks") / name,
+        args.models_dir or Path("models") / name,
+        args.keep_models,
+        device.type,
+        pick_precision(args.precision, device),
+    )
+    commit = cli.print_start_up(vars(args), device, setting.precision)
+    for recipe, values in sweep.recipes.items():
+        lines = [f"{key} = {json.dumps(value)}\n" for key, value in values.items()]
+        write_text(setting.models_dir / "recipes" / f"{recipe}.toml", "".join(lines))
+    results = {recipe: Results(setting.out, sweep, recipe) for recipe in sweep.recipes}
+    write_labels(sweep, setting)
+    jobs, dropped = Jobs(args.jobs), set()
+    provenance = {"commit": commit, "versions": cli.versions(), "precision": setting.precision,
+                  "machine": cli.device_name(device), "threads": jobs.threads}  # fmt: skip
+    todo = [n for n in sweep.networks() if results[n.recipe].get(n) is None]
+    # With --drop a fold of all recipes is awaited before the next.
+    rounds = sorted({n.number for n in todo}) if args.drop else [None]
+    for number in rounds:
+        networks = [n for n in todo if number in (None, n.number) and n.recipe not in dropped]
+        train_networks(sweep, networks, setting, jobs, results, provenance)
+        if args.drop:
+            dropped = dropped_recipes(setting.out)
+            print(f"dropped    {', '.join(sorted(dropped)) or 'none'}", flush=True)
+    print_table(setting.out)
+
+
+def train_networks(sweep, networks, setting, jobs, results, provenance):
+    """Train some networks and record what they predict.
+
+    Args:
+        networks: list of Network.
+        jobs: Jobs.
+        results: {recipe: Results}.
+        provenance: dict, recorded with each.
+
+    Raises:
+        RunError: some failed; the others were trained all the same.
+    """
+    waiting, failed = {make_job(sweep, setting, n): n for n in networks}, []
+    for count, done in enumerate(jobs.run(waiting), start=1):
+        network = waiting[done.job]
+        result = results[network.recipe]
+        usage = {"seconds": done.seconds, "cpu_seconds": done.cpu_seconds}
+        if done.status >= 128 or done.status < 0:
+            result.interrupted(network, usage)
+            continue
+        if done.status:
+            failed.append(done.job)
+            print(f"FAILED     {done.job.name}, status {done.status}: see {done.job.log}")
+            continue
+        found = predict_out_of_fold(sweep, network, setting)
+        found |= result.whole(network, usage) | {"peak_memory": done.peak_memory}
+        result.add(network, found | provenance)
+        if not setting.keep_models:
+            for task in sweep.task.split("+"):
+                sweep.model_file(setting.models_dir, task, network).unlink()
+        print(f"{count}/{len(networks)}  {done.job.name}  {done.seconds:.0f} s", flush=True)
+    if failed:
+        raise RunError(f"{len(failed)} of {len(networks)} networks failed; see {failed[0].log}")
+
+
+def make_job(sweep, setting, network):
+    """The run of train.py that makes one network."""
+    recipe, planes, number = network
+    seed, fold = sweep.seed_and_fold(number)
+    folder = setting.models_dir.resolve()
+    arguments = ("train.py", "--task", *sweep.task.split("+"), "--plane", *planes.split("+"),
+                 "--data-dir", setting.data_dir.resolve(), "--recipe",
+                 folder / "recipes" / f"{recipe}.toml", "--protocol", sweep.protocol,
+                 "--folds", sweep.folds, "--repeat", sweep.seeds, "--networks", number,
+                 "--device", setting.device, "--precision", setting.precision,
+                 "--models-dir", folder, "--logs-dir", folder / "logs", "--resume")  # fmt: skip
+    title = f"{recipe}, {planes}, seed {seed}, fold {fold}"
+    log = folder / "output" / f"{recipe}-{planes}-{number}.txt"
+    return Job(title, tuple(map(str, arguments)), log)
+
+
+def predict_out_of_fold(sweep, network, setting):
+    """The exams that a network was not trained on, as it sees them.
+
+    Returns:
+        {"ids": [...], "logits": {finding: [float, ...]}, "epochs": {finding: int}}.
+
+    Raises:
+        InputError: it was trained on other exams, another fold or another seed.
+    """
+    planes, device = network.planes, torch.device(setting.device)
+    seed, fold = sweep.seed_and_fold(network.number)
+    found = {"ids": [], "logits": {}, "epochs": {}}
+    for task in sweep.task.split("+"):
+        path = sweep.model_file(setting.models_dir, task, network)
+        model, metadata = load_model(path, task, column_name(planes, network.recipe))
+        sets = load_exams(setting.data_dir, task, [planes])[planes]
+        check_network(path, metadata, sets, {"seed": seed, "fold": fold, "folds": sweep.folds})
+        exams = sets["train"]
+        exams.intensity, exams.channels = metadata["intensity"], metadata["channels"]
+        exams = exams.subset(exams.rows_of(metadata["out_of_fold"]))
+        logits = engine.predict(model.to(device), exams, device, setting.precision, path.stem)
+        found["ids"] = list(metadata["out_of_fold"])
+        found["logits"][task] = [round(float(logit), 4) for logit in logits[:, 0]]
+        found["epochs"][task] = metadata["epoch"]
+    return found
+
+
+def write_labels(sweep, setting):
+    """OUT/labels.json, {finding: {id: 0 or 1}} of the training exams: with it the table needs no
+    data folder."""
+    planes = next(iter(sweep.planes.values()))[0]
+    labels = {}
+    for task in sweep.task.split("+"):
+        exams = load_exams(setting.data_dir, task, [planes])[planes]["train"]
+        labels[task] = {
+            exam_id: int(label >= 0.5)
+            for exam_id, label in zip(exams.ids, exams.labels[:, 0], strict=True)
+            if not np.isnan(label)
+        }
+    write_text(setting.out / "labels.json", json.dumps(labels) + "\n")
+
+
+if __name__ == "__main__":
+    cli.exit_with_status(lambda: run(parse_arguments()))
