@@ -255,7 +255,7 @@ def train_network(config, split, files, provenance):
         try:
             for epoch in train_epochs(config, split, state, stop_requested):
                 if epoch is not None:
-                    for task in epoch.best:
+                    for task in epoch.saved:
                         metadata = describe(config, split, epoch, task) | provenance
                         finding = config.tasks.index(task)
                         save_model(paths[task], state.evaluated, metadata, finding)

@@ -69,6 +69,24 @@ def reliability_figure(labels, probabilities, task):
     return figure
 
 
+def cost_figure(points):
+    """AUC of recipes against their training time.
+
+    Args:
+        points: {(recipe, column): (time, of the article's; AUC)}; a colour for each column.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for column in dict.fromkeys(column for _, column in points):
+        found = {recipe: at for (recipe, one), at in points.items() if one == column}
+        axes.scatter(*zip(*found.values(), strict=True), label=column)
+        for recipe, at in found.items():
+            axes.annotate(recipe, at, xytext=(4, 3), textcoords="offset points", fontsize="x-small")
+    axes.set(xscale="log", xlabel="training time, of the article's", ylabel="out-of-fold AUC")
+    axes.legend(fontsize="small")
+    return figure
+
+
 def heat_colours():
     """Colours of -1 to 1 in 256 steps, uint8 (256, 3): cyan against, black at 0, yellow for.
 

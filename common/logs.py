@@ -17,7 +17,7 @@ class Epoch(NamedTuple):
     metrics: dict  # {"train", and "valid" or "tune": {finding: {"loss", "auc"}}}
     exams_per_second: float  # of training
     seconds: float  # of training and evaluation
-    best: list  # findings whose AUC is the best so far
+    saved: list  # findings whose network is: the AUC is the best so far, or the last is selected
 
     def __str__(self):
         """A line of the table that `heads_of_epochs` begins: means over the findings."""
@@ -31,8 +31,8 @@ class Epoch(NamedTuple):
         if len(findings) > 1:
             aucs = (f"{task} {one['auc']:.3f}" for task, one in findings.items())
             line += "  " + ", ".join(aucs)
-        if self.best:
-            line += "  best" if len(findings) == 1 else f"  best: {', '.join(self.best)}"
+        if self.saved:
+            line += "  saved" if len(findings) == 1 else f"  saved: {', '.join(self.saved)}"
         return line
 
 

@@ -158,6 +158,46 @@ def auc_difference(labels, scores_a, scores_b, level=0.95):
     )
 
 
+def mean_auc_difference(labels, runs_a, runs_b, run_variance=0.0, level=0.95):
+    """Mean AUC of some runs a minus that of as many runs b, run by run on the same exams.
+
+    A run is a training with a seed and folds of its own. DeLong's variance of the mean over the
+    runs is that of its placements' means, and covers the exams. What another seed would change is
+    `run_variance` divided by the number of runs, added: cautious, because a part of it is in
+    DeLong's variance already.
+
+    Args:
+        runs_a, runs_b: scores (runs, n).
+        run_variance: variance of the difference from run to run.
+
+    Raises MetricError for bad arrays or arguments, OneClassError when the AUC is undefined.
+    """
+    _check_level(level)
+    positive, *scores = _checked(labels, *runs_a, *runs_b, both_classes=True)
+    signs = [1.0] * len(runs_a) + [-1.0] * len(runs_b)
+    parts = [_placements(positive, one) for one in scores]
+    beaten, beating = (
+        sum(sign * part[side] for sign, part in zip(signs, parts, strict=True)) / len(runs_a)
+        for side in (0, 1)
+    )
+    difference = _mean_auc(beaten, beating)
+    variance = _delong_variance(beaten, beating) + run_variance / len(runs_a)
+    if variance == 0:
+        return Difference(difference, difference, difference, 0.0, 1.0)
+    width = float(norm.ppf((1 + level) / 2)) * math.sqrt(variance)
+    z = difference / math.sqrt(variance)
+    low, high = max(difference - width, -1.0), min(difference + width, 1.0)
+    return Difference(difference, low, high, z, float(2 * norm.sf(abs(z))))
+
+
+def holm(p_values):
+    """p values adjusted for their number, in their order (Holm, Scand. J. Stat. 1979): array."""
+    p = np.asarray(p_values, np.float64)
+    order = np.argsort(p)
+    adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1.0)
+    return adjusted[np.argsort(order)]
+
+
 def wilson_interval(successes, n, level=0.95):
     """A proportion with Wilson's interval (JASA 1927), from scipy; n at least 1."""
     _check_level(level)

@@ -25,6 +25,8 @@ from common.metrics import (
     calibration_curve,
     choose_threshold,
     expected_calibration_error,
+    holm,
+    mean_auc_difference,
     operating_point,
     roc_auc,
     roc_band,
@@ -222,6 +224,39 @@ def test_bootstrap_is_scikit_learn_over_the_same_resamples():
     bounds = auc_interval(labels, scores, method="bootstrap", resamples=60, seed=9)[1:]
     assert len(aucs) == 60 and bounds == pytest.approx(np.quantile(aucs, [0.025, 0.975]))
     auc_interval(labels, scores, method="bootstrap", resamples=1)  # the fewest
+
+
+def test_a_difference_of_one_run_is_delongs():
+    rng = np.random.default_rng(0)
+    labels, scores = binormal(rng, 30, 50, 0.8, rows=(2,))
+    one = mean_auc_difference(labels, scores[:1], scores[1:])
+    assert one == pytest.approx(auc_difference(labels, *scores), abs=1e-12)
+
+
+def test_a_difference_of_several_runs_has_their_mean_and_its_variance():
+    rng = np.random.default_rng(1)
+    labels, scores = binormal(rng, 25, 40, 0.8, rows=(6,))
+    aucs, covariance = brute_force(labels, *scores)
+    weights = np.array([1, 1, 1, -1, -1, -1]) / 3
+    found = mean_auc_difference(labels, scores[:3], scores[3:])
+    assert found.value == pytest.approx(weights @ aucs)
+    half = norm.ppf(0.975) * math.sqrt(weights @ covariance @ weights)
+    assert (found.value - found.low, found.high - found.value) == pytest.approx((half, half))
+    wider = mean_auc_difference(labels, scores[:3], scores[3:], run_variance=0.03)
+    half = norm.ppf(0.975) * math.sqrt(weights @ covariance @ weights + 0.01)
+    assert wider.high - wider.value == pytest.approx(half)
+    assert wider.p == pytest.approx(2 * norm.sf(abs(wider.value) / (half / norm.ppf(0.975))))
+
+
+def test_runs_that_rank_alike_do_not_differ():
+    labels, scores = binormal(np.random.default_rng(2), 5, 5, 0.8, rows=(2,))
+    assert mean_auc_difference(labels, scores, 2 * scores) == (0, 0, 0, 0, 1)
+
+
+def test_holm():
+    # R's p.adjust(c(0.04, 0.01, 0.03, 0.005), "holm")
+    assert holm([0.04, 0.01, 0.03, 0.005]) == pytest.approx([0.06, 0.03, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == pytest.approx([1.0, 1.0]) and len(holm([])) == 0
 
 
 def test_bootstrap_agrees_with_delong_on_many_exams_and_is_seeded(monkeypatch):

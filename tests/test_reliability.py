@@ -104,7 +104,7 @@ def launcher():
 
 def epochs_said(text):
     """[(epoch, whether it was the best), ...] of a run's lines."""
-    lines = re.findall(r"^ +(\d+) .*?( best)?$", text, re.M)
+    lines = re.findall(r"^ +(\d+) .*?( saved)?$", text, re.M)
     return [(int(epoch), bool(best)) for epoch, best in lines]
 
 

@@ -38,7 +38,7 @@ def test_training_says_what_ran(trained):
         "20 exams",
         "RANDOM",
         "valid auc",
-        "best",
+        "saved",
     ):
         assert words in text
     epochs = [line for line in text.splitlines() if line.startswith(("    1  ", "    2  "))]

@@ -280,8 +280,8 @@ def test_a_whole_run(tmp_path):
     assert [row[5] for row in rows] == ["1.0e-03"] * 3
     aucs = [float(row[4]) for row in rows]
     best = int(np.argmax(aucs)) + 1
-    assert metadata["epoch"] == best and rows[best - 1][-1] == "best" and rows[0][-1] == "best"
-    marked = [row[-1] == "best" for row in rows]
+    assert metadata["epoch"] == best and rows[best - 1][-1] == "saved" and rows[0][-1] == "saved"
+    marked = [row[-1] == "saved" for row in rows]
     assert marked == [auc > max([-1, *aucs[:i]]) for i, auc in enumerate(aucs)]
     train_loss, train_auc, loss, auc = map(float, rows[best - 1][1:5])
     assert metadata["metrics"]["train"]["loss"] == pytest.approx(train_loss, abs=1e-4)
@@ -356,7 +356,7 @@ def test_training_stops_after_epochs_without_a_better_loss(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if line.strip()[:1].isdigit()]
     assert [row[0] for row in rows] == ["1", "2", "3"]
-    assert rows[0][8:] == ["best"] and rows[1][8:] == rows[2][8:] == []
+    assert rows[0][8:] == ["saved"] and rows[1][8:] == rows[2][8:] == []
     assert "stopped: tune loss has not improved for 2 epochs" in done.stdout
     assert "the epoch was selected on other exams" in done.stdout
     metadata = load_model(tmp_path / "models" / "acl-axial.pt")[1]

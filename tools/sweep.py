@@ -73,6 +73,7 @@ class Sweep(NamedTuple):
     protocol: str
     recipes: dict  # {name: {option: value} of all that differs from the article's}
     planes: dict  # {name: [planes of a network, ...]}
+    stacks: dict  # {name: {"recipes": [...], ...}, as sweep_table.stack_rows takes it}
 
     def networks(self):
         """Every Network, by rounds: a fold of each recipe, then the next fold."""
@@ -101,7 +102,7 @@ def read_sweep(path):
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
         settings = {name: content.pop(name) for name in SETTINGS}
-        tables = content.pop("recipes")
+        tables, stacks = content.pop("recipes"), content.pop("stacks", {})
     except FileNotFoundError:
         raise InputError(f"{path}: no such sweep; give the path of a TOML file") from None
     except KeyError as error:
@@ -118,7 +119,7 @@ def read_sweep(path):
     if ARTICLE not in recipes:
         raise InputError(f"{path}: lacks [recipes.{ARTICLE}], which the others are compared with")
     each = {name: tables[name].get("planes", planes) for name in tables}
-    return Sweep(**settings, recipes=recipes, planes=each)
+    return Sweep(**settings, recipes=recipes, planes=each, stacks=stacks)
 
 
 def resolve(path, tables, name, asked_by=()):
@@ -220,8 +221,9 @@ def run(args):
         lines = [f"{key} = {json.dumps(value)}\n" for key, value in values.items()]
         write_text(setting.models_dir / "recipes" / f"{recipe}.toml", "".join(lines))
     results = {recipe: Results(setting.out, sweep, recipe) for recipe in sweep.recipes}
-    write_labels(sweep, setting)
+    write_about(sweep, setting)
     jobs, dropped = Jobs(args.jobs), set()
+    torch.set_num_threads(1)  # the jobs have the cores; waiting threads would slow them tenfold
     provenance = {"commit": commit, "versions": cli.versions(), "precision": setting.precision,
                   "machine": cli.device_name(device), "threads": jobs.threads}  # fmt: skip
     todo = [n for n in sweep.networks() if results[n.recipe].get(n) is None]
@@ -314,9 +316,9 @@ def predict_out_of_fold(sweep, network, setting):
     return found
 
 
-def write_labels(sweep, setting):
-    """OUT/labels.json, {finding: {id: 0 or 1}} of the training exams: with it the table needs no
-    data folder."""
+def write_about(sweep, setting):
+    """OUT/sweep.json: {"labels": {finding: {id: 0 or 1}} of the training exams, "stacks"}, so that
+    the table needs neither the data nor the sweep's file."""
     planes = next(iter(sweep.planes.values()))[0]
     labels = {}
     for task in sweep.task.split("+"):
@@ -326,7 +328,8 @@ def write_labels(sweep, setting):
             for exam_id, label in zip(exams.ids, exams.labels[:, 0], strict=True)
             if not np.isnan(label)
         }
-    write_text(setting.out / "labels.json", json.dumps(labels) + "\n")
+    about = {"labels": labels, "stacks": sweep.stacks}
+    write_text(setting.out / "sweep.json", json.dumps(about) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,306 @@
-"""A sweep's results as one table (not yet)."""
+"""The table of a sweep: each recipe's out-of-fold AUC against the article's, with intervals.
+
+    python -m tools.sweep_table benchmarks/search         # what tools/sweep.py wrote there
+    python -m tools.sweep_table benchmarks/final --plot docs/recipes.png
+
+Each row is a column of networks (a plane, or planes joined by +) or a stack of columns; every exam
+is predicted by networks that were not trained on it. A stack's regression is fitted on the
+out-of-fold predictions of the other folds (cross-fitted), so a row never saw its exams' labels.
+
+AUC: over all exams at once (mean and standard deviation over the seeds), and within the folds, each
+of which has a network of its own. The difference to the article's recipe is that of the mean AUCs,
+with DeLong's paired 95 % interval; with two seeds or more it is widened by what seeds change
+(`metrics.mean_auc_difference`), and p is adjusted for the number of rows (Holm). Time is that of
+one core with nothing beside it (user + system time), memory the largest resident size.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import expit, logit
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
+from tabulate import tabulate
+
+from common import cli
+from common.config import ARTICLE
+from common.errors import InputError, one_line
+from common.figures import cost_figure
+from common.files import atomic
+from common.metrics import Difference, brier, holm, mean_auc_difference, roc_auc
+
+HEADS = ("recipe", "network", "AUC (SD)", "in a fold", "- article's [95 %]", "p", "Holm", "Brier",
+         "time", "GB")  # fmt: skip
+STACK = "stack"
+CERTAIN = 0.05  # of dropping a recipe that is behind by chance
+AVERAGED_FOLDS = 5  # of the stack of averaged seeds, whose folds differ
+
+
+def parse_arguments():
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("folder", type=Path, help="what tools/sweep.py wrote")
+    parser.add_argument("--plot", type=Path, help="also draw AUC against training time: a PNG")
+    return parser.parse_args()
+
+
+class Row(NamedTuple):
+    """One line of the table before it is compared."""
+
+    recipe: str
+    column: str  # planes of its networks, or "stack"
+    scores: np.ndarray  # float64 (seeds, n) probabilities, NaN where there are none yet
+    folds: np.ndarray  # int (seeds, n), 0 where there is none
+    cpu_seconds: list  # of each network; of a stack: of each of its networks of one fold, summed
+    peak_memory: float  # bytes
+
+    @property
+    def runs(self):
+        """The seeds that have predictions: float64 (runs, n), int (runs, n) folds."""
+        there = ~np.isnan(self.scores).all(axis=1)
+        return self.scores[there], self.folds[there]
+
+
+class Line(NamedTuple):
+    """One line of the table."""
+
+    row: Row
+    aucs: list  # of each seed
+    in_folds: float  # mean AUC within the folds of all seeds: each fold is one network's
+    gain: Difference | None  # to the article's recipe
+    adjusted: float | None  # p of the gain for the number of lines
+    brier: float
+    time: float | None  # of the article's
+
+    def cells(self):
+        """Text of each of HEADS."""
+        spread = f" ({np.std(self.aucs, ddof=1):.3f})" if len(self.aucs) > 1 else ""
+        gain = ["", "", ""]
+        if self.gain:
+            interval = f"[{self.gain.low:+.3f}, {self.gain.high:+.3f}]"
+            gain = [f"{self.gain.value:+.3f} {interval}", f"{self.gain.p:.4f}"]
+            gain.append(f"{self.adjusted:.3f}")
+        return [
+            self.row.recipe, self.row.column, f"{np.mean(self.aucs):.3f}{spread}",
+            f"{self.in_folds:.3f}", *gain, f"{self.brier:.3f}",
+            f"{self.time:.2f}" if self.time else "", f"{self.row.peak_memory / 1e9:.1f}",
+        ]  # fmt: skip
+
+
+def read_results(folder):
+    """What a sweep wrote.
+
+    Returns:
+        {finding: {id: 0 or 1}}, {name of a stack: its table}, {recipe: content of its file}.
+
+    Raises:
+        InputError: not such a folder.
+    """
+    try:
+        about = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+        recipes = {
+            path.stem: json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(folder.glob("*.json"))
+            if path.name != "sweep.json"
+        }
+        return about["labels"], about["stacks"], recipes
+    except (OSError, ValueError, LookupError) as error:
+        raise InputError(f"{folder}: no results of a sweep ({one_line(error)})") from None
+
+
+def columns_of(labels, recipes, task):
+    """{(recipe, planes): Row} of the networks' own predictions."""
+    ids = {exam_id: row for row, exam_id in enumerate(labels[task])}
+    rows = {}
+    for name, content in recipes.items():
+        shape = content["seeds"], len(ids)
+        for key, network in content["networks"].items():
+            planes, number = key.rsplit(" ", 1)
+            seed, fold = divmod(int(number) - 1, content["folds"])
+            if (name, planes) not in rows:
+                empty = np.full(shape, np.nan), np.zeros(shape, int)
+                rows[name, planes] = Row(name, planes, *empty, [], 0.0)
+            row = rows[name, planes]
+            pairs = zip(network["ids"], network["logits"][task], strict=True)
+            known = [(ids[exam_id], value) for exam_id, value in pairs if exam_id in ids]
+            where, values = map(list, zip(*known, strict=True))
+            row.scores[seed, where], row.folds[seed, where] = expit(values), fold + 1
+            row.cpu_seconds.append(network["cpu_seconds"])
+            most = max(row.peak_memory, network["peak_memory"])
+            rows[name, planes] = row._replace(peak_memory=most)
+    return rows
+
+
+def stack_row(name, rows, labels, features="probability", average_seeds=False):
+    """The Row of a stack of some columns' Rows.
+
+    Args:
+        labels: int (n,).
+        features: "probability" or "logit", as train_logistic_regression.py has them.
+        average_seeds: stack the means over the seeds: one run.
+    """
+    x = np.stack([row.scores for row in rows], axis=-1)  # (seeds, n, columns)
+    folds = rows[0].folds
+    if features == "logit":
+        x = logit(x)
+    if average_seeds:
+        x = x.mean(axis=0, keepdims=True)
+        splits = StratifiedKFold(AVERAGED_FOLDS, shuffle=True, random_state=0)
+        folds = np.zeros((1, len(labels)), int)
+        for number, (_, out) in enumerate(splits.split(x[0], labels), start=1):
+            folds[0, out] = number
+    scores = np.full(folds.shape, np.nan)
+    for s, fold in enumerate(folds):
+        if np.isnan(x[s]).any():
+            continue
+        for number in np.unique(fold):
+            there, other = fold == number, fold != number
+            fitted = LogisticRegression().fit(x[s, other], labels[other])
+            scores[s, there] = fitted.predict_proba(x[s, there])[:, 1]
+    seconds = sum(np.mean(row.cpu_seconds) for row in rows)
+    seconds *= len(rows[0].scores) if average_seeds else 1
+    return Row(name, STACK, scores, folds, [seconds], max(row.peak_memory for row in rows))
+
+
+def all_rows(labels, stacks, recipes, task):
+    """Every Row of a finding: networks, each recipe's stack of single columns, the stacks asked
+    for; those without any prediction are left out."""
+    columns = columns_of(labels, recipes, task)
+    truth = np.array(list(labels[task].values()))
+    rows = list(columns.values())
+    asked = {name: {"recipes": [name]} for name in recipes} | stacks
+    for name, table in asked.items():
+        parts = [row for (recipe, _), row in columns.items() if recipe in table["recipes"]]
+        same = all(np.array_equal(row.folds, parts[0].folds) for row in parts)
+        if len(parts) > 1 and same:
+            options = {key: value for key, value in table.items() if key != "recipes"}
+            rows.append(stack_row(name, parts, truth, **options))
+    return truth, rows
+
+
+def bases_of(rows):
+    """{(recipe, column): the article's Row that it is compared with}: of the same column or, where
+    the article's recipe has none such (joint networks), of its stack."""
+    article = {row.column: row for row in rows if row.recipe == ARTICLE}
+    bases = {(r.recipe, r.column): article.get(r.column) or article.get(STACK) for r in rows}
+    return {key: base for key, base in bases.items() if base is not None}
+
+
+def differences(truth, rows, bases):
+    """{(recipe, column): Difference of its AUC and the article's}, on the exams of both."""
+    pairs = {
+        (row.recipe, row.column): runs_of(row, bases[row.recipe, row.column])
+        for row in rows
+        if row.recipe != ARTICLE and (row.recipe, row.column) in bases
+    }
+    spreads = {}  # variance from seed to seed: of all rows of a column together, few seeds each
+    for (_, column), (runs, others, known) in pairs.items():
+        if len(runs) > 1:
+            each = [
+                roc_auc(truth[known], a) - roc_auc(truth[known], b)
+                for a, b in zip(runs, others, strict=True)
+            ]
+            spreads.setdefault(column, []).append(np.var(each, ddof=1))
+    return {
+        (recipe, column): mean_auc_difference(
+            truth[known], runs, others, float(np.mean(spreads.get(column, [0.0])))
+        )
+        for (recipe, column), (runs, others, known) in pairs.items()
+    }
+
+
+def runs_of(row, base):
+    """The runs of two Rows on the exams that all of both have predicted.
+
+    Returns:
+        scores (runs, m), scores of the base (runs, m), bool (n,). Where one has a single run (of
+        averaged seeds) it stands beside each of the other.
+    """
+    both = ~np.isnan(row.scores).all(axis=1)
+    if len(row.scores) == len(base.scores):
+        both = both & ~np.isnan(base.scores).all(axis=1)
+        a, b = row.scores[both], base.scores[both]
+    else:
+        a, b = np.broadcast_arrays(row.runs[0], base.runs[0])
+    known = ~np.isnan(np.concatenate([a, b])).any(axis=0)
+    return a[:, known], b[:, known], known
+
+
+def auc_in_folds(truth, row):
+    """Mean AUC within the folds of all seeds."""
+    found = []
+    for scores, folds in zip(*row.runs, strict=True):
+        for number in np.unique(folds[folds > 0]):
+            there = folds == number
+            found.append(roc_auc(truth[there], scores[there]))
+    return float(np.mean(found))
+
+
+def lines_of(truth, rows):
+    """The Lines of some Rows, best of each column first; Rows without predictions have none."""
+    rows, bases = [row for row in rows if len(row.runs[0])], bases_of(rows)
+    gains = differences(truth, rows, bases)
+    adjusted = dict(zip(gains, holm([gain.p for gain in gains.values()]), strict=True))
+    lines = []
+    for row in rows:
+        key, runs = (row.recipe, row.column), row.runs[0]
+        known = [~np.isnan(run) for run in runs]
+        pairs = [(truth[k], run[k]) for k, run in zip(known, runs, strict=True)]
+        time = np.mean(row.cpu_seconds) / np.mean(bases[key].cpu_seconds) if key in bases else None
+        lines.append(
+            Line(
+                row,
+                [roc_auc(*pair) for pair in pairs],
+                auc_in_folds(truth, row),
+                gains.get(key),
+                adjusted.get(key),
+                float(np.mean([brier(*pair) for pair in pairs])),
+                time,
+            )
+        )
+    return sorted(lines, key=lambda line: (line.row.column, -np.mean(line.aucs)))
 
 
 def dropped_recipes(folder):
-    return set()
+    """The recipes that are behind the best on the exams that both have predicted, in every column
+    and finding that they have, p < 0.05 each; never the article's."""
+    labels, _, recipes = read_results(folder)
+    behind, there = set(), set()
+    for task in labels:
+        truth = np.array(list(labels[task].values()))
+        columns = columns_of(labels, recipes, task)
+        for (name, planes), row in columns.items():
+            rivals = [r for (n, p), r in columns.items() if p == planes and n != name]
+            gains = [mean_auc_difference(truth[known], a, b)
+                     for a, b, known in (runs_of(rival, row) for rival in rivals)
+                     if len(a) and len(set(truth[known])) == 2]  # fmt: skip
+            best = max(gains, key=lambda gain: gain.value, default=None)
+            lost = best is not None and best.value > 0 and best.p < CERTAIN
+            (behind if lost else there).add(name)
+    return behind - there - {ARTICLE}
 
 
-def print_table(folder):
-    pass
+def print_table(folder, plot=None):
+    """Print the table of each finding, and draw AUC against time."""
+    labels, stacks, recipes = read_results(folder)
+    for task, known in labels.items():
+        truth, rows = all_rows(labels, stacks, recipes, task)
+        networks = sum(len(content["networks"]) for content in recipes.values())
+        print(f"\n{task}: {len(known)} exams, {truth.sum()} positive; {networks} networks")
+        lines = lines_of(truth, rows)
+        cells = [line.cells() for line in lines]
+        print(tabulate(cells, HEADS, tablefmt="pipe", disable_numparse=True))
+        if plot:
+            figure = cost_figure({(one.row.recipe, one.row.column): (one.time, np.mean(one.aucs))
+                                  for one in lines if one.time})  # fmt: skip
+            with atomic(plot) as temporary:
+                figure.savefig(temporary, format="png", dpi=150)
+
+
+def run(args):
+    print_table(args.folder, args.plot)
+
+
+if __name__ == "__main__":
+    cli.exit_with_status(lambda: run(parse_arguments()))

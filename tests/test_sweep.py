@@ -1,0 +1,263 @@
+"""Sweeps: what they run, that nothing is repeated, and their table against hand sums."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, assert_one_line_error, run_script, write_exams
+from scipy.special import expit
+from sklearn.metrics import brier_score_loss, roc_auc_score
+
+from common.jobs import Job, Jobs
+from tools.sweep import read_sweep
+from tools.sweep_table import all_rows, dropped_recipes, lines_of, read_results, stack_row
+
+HEAD = 'task = "acl"\nplanes = ["axial", "coronal"]\nfolds = 2\nseeds = 1\nprotocol = "article"\n'
+RECIPES = """
+[recipes.article]
+epochs = 1
+pretrained = false
+[recipes.faster]
+like = "article"
+lr = 1e-3
+select = "last"
+[stacks.both]
+recipes = ["article", "faster"]
+"""
+
+
+def sweep_file(folder, text=HEAD + RECIPES):
+    path = folder / "try.toml"
+    path.write_text(text)
+    return path
+
+
+def test_recipes_inherit(tmp_path):
+    sweep = read_sweep(sweep_file(tmp_path))
+    assert sweep.recipes["faster"] == {
+        "epochs": 1, "pretrained": False, "lr": 1e-3, "select": "last",
+    }  # fmt: skip
+    names = [tuple(network) for network in sweep.networks()]
+    assert names[:3] == [("article", "axial", 1), ("article", "coronal", 1), ("faster", "axial", 1)]
+    assert len(names) == 8 and names[4] == ("article", "axial", 2)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (HEAD, "lacks recipes"),
+        (HEAD + "[recipes.a]\n", "lacks [recipes.article]"),
+        (HEAD + '[recipes.article]\nlike = "b"\n', "no such recipe"),
+        (HEAD + '[recipes.article]\nlike = "article"\n', "in a circle"),
+        (HEAD + "[recipes.article]\nlearning = 1\n", "unknown learning"),
+        (HEAD.replace("folds = 2", "folds = 1") + RECIPES, "at least 2 folds"),
+        (HEAD + "x = 1\n" + RECIPES, "unknown or wrong: x"),
+        ("=", "not a sweep"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, text, words):
+    path = sweep_file(tmp_path, text)
+    assert_one_line_error(run_script("tools/sweep.py", path), path, words)
+
+
+def run_sweep(work, *more):
+    return run_script(
+        "tools/sweep.py", work / "try.toml", "--data-dir", work / "data", "--out", work / "out",
+        "--models-dir", work / "models", "--precision", "fp32", *more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    work = tmp_path_factory.mktemp("sweep")
+    write_exams(work / "data", train=18)
+    sweep_file(work)
+    return work, run_sweep(work)
+
+
+def test_a_sweep_predicts_every_exam_out_of_fold(swept):
+    work, done = swept
+    assert done.returncode == 0, done.stderr
+    labels, stacks, recipes = read_results(work / "out")
+    assert list(recipes) == ["article", "faster"] and stacks == {
+        "both": {"recipes": ["article", "faster"]}
+    }
+    assert labels["acl"] == {str(i): int(i % 3 == 0) for i in range(18)}
+    for name, content in recipes.items():
+        assert list(content["networks"]) == ["axial 1", "coronal 1", "axial 2", "coronal 2"]
+        for planes in ("axial", "coronal"):
+            folds = [content["networks"][f"{planes} {n}"] for n in (1, 2)]
+            assert sorted(folds[0]["ids"] + folds[1]["ids"]) == sorted(map(str, range(18)))
+            assert folds[0]["ids"] == recipes["article"]["networks"][f"{planes} 1"]["ids"]
+            assert all(fold["cpu_seconds"] > 0 and fold["peak_memory"] > 1e8 for fold in folds)
+        assert f"| {name}" in done.stdout
+    assert not list((work / "models").glob("*.pt"))
+
+
+def test_nothing_is_repeated(swept):
+    work, _ = swept
+    path = work / "out" / "faster.json"
+    before = path.read_text()
+    content = json.loads(before)
+    del content["networks"]["coronal 2"]
+    path.write_text(json.dumps(content))
+    done = run_sweep(work)
+    assert "1/1  faster, coronal, seed 0, fold 2" in done.stdout, done.stderr
+    again = json.loads(path.read_text())["networks"]["coronal 2"]
+    assert again["logits"] == json.loads(before)["networks"]["coronal 2"]["logits"]
+
+
+def test_another_recipe_under_the_same_name_is_refused(swept, tmp_path):
+    work, _ = swept
+    path = sweep_file(tmp_path, HEAD + RECIPES.replace("lr = 1e-3", "lr = 1e-4"))
+    done = run_script(
+        "tools/sweep.py", path, "--data-dir", work / "data", "--out", work / "out",
+        "--models-dir", tmp_path / "models",
+    )  # fmt: skip
+    assert_one_line_error(done, work / "out" / "faster.json", "another recipe")
+
+
+def test_failures_are_named_and_the_others_go_on(tmp_path):
+    write_exams(tmp_path / "data", train=18)
+    (tmp_path / "data" / "train" / "coronal" / "0003.npy").write_bytes(b"no volume")
+    sweep_file(tmp_path)
+    done = run_sweep(tmp_path)
+    assert_one_line_error(done, "4 of 8 networks failed", status=1)
+    assert "FAILED     article, coronal, seed 0, fold 1, status 2" in done.stdout
+    assert len(json.loads((tmp_path / "out" / "faster.json").read_text())["networks"]) == 2
+
+
+def test_a_signal_stops_after_the_step_and_the_time_is_kept(tmp_path):
+    write_exams(tmp_path / "data", train=18)
+    text = (HEAD + RECIPES).replace("epochs = 1", "epochs = 500").replace('"axial", ', "")
+    command = [sys.executable, "-m", "tools.sweep", sweep_file(tmp_path, text), "--data-dir",
+               tmp_path / "data", "--out", tmp_path / "out", "--models-dir",
+               tmp_path / "models"]  # fmt: skip
+    running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while len(list((tmp_path / "models").glob("*.state"))) < 2:
+        time.sleep(0.1)
+        assert running.poll() is None
+    running.send_signal(signal.SIGTERM)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 128 + signal.SIGTERM and "Start it again" in errors
+    parts = json.loads((tmp_path / "out" / "article.json").read_text())["interrupted"]
+    assert parts["coronal 1"]["cpu_seconds"] > 0
+    assert len(list((tmp_path / "models").glob("*.state"))) == 2
+
+
+def test_a_job_says_its_status_and_time(tmp_path):
+    code = "import sys, time; t = time.process_time()\nwhile time.process_time() < t + 0.5: pass\n"
+    jobs = [Job(str(n), ("-c", f"{code}sys.exit({n})"), tmp_path / f"{n}.txt") for n in (0, 3)]
+    done = {one.job.name: one for one in Jobs(2).run(jobs)}
+    assert {name: one.status for name, one in done.items()} == {"0": 0, "3": 3}
+    assert all(0.5 <= one.cpu_seconds < 3 and one.seconds >= 0.5 for one in done.values())
+    assert (tmp_path / "3.txt").read_text().startswith("\n$ python -c ")
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def write_results(folder, gains, seeds=1, folds=2, n=400, seed=0):
+    """A sweep's results with binormal scores: {recipe: distance of the classes}."""
+    rng = np.random.default_rng(seed)
+    truth = (np.arange(n) % 4 == 0).astype(int)
+    labels = {"acl": {str(i): int(label) for i, label in enumerate(truth)}}
+    folder.mkdir()
+    (folder / "sweep.json").write_text(json.dumps({"labels": labels, "stacks": {}}))
+    knee = rng.standard_normal(n)
+    for name, gain in gains.items():
+        networks = {}
+        for number in range(seeds * folds):
+            ids = [i for i in range(n) if i % folds == number % folds]
+            logits = gain * truth + knee + 0.3 * rng.standard_normal(n)
+            networks[f"axial {number + 1}"] = {
+                "ids": [str(i) for i in ids], "logits": {"acl": [logits[i] for i in ids]},
+                "cpu_seconds": 10.0 if name == "article" else 5.0, "peak_memory": 1e9,
+            }  # fmt: skip
+        content = {"folds": folds, "seeds": seeds, "networks": networks}
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def lines(folder):
+    labels, stacks, recipes = read_results(folder)
+    truth, rows = all_rows(labels, stacks, recipes, "acl")
+    return truth, {line.row.recipe: line for line in lines_of(truth, rows)}
+
+
+def test_a_row_of_the_table(tmp_path):
+    folder = write_results(tmp_path / "out", {"article": 1.0, "better": 1.5}, seeds=2)
+    truth, found = lines(folder)
+    networks = json.loads((folder / "better.json").read_text())["networks"]
+    aucs, inside, briers = [], [], []
+    for seed in (0, 1):
+        scores = np.empty(len(truth))
+        for fold in (1, 2):
+            network = networks[f"axial {2 * seed + fold}"]
+            rows = np.array(network["ids"], int)
+            scores[rows] = network["logits"]["acl"]
+            inside.append(roc_auc_score(truth[rows], scores[rows]))
+        aucs.append(roc_auc_score(truth, scores))
+        briers.append(brier_score_loss(truth, expit(scores)))
+    line = found["better"]
+    assert line.aucs == pytest.approx(aucs) and line.in_folds == pytest.approx(np.mean(inside))
+    assert line.brier == pytest.approx(np.mean(briers)) and line.time == 0.5
+    gains = np.subtract(aucs, found["article"].aucs)
+    assert line.gain.value == pytest.approx(gains.mean()) and line.gain.p < 1e-3
+    assert line.gain.low < gains.min() and line.adjusted == line.gain.p
+    assert found["article"].gain is None
+
+
+def test_seeds_widen_the_interval(tmp_path):
+    folder = write_results(tmp_path / "out", {"article": 1.0, "again": 1.0}, seeds=3)
+    labels, stacks, recipes = read_results(folder)
+    truth, rows = all_rows(labels, stacks, recipes, "acl")
+    article, again = (row for row in rows)
+    from common.metrics import mean_auc_difference
+
+    each = [roc_auc_score(truth, b) - roc_auc_score(truth, a)
+            for a, b in zip(article.scores, again.scores, strict=True)]  # fmt: skip
+    wanted = mean_auc_difference(truth, again.scores, article.scores, np.var(each, ddof=1))
+    (line,) = [line for line in lines_of(truth, rows) if line.gain]
+    assert line.gain == pytest.approx(wanted)
+
+
+def test_what_is_clearly_behind_is_dropped_but_never_the_article(tmp_path):
+    gains = {"article": 0.2, "good": 1.5, "as-good": 1.5, "bad": 0.2}
+    assert dropped_recipes(write_results(tmp_path / "out", gains)) == {"bad"}
+
+
+def test_recipes_in_part_are_compared_on_the_exams_of_both(tmp_path):
+    folder = write_results(tmp_path / "out", {"article": 1.0, "part": 1.5})
+    content = json.loads((folder / "part.json").read_text())
+    del content["networks"]["axial 2"]
+    (folder / "part.json").write_text(json.dumps(content))
+    truth, found = lines(folder)
+    even = np.arange(len(truth)) % 2 == 0
+    row, base = found["part"].row.scores[0], found["article"].row.scores[0]
+    wanted = roc_auc_score(truth[even], row[even]) - roc_auc_score(truth[even], base[even])
+    assert found["part"].gain.value == pytest.approx(wanted)
+
+
+def test_a_stack_never_sees_the_labels_of_its_own_fold(tmp_path):
+    folder = write_results(tmp_path / "out", {"article": 1.0, "other": 1.0})
+    labels, stacks, recipes = read_results(folder)
+    truth, rows = all_rows(labels, stacks, recipes, "acl")
+    before = stack_row("both", rows, truth)
+    first = before.folds[0] == 1
+    changed = np.where(first, 1 - truth, truth)
+    after = stack_row("both", rows, changed)
+    np.testing.assert_array_equal(before.scores[0, first], after.scores[0, first])
+    assert (before.scores[0, ~first] != after.scores[0, ~first]).all()
+    assert roc_auc_score(truth, before.scores[0]) > 0.7
+
+
+def test_labels_without_information_give_no_auc(tmp_path):
+    folder = write_results(tmp_path / "out", {"article": 0.0, "other": 0.0})
+    labels, stacks, recipes = read_results(folder)
+    truth, rows = all_rows(labels, stacks, recipes, "acl")
+    assert abs(roc_auc_score(truth, stack_row("both", rows, truth).scores[0]) - 0.5) < 0.07
