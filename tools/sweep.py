@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from common import cli, engine
-from common.checkpoint import column_name, load_model, model_path, run_suffix
+from common.checkpoint import check_writable, column_name, load_model, lock, model_path, run_suffix
 from common.config import ARTICLE, THE_ARTICLES
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, one_line
@@ -180,20 +180,19 @@ class Results:
         """What a Network predicted, None if it has not yet."""
         return self.networks.get(f"{network.planes} {network.number}")
 
-    def interrupted(self, network, usage):
-        """Record the time that an interrupted training of a Network has taken so far."""
-        parts = self.content.setdefault("interrupted", {})
-        parts[f"{network.planes} {network.number}"] = self.whole(network, usage)
+    def add_time(self, network, usage):
+        """Record what a training of a Network has taken, beside its interrupted parts before."""
+        times = self.content.setdefault("times", {})
+        before = times.get(f"{network.planes} {network.number}", {})
+        times[f"{network.planes} {network.number}"] = {
+            name: round(value + before.get(name, 0), 1) for name, value in usage.items()
+        }
         self.write()
-
-    def whole(self, network, usage):
-        """The time of a Network's training with its interrupted parts."""
-        before = self.content.get("interrupted", {}).pop(f"{network.planes} {network.number}", {})
-        return {name: round(value + before.get(name, 0), 1) for name, value in usage.items()}
 
     def add(self, network, found):
         """Record what a Network predicted."""
-        self.networks[f"{network.planes} {network.number}"] = found
+        key = f"{network.planes} {network.number}"
+        self.networks[key] = found | self.content["times"].pop(key)
         self.write()
 
     def write(self):
@@ -220,22 +219,33 @@ def run(args):
     for recipe, values in sweep.recipes.items():
         lines = [f"{key} = {json.dumps(value)}\n" for key, value in values.items()]
         write_text(setting.models_dir / "recipes" / f"{recipe}.toml", "".join(lines))
+    check_writable(setting.out)
+    with lock(setting.out / "sweep.json"):
+        run_rounds(sweep, setting, args.jobs, args.drop, commit)
+    print_table(setting.out)
+
+
+def run_rounds(sweep, setting, at_once, drop, commit):
+    """Train all networks; with `drop` a fold of all recipes is awaited before the next."""
     results = {recipe: Results(setting.out, sweep, recipe) for recipe in sweep.recipes}
     write_about(sweep, setting)
-    jobs, dropped = Jobs(args.jobs), set()
+    jobs, dropped = Jobs(at_once), set()
     torch.set_num_threads(1)  # the jobs have the cores; waiting threads would slow them tenfold
-    provenance = {"commit": commit, "versions": cli.versions(), "precision": setting.precision,
-                  "machine": cli.device_name(device), "threads": jobs.threads}  # fmt: skip
+    provenance = {
+        "commit": commit,
+        "versions": cli.versions(),
+        "precision": setting.precision,
+        "machine": cli.device_name(torch.device(setting.device)),
+        "threads": jobs.threads,
+    }
     todo = [n for n in sweep.networks() if results[n.recipe].get(n) is None]
-    # With --drop a fold of all recipes is awaited before the next.
-    rounds = sorted({n.number for n in todo}) if args.drop else [None]
+    rounds = sorted({n.number for n in todo}) if drop else [None]
     for number in rounds:
         networks = [n for n in todo if number in (None, n.number) and n.recipe not in dropped]
         train_networks(sweep, networks, setting, jobs, results, provenance)
-        if args.drop:
+        if drop:
             dropped = dropped_recipes(setting.out)
             print(f"dropped    {', '.join(sorted(dropped)) or 'none'}", flush=True)
-    print_table(setting.out)
 
 
 def train_networks(sweep, networks, setting, jobs, results, provenance):
@@ -254,17 +264,15 @@ def train_networks(sweep, networks, setting, jobs, results, provenance):
     for count, done in enumerate(jobs.run(waiting), start=1):
         network = waiting[done.job]
         result = results[network.recipe]
-        usage = {"seconds": done.seconds, "cpu_seconds": done.cpu_seconds}
-        if done.status >= 128 or done.status < 0:
-            result.interrupted(network, usage)
+        result.add_time(network, {"seconds": done.seconds, "cpu_seconds": done.cpu_seconds})
+        if done.status >= 128 or done.status < 0:  # by a signal
             continue
         if done.status:
             failed.append(done.job)
             print(f"FAILED     {done.job.name}, status {done.status}: see {done.job.log}")
             continue
         found = predict_out_of_fold(sweep, network, setting)
-        found |= result.whole(network, usage) | {"peak_memory": done.peak_memory}
-        result.add(network, found | provenance)
+        result.add(network, found | {"peak_memory": done.peak_memory} | provenance)
         if not setting.keep_models:
             for task in sweep.task.split("+"):
                 sweep.model_file(setting.models_dir, task, network).unlink()
