@@ -64,6 +64,8 @@ class Jobs:
                 if done is not None:
                     yield done
         finally:
+            for process in list(self.running):  # whoever takes the results has failed
+                process.terminate()
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self.stopped_by:

@@ -13,6 +13,7 @@ from scipy.special import expit
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from common.jobs import Job, Jobs
+from common.metrics import mean_auc_difference
 from tools.sweep import read_sweep
 from tools.sweep_table import all_rows, dropped_recipes, lines_of, read_results, stack_row
 
@@ -158,6 +159,16 @@ def test_a_job_says_its_status_and_time(tmp_path):
     assert (tmp_path / "3.txt").read_text().startswith("\n$ python -c ")
 
 
+def test_jobs_do_not_outlive_whoever_takes_their_results(tmp_path):
+    quick = Job("quick", ("-c", "pass"), tmp_path / "quick.txt")
+    code = f"import time; time.sleep(5); open({str(tmp_path / 'late')!r}, 'w')"
+    with pytest.raises(ZeroDivisionError):
+        for _ in Jobs(2).run([quick, Job("slow", ("-c", code), tmp_path / "slow.txt")]):
+            raise ZeroDivisionError
+    time.sleep(6)
+    assert not (tmp_path / "late").exists()
+
+
 # --- the table ------------------------------------------------------------------------------------
 
 
@@ -216,14 +227,13 @@ def test_seeds_widen_the_interval(tmp_path):
     folder = write_results(tmp_path / "out", {"article": 1.0, "again": 1.0}, seeds=3)
     labels, stacks, recipes = read_results(folder)
     truth, rows = all_rows(labels, stacks, recipes, "acl")
-    article, again = (row for row in rows)
-    from common.metrics import mean_auc_difference
-
+    again, article = rows
+    assert (again.recipe, article.recipe) == ("again", "article")
     each = [roc_auc_score(truth, b) - roc_auc_score(truth, a)
             for a, b in zip(article.scores, again.scores, strict=True)]  # fmt: skip
     wanted = mean_auc_difference(truth, again.scores, article.scores, np.var(each, ddof=1))
     (line,) = [line for line in lines_of(truth, rows) if line.gain]
-    assert line.gain == pytest.approx(wanted)
+    assert tuple(line.gain) == pytest.approx(tuple(wanted))
 
 
 def test_what_is_clearly_behind_is_dropped_but_never_the_article(tmp_path):
