@@ -98,6 +98,8 @@ def test_lesions_are_those_of_the_labels(knees, places):
             for exam_id, label in labels(knees, split, task).items():
                 found = [lesion["kind"] for lesion in places[str(exam_id)]["lesions"]]
                 assert found.count(task) == label
+                tasks = [lesion["task"] for lesion in places[str(exam_id)]["lesions"]]
+                assert (task in tasks) == bool(label)
         for exam_id, label in labels(knees, split, "abnormal").items():
             assert bool(places[str(exam_id)]["lesions"]) == bool(label)
 

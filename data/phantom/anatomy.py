@@ -7,6 +7,7 @@ Lengths in mm, knee coordinates as in data/phantom/knee.py.
 import numpy as np
 
 from data.phantom.knee import Knee
+from data.phantom.menisci import paint_menisci
 from data.phantom.shapes import (
     all_of,
     capsule,
@@ -24,8 +25,9 @@ FAT, MARROW, MUSCLE, SYNOVIUM, SKIN = 0.20, 0.18, 0.38, 0.36, 0.36
 CARTILAGE, FLUID, VESSEL, NERVE, DARK = 0.58, 0.95, 0.75, 0.40, 0.05
 INTACT_SIGNAL = (0.03, 0.17)  # an intact ACL may be grey too (mucoid change, partial volume)
 INTACT_RADIUS = (3.6, 5.2)  # mm; half thickness of an ACL
+MUCOID = 0.10  # share of intact ACLs with mucoid degeneration: thick and grey, as a tear may look
+MUCOID_RADIUS, MUCOID_SIGNAL = (5.0, 6.5), (0.28, 0.48)
 NOTCH_FLUID = 0.40  # share of knees with some harmless fluid beside the cruciates
-INTACT_MENISCUS = (0.03, 0.16)  # signal; degeneration makes an intact meniscus grey inside
 # The limb's outline and the muscles' sections as ellipses from top to bottom:
 # (w, centre u, centre v, half width, half depth). Muscles overlap: nearest wins, fascia between.
 LIMB = [(90, 0, 2, 63, 66), (30, 0, 2, 58, 61), (0, 0, 5, 55, 57), (-30, 1, 12, 53, 49),
@@ -139,45 +141,6 @@ def paint_joint_space(knee, effusion):
             knee.note("effusion", where, lumpy < 0)
 
 
-def paint_menisci(knee, tear):
-    """Two dark wedges between femur and tibia; `tear` is None or a dict that places a tear.
-
-    The bones are drawn later and cut the wedges' upper and lower faces to their own shape.
-    """
-    for side in (-1, 1):  # medial, lateral
-        ends = sorted([2 * side, 44 * side])
-        where, (u, v, w) = knee.box((ends[0], -26, -16), (ends[1], 34, 8))
-        wide, deep, middle, opening = (18, 23, 4, 2.35) if side < 0 else (17, 19.5, 2, 2.75)
-        across, along = (u - 20 * side) * side / wide, (v - middle) / deep
-        ring, angle = np.hypot(across, along), np.arctan2(along, across)  # 1 at the rim; 0 outwards
-        inner = (0.46 if side < 0 else 0.42) - 0.10 * np.sin(angle)  # the posterior horn is broad
-        height = np.clip((ring - inner) / (1 - inner), 0, 1.1)  # 0 at the free edge, 1 at the rim
-        floor = -6.8 - 0.07 * (v - 3)
-        wedge = all_of(
-            (ring - 1) * 17, (inner - ring) * 17, (w - floor - 2.6 - 8 * height) * 0.9,
-            floor - 2 - w, (np.abs(angle) - opening) * 12,
-        )  # fmt: skip
-        knee.paint(where, all_of((ring - 1.02) * 17, np.abs(w - floor - 3) - 4), 0.55, soft=1.0)
-        rest = knee.rng.uniform(*INTACT_MENISCUS)
-        knee.paint(where, wedge + 0 * u, DARK, soft=0.6)
-        core = np.hypot((height - 0.62) * 8, w - floor - 4.4) - 1.2
-        knee.signal[where] += rest * inside(core, 1.6) * inside(wedge, 0.6)
-        if tear is None or tear["side"] != side:
-            continue
-        along = np.clip(np.abs(angle - tear["angle"]) / tear["half_angle"], 0, 1)  # 1 at its ends
-        thin = tear["width"] / 2 * (1.3 * np.sqrt(1 - along**2) - 0.3) - 0.6 * (along == 1)
-        middle_height = floor + 2.3 + 3.0 * height
-        flat = np.abs(w - middle_height - tear["slant"] * (height - 0.5) * 3)
-        upright = np.abs((height - 0.55) * 8 + tear["slant"] * (w - middle_height) * 0.4)
-        both = np.minimum(flat, upright)
-        cleft = {"horizontal": flat, "vertical": upright, "complex": both}[tear["kind"]] - thin
-        if tear["displaced"]:  # the free edge is gone
-            cleft = np.minimum(cleft, (height - 0.5 * (1 - along**2)) * 8 + 2 * (along == 1))
-        cleft = all_of(cleft, wedge - 0.6)
-        knee.paint(where, cleft, FLUID * tear["signal"], soft=0.6)
-        knee.note("meniscus", where, cleft < 0)
-
-
 def paint_acl(knee, tear):
     """The anterior cruciate ligament; `tear` is None or a dict that describes the tear.
 
@@ -187,6 +150,9 @@ def paint_acl(knee, tear):
     rng = knee.rng
     femoral, tibial = np.add(ACL, rng.normal(0, 0.6, (2, 3)))
     thick, grey = rng.uniform(*INTACT_RADIUS), rng.uniform(*INTACT_SIGNAL)
+    mucoid = rng.uniform(*MUCOID_RADIUS), rng.uniform(*MUCOID_SIGNAL)
+    if rng.random() < MUCOID and tear is None:
+        thick, grey = mucoid
     where, points = knee.box(np.minimum(femoral, tibial) - 20, np.maximum(femoral, tibial) + 20)
     ripple, wisps = knee.cloud(where, 1.2), knee.cloud(where, 2.4)
     across = (points[1] - points[2]) * 0.70 + points[0] * 0.3  # the ligament runs along v + w
@@ -333,8 +299,9 @@ def draw_knee(rng, lesions):
     knee = Knee(rng)
     paint_soft_tissue(knee)
     paint_joint_space(knee, lesions["effusion"])
-    paint_menisci(knee, lesions["meniscus"])
+    paint_menisci(knee, lesions["meniscus"], lesions["extrusion"], lesions["cyst"])
     paint_ligaments(knee, lesions["acl"])
     paint_bones(knee, lesions["oedema"])
-    knee.settle()
+    if lesions["abnormal"]:
+        knee.settle()
     return knee

@@ -7,7 +7,7 @@ the joint line.
 import numpy as np
 from scipy import ndimage
 
-from data.phantom.lesions import PREVALENCE
+from data.phantom.lesions import TASK_OF
 from data.phantom.shapes import capsule, inside
 
 GRID = 0.8  # mm; the 3-D knee is drawn at this step
@@ -62,7 +62,7 @@ class Knee:
             self.add(capsule(start, end, radius, flat=flat), value, soft)
 
     def note(self, kind, where, mask):
-        """Remember a lesion's voxels in a box: kind is acl, meniscus, effusion or oedema."""
+        """Remember a lesion's voxels in a box: kind is one of TASK_OF."""
         self.notes.append((kind, where, mask))
 
     def settle(self):
@@ -71,8 +71,7 @@ class Knee:
             found = np.argwhere(mask if kind == "oedema" else mask & ~self.solid[where])
             if len(found):
                 corner = [axis[s.start] for axis, s in zip(self.axes, where, strict=True)]
-                task = kind if kind in PREVALENCE else "abnormal"
-                self.lesions.append((kind, task, found * self.grid + corner))
+                self.lesions.append((kind, TASK_OF[kind], found * self.grid + corner))
 
     def cloud(self, where, step):
         """Smooth noise of mean 0 and SD about 1 over a box; `step` mm is its grain."""

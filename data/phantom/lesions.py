@@ -3,17 +3,31 @@
 import numpy as np
 
 PREVALENCE = {"abnormal": 0.80, "acl": 0.20, "meniscus": 0.37}  # MRNet, Bien et al. 2018
+TASK_OF = {"acl": "acl", "meniscus": "meniscus", "extrusion": "meniscus", "fragment": "meniscus",
+           "cyst": "meniscus", "effusion": "abnormal", "oedema": "abnormal"}  # fmt: skip
+# The anterior cruciate ligament
 PARTIAL_TEARS = 0.35  # share of torn ACLs that are partial: smaller, darker, some fibres left
 PARTIAL_SIZE, PARTIAL_SIGNAL = 0.75, 0.75  # of a complete tear's
-TEAR_RADIUS = (8.5, 13.5)  # mm; half length of the bright mass in place of torn fibres
-TEAR_SIGNAL = (0.70, 1.00)  # of that mass; fluid is 0.95, muscle 0.38
-CLEFT_WIDTH = (2.0, 3.4)  # mm; a meniscal tear's bright line
+TEAR_RADIUS = (7.0, 13.0)  # mm; half length of the bright mass in place of torn fibres
+TEAR_SIGNAL = (0.55, 1.00)  # of that mass; fluid is 0.95, muscle 0.38
+# The menisci
+CLEFT_WIDTH = (2.0, 3.6)  # mm; a meniscal tear's bright line
 CLEFT_SIGNAL = (0.70, 1.00)  # of fluid's
-CLEFT_HALF_ANGLE = (0.35, 0.70)  # rad round the meniscus; 15 mm each
+CLEFT_HALF_ANGLE = (0.35, 0.80)  # rad round the meniscus; 15 mm each
 DISPLACED_TEARS = 0.35  # share of meniscal tears whose free edge is gone, with fluid in its place
-EFFUSION = {"acl": 0.60, "meniscus": 0.50, "other": 0.75, "normal": 0.0}  # how often, by group
-OEDEMA = {"acl": 0.45, "meniscus": 0.35, "other": 0.55, "normal": 0.0}
-OEDEMA_SIGNAL = (0.45, 0.80)
+BUCKET_HANDLES = 0.20  # share of medial tears whose free edge lies in the notch
+EXTRUDED = 0.50  # share of torn menisci that stand over the edge of the tibia
+EXTRUSION, NO_EXTRUSION = (2.5, 5.0), (0.0, 2.0)  # mm
+CYSTS = 0.25  # share of torn menisci with a cyst beside them
+CYST_RADIUS = (3.0, 5.5)  # mm
+# The rest of the joint: how often, by group, and how much
+EFFUSION = {"acl": 0.70, "meniscus": 0.60, "other": 0.75, "normal": 0.30}
+EFFUSION_SIZE = (0.20, 1.0)
+OEDEMA = {"acl": 0.45, "meniscus": 0.35, "other": 0.55, "normal": 0.15}
+OEDEMA_RADIUS, OEDEMA_SIGNAL = (6.0, 13.0), (0.36, 0.80)
+# What a normal knee may have: some fluid, some red marrow.
+HARMLESS_EFFUSION = (0.05, 0.30)
+HARMLESS_RADIUS, HARMLESS_SIGNAL = (5.0, 8.0), (0.26, 0.42)
 
 
 def draw_labels(rng, n):
@@ -39,7 +53,9 @@ def draw_lesions(rng, labels):
     with_effusion, with_oedema = (rng.random() < share[group] for share in (EFFUSION, OEDEMA))
     if group == "other" and not (with_effusion or with_oedema):
         with_effusion = True
-    lesions = {"acl": None, "meniscus": None, "oedema": [], "effusion": 0.0}
+    lesions = {"abnormal": bool(labels["abnormal"]), "acl": None, "meniscus": None, "cyst": None}
+    lesions |= {"oedema": [], "effusion": 0.0}
+    lesions["extrusion"] = {side: rng.uniform(*NO_EXTRUSION) for side in (-1, 1)}
     if labels["acl"]:
         partial_tear = bool(rng.random() < PARTIAL_TEARS)
         size = rng.uniform(*TEAR_RADIUS) * (PARTIAL_SIZE if partial_tear else 1)
@@ -53,22 +69,35 @@ def draw_lesions(rng, labels):
         }
     if labels["meniscus"]:
         place = rng.choice([1.35, 0.2, -1.2], p=[0.65, 0.2, 0.15])  # posterior, body, anterior
+        side = -1 if rng.random() < 0.7 else 1
+        handle = side < 0 and rng.random() < BUCKET_HANDLES
+        angle = 0.3 if handle else place + rng.uniform(-0.25, 0.25)
         lesions["meniscus"] = {
-            "side": -1 if rng.random() < 0.7 else 1,
-            "angle": place + rng.uniform(-0.25, 0.25),
-            "half_angle": rng.uniform(*CLEFT_HALF_ANGLE),
+            "side": side,
+            "angle": angle,
+            "half_angle": 1.4 if handle else rng.uniform(*CLEFT_HALF_ANGLE),
             "kind": rng.choice(["horizontal", "vertical", "complex"], p=[0.45, 0.3, 0.25]),
             "slant": rng.uniform(-1, 1),
             "width": rng.uniform(*CLEFT_WIDTH),
             "signal": rng.uniform(*CLEFT_SIGNAL),
             "displaced": bool(rng.random() < DISPLACED_TEARS),
+            "handle": rng.normal(0, 0.6, (2, 3)) if handle else None,  # mm, off its usual place
         }
+        if rng.random() < EXTRUDED:
+            lesions["extrusion"][side] = rng.uniform(*EXTRUSION)
+        if rng.random() < CYSTS:
+            radius = rng.uniform(*CYST_RADIUS)
+            phases = rng.uniform(0, 6.3, 3)
+            lesions["cyst"] = {"side": side, "angle": angle, "radius": radius, "phases": phases}
+    harmless = group == "normal"
     if with_oedema:
+        radii = HARMLESS_RADIUS if harmless else OEDEMA_RADIUS
+        signals = HARMLESS_SIGNAL if harmless else OEDEMA_SIGNAL
         for _ in range(rng.integers(1, 3)):
             height = rng.choice([rng.uniform(6, 20), -rng.uniform(13, 22)])  # femur or tibia
             side = rng.choice([-1, 1])
             centre = (side * rng.uniform(14, 26), rng.uniform(-10, 18), height)
-            lesions["oedema"].append((centre, rng.uniform(7, 13), rng.uniform(*OEDEMA_SIGNAL)))
+            lesions["oedema"].append((centre, rng.uniform(*radii), rng.uniform(*signals)))
     if with_effusion:
-        lesions["effusion"] = rng.uniform(0.35, 1.0)
+        lesions["effusion"] = rng.uniform(*(HARMLESS_EFFUSION if harmless else EFFUSION_SIZE))
     return lesions

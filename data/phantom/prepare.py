@@ -37,7 +37,7 @@ from data.phantom.anatomy import draw_knee  # noqa: E402
 from data.phantom.lesions import PREVALENCE, draw_labels, draw_lesions  # noqa: E402
 from data.phantom.scanner import Pose, place, scan  # noqa: E402
 
-VERSION = "1"  # of the knees that are drawn; raise it with every change of the pixels
+VERSION = "2"  # of the knees that are drawn; raise it with every change of the pixels
 SPLITS = ("train", "valid")
 
 
