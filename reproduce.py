@@ -3,27 +3,35 @@
     python reproduce.py                                     # make reproduce: MRNet under data/
     python reproduce.py --data-dir data/phantom -- --epochs 4 --lr 3e-5
     python reproduce.py --tasks acl -- --protocol held-out --folds 5
+    python reproduce.py --together -- --recipe mine         # all findings of a plane in one network
 
-Runs train.py and train_logistic_regression.py as they stand; what follows `--` goes to train.py.
-Interrupt it and start it again: no finished model is repeated. Writes models/reproduce/results.json
-and results.md, apart from the models that other commands make.
+Every network (a task, a plane, a fold, a seed) is one run of train.py, several side by side, each
+with a log of its own; then train_logistic_regression.py stacks each task. What follows `--` goes
+to train.py. Interrupt it and start it again: no finished model is repeated. Writes
+models/reproduce/results.json and results.md, apart from the models that other commands make.
 """
 
 import argparse
 import json
+import math
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 from tabulate import tabulate
 
 from common import cli
 from common.config import ARTICLE, read_recipe
+from common.devices import pick_device
 from common.errors import Interrupted, RunError
 from common.files import write_text
+from common.jobs import ROOT, Job, Jobs, failures
 from common.stacking import start_of_results
 from dataloader import PLANES, tasks
+
+BYTES_OF_A_JOB = 2e9  # resident, beside its volumes: torch, AlexNet and an exam's activations
 
 # (who, protocol, {task: AUC}); none of these is ours.
 PUBLISHED = (
@@ -58,6 +66,11 @@ def parse_arguments():
     parser.add_argument(
         "--logs-dir", type=Path, default=Path("logs/reproduce"), help="for TensorBoard"
     )
+    together = "one network for all findings of a plane, in the time of one, instead of one each"
+    parser.add_argument("--together", action="store_true", help=together)
+    jobs = "networks trained side by side, the cores shared out; by default one a core on a CPU, "
+    jobs += "as far as memory allows, and one on a GPU"
+    parser.add_argument("--jobs", type=cli.positive_int, help=jobs)
     parser.add_argument("recipe", nargs="*", help="after `--`: arguments for train.py")
     return parser.parse_args()
 
@@ -84,9 +97,13 @@ def call(script, *arguments):
         raise RunError(f"{script} ended with status {status}; fix the cause and start again")
 
 
-def shared_with_stack(recipe):
-    """The arguments of train.py that train_logistic_regression.py needs as well, and the name of
-    the recipe."""
+def read_training(recipe):
+    """What of train.py's arguments matters here as well.
+
+    Returns:
+        the arguments that train_logistic_regression.py needs, the recipe's name, the number of
+        networks of a task and plane, and the device.
+    """
     names = ("--folds", "--repeat", "--seed", "--device", "--precision")
     parser = argparse.ArgumentParser(add_help=False)
     for name in names:
@@ -95,7 +112,49 @@ def shared_with_stack(recipe):
     known = vars(parser.parse_known_args(recipe)[0])
     name = read_recipe(known.pop("recipe"))[0]
     words = [word for name, value in known.items() if value for word in (f"--{name}", value)]
-    return [*words, "--recipes", name], name
+    counts = [known[name] or "1" for name in ("folds", "repeat")]
+    networks = math.prod(int(text) for text in counts if text.isdecimal())  # else train.py objects
+    return [*words, "--recipes", name], name, networks, known["device"] or "auto"
+
+
+def make_jobs(findings, networks, places, recipe):
+    """A Job for every network.
+
+    Args:
+        findings: list of lists of tasks; those of one list share a network.
+        networks: number of them for each task and plane: folds times seeds.
+        places: {"data", "models", "logs": Path}.
+        recipe: list, arguments of train.py.
+    """
+    jobs = []
+    for together in findings:
+        for plane in PLANES:
+            size = bytes_of(places["data"], plane)
+            for number in range(1, networks + 1):
+                name = "+".join(together)
+                arguments = (ROOT / "train.py", "--task", *together, "--plane", plane, "--resume",
+                             *as_arguments(places), "--networks", number, *recipe)  # fmt: skip
+                log = places["models"] / "output" / f"{name}-{plane}-{number}.txt"
+                title = f"{name}, {plane}" + (f", network {number}" if networks > 1 else "")
+                jobs.append(Job(title, tuple(map(str, arguments)), log, size))
+    return jobs
+
+
+def as_arguments(places):
+    return [word for name, path in places.items() for word in (f"--{name}-dir", path)]
+
+
+def bytes_of(data_dir, plane):
+    """Size of a plane's volumes, at least 1."""
+    return 1 + sum(path.stat().st_size for path in Path(data_dir).glob(f"*/{plane}/*.npy"))
+
+
+def jobs_at_once(device, jobs):
+    """How many networks to train side by side: one a core as far as memory allows; one on a GPU."""
+    if pick_device(device).type != "cpu":
+        return 1
+    room = psutil.virtual_memory().available // (BYTES_OF_A_JOB + max(job.work for job in jobs))
+    return int(max(1, min(psutil.cpu_count() or 1, room, len(jobs))))
 
 
 def markdown(results):
@@ -122,16 +181,21 @@ def markdown(results):
 
 
 def run(args):
-    """Run train.py and train_logistic_regression.py for each task, then write the table."""
+    """Train every network, stack each task, write the table."""
     wanted = args.tasks or tasks(args.data_dir)
-    places = ("--data-dir", args.data_dir, "--models-dir", args.models_dir)
-    places += ("--logs-dir", args.logs_dir)
+    words, recipe, networks, device = read_training(args.recipe)
+    places = {"data": args.data_dir, "models": args.models_dir, "logs": args.logs_dir}
+    findings = [wanted] if args.together else [[task] for task in wanted]
+    jobs = make_jobs(findings, networks, places, args.recipe)
+    at_once = Jobs(args.jobs or jobs_at_once(device, jobs))
+    print(f"{len(jobs)} networks, {at_once.at_once} at a time with {at_once.threads} threads each; "
+          f"what they print: {args.models_dir / 'output'}", flush=True)  # fmt: skip
+    failed = [done.job for done in at_once.run(jobs) if done.status]
+    if failed:
+        raise RunError(failures(failed, jobs))
     results = {}
     for task in wanted:
-        for plane in PLANES:
-            call("train.py", "--task", task, "--plane", plane, *places, "--resume", *args.recipe)
-        words, recipe = shared_with_stack(args.recipe)
-        call("train_logistic_regression.py", "--task", task, *places, *words)
+        call("train_logistic_regression.py", "--task", task, *as_arguments(places), *words)
         start = start_of_results(args.models_dir, task, [recipe])
         results[task] = json.loads(Path(f"{start}-results.json").read_text())
     table = markdown(results)

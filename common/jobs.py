@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from joblib import Parallel, delayed
+from tqdm import tqdm
 
 from common.cli import catch_signals
 from common.errors import Interrupted
 
 ROOT = Path(__file__).parent.parent
+BAD_INPUT = 2  # exit status: trying again would not help
 
 
 class Job(NamedTuple):
@@ -23,6 +25,7 @@ class Job(NamedTuple):
     name: str
     arguments: tuple  # of Python: the script and its arguments
     log: Path  # gets all that it prints
+    work: float = 1.0  # how long it takes, in any unit: the longest begin first
 
 
 class Done(NamedTuple):
@@ -46,32 +49,47 @@ class Jobs:
     def __init__(self, at_once, threads=0):
         self.at_once = at_once
         self.threads = threads or max(1, (os.cpu_count() or 1) // at_once)
-        self.running, self.stopped_by = [], 0
+        self.running, self.stopped_by = {}, 0  # {process: Job}; number of a signal
 
     def run(self, jobs):
-        """Run jobs in their order; yields Done as each ends.
+        """Run jobs, those with most work first; yields Done as each ends, and says so.
 
-        A signal is passed on to what runs, which stops after its step with status 128 and more,
-        and no other job starts.
+        A job that fails is tried once more, unless its input is bad. A signal is passed on to what
+        runs, which stops after its step, and no other job starts.
 
         Raises:
             Interrupted: by a signal, when all that ran has ended.
         """
-        before = catch_signals(self.stop)
+        jobs = sorted(jobs, key=lambda job: -job.work)  # stable
+        before, began = catch_signals(self.stop), time.perf_counter()
+        left = sum(job.work for job in jobs)
+        bar = tqdm(total=len(jobs), unit="job", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         try:
             parallel = Parallel(self.at_once, "threading", return_as="generator_unordered")
+            count, done_work = 0, 0.0
             for done in parallel(delayed(self.run_one)(job) for job in jobs):
-                if done is not None:
-                    yield done
+                bar.set_description(", ".join(job.name for job in self.running.values()))
+                bar.update()
+                if done is None:
+                    continue
+                count, done_work = count + 1, done_work + done.job.work
+                rest = (time.perf_counter() - began) * (left - done_work) / done_work
+                what = "" if done.status == 0 else f", FAILED with status {done.status}"
+                tqdm.write(
+                    f"{count}/{len(jobs)}  {done.job.name}{what}  {done.seconds:.0f} s"
+                    + (f", about {rest / 60:.0f} min left" if count < len(jobs) else "")
+                )
+                yield done
         finally:
-            for process in list(self.running):  # whoever takes the results has failed
-                process.terminate()
+            bar.close()
+            if self.running:  # whoever takes the results has failed
+                self.stop(signal.SIGTERM)
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self.stopped_by:
             raise Interrupted(self.stopped_by, "Start it again: what is finished is not repeated")
 
-    def stop(self, number, frame):
+    def stop(self, number, frame=None):
         self.stopped_by = number
         for process in list(self.running):
             process.send_signal(number)
@@ -80,6 +98,18 @@ class Jobs:
         """Run one job to its end: Done; None if a signal came before it began."""
         if self.stopped_by:
             return None
+        done = self.try_one(job)
+        if done.status in (0, BAD_INPUT) or self.stopped_by:
+            return done
+        again = self.try_one(job)
+        return again._replace(
+            seconds=done.seconds + again.seconds,
+            cpu_seconds=done.cpu_seconds + again.cpu_seconds,
+            peak_memory=max(done.peak_memory, again.peak_memory),
+        )
+
+    def try_one(self, job):
+        """Run a job's process: Done."""
         job.log.parent.mkdir(parents=True, exist_ok=True)
         began = time.perf_counter()
         with open(job.log, "ab") as log:
@@ -87,16 +117,17 @@ class Jobs:
             log.flush()
             process = subprocess.Popen(
                 [sys.executable, *job.arguments],
-                cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
                 start_new_session=True,  # Ctrl-C reaches it through `stop`, once
             )
-            self.running.append(process)
+            self.running[process] = job
+            if self.stopped_by:  # between the question above and now
+                process.send_signal(self.stopped_by)
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
-            self.running.remove(process)
+            del self.running[process]
         scale = 1 if sys.platform == "darwin" else 1024  # getrusage(2): KiB on Linux
         return Done(
             job,
@@ -105,3 +136,14 @@ class Jobs:
             usage.ru_utime + usage.ru_stime,
             usage.ru_maxrss * scale,
         )
+
+
+def failures(failed, jobs):
+    """One line about the jobs that failed: how many, and why the last did."""
+    log = failed[-1].log
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return (
+        f"{len(failed)} of {len(jobs)} networks failed, the last, {failed[-1].name}, with "
+        f"'{lines[-1] if lines else ''}' ({log}); correct that and start again, the others are "
+        "not repeated"
+    )

@@ -571,10 +571,11 @@ def test_recipes_are_stacked_together(work):
 def test_reproducing_with_a_recipe(tmp_path):
     (tmp_path / "quick.toml").write_text('pooling = "mean"\n')
     words = ["--recipe", str(tmp_path / "quick.toml"), "--folds", "3", "--lr", "1"]
-    assert reproduce.shared_with_stack(words) == (
-        ["--folds", "3", "--recipes", "quick"], "quick",
+    assert reproduce.read_training(words) == (
+        ["--folds", "3", "--recipes", "quick"], "quick", 3, "auto",
     )  # fmt: skip
-    assert reproduce.shared_with_stack([]) == (["--recipes", "article"], "article")
+    assert reproduce.read_training([]) == (["--recipes", "article"], "article", 1, "auto")
+    assert reproduce.read_training(["--folds", "5", "--repeat", "3"])[2] == 15
     row = {"auc": 0.75, "auc_low": 0.5, "auc_high": 0.875, "n": 9, "positives": 3}
     valid = {"axial-quick": row, "stack": row, "stack against best plane": {"plane": "axial-quick"}}
     table = reproduce.markdown({"acl": {"valid": valid, "protocol": "held-out", "folds": 3}})

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common import cli, engine
 from common.checkpoint import STATE_FORMAT, load_model, lock, read_checkpoint
+from common.jobs import Job, Jobs
 
 RECIPE = ("--task", "acl", "--plane", "axial", "--no-pretrained", "--lr", "1e-4", "--log-every",
           "5", "--patience", "99", "--precision", "fp32")  # fmt: skip
@@ -199,28 +200,73 @@ def test_a_second_signal_stops_at_once(work, launcher):
 
 @pytest.mark.usefixtures("signals_heard")
 def test_reproduce_passes_a_signal_on_and_repeats_nothing(work):
-    """Interrupted in its second plane, started again: the first plane is not trained again."""
+    """Interrupted in its second network, started again: the first is not trained again."""
     recipe = ["--no-pretrained", "--epochs", "2", "--lr", "1e-4"]
     files = ("--data-dir", work / "data", "--models-dir", work / "models", "--logs-dir",
-             work / "logs")  # fmt: skip
+             work / "logs", "--jobs", "1")  # fmt: skip
     command = [sys.executable, ROOT / "reproduce.py", *files, "--", *recipe]
     first = subprocess.Popen(
         [*map(str, command)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     deadline = time.monotonic() + 120
-    while not (work / "models" / "acl-coronal.state").exists() and time.monotonic() < deadline:
+    finished, begun = [], []
+    while not (finished and begun) and time.monotonic() < deadline:
         time.sleep(0.02)
+        begun = list((work / "models").glob("*.state"))
+        models = (work / "models").glob("*.pt")
+        finished = [path for path in models if path.with_suffix(".state") not in begun]
     first.send_signal(signal.SIGINT)
     _, said = first.communicate(timeout=120)
     assert first.returncode == 130 and "Start it again" in said
-    axial = (work / "models" / "acl-axial.pt").read_bytes()
+    (path,) = finished
+    before = path.read_bytes()
     done = run_script("reproduce.py", *files, "--", *recipe)
     assert done.returncode == 0, done.stderr
-    assert (work / "models" / "acl-axial.pt").read_bytes() == axial
+    assert path.read_bytes() == before
+    output = (work / "models" / "output" / f"{path.stem}-1.txt").read_text()
+    assert "finished before" in output and "3 networks, 1 at a time" in done.stdout
     table = (work / "models" / "results.md").read_text()
     for words in ("ours, stack", "optimistic", "Bien et al.", "0.965", "0.95"):
         assert words in table
     assert all((work / "models" / f"acl-{plane}.pt").exists() for plane in PLANES)
+
+
+def test_networks_side_by_side_are_those_of_one_after_the_other(work):
+    recipe = ["--no-pretrained", "--epochs", "1", "--folds", "2", "--precision", "fp32"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for models, jobs in (("one", "1"), ("three", "3")):
+        command = [sys.executable, ROOT / "reproduce.py", "--data-dir", work / "data",
+                   "--models-dir", work / models, "--logs-dir", work / "logs", "--jobs", jobs,
+                   "--", *recipe]  # fmt: skip
+        done = subprocess.run(list(map(str, command)), capture_output=True, env=environment)
+        assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in (work / "one").glob("*.pt"))
+    assert len(names) == 6
+    for name in names:
+        one, three = (torch.load(work / m / name, weights_only=True) for m in ("one", "three"))
+        assert_same_training(one, three)
+
+
+def test_a_failed_network_is_named_and_the_others_are_trained(work):
+    (work / "data" / "train" / "coronal" / "0003.npy").write_bytes(b"no volume")
+    done = run_script("reproduce.py", "--data-dir", work / "data", "--models-dir",
+                      work / "models", "--logs-dir", work / "logs", "--", "--no-pretrained",
+                      "--epochs", "1")  # fmt: skip
+    assert_one_line_error(done, "1 of 3 networks failed", "acl, coronal", "0003.npy", status=1)
+    assert sorted(path.name for path in (work / "models").glob("*.pt")) == [
+        "acl-axial.pt", "acl-sagittal.pt",
+    ]  # fmt: skip
+
+
+def test_a_job_that_fails_for_no_lasting_reason_is_tried_again(tmp_path):
+    code = f"import pathlib, sys; p = pathlib.Path({str(tmp_path / 'tried')!r})\n"
+    code += "if not p.exists(): p.touch(); sys.exit(1)\n"
+    again = Job("again", ("-c", code), tmp_path / "again.txt")
+    bad = Job("bad", ("-c", "import sys; print('tried'); sys.exit(2)"), tmp_path / "bad.txt")
+    assert {done.job.name: done.status for done in Jobs(2).run([again, bad])} == {
+        "again": 0, "bad": 2,
+    }  # fmt: skip
+    assert (tmp_path / "bad.txt").read_text().count("\ntried") == 1
 
 
 # --- resources ------------------------------------------------------------------------------------

@@ -128,7 +128,8 @@ def test_failures_are_named_and_the_others_go_on(tmp_path):
     sweep_file(tmp_path)
     done = run_sweep(tmp_path)
     assert_one_line_error(done, "4 of 8 networks failed", status=1)
-    assert "FAILED     article, coronal, seed 0, fold 1, status 2" in done.stdout
+    assert "article, coronal, seed 0, fold 1, FAILED with status 2" in done.stdout
+    assert "0003.npy" in done.stderr
     assert len(json.loads((tmp_path / "out" / "faster.json").read_text())["networks"]) == 2
 
 

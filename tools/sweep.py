@@ -29,7 +29,7 @@ from common.config import ARTICLE, THE_ARTICLES
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, one_line
 from common.files import write_text
-from common.jobs import Job, Jobs
+from common.jobs import ROOT, Job, Jobs, failures
 from tools.sweep_table import dropped_recipes, print_table
 from train_logistic_regression import check_network, load_exams
 
@@ -261,33 +261,29 @@ def train_networks(sweep, networks, setting, jobs, results, provenance):
         RunError: some failed; the others were trained all the same.
     """
     waiting, failed = {make_job(sweep, setting, n): n for n in networks}, []
-    for count, done in enumerate(jobs.run(waiting), start=1):
+    for done in jobs.run(waiting):
         network = waiting[done.job]
         result = results[network.recipe]
         result.add_time(network, {"seconds": done.seconds, "cpu_seconds": done.cpu_seconds})
-        if done.status >= 128 or done.status < 0:  # by a signal
-            continue
         if done.status:
-            failed.append(done.job)
-            print(f"FAILED     {done.job.name}, status {done.status}: see {done.job.log}")
+            failed += [] if jobs.stopped_by else [done.job]
             continue
         found = predict_out_of_fold(sweep, network, setting)
         result.add(network, found | {"peak_memory": done.peak_memory} | provenance)
         if not setting.keep_models:
             for task in sweep.task.split("+"):
                 sweep.model_file(setting.models_dir, task, network).unlink()
-        print(f"{count}/{len(networks)}  {done.job.name}  {done.seconds:.0f} s", flush=True)
     if failed:
-        raise RunError(f"{len(failed)} of {len(networks)} networks failed; see {failed[0].log}")
+        raise RunError(failures(failed, networks))
 
 
 def make_job(sweep, setting, network):
     """The run of train.py that makes one network."""
     recipe, planes, number = network
     seed, fold = sweep.seed_and_fold(number)
-    folder = setting.models_dir.resolve()
-    arguments = ("train.py", "--task", *sweep.task.split("+"), "--plane", *planes.split("+"),
-                 "--data-dir", setting.data_dir.resolve(), "--recipe",
+    folder = setting.models_dir
+    arguments = (ROOT / "train.py", "--task", *sweep.task.split("+"), "--plane", *planes.split("+"),
+                 "--data-dir", setting.data_dir, "--recipe",
                  folder / "recipes" / f"{recipe}.toml", "--protocol", sweep.protocol,
                  "--folds", sweep.folds, "--repeat", sweep.seeds, "--networks", number,
                  "--device", setting.device, "--precision", setting.precision,
