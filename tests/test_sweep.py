@@ -17,7 +17,14 @@ from common.metrics import mean_auc_difference
 from tools.sweep import read_sweep
 from tools.sweep_table import all_rows, dropped_recipes, lines_of, read_results, stack_row
 
-HEAD = 'task = "acl"\nplanes = ["axial", "coronal"]\nfolds = 2\nseeds = 1\nprotocol = "article"\n'
+HEAD = """
+task = "acl"
+planes = ["axial", "coronal"]
+folds = 2
+seeds = 1
+protocol = "article"
+views = 1
+"""
 RECIPES = """
 [recipes.article]
 epochs = 1
@@ -94,8 +101,14 @@ def test_a_sweep_predicts_every_exam_out_of_fold(swept):
             folds = [content["networks"][f"{planes} {n}"] for n in (1, 2)]
             assert sorted(folds[0]["ids"] + folds[1]["ids"]) == sorted(map(str, range(18)))
             assert folds[0]["ids"] == recipes["article"]["networks"][f"{planes} 1"]["ids"]
+            assert all(len(fold["valid"]["acl"]) == 8 for fold in folds)
+            assert all(
+                np.shape(fold["views"]["acl"]) == np.shape(fold["logits"]["acl"])
+                and fold["views"] != fold["logits"]
+                for fold in folds
+            )
             assert all(fold["cpu_seconds"] > 0 and fold["peak_memory"] > 1e8 for fold in folds)
-        assert f"| {name}" in done.stdout
+        assert f"| {name} " in done.stdout and f"| {name}, views " in done.stdout
     assert not list((work / "models").glob("*.pt"))
 
 

@@ -4,11 +4,12 @@
     python -m tools.sweep sweeps/search.toml --data-dir data/adrenal64 --drop       # cheaper
     python -m tools.sweep_table benchmarks/search                       # the table once more
 
-A sweep is a TOML file: `task`, `planes`, `folds`, `seeds`, `protocol`, and for each recipe a table
-[recipes.NAME] with what differs from the article's, or from another of the file (`like = "NAME"`).
-Each network is one run of train.py, as a job of its own; every training exam is then predicted by
-the network that was not trained on it and whose epoch other exams selected. Start it again after
-an interruption: nothing finished is repeated.
+A sweep is a TOML file: `task`, `planes`, `folds`, `seeds`, `protocol`, perhaps `views` (random
+views of an exam that predictions are averaged over as well), and for each recipe a table
+[recipes.NAME] with what differs from the article's, or from another of the file
+(`like = "NAME"`); sweeps/ has examples. Each network is one run of train.py, as a job of its own;
+every training exam is then predicted by the network that was not trained on it and whose epoch
+other exams selected. Start it again after an interruption: nothing finished is repeated.
 
 Writes benchmarks/SWEEP/NAME.json for each recipe, with the whole configuration and for each
 network its out-of-fold logits, time, memory, epoch, commit and versions; networks are deleted when
@@ -25,15 +26,17 @@ import torch
 
 from common import cli, engine
 from common.checkpoint import check_writable, column_name, load_model, lock, model_path, run_suffix
-from common.config import ARTICLE, THE_ARTICLES
-from common.devices import pick_device, pick_precision
+from common.config import ARTICLE, THE_ARTICLES, Config
+from common.datasets import make_exams
+from common.devices import autocast, pick_device, pick_precision
 from common.errors import InputError, RunError, one_line
 from common.files import write_text
 from common.jobs import ROOT, Job, Jobs, failures
 from tools.sweep_table import dropped_recipes, print_table
 from train_logistic_regression import check_network, load_exams
 
-SETTINGS = {"task": str, "planes": list, "folds": int, "seeds": int, "protocol": str}
+SETTINGS = {"task": str, "planes": list, "folds": int, "seeds": int, "protocol": str,
+            "views": int}  # fmt: skip
 OF_RECIPES = ("like", "planes")  # keys of a recipe's table beside train.py's options
 
 
@@ -71,6 +74,7 @@ class Sweep(NamedTuple):
     folds: int
     seeds: int
     protocol: str
+    views: int  # of each exam that predictions are averaged over as well; 0 for none
     recipes: dict  # {name: {option: value} of all that differs from the article's}
     planes: dict  # {name: [planes of a network, ...]}
     stacks: dict  # {name: {"recipes": [...], ...}, as sweep_table.stack_rows takes it}
@@ -101,6 +105,7 @@ def read_sweep(path):
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content.setdefault("views", 0)
         settings = {name: content.pop(name) for name in SETTINGS}
         tables, stacks = content.pop("recipes"), content.pop("stacks", {})
     except FileNotFoundError:
@@ -297,27 +302,51 @@ def predict_out_of_fold(sweep, network, setting):
     """The exams that a network was not trained on, as it sees them.
 
     Returns:
-        {"ids": [...], "logits": {finding: [float, ...]}, "epochs": {finding: int}}.
+        {"ids": [...], "logits": {finding: [float, ...]}, "views": the same averaged over random
+        views, "valid": the same of the validation exams, "epochs": {finding: int}}.
 
     Raises:
         InputError: it was trained on other exams, another fold or another seed.
     """
     planes, device = network.planes, torch.device(setting.device)
     seed, fold = sweep.seed_and_fold(network.number)
-    found = {"ids": [], "logits": {}, "epochs": {}}
+    found = {"ids": [], "logits": {}, "views": {}, "valid": {}, "epochs": {}}
     for task in sweep.task.split("+"):
         path = sweep.model_file(setting.models_dir, task, network)
         model, metadata = load_model(path, task, column_name(planes, network.recipe))
+        model = model.to(device)
         sets = load_exams(setting.data_dir, task, [planes])[planes]
         check_network(path, metadata, sets, {"seed": seed, "fold": fold, "folds": sweep.folds})
-        exams = sets["train"]
-        exams.intensity, exams.channels = metadata["intensity"], metadata["channels"]
-        exams = exams.subset(exams.rows_of(metadata["out_of_fold"]))
-        logits = engine.predict(model.to(device), exams, device, setting.precision, path.stem)
+        for exams in sets.values():
+            exams.intensity, exams.channels = metadata["intensity"], metadata["channels"]
+        out_of_fold = sets["train"].subset(sets["train"].rows_of(metadata["out_of_fold"]))
         found["ids"] = list(metadata["out_of_fold"])
-        found["logits"][task] = [round(float(logit), 4) for logit in logits[:, 0]]
         found["epochs"][task] = metadata["epoch"]
+        for which, exams in (("logits", out_of_fold), ("valid", sets["valid"])):
+            logits = engine.predict(model, exams, device, setting.precision, path.stem)[:, 0]
+            found[which][task] = rounded(logits)
+        if sweep.views:
+            like = make_exams(Config(**metadata["arguments"]), setting.data_dir, train=True)
+            exams = out_of_fold.subset(range(len(out_of_fold)), like.transform)
+            seen = predict_views(model, exams, device, setting.precision, sweep.views)
+            found["views"][task] = rounded((seen + found["logits"][task]) / (sweep.views + 1))
     return found
+
+
+def rounded(logits):
+    return [round(float(logit), 4) for logit in logits]
+
+
+@torch.inference_mode()
+def predict_views(model, exams, device, precision, views):
+    """Logits of exams, summed over random views of each as training draws them: float32 (n,)."""
+    torch.manual_seed(0)
+    total = torch.zeros(len(exams), device=device)
+    for _ in range(views):
+        for i, view in enumerate(exams.draw(range(len(exams)))):
+            with autocast(device, precision):
+                total[i] += model(exams.exam(i, device, view))[0, 0]
+    return total.cpu().numpy()
 
 
 def write_about(sweep, setting):

@@ -109,20 +109,26 @@ def read_results(folder):
         raise InputError(f"{folder}: no results of a sweep ({one_line(error)})") from None
 
 
-def columns_of(labels, recipes, task):
-    """{(recipe, planes): Row} of the networks' own predictions."""
+def columns_of(labels, recipes, task, which="logits"):
+    """{(recipe, planes): Row} of the networks' own predictions.
+
+    Args:
+        which: "logits", or "views" for the means over random views.
+    """
     ids = {exam_id: row for row, exam_id in enumerate(labels[task])}
     rows = {}
     for name, content in recipes.items():
         shape = content["seeds"], len(ids)
         for key, network in content["networks"].items():
             planes, number = key.rsplit(" ", 1)
+            if not network.get(which):
+                continue
             seed, fold = divmod(int(number) - 1, content["folds"])
             if (name, planes) not in rows:
                 empty = np.full(shape, np.nan), np.zeros(shape, int)
                 rows[name, planes] = Row(name, planes, *empty, [], 0.0)
             row = rows[name, planes]
-            pairs = zip(network["ids"], network["logits"][task], strict=True)
+            pairs = zip(network["ids"], network[which][task], strict=True)
             known = [(ids[exam_id], value) for exam_id, value in pairs if exam_id in ids]
             where, values = map(list, zip(*known, strict=True))
             row.scores[seed, where], row.folds[seed, where] = expit(values), fold + 1
@@ -166,16 +172,19 @@ def stack_row(name, rows, labels, features="probability", average_seeds=False):
 def all_rows(labels, stacks, recipes, task):
     """Every Row of a finding: networks, each recipe's stack of single columns, the stacks asked
     for; those without any prediction are left out."""
-    columns = columns_of(labels, recipes, task)
     truth = np.array(list(labels[task].values()))
+    columns = columns_of(labels, recipes, task)
+    seen = columns_of(labels, recipes, task, "views")
     rows = list(columns.values())
     asked = {name: {"recipes": [name]} for name in recipes} | stacks
     for name, table in asked.items():
-        parts = [row for (recipe, _), row in columns.items() if recipe in table["recipes"]]
-        same = all(np.array_equal(row.folds, parts[0].folds) for row in parts)
-        if len(parts) > 1 and same:
-            options = {key: value for key, value in table.items() if key != "recipes"}
-            rows.append(stack_row(name, parts, truth, **options))
+        options = {key: value for key, value in table.items() if key != "recipes"}
+        for title, found in ((name, columns), (f"{name}, views", seen)):
+            parts = [row for (recipe, _), row in found.items() if recipe in table["recipes"]]
+            same = all(np.array_equal(row.folds, parts[0].folds) for row in parts)
+            if len(parts) > 1 and same:
+                rows.append(stack_row(title, parts, truth, **options))
+    rows += [row._replace(recipe=f"{row.recipe}, views") for row in seen.values()]
     return truth, rows
 
 
