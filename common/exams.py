@@ -163,7 +163,7 @@ def refuse_unfit(models, datasets, allow_synthetic):
 
     Raises:
         InputError: the networks were trained on synthetic exams and these are not, or these lie in
-            another orientation.
+            another orientation, or are not mirrored or cut as theirs were.
     """
     real = any(dataset is None or not dataset["synthetic"] for dataset in datasets)
     if models.is_synthetic and real and not allow_synthetic:
@@ -175,6 +175,7 @@ def refuse_unfit(models, datasets, allow_synthetic):
         )
     for trained_on in models.datasets:
         for given in datasets:
+            check_preparation(models.task, trained_on or {}, given)
             for plane in models.planes:
                 mine = ((trained_on or {}).get("orientation") or {}).get(plane)
                 theirs = ((given or {}).get("orientation") or {}).get(plane)
@@ -184,6 +185,21 @@ def refuse_unfit(models, datasets, allow_synthetic):
                         f"slices, rows and columns increase), the {models.task} networks were "
                         f"trained on {mine}; reorient the volumes and correct dataset.json"
                     )
+
+
+def check_preparation(task, trained_on, given):
+    """Refuse exams that are not mirrored or cut as those that a task's networks were trained on.
+
+    Args:
+        trained_on, given: content of dataset.json; `given` None where it is not known.
+    """
+    for name in ("mirrored", "field_of_view"):
+        mine, theirs = (trained_on.get(name) or None), ((given or {}).get(name) or None)
+        if given is not None and mine != theirs:
+            raise InputError(
+                f"{given['name']} has {name} {theirs}, the {task} networks were trained on {name} "
+                f"{mine}; prepare the exams as those were (data/rsna/prepare.py --help)"
+            )
 
 
 class DicomExams:

@@ -73,14 +73,16 @@ def window(grey, file):
     return np.clip(grey, 0, 255, out=grey)
 
 
-def to_square(grey, height, width, square="pad"):
+def to_square(grey, height, width, square="pad", field_of_view=None):
     """Slices with square pixels on a square: float32 (s, H, W) 0..255 -> uint8 (s, SIDE, SIDE).
 
     Args:
         height, width: of a slice, in mm or any other unit.
         square: "pad" keeps all of the slices' longer side, "crop" all of the shorter.
+        field_of_view: side of what is kept, in the unit of `height`, instead: a pixel is then the
+            same size in every exam.
     """
-    pixel = (max if square == "pad" else min)(height, width) / SIDE
+    pixel = (field_of_view or (max if square == "pad" else min)(height, width)) / SIDE
     height, width = max(1, round(height / pixel)), max(1, round(width / pixel))
     top, left = (height - SIDE) // 2, (width - SIDE) // 2
     inside = (slice(max(0, top), top + SIDE), slice(max(0, left), left + SIDE))
@@ -116,7 +118,7 @@ def write_dataset(out, **content):
             raise InputError(
                 f"{path}: cannot be read as JSON; correct it or move it away"
             ) from None
-    for name in ("synthetic", "orientation", "patient_key"):
+    for name in ("synthetic", "orientation", "patient_key", "mirrored", "field_of_view"):
         if there and there.get(name) != content.get(name):
             raise InputError(
                 f"{path}: the folder holds exams with {name} {there.get(name)}, these have "

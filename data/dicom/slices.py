@@ -15,13 +15,13 @@ def plane_of(direction):
     return PLANE_OF_AXIS[axis], float(np.degrees(np.arccos(min(1.0, abs(direction[axis])))))
 
 
-def cut(grey, series, axis, square):
+def cut(grey, series, axis, square, field_of_view=None):
     """Cut a volume along one of its axes into slices as CONVENTION has them.
 
     Args:
         grey: float32 0..255 of series.shape.
         axis: the array axis that becomes the slices.
-        square: "pad" keeps all of the slices' longer side, "crop" all of the shorter.
+        square, field_of_view: mm; as `to_square` takes them.
 
     Returns:
         uint8 (s, 256, 256), square pixels.
@@ -50,4 +50,4 @@ def cut(grey, series, axis, square):
         raise InputError(
             f"{series.file}: slices of {height:.3g} x {width:.3g} mm; correct the pixel spacing"
         )
-    return to_square(grey, height, width, square)
+    return to_square(grey, height, width, square, field_of_view)

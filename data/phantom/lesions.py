@@ -11,15 +11,15 @@ PARTIAL_SIZE, PARTIAL_SIGNAL = 0.75, 0.75  # of a complete tear's
 TEAR_RADIUS = (7.0, 13.0)  # mm; half length of the bright mass in place of torn fibres
 TEAR_SIGNAL = (0.55, 1.00)  # of that mass; fluid is 0.95, muscle 0.38
 # The menisci
-CLEFT_WIDTH = (2.0, 3.6)  # mm; a meniscal tear's bright line
+CLEFT_WIDTH = (2.4, 4.4)  # mm; a meniscal tear's bright line
 CLEFT_SIGNAL = (0.70, 1.00)  # of fluid's
-CLEFT_HALF_ANGLE = (0.35, 0.80)  # rad round the meniscus; 15 mm each
-DISPLACED_TEARS = 0.35  # share of meniscal tears whose free edge is gone, with fluid in its place
-BUCKET_HANDLES = 0.20  # share of medial tears whose free edge lies in the notch
-EXTRUDED = 0.50  # share of torn menisci that stand over the edge of the tibia
-EXTRUSION, NO_EXTRUSION = (2.5, 5.0), (0.0, 2.0)  # mm
-CYSTS = 0.25  # share of torn menisci with a cyst beside them
-CYST_RADIUS = (3.0, 5.5)  # mm
+CLEFT_HALF_ANGLE = (0.45, 0.90)  # rad round the meniscus; 15 mm each
+DISPLACED_TEARS = 0.50  # share of meniscal tears whose free edge is gone, with fluid in its place
+BUCKET_HANDLES = 0.25  # share of medial tears whose free edge lies in the notch
+EXTRUDED = 0.75  # share of torn menisci that stand over the edge of the tibia
+EXTRUSION, NO_EXTRUSION = (3.0, 6.0), (0.0, 1.5)  # mm
+CYSTS = 0.40  # share of torn menisci with a cyst beside them
+CYST_RADIUS = (4.0, 7.0)  # mm
 # The rest of the joint: how often, by group, and how much
 EFFUSION = {"acl": 0.70, "meniscus": 0.60, "other": 0.75, "normal": 0.30}
 EFFUSION_SIZE = (0.20, 1.0)

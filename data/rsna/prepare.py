@@ -1,0 +1,340 @@
+"""RSNA's knee set of 2026 (Kaggle) to MRNet's layout.
+
+    pip install -r requirements-dicom.txt
+    python data/rsna/prepare.py ~/rsna data/rsna                            # resumable
+    python data/rsna/prepare.py ~/rsna data/rsna --labels teacher.csv --unsaid 0.5
+    python data/rsna/prepare.py ~/rsna data/rsna --field-of-view 140 --workers 8
+
+Reads train.csv, train_series.csv and train_series/<study>/<series>/*.dcm and writes
+OUT/{train,valid}/<plane>/0000.npy, uint8 (s, 256, 256), the best fluid-sensitive series of each
+plane; twelve CSVs OUT/{train,valid}-<finding>.csv, a label from 0 to 1 or nothing;
+OUT/{train,valid}-groups.csv, one group for studies of one scanner, one patient or one report, which
+no fold and no split shares; OUT/exams.csv (numbers) and OUT/problems.txt: every study, series and
+row that could not be used, by its UID, and why. Nothing else leaves the DICOM and the CSVs but
+pixels, labels, numbers and hashes.
+
+The set's format is taken from its published description; its licence (RSNA MIRA) forbids passing it
+on. Nothing here was run on the set itself.
+"""
+
+import argparse
+import logging
+import math
+import os
+import random
+import signal
+import sys
+import time
+import warnings
+from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
+
+from common.errors import InputError  # noqa: E402
+from common.files import write_csv, write_text  # noqa: E402
+from data.common import (  # noqa: E402
+    ORIENTATION,
+    TARGET,
+    Register,
+    Report,
+    merge_csv,
+    write_dataset,
+    write_volume,
+)
+from data.dicom.studies import exam_name  # noqa: E402
+from data.rsna.studies import Setting, convert, find_studies, scanner_of  # noqa: E402
+from data.rsna.tables import FINDINGS, combine_labels, read_labels, read_series  # noqa: E402
+
+VERSION = "1"  # of what is written from the same files; raise it with every change of the pixels
+SEED = 0  # of the cut into train and valid
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n\n")[0],
+        epilog=__doc__.partition("\n\n")[2],
+        formatter_class=Formatter,
+    )
+    parser.add_argument("root", type=Path, help="folder of train.csv and train_series/")
+    parser.add_argument("out", type=Path, help="data folder to write to")
+    group = parser.add_argument_group("labels")
+    labels = "another CSV with train.csv's columns and labels from 0 to 1; several are averaged. "
+    labels += "The set's own labels win over them"
+    add = group.add_argument
+    add("--labels", type=Path, action="append", default=[], metavar="CSV", help=labels)
+    unsaid = "a value in --labels that means `the report does not say`: such labels are unknown"
+    add("--unsaid", type=float, metavar="VALUE", help=unsaid)
+    group = parser.add_argument_group("pictures")
+    field = "mm; keep a centred square of this side, so that a pixel has the same size in every "
+    field += "scanner; participants report 130 to 150. Default: the whole picture"
+    group.add_argument("--field-of-view", type=float, metavar="MM", help=field)
+    mirror = "mirror right knees to left ones"
+    group.add_argument("--mirror", action=argparse.BooleanOptionalAction, default=True, help=mirror)
+    group = parser.add_argument_group("run")
+    valid = "share of the studies to validate on, cut by groups"
+    group.add_argument("--valid", type=float, default=0.1, help=valid)
+    workers = "processes that decode, about 500 MB each"
+    group.add_argument("--workers", type=int, default=os.cpu_count(), help=workers)
+    group.add_argument("--overwrite", action="store_true", help="convert studies again")
+    args = parser.parse_args(argv)
+    if not 0 < args.valid < 1:
+        parser.error("--valid is above 0 and below 1")
+    if args.workers < 1 or (args.field_of_view is not None and not 20 <= args.field_of_view <= 500):
+        parser.error("--workers is at least 1, --field-of-view from 20 to 500 mm")
+    return args
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults shown, the epilog's lines kept."""
+
+
+# --- groups and splits ----------------------------------------------------------------------------
+
+
+def group_studies(uids, *keys):
+    """Studies that share any key are one group: {uid: number of its group}.
+
+    Args:
+        uids: of the studies.
+        keys: dicts {uid: scanner, patient or report; "" if unknown}.
+    """
+    parent = {uid: uid for uid in uids}
+
+    def root(uid):
+        while parent[uid] != uid:
+            parent[uid] = parent[parent[uid]]
+            uid = parent[uid]
+        return uid
+
+    for key in keys:
+        first = {}
+        for uid in uids:
+            if key.get(uid):
+                parent[root(uid)] = root(first.setdefault(key[uid], uid))
+    numbers = {}
+    return {uid: numbers.setdefault(root(uid), len(numbers)) for uid in uids}
+
+
+def split_groups(groups, share, seed=SEED):
+    """Which studies validate: a set of uids, whole groups, as near to `share` as a random order of
+    the groups comes.
+
+    Raises:
+        InputError: one group holds nearly everything.
+    """
+    members = defaultdict(list)
+    for uid, group in groups.items():
+        members[group].append(uid)
+    order, wanted, chosen = sorted(members), share * len(groups), []
+    random.Random(seed).shuffle(order)
+    for group in order:
+        if abs(len(chosen) + len(members[group]) - wanted) < abs(len(chosen) - wanted):
+            chosen += members[group]
+    if not chosen:
+        raise InputError(
+            f"{len(groups)} studies in {len(members)} groups, the largest of "
+            f"{max(map(len, members.values()))}: no group is small enough for --valid {share:g}; "
+            "give a larger one"
+        )
+    return set(chosen)
+
+
+# --- conversion -----------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """What a worker tells of one study."""
+
+    planes: dict  # {plane: number of slices}
+    done: object  # Converted, without its volumes
+
+
+def write_study(study, number, folder, setting):
+    """Convert one study and write its planes: Outcome. Runs in a worker."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        done = convert(study, setting)
+    slices = {}
+    for plane in TARGET:
+        path = folder / plane / f"{number:04d}.npy"
+        if plane in done.volumes:
+            write_volume(path, done.volumes[plane])
+            slices[plane] = len(done.volumes[plane])
+        else:  # what an earlier run left, with --overwrite
+            path.unlink(missing_ok=True)
+    done.volumes = {}
+    return Outcome(slices, done)
+
+
+def quiet_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)  # it quotes headers
+
+
+def in_parallel(function, items, workers, what):
+    """Results of a function of each item's arguments, in order, with a progress bar."""
+    with ProcessPoolExecutor(workers, initializer=quiet_worker) as pool:
+        results = pool.map(function, *zip(*items, strict=True), chunksize=1)
+        yield from tqdm(results, total=len(items), desc=what, unit="study", disable=None)
+
+
+class Summary:
+    """Counts what became of all studies, and keeps a line for each problem."""
+
+    def __init__(self):
+        self.counts, self.notes, self.problems = Counter(), Counter(), []
+
+    def add(self, study, outcome):
+        done = outcome.done
+        self.counts["studies"] += 1
+        self.counts["slices"] += sum(outcome.planes.values())
+        self.counts["without any plane"] += not outcome.planes
+        self.counts[f"side {done.side or 'unknown'}"] += 1
+        self.counts["mirrored"] += done.mirrored
+        self.counts["planes smaller than the field of view"] += done.padded
+        self.notes.update(done.notes)
+        self.problems += done.faults
+        for plane, why in done.missing.items():
+            self.counts[f"without {plane}"] += 1
+            self.problems.append(f"study {study.uid}: {plane} missing: {why}")
+
+
+def run(args, report):
+    """Convert the set -> exit status."""
+    began = time.perf_counter()
+    own = read_labels(args.root / "train.csv")
+    others = [read_labels(path, args.unsaid) for path in args.labels]
+    listed, faults = read_series(args.root / "train_series.csv")
+    for table in (own, *others):
+        faults += table.faults
+    studies = find_studies(args.root / "train_series", listed, report)
+    labels, _ = combine_labels(own.values, [table.values for table in others])
+    unlabelled = [study for study in studies if study.uid not in labels]
+    faults += [f"study {study.uid}: no row in train.csv" for study in unlabelled]
+    studies = [study for study in studies if study.uid in labels]
+    if not studies:
+        raise InputError(f"{args.root}: no study that train.csv has as well")
+    uids = [study.uid for study in studies]
+    found = in_parallel(scanner_of, [(study,) for study in studies], args.workers, "scanners")
+    scanners = dict(zip(uids, found, strict=True))
+    reports = {uid: " ".join(text.casefold().split()) for uid, text in own.reports.items()}
+    groups = group_studies(uids, scanners, reports)
+    valid = split_groups(groups, args.valid)
+    register, numbers, todo = number_studies(studies, valid, args.out, args.overwrite)
+    write_dataset(
+        args.out,
+        name="rsna-knee-2026",
+        version=VERSION,
+        synthetic=False,
+        source="RSNA Knee Abnormality Detection 2026 (Kaggle), by data/rsna/prepare.py",
+        licence="RSNA MIRA licence: not to be passed on",
+        orientation=ORIENTATION,
+        mirrored=args.mirror,
+        field_of_view=args.field_of_view,
+    )
+    register.save()
+    setting = Setting(args.field_of_view, args.mirror)
+    items = [(study, numbers[study.uid], args.out / split, setting) for study, split in todo]
+    summary = Summary()
+    if items:
+        outcomes = in_parallel(write_study, items, args.workers, "studies")
+        for (study, _), outcome in zip(todo, outcomes, strict=True):
+            summary.add(study, outcome)
+    usable = {number for number in numbers.values() if register.split_of(number)}
+    write_tables(args.out, labels, groups, valid, numbers, usable)
+    write_problems(args.out / "problems.txt", faults + summary.problems, args.overwrite)
+    tell(report, summary, (len(faults), len(uids), len(usable)), args.out, began)
+    return 1 if faults or summary.problems else 0
+
+
+def number_studies(studies, valid, out, overwrite):
+    """The register of `out` with all studies in it, {uid: number}, and the studies to convert with
+    their split.
+
+    Raises:
+        InputError: a study is in the other split already.
+    """
+    register, numbers, todo = Register(out), {}, []
+    for study in studies:
+        number = numbers[study.uid] = register.number(exam_name(study.uid, ""))
+        split = "valid" if study.uid in valid else "train"
+        there = register.split_of(number)
+        if there not in (None, split):
+            raise InputError(
+                f"{out}: study {study.uid} is in {there} already and would be in {split} now; "
+                "give the same studies and --valid as before, or another folder"
+            )
+        if there is None or overwrite:
+            todo.append((study, split))
+    return register, numbers, todo
+
+
+def write_tables(out, labels, groups, valid, numbers, usable):
+    """Write the CSVs of labels and groups of the exams that have a plane."""
+    for split in ("train", "valid"):
+        ours = [uid for uid in numbers if (uid in valid) == (split == "valid")]
+        ours = [uid for uid in ours if numbers[uid] in usable]
+        merge_csv(out / f"{split}-groups.csv", {numbers[uid]: groups[uid] for uid in ours})
+        for column, task in FINDINGS.items():
+            values = {numbers[uid]: label_text(labels[uid][column]) for uid in ours}
+            write_csv(out / f"{split}-{task}.csv", sorted(values.items()))
+
+
+def write_problems(path, problems, afresh):
+    """Write a line for each problem, beside those of earlier runs unless all is done `afresh`."""
+    before = [] if afresh or not path.exists() else path.read_text(encoding="utf-8").splitlines()
+    lines = dict.fromkeys([*before, *(" ".join(problem.split()) for problem in problems)])
+    write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def label_text(label):
+    """A label as the layout has it: 0, 1, 0.xxxx or nothing."""
+    return "" if math.isnan(label) else f"{label:.4f}".rstrip("0").rstrip(".")
+
+
+def tell(report, summary, counts, out, began):
+    """Print what was done and what was not."""
+    faults, asked, usable = counts
+    seconds, n = time.perf_counter() - began, summary.counts["studies"]
+    for note, count in sorted(summary.notes.items()):
+        report.log(f"{note}: {count} series")
+    for name, count in sorted(summary.counts.items()):
+        if count and name not in ("studies", "slices"):
+            report.log(f"{name}: {count}")
+    report.log(
+        f"{n} studies converted, {summary.counts['slices']} slices in {seconds:.1f} s "
+        f"({n / seconds:.2f} studies/s); {usable} of {asked} studies have a plane -> {out}"
+    )
+    if faults or summary.problems:
+        report.fault(
+            f"{faults} rows and {len(summary.problems)} studies, series or files could not be "
+            f"used; each is in {out / 'problems.txt'}"
+        )
+
+
+def main(argv=None):
+    args, report = parse(argv), Report()
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+    try:
+        return run(args, report)
+    except InputError as error:
+        status, message = 2, str(error)
+    except ImportError as error:
+        status, message = 2, f"{error.name} is missing; pip install -r requirements-dicom.txt"
+    except OSError as error:
+        status = 1
+        message = f"{error.filename or args.out}: {error.strerror}; written studies are whole"
+    except KeyboardInterrupt:
+        report.log("interrupted; written studies are whole, the same command goes on", sys.stderr)
+        return 130
+    report.fault(message)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

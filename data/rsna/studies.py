@@ -1,0 +1,226 @@
+"""Studies of RSNA's knee set: which series shows which plane of which knee, and its volume.
+
+    <root>/train_series/<StudyInstanceUID>/<SeriesInstanceUID>/<SOPInstanceUID>.dcm
+
+What the CSV says of a series is taken where it says something, and the geometry decides where it is
+silent or says another plane; both are counted. Only fluid-sensitive series are taken: a T1 series
+in the place of one would be another picture under the same name.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from common.errors import InputError
+from data.common import TARGET, window
+from data.dicom.files import File, reading
+from data.dicom.knees import split_knees
+from data.dicom.series import Series, assemble, read_header
+from data.dicom.slices import cut, plane_of
+
+SCANNER = ["Manufacturer", "ManufacturerModelName", "SoftwareVersions", "MagneticFieldStrength"]
+FLUID_ECHO = 25.0  # ms; a longer echo time is fluid-sensitive, where neither CSV nor words say so
+NO_SERIES = "no fluid-sensitive series of this plane"
+
+
+class StudyFolder(NamedTuple):
+    """One study on disk."""
+
+    uid: str
+    series: dict  # {series UID: folder}
+    rows: dict  # {series UID: tables.SeriesRow}
+
+
+class Setting(NamedTuple):
+    """How volumes are written."""
+
+    field_of_view: float | None  # mm; a slice's side, None for all of the picture
+    mirror: bool  # right knees to left
+
+
+@dataclass
+class Converted:
+    """What became of one study."""
+
+    volumes: dict = field(default_factory=dict)  # {plane: uint8 (s, 256, 256)}
+    missing: dict = field(default_factory=dict)  # {plane: why}
+    side: str = ""  # L, R or "" if unknown
+    mirrored: bool = False
+    padded: int = 0  # planes that are smaller than the field of view
+    notes: Counter = field(default_factory=Counter)  # what CSV and geometry disagree on
+    faults: list = field(default_factory=list)  # one line each
+
+
+def find_studies(root, listed, report):
+    """The studies under `root`, each with its series: list of StudyFolder, in order of UID.
+
+    Args:
+        root: train_series or test_series.
+        listed: {study UID: {series UID: SeriesRow}}.
+        report: Report; counts what only the CSV or only the disk has.
+
+    Raises:
+        InputError: no such folder, or nothing in it.
+    """
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; give the one that holds it")
+    folders = {}
+    for path in sorted(root.iterdir()):
+        if path.is_dir():
+            folders.setdefault(path.name.strip(), path)
+    if not folders:
+        raise InputError(f"{root}: no studies in it; unpack the set there")
+    lost = [uid for uid in listed if uid not in folders]
+    if lost:
+        report.fault(f"{root}: {len(lost)} studies of the CSV are not there, the first: {lost[0]}")
+    unlisted = [uid for uid in folders if uid not in listed]
+    if unlisted:
+        report.warn(
+            f"{root}: {len(unlisted)} studies are not in the series CSV; their geometry and "
+            f"headers tell the planes. The first: {unlisted[0]}"
+        )
+    studies = []
+    for uid, path in folders.items():
+        series = {p.name.strip(): p for p in sorted(path.iterdir()) if p.is_dir()}
+        studies.append(StudyFolder(uid, series, listed.get(uid, {})))
+    return studies
+
+
+def scanner_of(study):
+    """The scanner's fingerprint, from the first header that can be read; "" if none can."""
+    import pydicom
+
+    for folder in study.series.values():
+        for path in sorted(folder.iterdir())[:2]:
+            try:
+                with reading(File(path)):
+                    header = pydicom.dcmread(
+                        path, stop_before_pixels=True, specific_tags=[*SCANNER]
+                    )
+                    words = [str(header.get(name) or "").strip() for name in SCANNER]
+            except InputError:
+                continue
+            if any(words):
+                return "|".join(words).casefold()
+    return ""
+
+
+def convert(study, setting):
+    """The volumes of one study: Converted. Damaged files are its faults, never raised.
+
+    Args:
+        setting: Setting.
+    """
+    done = Converted()
+    series = [one for uid in study.series if (one := read_series(study, uid, done))]
+    for uid in study.rows.keys() - study.series.keys():
+        done.faults.append(f"study {study.uid}: series {uid} of the CSV is not there")
+    knees = split_knees([one.series for one in series], absolute=True) if series else {}
+    if len(knees) != 1:
+        why = "no fluid-sensitive series that can be used"
+        if knees:
+            why = "it shows both knees, and its labels do not say which they are of"
+        return refuse(done, study, why)
+    ((done.side, (members, refused)),) = knees.items()
+    if refused:
+        return refuse(done, study, refused)
+    ours = {id(member) for member in members}
+    ranked = sorted((one for one in series if id(one.series) in ours), key=rank, reverse=True)
+    for plane in TARGET:
+        take_plane(plane, [one for one in ranked if one.plane == plane], study, setting, done)
+    if setting.mirror and done.side == "R":
+        done.volumes = {plane: mirrored(plane, v) for plane, v in done.volumes.items()}
+        done.mirrored = True
+    return done
+
+
+def refuse(done, study, why):
+    done.missing = dict.fromkeys(TARGET, why)
+    done.faults.append(f"study {study.uid}: {why}")
+    return done
+
+
+class Candidate(NamedTuple):
+    """A fluid-sensitive series."""
+
+    series: Series
+    plane: str
+    fat: bool  # fat-suppressed
+
+
+def rank(candidate):
+    """Sort key, the highest is taken: usable, fat-suppressed, most slices."""
+    return not candidate.series.fault, candidate.fat, candidate.series.shape[0]
+
+
+def read_series(study, uid, done):
+    """A series folder's headers -> Candidate; None, with a note or a fault, if it is none."""
+    row = study.rows.get(uid)
+    if row is not None and row.fluid is False:
+        return None
+    headers = []
+    for path in sorted(study.series[uid].iterdir()):
+        try:
+            headers.append(read_header(File(path)))
+        except InputError as error:
+            done.faults.append(f"study {study.uid}: {error}")
+    frames = [frame for header in headers for frame in header.frames]
+    if not frames:
+        reasons = sorted({header.reason for header in headers}) or ["no file that can be read"]
+        done.notes[f"series not used: {', '.join(reasons)}"] += 1
+        return None
+    places = {header.frame for header in headers}
+    found = assemble(headers[0].title, frames, places.pop() if len(places) == 1 else "")
+    if not isinstance(found, Series):
+        done.notes[f"series not used: {found}"] += 1
+        return None
+    fluid, fat = contrast(found, frames)
+    if row is None or row.fluid is None:
+        done.notes["fluid-sensitive or not: by the header, the CSV is silent"] += 1
+    elif row.fluid:
+        fluid = True
+    if row is not None and row.fat is not None:
+        fat = row.fat
+    plane = plane_of(found.directions[0])[0]
+    if row is None or row.plane is None:
+        done.notes["plane by the geometry, the CSV is silent"] += 1
+    elif row.plane != plane:
+        done.notes[f"plane by the geometry: {plane}, the CSV says {row.plane}"] += 1
+    return Candidate(found, plane, fat) if fluid else None
+
+
+def contrast(series, frames):
+    """Whether a series is fluid-sensitive and fat-suppressed, as far as its header tells."""
+    level = series.rank(0, ())[2]
+    fluid = level > 0 or (not series.description and max(f.echo for f in frames) >= FLUID_ECHO)
+    return fluid, level == 2
+
+
+def take_plane(plane, ranked, study, setting, done):
+    """Cut one plane from the best series that can be read."""
+    passed = []
+    for candidate in ranked:
+        series = candidate.series
+        try:
+            if series.fault:
+                raise InputError(series.fault)
+            grey = window(series.load(), series.file)
+            volume = cut(grey, series, 0, "pad", setting.field_of_view)
+        except InputError as error:
+            passed.append(f"study {study.uid}: {plane}: passed over {error}")
+            continue
+        done.volumes[plane] = volume
+        sides = [series.shape[axis] * series.spacing[axis] for axis in (1, 2)]  # mm
+        done.padded += bool(setting.field_of_view) and min(sides) < setting.field_of_view
+        break
+    done.faults += passed
+    if plane not in done.volumes:
+        done.missing[plane] = passed[0] if passed else NO_SERIES
+
+
+def mirrored(plane, volume):
+    """A right knee as a left one: uint8 (s, H, W), right and left exchanged."""
+    axis = 0 if plane == "sagittal" else 2
+    return np.ascontiguousarray(np.flip(volume, axis))

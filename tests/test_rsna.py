@@ -1,0 +1,445 @@
+"""data/rsna/prepare.py on small trees in the published format of RSNA's knee set of 2026."""
+
+import csv
+import json
+import random
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import assert_one_line_error, run_script
+from hospital import PIXEL, SIDE, code_of, read_code, write_series
+from pydicom.uid import ImplicitVRLittleEndian, JPEG2000Lossless
+
+from common.errors import InputError
+from data.rsna.prepare import group_studies, split_groups
+from data.rsna.tables import FINDINGS, combine_labels, parse_label, read_labels, read_table
+
+PLANES = ("axial", "coronal", "sagittal")
+KNEE = 85.0  # mm from the patient's middle
+HEAD = ["StudyInstanceUID", "PatientSex", "Report", *FINDINGS]
+SERIES_HEAD = ["StudyInstanceUID", "SeriesInstanceUID", "Fluid_Sensitive", "Fat_Suppression",
+               "Anatomical_Plane"]  # fmt: skip
+
+
+def uid_of(study):
+    return f"1.2.826.{study}"
+
+
+def write_rows(path, head, rows):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([head, *rows])
+
+
+def write_study(root, study, side="L", planes=PLANES, scanner="A", laterality=True, **more):
+    """A study: for each plane a fat-suppressed series, one without (decoy 1) and a T1 (decoy 2).
+
+    Returns its rows of train_series.csv.
+    """
+    rows = []
+    x = KNEE if side == "L" else -KNEE
+    about = {"study": uid_of(study), "Manufacturer": scanner, "FrameOfReferenceUID": f"9.{study}"}
+    about |= {"Laterality": side} if laterality else {}
+    for p, plane in enumerate(PLANES):
+        for decoy, (fluid, fat) in enumerate(((1, 1), (1, 0), (0, 0))):
+            series = f"{uid_of(study)}.{p}.{decoy}"
+            rows.append([uid_of(study), series, fluid, fat, plane.capitalize()])
+            if plane in planes:
+                folder = root / "train_series" / uid_of(study) / series
+                write_series(folder, code_of(study, side, plane, decoy), plane, x, series,
+                             description="", **about, **more)  # fmt: skip
+            else:
+                rows.pop()
+    return rows
+
+
+def write_set(root, studies=6, **special):
+    """A set: every third study has an ACL tear; two scanners for every three studies."""
+    series, rows = [], []
+    for study in range(studies):
+        series += write_study(root, study, "LR"[study % 2], scanner=f"scanner {study}",
+                              **special.get(f"study{study}", {}))  # fmt: skip
+        labels = [int(study % 3 == 0), *[""] * 11]
+        rows.append([uid_of(study), "F", f"Report of study {study}.", *labels])
+    write_rows(root / "train.csv", HEAD, rows)
+    write_rows(root / "train_series.csv", SERIES_HEAD, series)
+    return root
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return write_set(tmp_path_factory.mktemp("rsna"))
+
+
+@pytest.fixture
+def own(tree, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(tree, tmp_path / "rsna")
+
+
+def prepare(root, out, *more):
+    return run_script("data/rsna/prepare.py", root, out, "--workers", "1", "--valid", "0.34", *more)
+
+
+def volumes(out):
+    """{(study, side, plane): uint8 array} by what the pixels say."""
+    found = {}
+    for path in out.glob("*/*/*.npy"):
+        volume = np.load(path)
+        flipped = volume[:, :, ::-1] if path.parent.name != "sagittal" else volume
+        for way in (volume, flipped):
+            try:
+                code = read_code(way)
+                break
+            except AssertionError:
+                continue
+        rest, decoy = divmod(code, 4)
+        rest, plane = divmod(rest, 3)
+        study, left = divmod(rest, 2)
+        assert decoy == 0 and PLANES[plane] == path.parent.name
+        found[study, "RL"[left], PLANES[plane]] = path
+    return found
+
+
+def labels_of(out, task):
+    found = {}
+    for split in ("train", "valid"):
+        with open(out / f"{split}-{task}.csv", newline="") as file:
+            found |= dict(csv.reader(file))
+    return found
+
+
+def numbers_of(out):
+    """{study: number}, from what the sagittal pixels say."""
+    return {study: str(int(path.stem)) for (study, _, plane), path in volumes(out).items()
+            if plane == "sagittal"}  # fmt: skip
+
+
+def test_a_set_becomes_exams(tree, tmp_path):
+    done = prepare(tree, tmp_path / "out", "--no-mirror")
+    assert done.returncode == 0, done.stderr
+    found = volumes(tmp_path / "out")
+    assert set(found) == {(s, "LR"[s % 2], plane) for s in range(6) for plane in PLANES}
+    assert "6 studies converted" in done.stdout and "6 of 6 studies have a plane" in done.stdout
+    numbers = numbers_of(tmp_path / "out")
+    assert {s: labels_of(tmp_path / "out", "acl")[n] for s, n in numbers.items()} == {
+        s: str(int(s % 3 == 0)) for s in range(6)
+    }
+    assert set(labels_of(tmp_path / "out", "bakers").values()) == {""}
+    splits = Counter(path.parts[-3] for (_, _, plane), path in found.items() if plane == "axial")
+    assert splits == {"train": 4, "valid": 2}
+    assert (tmp_path / "out" / "problems.txt").read_text() == ""
+    content = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert content["mirrored"] is False and content["synthetic"] is False
+    text = "".join(p.read_text() for p in (tmp_path / "out").glob("*.csv"))
+    assert "1.2.826" not in text and "Report" not in text
+
+
+def test_right_knees_are_mirrored(tree, tmp_path):
+    assert prepare(tree, tmp_path / "mirrored").returncode == 0
+    assert prepare(tree, tmp_path / "plain", "--no-mirror").returncode == 0
+    for path in (tmp_path / "plain").glob("*/*/*.npy"):
+        plain = np.load(path)
+        other = np.load(tmp_path / "mirrored" / path.relative_to(tmp_path / "plain"))
+        is_right = int(path.stem) % 2 == 1  # numbers follow the UIDs here
+        axis = 0 if path.parent.name == "sagittal" else 2
+        np.testing.assert_array_equal(other, np.flip(plain, axis) if is_right else plain)
+
+
+def test_it_goes_on_where_it_was(tree, tmp_path):
+    out = tmp_path / "out"
+    assert prepare(tree, out).returncode == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for path in out.glob("*/*/0002.npy"):
+        path.unlink()
+    done = prepare(tree, out)
+    assert done.returncode == 0 and "1 studies converted" in done.stdout
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_field_of_view_is_the_same_size_everywhere(own, tmp_path):
+    """The picture is 160 mm wide: of 80 mm the middle half is kept, of 320 mm it fills half."""
+    assert prepare(own, tmp_path / "half", "--field-of-view", "80").returncode == 0
+    done = prepare(own, tmp_path / "double", "--field-of-view", "320")
+    assert "planes smaller than the field of view: 18" in done.stdout
+    half = np.load(tmp_path / "half" / "train" / "axial" / "0000.npy")
+    double = np.load(tmp_path / "double" / "train" / "axial" / "0000.npy")
+    assert half.shape[1:] == double.shape[1:] == (256, 256)
+    assert SIDE * PIXEL == 160
+    edge = double.copy()
+    edge[:, 64:192, 64:192] = 0
+    assert not edge.any() and double[:, 64:192, 64:192].any()
+    # 4 x 4 blocks of 40 mm: the middle 80 mm hold two by two of them
+    blocks = half.reshape(len(half), 2, 128, 2, 128)[:, :, 40:88, :, 40:88]
+    assert (blocks.max(axis=(2, 4)) - blocks.min(axis=(2, 4)) < 30).all()
+
+
+# --- the traps ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["train.csv", "train_series.csv"])
+def test_a_renamed_or_missing_column_is_refused(own, tmp_path, file):
+    text = (own / file).read_text()
+    name = "ACL" if file == "train.csv" else "Anatomical_Plane"
+    (own / file).write_text(text.replace(name, "Something", 1))
+    assert_one_line_error(prepare(own, tmp_path / "out"), file, name)
+
+
+def test_columns_in_another_order_and_case_are_found_by_name(own, tmp_path):
+    with open(own / "train.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    order = [7, 0, 3, 2, *(k for k in range(len(HEAD)) if k not in (7, 0, 3, 2))]
+    rows = [[row[k] for k in order] for row in rows]
+    rows[0] = [f" {name.lower()} ".replace("'", "\u2019") for name in rows[0]]
+    write_rows(own / "train.csv", rows[0], [[f" {cell} " for cell in row] for row in rows[1:]])
+    assert prepare(own, tmp_path / "out", "--no-mirror").returncode == 0
+    numbers = numbers_of(tmp_path / "out")
+    assert {s: labels_of(tmp_path / "out", "acl")[n] for s, n in numbers.items()} == {
+        s: str(int(s % 3 == 0)) for s in range(6)
+    }
+
+
+def test_a_tree_without_dicom(own, tmp_path):
+    shutil.rmtree(own / "train_series")
+    assert_one_line_error(prepare(own, tmp_path / "out"), "train_series", "no such folder")
+    (own / "train_series").mkdir()
+    assert_one_line_error(prepare(own, tmp_path / "out"), "train_series", "no studies")
+
+
+def test_wrong_plane_words_are_found_by_the_geometry(own, tmp_path):
+    text = (own / "train_series.csv").read_text()
+    text = text.replace("Sagittal", "Oblique").replace("Coronal", "Axial")
+    (own / "train_series.csv").write_text(text)
+    done = prepare(own, tmp_path / "out", "--no-mirror")
+    assert len(volumes(tmp_path / "out")) == 18
+    assert "plane by the geometry: coronal, the CSV says axial: 12 series" in done.stdout
+    assert "plane by the geometry, the CSV is silent: 12 series" in done.stdout
+    problems = (tmp_path / "out" / "problems.txt").read_text()
+    assert problems.count("unknown Anatomical_Plane 'Oblique'") == 18 and done.returncode == 1
+
+
+def test_a_silent_csv_leaves_it_to_the_header(own, tmp_path):
+    with open(own / "train_series.csv", newline="") as file:
+        head, *rows = csv.reader(file)
+    write_rows(own / "train_series.csv", head, [[*row[:2], "", "", ""] for row in rows])
+    import pydicom
+
+    for path in (own / "train_series" / uid_of(2)).rglob("*.dcm"):
+        header = pydicom.dcmread(path)
+        header.EchoTime = 12 if path.parent.name.endswith(".2") else 40  # ms; the T1, the others
+        header.save_as(path)
+    done = prepare(own, tmp_path / "out", "--no-mirror")
+    assert {study for study, _, _ in volumes(tmp_path / "out")} == {2}
+    # no description, no echo time: nothing says that any other series is fluid-sensitive
+    assert_problem(done, tmp_path, f"study {uid_of(1)}: no fluid-sensitive series")
+
+
+def assert_problem(done, tmp_path, *words):
+    problems = (tmp_path / "out" / "problems.txt").read_text()
+    assert done.returncode == 1 and "problems.txt" in done.stderr, done.stderr
+    for word in words:
+        assert word in problems
+
+
+def test_a_damaged_file_takes_the_next_series_and_is_named(own, tmp_path):
+    folder = own / "train_series" / uid_of(0) / f"{uid_of(0)}.2.0"  # sagittal, fat-suppressed
+    path = sorted(folder.iterdir())[2]
+    path.write_bytes(path.read_bytes()[:-500])
+    done = prepare(own, tmp_path / "out", "--no-mirror")
+    assert_problem(done, tmp_path, "sagittal", path.name)
+    number = [p for p in (tmp_path / "out").glob("*/sagittal/*.npy")
+              if read_code(np.load(p)) // 4 == code_of(0, "L", "sagittal") // 4]  # fmt: skip
+    assert [read_code(np.load(p)) % 4 for p in number] == [1]  # not fat-suppressed, never the T1
+
+
+def test_a_volume_of_zeros_is_a_missing_plane(own, tmp_path):
+    import pydicom
+
+    for series in ("0", "1"):
+        for path in (own / "train_series" / uid_of(0) / f"{uid_of(0)}.2.{series}").iterdir():
+            header = pydicom.dcmread(path)
+            header.PixelData = bytes(len(header.PixelData))
+            header.save_as(path)
+    done = prepare(own, tmp_path / "out", "--no-mirror")
+    assert_problem(done, tmp_path, "sagittal missing", "every pixel has the same value")
+    assert len(volumes(tmp_path / "out")) == 17  # the study keeps its other planes
+
+
+def test_both_knees_in_one_study_are_refused(own, tmp_path):
+    rows = write_study(own, 0, "R", planes=("coronal",), scanner="scanner 0", EchoTime=40)
+    for row in rows:  # beside the left knee's series
+        old = own / "train_series" / row[0] / row[1]
+        old.rename(old.with_name(f"{row[1]}.9"))
+    write_study(own, 0, "L", scanner="scanner 0")
+    done = prepare(own, tmp_path / "out", "--no-mirror")
+    assert_problem(done, tmp_path, f"study {uid_of(0)}: it shows both knees")
+    assert len(volumes(tmp_path / "out")) == 15
+
+
+def test_a_missing_laterality_is_derived_from_the_place(tmp_path):
+    write_set(tmp_path / "rsna", 3, study1={"laterality": False})
+    done = prepare(tmp_path / "rsna", tmp_path / "out")
+    assert done.returncode == 0 and "side R: 1" in done.stdout and "mirrored: 1" in done.stdout
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, JPEG2000Lossless])
+def test_other_transfer_syntaxes(tmp_path, syntax):
+    if syntax == JPEG2000Lossless:
+        write_set(tmp_path / "rsna", 3, study1={"syntax": syntax})
+        assert prepare(tmp_path / "rsna", tmp_path / "out", "--no-mirror").returncode == 0
+        assert len(volumes(tmp_path / "out")) == 9
+        return
+    write_set(tmp_path / "rsna", 3)
+    import pydicom
+
+    for path in (tmp_path / "rsna" / "train_series" / uid_of(1)).rglob("*.dcm"):
+        header = pydicom.dcmread(path)
+        header.file_meta.TransferSyntaxUID = syntax
+        header.save_as(path, implicit_vr=True, little_endian=True)
+    assert prepare(tmp_path / "rsna", tmp_path / "out", "--no-mirror").returncode == 0
+    assert len(volumes(tmp_path / "out")) == 9
+
+
+def test_uids_with_spaces_and_studies_that_are_lost_are_said(own, tmp_path):
+    with open(own / "train_series.csv", newline="") as file:
+        head, *rows = csv.reader(file)
+    rows = [[f" {row[0]}  ", f"{row[1]} ", *row[2:]] for row in rows]
+    write_rows(own / "train_series.csv", head, rows)
+    shutil.rmtree(own / "train_series" / uid_of(5))
+    done = prepare(own, tmp_path / "out", "--no-mirror")
+    assert f"1 studies of the CSV are not there, the first: {uid_of(5)}" in done.stderr
+    assert len(volumes(tmp_path / "out")) == 15
+
+
+def test_networks_of_mirrored_or_cropped_knees_refuse_others():
+    from types import SimpleNamespace
+
+    from common.exams import FROM_DICOM, refuse_unfit
+
+    about = FROM_DICOM | {"name": "rsna", "mirrored": True, "field_of_view": 140.0}
+
+    def ask(trained_on, given):
+        models = SimpleNamespace(task="acl", is_synthetic=False, datasets=[trained_on], planes=[])
+        refuse_unfit(models, [given], allow_synthetic=False)
+
+    ask(about, about)
+    ask(about, None)  # not known
+    ask(FROM_DICOM, FROM_DICOM | {"mirrored": False, "field_of_view": None})
+    with pytest.raises(InputError, match="DICOM has mirrored None, the acl networks .* True"):
+        ask(about, FROM_DICOM)
+    with pytest.raises(InputError, match="field_of_view 130.0, .* 140.0"):
+        ask(about, about | {"field_of_view": 130.0})
+    with pytest.raises(InputError, match="rsna has mirrored True"):
+        ask(FROM_DICOM, about)
+
+
+def test_one_folder_holds_exams_of_one_kind(tree, tmp_path):
+    assert prepare(tree, tmp_path / "out").returncode == 0
+    done = prepare(tree, tmp_path / "out", "--field-of-view", "140", "--overwrite")
+    assert_one_line_error(done, "dataset.json", "field_of_view")
+
+
+# --- labels ---------------------------------------------------------------------------------------
+
+
+def test_the_sets_own_labels_win_over_the_mean_of_others():
+    nan = float("nan")
+    blank = dict.fromkeys(FINDINGS, nan)
+    gold = {"a": blank | {"ACL": 1.0}, "b": blank}
+    one = {"a": blank | {"ACL": 0.2, "MCL": 0.4}, "b": blank | {"MCL": 0.5}}
+    two = {"a": blank | {"MCL": 0.8}, "c": blank | {"Fracture": 1.0}}
+    labels, own = combine_labels(gold, [one, two])
+    assert labels["a"]["ACL"] == 1.0 and own["a"]["ACL"] and not own["a"]["MCL"]
+    assert labels["a"]["MCL"] == pytest.approx(0.6) and labels["b"]["MCL"] == 0.5
+    assert labels["c"]["Fracture"] == 1.0 and np.isnan(labels["b"]["ACL"])
+
+
+@pytest.mark.parametrize(
+    "text, label",
+    [("0", 0), ("1", 1), ("1.0", 1), ("0.25", 0.25), (".5", 0.5), ("1e-3", 1e-3), ("1.2", None),
+     ("-0.1", None), ("yes", None), ("nan", None), ("inf", None), ("0.5", 0.5)],
+)  # fmt: skip
+def test_labels_are_numbers_from_0_to_1(text, label):
+    assert parse_label(text) == label
+
+
+def test_what_a_report_does_not_say_is_unknown():
+    assert np.isnan(parse_label("")) and np.isnan(parse_label("0.5", unsaid=0.5))
+    assert parse_label("0.5", unsaid=0.3) == 0.5
+
+
+def test_soft_labels_reach_the_csv(own, tmp_path):
+    rows = [[uid_of(s), *["0.5"] * 11, f"0.{s + 1}"] for s in range(6)]
+    write_rows(own / "teacher.csv", ["StudyInstanceUID", *FINDINGS], rows)
+    done = prepare(own, tmp_path / "out", "--no-mirror", "--labels", own / "teacher.csv",
+                   "--unsaid", "0.5")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    numbers, found = numbers_of(tmp_path / "out"), labels_of(tmp_path / "out", "fracture")
+    assert {s: found[n] for s, n in numbers.items()} == {
+        s: "" if s == 4 else f"0.{s + 1}" for s in range(6)
+    }
+    assert set(labels_of(tmp_path / "out", "mcl").values()) == {""}
+    acl = labels_of(tmp_path / "out", "acl")
+    assert {s: acl[n] for s, n in numbers.items()} == {s: str(int(s % 3 == 0)) for s in range(6)}
+
+
+def test_mutated_rows_are_counted_and_raise_nothing_else(own):
+    rng, text = random.Random(0), (own / "train.csv").read_bytes()
+    alphabet = b"01.,;\"'\n\r \0x\xff-eE"
+    for _ in range(2000):
+        mutated = bytearray(text)
+        for _ in range(rng.randint(1, 4)):
+            place = rng.randrange(mutated.index(b"\n"), len(mutated))
+            if rng.random() < 0.5:
+                mutated[place] = rng.choice(alphabet)
+            else:
+                del mutated[place]
+        (own / "train.csv").write_bytes(mutated)
+        try:
+            labels = read_labels(own / "train.csv")
+            table = read_table(own / "train.csv", HEAD)
+        except InputError as error:
+            assert "train.csv" in str(error) and "\n" not in str(error)
+            continue
+        assert len(labels.values) + len(labels.faults) == table.count
+
+
+# --- groups ---------------------------------------------------------------------------------------
+
+
+def test_studies_that_share_a_scanner_or_a_report_are_one_group():
+    scanners = {"a": "x", "b": "x", "c": "y", "d": "", "e": ""}
+    reports = {"a": "same", "c": "same", "d": "", "e": "alone"}
+    groups = group_studies("abcde", scanners, reports)
+    assert groups["a"] == groups["b"] == groups["c"]
+    assert len({groups["a"], groups["d"], groups["e"]}) == 3
+
+
+def test_a_split_takes_whole_groups():
+    groups = {str(i): i // 7 for i in range(200)}
+    valid = split_groups(groups, 0.1)
+    assert abs(len(valid) - 20) <= 4
+    assert not {groups[uid] for uid in valid} & {groups[uid] for uid in groups.keys() - valid}
+    with pytest.raises(InputError, match="the largest of 5"):
+        split_groups(dict.fromkeys("abcde", 0), 0.1)
+
+
+def test_shared_scanners_do_not_cross_the_splits(tmp_path):
+    series, rows = [], []
+    for study in range(8):
+        series += write_study(tmp_path / "rsna", study, scanner=f"scanner {study // 2}")
+        rows.append([uid_of(study), "F", f"Report {study}", study % 2, *[""] * 11])
+    write_rows(tmp_path / "rsna" / "train.csv", HEAD, rows)
+    write_rows(tmp_path / "rsna" / "train_series.csv", SERIES_HEAD, series)
+    assert prepare(tmp_path / "rsna", tmp_path / "out").returncode == 0
+    split_of = {}
+    for (study, _, plane), path in volumes(tmp_path / "out").items():
+        split_of[study, plane] = path.parts[-3]
+    for study in range(0, 8, 2):
+        assert split_of[study, "axial"] == split_of[study + 1, "axial"]
+    groups = {}
+    for split in ("train", "valid"):
+        with open(tmp_path / "out" / f"{split}-groups.csv", newline="") as file:
+            groups |= dict(csv.reader(file))
+    assert len(groups) == 8 and len(set(groups.values())) == 4
