@@ -341,7 +341,7 @@ def run(args):
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     models = load_task(args.models_dir, args.task, device, args.recipes)
-    with open_exams(args.exams, args.plane) as exams:
+    with open_exams(args.exams, args.plane, datasets=models.datasets) as exams:
         refuse_unfit(models, exams.datasets, args.allow_synthetic)
         exam = exams.load(pick_exam(exams, args.exam, args.exams[0]))
         began = time.perf_counter()

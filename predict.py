@@ -332,7 +332,8 @@ def run(args):
     if not to_stdout and args.out.exists() and not (args.resume or args.overwrite):
         raise InputError(f"{args.out}: exists; --resume continues it, --overwrite replaces it")
     header = "" if args.jsonl else csv_line(COLUMNS)
-    with open_exams(args.exams, args.plane, log) as exams:
+    datasets = [dataset for models in tasks for dataset in models.datasets]
+    with open_exams(args.exams, args.plane, log, datasets) as exams:
         for models in tasks:
             refuse_unfit(models, exams.datasets, args.allow_synthetic)
         with nullcontext(sys.stdout) if to_stdout else open_output(args.out, args.resume) as file:

@@ -27,6 +27,7 @@ from dataloader import PLANES, read_dataset, read_volume
 ROOT = Path(__file__).parent.parent
 # What the importer makes of any scan.
 FROM_DICOM = {"name": "DICOM", "version": "", "synthetic": False, "orientation": ORIENTATION}
+PREPARATION = ("mirrored", "field_of_view")  # of dataset.json: what importers do on request
 DATASET_ABOVE = 3  # folders above a volume's in which dataset.json is looked for
 
 
@@ -193,7 +194,7 @@ def check_preparation(task, trained_on, given):
     Args:
         trained_on, given: content of dataset.json; `given` None where it is not known.
     """
-    for name in ("mirrored", "field_of_view"):
+    for name in PREPARATION:
         mine, theirs = (trained_on.get(name) or None), ((given or {}).get(name) or None)
         if given is not None and mine != theirs:
             raise InputError(
@@ -203,21 +204,25 @@ def check_preparation(task, trained_on, given):
 
 
 class DicomExams:
-    """Exams under `source` that data/dicom/prepare.py converts one by one, into `folder`.
+    """Exams under `source` that an importer converts one by one, into `folder`: data/rsna's where
+    the series' CSV lies beside it as in RSNA's set, else data/dicom's.
 
     A process of its own: the reader of foreign files shares no memory with the models. While one
     exam is predicted the next is converted; no more than two lie on the disk.
     """
 
-    datasets = [FROM_DICOM]
-
-    def __init__(self, source, folder, log):
+    def __init__(self, source, folder, log, preparation):
         self.source, self.folder, self.log = source, Path(folder), log
+        self.datasets = [FROM_DICOM | preparation]
         self.fault = None  # why exams could not be converted at all, such as a full disk
-        importer = ROOT / "data" / "dicom" / "prepare.py"
-        command = [sys.executable, str(importer), "--serve", "--", str(source), str(folder)]
+        is_rsna = source.is_dir() and source.with_name(f"{source.name}.csv").is_file()
+        importer = ROOT / "data" / ("rsna" if is_rsna else "dicom") / "prepare.py"
+        options = ["--mirror" if preparation.get("mirrored") else "--no-mirror"]
+        if preparation.get("field_of_view"):
+            options += ["--field-of-view", str(preparation["field_of_view"])]
+        command = [sys.executable, importer, "--serve", *options, "--", source, folder]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
+            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
         )
         first = self.receive()
         if "exams" not in first:
@@ -319,8 +324,22 @@ def exam_names(folder):
     return sorted(names)
 
 
+def preparation_of(datasets):
+    """How exams must be mirrored and cut: as those that networks were trained on.
+
+    Args:
+        datasets: of all networks, as TaskModels.datasets.
+
+    Returns:
+        {"mirrored", "field_of_view"} as far as they are not the default; where networks differ in
+        it, that of the first (`refuse_unfit` refuses the others).
+    """
+    first = next((found for found in datasets if found is not None), {})
+    return {name: first[name] for name in PREPARATION if first.get(name)}
+
+
 @contextmanager
-def open_exams(sources, plane=None, log=print):
+def open_exams(sources, plane=None, log=print, datasets=()):
     """The exams that a user names on the command line.
 
     Args:
@@ -328,6 +347,8 @@ def open_exams(sources, plane=None, log=print):
             or of one to three, the .npy files of one exam.
         plane: of a single .npy file, where its path does not contain it.
         log: prints the DICOM importer's messages about its choice of series.
+        datasets: that the networks which will see them were trained on: scans are mirrored and cut
+            as those exams were.
 
     Yields:
         FolderExams, FilesExam or DicomExams. What was converted lies in a temporary folder, gone
@@ -357,7 +378,7 @@ def open_exams(sources, plane=None, log=print):
             "folder above these, or the files of one exam"
         )
     with tempfile.TemporaryDirectory(prefix="mrnet-") as folder:
-        exams = DicomExams(source, folder, log)
+        exams = DicomExams(source, folder, log, preparation_of(datasets))
         try:
             yield exams
         finally:

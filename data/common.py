@@ -4,6 +4,7 @@ The table of plane orientations, grey levels and sizes, dataset.json, and the re
 each exam its number and each patient a group.
 """
 
+import argparse
 import csv
 import hashlib
 import hmac
@@ -38,6 +39,7 @@ DATASET, EXAMS = "dataset.json", "exams.csv"
 SPLITS = ("train", "valid", "test")
 KEY_BYTES = 32
 SIDE = 256  # px; MRNet's slices
+FIELDS_OF_VIEW = (20.0, 500.0)  # mm
 WINDOW = (0.5, 99.5)  # percentiles of a volume that become 0 and 255
 
 
@@ -119,7 +121,8 @@ def write_dataset(out, **content):
                 f"{path}: cannot be read as JSON; correct it or move it away"
             ) from None
     for name in ("synthetic", "orientation", "patient_key", "mirrored", "field_of_view"):
-        if there and there.get(name) != content.get(name):
+        # What earlier versions did not write is not mirrored and not cut.
+        if there and (there.get(name) or None) != (content.get(name) or None):
             raise InputError(
                 f"{path}: the folder holds exams with {name} {there.get(name)}, these have "
                 f"{content.get(name)}; give a folder of its own to them"
@@ -236,6 +239,37 @@ def merge_csv(path, values):
         except (OSError, ValueError, csv.Error):
             raise InputError(f"{path}: not a CSV of two columns with ids; move it away") from None
     write_csv(path, sorted((rows | values).items()))
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+def add_preparation(group, mirror=False):
+    """--field-of-view and --mirror, the same for every importer of DICOM."""
+    group.add_argument(
+        "--field-of-view",
+        type=millimetres,
+        metavar="MM",
+        help="keep a centred square of this side, so that a pixel has the same size in every "
+        "scanner, such as 140; smaller pictures get a black margin. Default: the whole picture",
+    )
+    group.add_argument(
+        "--mirror",
+        action=argparse.BooleanOptionalAction,
+        default=mirror,
+        help="mirror right knees to left ones",
+    )
+
+
+def millimetres(text):
+    """A field of view's side as argparse takes it."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not FIELDS_OF_VIEW[0] <= value <= FIELDS_OF_VIEW[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of mm from 20 to 500")
+    return value
 
 
 # --- messages ------------------------------------------------------------------------------------

@@ -340,6 +340,47 @@ def test_one_folder_holds_exams_of_one_kind(tree, tmp_path):
     assert_one_line_error(done, "dataset.json", "field_of_view")
 
 
+# --- predicting -----------------------------------------------------------------------------------
+
+
+def test_scans_are_prepared_as_the_training_exams_were(tree, tmp_path):
+    """Studies from DICOM, as predict.py reads them, are those that prepare.py writes."""
+    from common.exams import open_exams
+
+    assert prepare(tree, tmp_path / "out", "--field-of-view", "140").returncode == 0
+    about = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    written = {}
+    for path in (tmp_path / "out").glob("*/*/*.npy"):
+        written[int(path.stem), path.parent.name] = np.load(path)
+    with open(tmp_path / "out" / "exams.csv", newline="") as file:
+        numbers = {row["exam"]: int(row["id"]) for row in csv.DictReader(file)}
+    with open_exams([tree / "train_series"], datasets=[None, about]) as exams:
+        assert exams.datasets[0]["mirrored"] is True and len(exams) == 6
+        for exam in exams.each():
+            for plane, path in exam.paths.items():
+                volume = written.pop((numbers[exam.name], plane))
+                np.testing.assert_array_equal(np.load(path), volume)
+    assert not written
+
+
+def test_the_dicom_importer_mirrors_and_cuts_likewise(tree, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for out, options in ((whole, ()), (cut, ("--mirror", "--field-of-view", "80"))):
+        for study in (0, 1):  # a left knee, a right one
+            folder = tree / "train_series" / uid_of(study)
+            done = run_script("data/dicom/prepare.py", folder, out, *options)
+            assert done.returncode == 0, done.stderr
+    for path in whole.glob("*/*/*.npy"):
+        small = np.load(cut / path.relative_to(whole))
+        axis = 1 if path.parent.name == "sagittal" else 2  # of one slice after another
+        wanted = np.load(path)[:, 64:192, 64:192].repeat(2, axis=1).repeat(2, axis=2)
+        if int(path.stem) == 1:
+            wanted = np.flip(wanted, 0 if axis == 1 else 2)
+        assert np.abs(small.astype(int) - wanted)[:, 20:108, 20:108].max() <= 6
+    done = run_script("data/dicom/prepare.py", tree / "train_series" / uid_of(2), cut)
+    assert_one_line_error(done, "dataset.json", "mirrored")
+
+
 # --- labels ---------------------------------------------------------------------------------------
 
 

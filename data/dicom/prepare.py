@@ -15,15 +15,14 @@ leaves the DICOM, and nothing read is ever executed.
 import argparse
 import csv
 import hashlib
-import json
 import logging
 import re
 import sys
 import time
 import warnings
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -35,6 +34,7 @@ from data.common import (  # noqa: E402
     TARGET,
     Register,
     Report,
+    add_preparation,
     keyed_hash,
     merge_csv,
     patient_key,
@@ -42,7 +42,8 @@ from data.common import (  # noqa: E402
     write_dataset,
     write_volume,
 )
-from data.dicom.studies import digest_of, find_exams, volumes_of  # noqa: E402
+from data.dicom.serve import answer, serve  # noqa: E402
+from data.dicom.studies import Choice, digest_of, find_exams, volumes_of  # noqa: E402
 
 VERSION = "1"  # of what is written from the same files; raise it with every change of the pixels
 CONVENTION = """\
@@ -87,13 +88,6 @@ def read_labels(path, numbered):
     return labels
 
 
-class Choice(NamedTuple):
-    """How a series is chosen and made square."""
-
-    series: list  # parts of descriptions, or numbers, that the user named
-    square: str  # "pad" or "crop"
-
-
 def write_exam(exam, number, folder, choice, report):
     """Write the planes of one exam to `folder`/<plane> and count each plane that fails.
 
@@ -101,7 +95,7 @@ def write_exam(exam, number, folder, choice, report):
         number of slices.
     """
     title = f"exam {number:04d} ({exam.source})"
-    volumes, _ = volumes_of(exam, *choice, report, title)
+    volumes, _ = volumes_of(exam, choice, report, title)
     paths = {plane: folder / plane / f"{number:04d}.npy" for plane in TARGET}
     try:
         for plane, path in paths.items():
@@ -145,9 +139,9 @@ def number_exams(exams, out, split, overwrite, key):
     return register, numbered, wanted
 
 
-def run(args, report):
+def run(args, choice, report):
     """Convert everything -> exit status."""
-    start, choice = time.perf_counter(), Choice(args.series, args.square)
+    start = time.perf_counter()
     if not args.source.exists():
         raise InputError(f"{args.source}: no such file or folder")
     exams = find_exams(args.source, report)
@@ -167,6 +161,8 @@ def run(args, report):
         licence="",
         orientation=ORIENTATION,
         patient_key=hashlib.sha256(key).hexdigest()[:8],
+        mirrored=args.mirror,
+        field_of_view=args.field_of_view,
     )
     register.save()  # first, so that an interrupted run goes on under the same numbers
     slices, full = {}, None
@@ -222,43 +218,17 @@ def write_id_map(path, numbered, done):
 # --- for predict.py and explain.py ----------------------------------------------------------------
 
 
-def serve(source, out, choice, report):
-    """List the exams, then convert those that standard input names, as lines of JSON.
-
-    First line out: {"exams": [[name, source], ...], "lines": [...]}. A line in: {"exam": name,
-    "unless": digest or null}. Its answer: {"exam", "input": digest, "planes": {plane: file},
-    "unusable": {plane: why}, "fault": why nothing could be written, or null, "lines"}; no more than
-    {"exam", "input", "lines"} where the digest is the one that was given.
-    """
+def serve_exams(source, out, choice, report):
+    """List the exams under `source`, then convert those that are asked for."""
     if not source.exists():
         raise InputError(f"{source}: no such file or folder")
-    exams = {exam.name: exam for exam in find_exams(source, report)}
+    exams = find_exams(source, report)
     if not exams:
         lines = [text for stream, text in report.take() if stream == "stderr"]
         why = lines[0].removeprefix("error: ") if lines else "give the exams' folder"
         raise InputError(f"{source}: no readable DICOM or NIfTI in it; {why}")
-    listed = [[exam.name, exam.source] for exam in exams.values()]
-    answer({"exams": listed, "lines": report.take()})
-    for line in sys.stdin:
-        request = json.loads(line)
-        exam = exams[request["exam"]]
-        reply = {"exam": exam.name, "input": digest_of(exam)}
-        if reply["input"] != request["unless"]:
-            volumes, unusable = volumes_of(exam, *choice, report, exam.title)
-            reply |= {"planes": {}, "unusable": unusable, "fault": None}
-            try:
-                for plane, volume in volumes.items():
-                    path = out / exam.name / f"{plane}.npy"
-                    write_volume(path, volume)
-                    reply["planes"][plane] = str(path)
-            except OSError as error:
-                reply["fault"] = f"{out}: {error.strerror}"
-        answer(reply | {"lines": report.take()})
-    return 0
-
-
-def answer(content):
-    print(json.dumps(content), flush=True)
+    convert = partial(volumes_of, choice=choice, report=report)
+    return serve(exams, digest_of, lambda exam: convert(exam, title=exam.title), out, report)
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -288,6 +258,7 @@ def parse(argv):
         help="oblong slices: pad keeps all of them; crop suits long coronal or sagittal fields "
         "of view, whose joint would become small",
     )
+    add_preparation(group)
     group = parser.add_argument_group("output")
     group.add_argument(
         "--split",
@@ -326,14 +297,15 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 def main(argv=None):
     args = parse(argv)
     report = Report(collect=args.serve)
+    choice = Choice(args.series, args.square, args.field_of_view, args.mirror)
     for name in ("pydicom", "nibabel.global"):  # what they log and warn of quotes the header
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if args.serve:
-                return serve(args.source, args.out, Choice(args.series, args.square), report)
-            return run(args, report)
+                return serve_exams(args.source, args.out, choice, report)
+            return run(args, choice, report)
     except InputError as error:
         status, message = 2, str(error)
     except ImportError as error:

@@ -51,3 +51,9 @@ def cut(grey, series, axis, square, field_of_view=None):
             f"{series.file}: slices of {height:.3g} x {width:.3g} mm; correct the pixel spacing"
         )
     return to_square(grey, height, width, square, field_of_view)
+
+
+def mirrored(plane, volume):
+    """A right knee as a left one: uint8 (s, H, W), right and left exchanged."""
+    axis = 0 if plane == "sagittal" else 2
+    return np.ascontiguousarray(np.flip(volume, axis))

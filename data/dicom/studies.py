@@ -10,6 +10,7 @@ import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -29,7 +30,7 @@ from data.dicom.series import (
     read_nifti,
     series_name,
 )
-from data.dicom.slices import cut, plane_of
+from data.dicom.slices import cut, mirrored, plane_of
 
 OBLIQUE = 30.0  # degrees from the nearest plane, above which the user is warned
 UNPLACED = (NO_GEOMETRY, NO_ROTATION, TOO_LARGE)  # such a series may be any plane
@@ -195,35 +196,48 @@ def candidates(exam, wanted):
     return dict(sorted(found.items()))
 
 
+class Choice(NamedTuple):
+    """How series are chosen and what is made of them."""
+
+    series: list  # parts of descriptions, or numbers, that the user named
+    square: str  # "pad" or "crop"
+    field_of_view: float | None = None  # mm; side of what is kept, None for all
+    mirror: bool = False  # right knees to left
+
+
 class Volumes:
     """Reads series; a 3-D scan is kept until all its planes are cut."""
 
-    def __init__(self, square):
-        self.square, self.kept = square, {}
+    def __init__(self, choice):
+        self.choice, self.kept = choice, {}
 
-    def cut(self, series, axis):
-        """uint8 (s, 256, 256). Raises InputError."""
+    def cut(self, series, axis, side):
+        """uint8 (s, 256, 256) of a knee of this side. Raises InputError."""
         if series.fault:
             raise InputError(f"{series.name}, {series.fault}")
         if id(series) not in self.kept:
             self.kept = {id(series): window(series.load(), series.file)}
-        return cut(self.kept[id(series)], series, axis, self.square)
+        grey, choice = self.kept[id(series)], self.choice
+        volume = cut(grey, series, axis, choice.square, choice.field_of_view)
+        if choice.mirror and side == "R":
+            return mirrored(plane_of(series.directions[axis])[0], volume)
+        return volume
 
 
-def volumes_of(exam, wanted, square, report, title):
+def volumes_of(exam, choice, report, title):
     """The planes of an exam, and what was there and cannot be used.
 
     Args:
-        wanted: descriptions or numbers of series that the user named.
-        square: as `slices.cut` takes it.
+        choice: Choice.
         title: what the exam is called in messages.
 
     Returns:
         {plane: uint8 (s, 256, 256)}, {plane: why it cannot be used}.
     """
+    wanted = choice.series
     if wanted and not any(series.is_wanted(wanted) for series in exam.series):
         report.warn(f"{title}: no series matches --series")
-    volumes, unusable, reader = {}, {}, Volumes(square)
+    volumes, unusable, reader = {}, {}, Volumes(choice)
     for plane, ranked in candidates(exam, wanted).items():
         if exam.refused:
             unusable[plane] = exam.refused
@@ -233,7 +247,7 @@ def volumes_of(exam, wanted, square, report, title):
             if passed and ranked[0][0].is_wanted(wanted) and not series.is_wanted(wanted):
                 break  # never replace the named series by another
             try:
-                volumes[plane] = reader.cut(series, axis)
+                volumes[plane] = reader.cut(series, axis, exam.side)
             except InputError as error:
                 passed.append(str(error))
                 continue

@@ -42,12 +42,13 @@ from data.common import (  # noqa: E402
     TARGET,
     Register,
     Report,
+    add_preparation,
     merge_csv,
     write_dataset,
     write_volume,
 )
-from data.dicom.studies import exam_name  # noqa: E402
-from data.rsna.studies import Setting, convert, find_studies, scanner_of  # noqa: E402
+from data.dicom.serve import answer, serve  # noqa: E402
+from data.rsna.studies import Setting, convert, digest_of, find_studies, scanner_of  # noqa: E402
 from data.rsna.tables import FINDINGS, combine_labels, read_labels, read_series  # noqa: E402
 
 VERSION = "1"  # of what is written from the same files; raise it with every change of the pixels
@@ -70,22 +71,19 @@ def parse(argv):
     unsaid = "a value in --labels that means `the report does not say`: such labels are unknown"
     add("--unsaid", type=float, metavar="VALUE", help=unsaid)
     group = parser.add_argument_group("pictures")
-    field = "mm; keep a centred square of this side, so that a pixel has the same size in every "
-    field += "scanner; participants report 130 to 150. Default: the whole picture"
-    group.add_argument("--field-of-view", type=float, metavar="MM", help=field)
-    mirror = "mirror right knees to left ones"
-    group.add_argument("--mirror", action=argparse.BooleanOptionalAction, default=True, help=mirror)
+    add_preparation(group, mirror=True)
     group = parser.add_argument_group("run")
     valid = "share of the studies to validate on, cut by groups"
     group.add_argument("--valid", type=float, default=0.1, help=valid)
     workers = "processes that decode, about 500 MB each"
     group.add_argument("--workers", type=int, default=os.cpu_count(), help=workers)
     group.add_argument("--overwrite", action="store_true", help="convert studies again")
+    group.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if not 0 < args.valid < 1:
         parser.error("--valid is above 0 and below 1")
-    if args.workers < 1 or (args.field_of_view is not None and not 20 <= args.field_of_view <= 500):
-        parser.error("--workers is at least 1, --field-of-view from 20 to 500 mm")
+    if args.workers < 1:
+        parser.error("--workers is at least 1")
     return args
 
 
@@ -261,7 +259,7 @@ def number_studies(studies, valid, out, overwrite):
     """
     register, numbers, todo = Register(out), {}, []
     for study in studies:
-        number = numbers[study.uid] = register.number(exam_name(study.uid, ""))
+        number = numbers[study.uid] = register.number(study.name)
         split = "valid" if study.uid in valid else "train"
         there = register.split_of(number)
         if there not in (None, split):
@@ -317,10 +315,35 @@ def tell(report, summary, counts, out, began):
         )
 
 
+def serve_studies(root, out, setting, report):
+    """List the studies of test_series/, then convert those that are asked for.
+
+    Args:
+        root: folder of the studies; its CSV of series is beside it, with the same name.
+    """
+    listed, faults = read_series(root.with_name(f"{root.name}.csv"))
+    for fault in faults:
+        report.warn(fault)
+
+    def convert_study(study):
+        done = convert(study, setting)
+        for fault in done.faults:
+            report.warn(fault)
+        return done.volumes, done.missing
+
+    return serve(find_studies(root, listed, report), digest_of, convert_study, out, report)
+
+
 def main(argv=None):
-    args, report = parse(argv), Report()
+    args = parse(argv)
+    report = Report(collect=args.serve)
     logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
     try:
+        if args.serve:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                setting = Setting(args.field_of_view, args.mirror)
+                return serve_studies(args.root, args.out, setting, report)
         return run(args, report)
     except InputError as error:
         status, message = 2, str(error)
@@ -333,6 +356,8 @@ def main(argv=None):
         report.log("interrupted; written studies are whole, the same command goes on", sys.stderr)
         return 130
     report.fault(message)
+    if args.serve:
+        answer({"failed": message, "lines": report.take()[:-1]})
     return status
 
 

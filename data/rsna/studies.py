@@ -7,18 +7,18 @@ silent or says another plane; both are counted. Only fluid-sensitive series are 
 in the place of one would be another picture under the same name.
 """
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
-
-import numpy as np
 
 from common.errors import InputError
 from data.common import TARGET, window
 from data.dicom.files import File, reading
 from data.dicom.knees import split_knees
 from data.dicom.series import Series, assemble, read_header
-from data.dicom.slices import cut, plane_of
+from data.dicom.slices import cut, mirrored, plane_of
+from data.dicom.studies import exam_name
 
 SCANNER = ["Manufacturer", "ManufacturerModelName", "SoftwareVersions", "MagneticFieldStrength"]
 FLUID_ECHO = 25.0  # ms; a longer echo time is fluid-sensitive, where neither CSV nor words say so
@@ -31,6 +31,16 @@ class StudyFolder(NamedTuple):
     uid: str
     series: dict  # {series UID: folder}
     rows: dict  # {series UID: tables.SeriesRow}
+
+    @property
+    def name(self):
+        """The same in every run, without the UID."""
+        return exam_name(self.uid, "")
+
+    @property
+    def source(self):
+        """Its folder, relative to the series'."""
+        return self.uid
 
 
 class Setting(NamedTuple):
@@ -86,6 +96,20 @@ def find_studies(root, listed, report):
         series = {p.name.strip(): p for p in sorted(path.iterdir()) if p.is_dir()}
         studies.append(StudyFolder(uid, series, listed.get(uid, {})))
     return studies
+
+
+def digest_of(study):
+    """Hash of all that a study's volumes depend on: its files and its rows, 16 hex digits."""
+    total = hashlib.blake2b(repr(sorted(study.rows.items())).encode(), digest_size=8)
+    for uid, folder in study.series.items():
+        for path in sorted(folder.iterdir()):
+            try:
+                with open(path, "rb") as file:
+                    content = hashlib.file_digest(file, "blake2b").digest()
+            except OSError as error:  # reading the volume names it
+                content = str(error.errno).encode()
+            total.update(f"{uid}/{path.name}".encode() + b"\0" + content)
+    return total.hexdigest()
 
 
 def scanner_of(study):
@@ -218,9 +242,3 @@ def take_plane(plane, ranked, study, setting, done):
     done.faults += passed
     if plane not in done.volumes:
         done.missing[plane] = passed[0] if passed else NO_SERIES
-
-
-def mirrored(plane, volume):
-    """A right knee as a left one: uint8 (s, H, W), right and left exchanged."""
-    axis = 0 if plane == "sagittal" else 2
-    return np.ascontiguousarray(np.flip(volume, axis))

@@ -1,0 +1,49 @@
+"""An importer that answers predict.py and explain.py: it converts the exams that they ask for.
+
+A process of its own, so that the reader of foreign files shares no memory with the networks.
+"""
+
+import json
+import sys
+
+from data.common import write_volume
+
+
+def serve(exams, digest, convert, out, report):
+    """List exams, then convert those that standard input names, as lines of JSON.
+
+    First line out: {"exams": [[name, source], ...], "lines": [...]}. A line in: {"exam": name,
+    "unless": digest or null}. Its answer: {"exam", "input": digest, "planes": {plane: file},
+    "unusable": {plane: why}, "fault": why nothing could be written, or null, "lines"}; no more than
+    {"exam", "input", "lines"} where the digest is the one that was given.
+
+    Args:
+        exams: list of what has a `name` and a `source`.
+        digest: function of an exam: hash of all that its volumes depend on, hexadecimal.
+        convert: function of an exam: {plane: uint8 (s, H, W)}, {plane: why it cannot be used}.
+        out: folder to write to.
+        report: Report that collects its lines.
+    """
+    named = {exam.name: exam for exam in exams}
+    listed = [[exam.name, exam.source] for exam in exams]
+    answer({"exams": listed, "lines": report.take()})
+    for line in sys.stdin:
+        request = json.loads(line)
+        exam = named[request["exam"]]
+        reply = {"exam": exam.name, "input": digest(exam)}
+        if reply["input"] != request["unless"]:
+            volumes, unusable = convert(exam)
+            reply |= {"planes": {}, "unusable": unusable, "fault": None}
+            try:
+                for plane, volume in volumes.items():
+                    path = out / exam.name / f"{plane}.npy"
+                    write_volume(path, volume)
+                    reply["planes"][plane] = str(path)
+            except OSError as error:
+                reply["fault"] = f"{out}: {error.strerror}"
+        answer(reply | {"lines": report.take()})
+    return 0
+
+
+def answer(content):
+    print(json.dumps(content), flush=True)
