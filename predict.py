@@ -4,6 +4,7 @@
     python predict.py ~/scans --task acl --out scans.csv        # DICOM, a folder or a zip
     python predict.py knee7-axial.npy knee7-sagittal.npy        # one exam's planes, to the terminal
     python predict.py ~/inbox --out inbox.csv --resume          # after studies came, went or broke
+    python predict.py ~/rsna/test_series --submission ~/rsna/sample_submission.csv --out mine.csv
 
 One row for each exam and task. An exam's name is the same in every run: a file's name, or for DICOM
 a hash of its study with the knee's side. Planes that were never scanned may be missing: a stack has
@@ -35,6 +36,7 @@ from common.errors import InputError, RunError, one_line
 from common.exams import open_exams, read_planes, refuse_unfit
 from common.files import atomic
 from common.stacking import decide, load_task, saved_tasks
+from common.submission import read_sample, write_submission
 from dataloader import PLANES
 
 JOINT = "joint"  # probability of networks that join several planes
@@ -68,6 +70,12 @@ def parse_arguments():
         action="store_true",
         help="one JSON object a line instead of CSV: null where CSV has nothing, lists of planes",
     )
+    submission = "a challenge's sample submission: --out gets its rows and columns in its order, a "
+    submission += (
+        "probability each; the usual rows lie beside it (OUT-rows.csv). Sets --partial, and "
+    )
+    submission += "a study without an answer gets the training prevalence and is named"
+    files.add_argument("--submission", type=Path, metavar="SAMPLE", help=submission)
     existing = files.add_mutually_exclusive_group()
     existing.add_argument(
         "--resume",
@@ -82,6 +90,8 @@ def parse_arguments():
     args = parser.parse_args()
     if str(args.out) == "-" and (args.resume or args.overwrite):
         parser.error("--resume and --overwrite need a file as --out")
+    if args.submission and (str(args.out) == "-" or args.jsonl or args.task):
+        parser.error("--submission needs a file as --out, and neither --jsonl nor --task")
     return args
 
 
@@ -319,6 +329,11 @@ def run(args):
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     args.device, args.precision = device.type, precision  # what "auto" became
+    submission, sample = args.out, None
+    if args.submission:
+        sample = read_sample(args.submission)
+        args.task, args.partial = sample.tasks, True
+        args.out = args.out.with_name(f"{args.out.stem}-rows.csv")
     options = Options(device, precision, args.partial, args.jsonl)
     # Pipelines get rows and nothing else.
     to_stdout = str(args.out) == "-"
@@ -355,11 +370,37 @@ def run(args):
         if args.resume:
             put_in_order(args.out, saved, exams, header)
     log(summary_line(counts, seconds))
+    if sample:
+        submit(submission, sample, args.out, tasks)
     if exams.fault:
         raise RunError(f"{exams.fault}; {counts['failed']} exams without an answer, see `error`")
     if counts["failed"] or exams.failed:
         raise RunError(
             f"{counts['failed']} exams and {exams.failed} files could not be used, named above"
+        )
+
+
+def submit(path, sample, rows, tasks):
+    """Write a submission from a file of rows, and name the studies that it has no answer for.
+
+    Raises:
+        RunError: there are such; they have the training prevalence.
+    """
+    answers = {}
+    with open(rows, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            found = [row["stack"]] if row["stack"] else [row[p] for p in (*PLANES, JOINT) if row[p]]
+            if found:
+                answers[row["exam"], row["task"]] = sum(map(float, found)) / len(found)
+    prevalences = {models.task: models.prevalence for models in tasks}
+    lacking = write_submission(path, sample, answers, prevalences)
+    for uid, names in lacking.items():
+        print(f"error: study {uid}: no answer, the prevalence of {', '.join(names)} instead",
+              file=sys.stderr)  # fmt: skip
+    print(f"written  {path}: {len(sample.studies)} studies, {len(sample.tasks)} findings")
+    if lacking:
+        raise RunError(
+            f"{len(lacking)} of {len(sample.studies)} studies have no answer, named above"
         )
 
 

@@ -159,8 +159,7 @@ def parse_arguments():
     add = parser.add_argument_group("files").add_argument
     add("--models-dir", type=Path, default=Path("models"), help="for models and training states")
     add("--logs-dir", type=Path, default=Path("logs"), help="for TensorBoard")
-    points = "steps between two points of the curves within an epoch"
-    add("--log-every", type=cli.positive_int, default=100, help=points)
+    add("--log-every", type=cli.positive_int, default=100, help="steps between points of a curve")
     resume = "skip trainings that are finished, continue one that was interrupted"
     add("--resume", action="store_true", help=resume)
     parser.set_defaults(**{f.name: f.default for f in fields(Config) if f.name in THE_ARTICLES})
@@ -418,6 +417,7 @@ def describe(config, split, epoch, task):
         "metrics": {which: metrics[task] for which, metrics in epoch.metrics.items()},
         "arguments": asdict(config),
         "class_weights": list(split.train_set.class_weights[task]),
+        "prevalence": float(np.nanmean(split.train_set.finding(task).labels)),
         "data": fingerprints_of(split.finding(task)),
     }
 

@@ -308,6 +308,7 @@ class TaskModels(NamedTuple):
     stack: dict | None  # as `load_stack` returns it
     digest: str  # of the files of all networks and the stack, 12 hex digits
     datasets: list  # that the networks were trained on: dataset.json's content, None if unknown
+    prevalence: float  # mean label of the exams that the networks were trained on
 
     @property
     def is_synthetic(self):
@@ -410,7 +411,7 @@ def load_task(models_dir, task, device="cpu", recipes=(ARTICLE,)):
     else:
         paths = {column: [model_path(folder, task, column)] for column in columns_of(recipes)}
         paths = {column: found for column, found in paths.items() if found[0].is_file()}
-    networks, digests, datasets = {}, [], []
+    networks, digests, datasets, prevalences = {}, [], [], []
     for column in paths:
         loaded = [load_model(path, task, column) for path in paths[column]]
         for path in paths[column]:
@@ -422,9 +423,18 @@ def load_task(models_dir, task, device="cpu", recipes=(ARTICLE,)):
                 )
         networks[column] = [as_network(*one, device) for one in loaded]
         for _, metadata in loaded:
+            prevalences.append(prevalence_of(metadata))
             if metadata.get("dataset") not in datasets:
                 datasets.append(metadata.get("dataset"))
     if stack:
         digests.append(digest_of(stack_path(folder, task, recipes)))
     digest = hashlib.sha256(" ".join(digests).encode()).hexdigest()[:12]
-    return TaskModels(task, networks, stack, digest, datasets)
+    prevalence = sum(prevalences) / len(prevalences)
+    return TaskModels(task, networks, stack, digest, datasets, prevalence)
+
+
+def prevalence_of(metadata):
+    """Mean label of a network's training exams; earlier versions recorded the class weights only:
+    1 for negatives, negatives / positives for positives."""
+    negative, positive = metadata.get("class_weights", (1.0, 1.0))
+    return metadata.get("prevalence", negative / (negative + positive))

@@ -155,6 +155,11 @@ def patient_key():
     return key
 
 
+def exam_name(uid, side=""):
+    """16 hex digits of the study UID's SHA-256, and the knee's side."""
+    return hashlib.sha256(uid.encode()).hexdigest()[:16] + (f"-{side}" if side else "")
+
+
 def keyed_hash(key, text):
     """HMAC-SHA-256, 16 hex digits: without the key nobody can test a guess; "" for ""."""
     return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()[:16] if text else ""

@@ -13,6 +13,8 @@ from hospital import PIXEL, SIDE, code_of, read_code, write_series
 from pydicom.uid import ImplicitVRLittleEndian, JPEG2000Lossless
 
 from common.errors import InputError
+from common.submission import read_sample, task_of
+from data.common import exam_name
 from data.rsna.prepare import group_studies, split_groups
 from data.rsna.tables import FINDINGS, combine_labels, parse_label, read_labels, read_table
 
@@ -379,6 +381,64 @@ def test_the_dicom_importer_mirrors_and_cuts_likewise(tree, tmp_path):
         assert np.abs(small.astype(int) - wanted)[:, 20:108, 20:108].max() <= 6
     done = run_script("data/dicom/prepare.py", tree / "train_series" / uid_of(2), cut)
     assert_one_line_error(done, "dataset.json", "mirrored")
+
+
+def test_a_submission_has_every_study_of_the_sample_in_its_order(tree, tmp_path):
+    out, models = tmp_path / "out", tmp_path / "models"
+    assert prepare(tree, out, "--field-of-view", "140").returncode == 0
+    for split in ("train", "valid"):
+        for task in ("acl", "effusion"):
+            numbers = sorted(int(p.stem) for p in (out / split / "sagittal").iterdir())
+            rows = "".join(f"{n},{k % 2}\n" for k, n in enumerate(numbers))
+            (out / f"{split}-{task}.csv").write_text(rows)
+    done = run_script("train.py", "--task", "acl", "effusion", "--plane", "sagittal", "--data-dir",
+                      out, "--models-dir", models, "--logs-dir", tmp_path / "logs",
+                      "--no-pretrained", "--epochs", "1")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    test = shutil.copytree(tree / "train_series", tmp_path / "test_series")
+    shutil.copy(tree / "train_series.csv", tmp_path / "test_series.csv")
+    for path in (test / uid_of(4)).rglob("*.dcm"):
+        path.write_bytes(b"damaged")
+    studies = [uid_of(s) for s in (3, 0, 9, 4, 1)]  # of 9 there is nothing
+    write_rows(tmp_path / "sample.csv", ["StudyInstanceUID", "Effusion", "ACL"],
+               [[uid, 0.5, 0.5] for uid in studies])  # fmt: skip
+    command = ("predict.py", test, "--models-dir", models, "--submission", tmp_path / "sample.csv",
+               "--out", tmp_path / "mine.csv")  # fmt: skip
+    done = run_script(*command)
+    assert done.returncode == 1 and "2 of 5 studies have no answer" in done.stderr
+    for study in (9, 4):
+        assert f"study {uid_of(study)}: no answer" in done.stderr
+    with open(tmp_path / "mine.csv", newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["StudyInstanceUID", "Effusion", "ACL"] and [r[0] for r in rows] == studies
+    with open(tmp_path / "mine-rows.csv", newline="") as file:
+        answers = {(r["exam"], r["task"]): r["sagittal"] for r in csv.DictReader(file)}
+    for uid, effusion, acl in rows:
+        if uid in (uid_of(9), uid_of(4)):
+            assert effusion == acl == "0.500000"  # of two and two training exams
+        else:
+            name = exam_name(uid)
+            assert float(effusion) == pytest.approx(float(answers[name, "effusion"]), abs=1e-6)
+            assert float(acl) == pytest.approx(float(answers[name, "acl"]), abs=1e-6)
+            assert effusion != acl
+    whole = (tmp_path / "mine.csv").read_bytes()
+    assert run_script(*command, "--resume").returncode == 1
+    assert (tmp_path / "mine.csv").read_bytes() == whole
+    write_rows(tmp_path / "sample.csv", ["StudyInstanceUID", "PF OA"], [[studies[0], 0.5]])
+    assert_one_line_error(run_script(*command, "--overwrite"), "no models of task 'pf-oa'")
+
+
+@pytest.mark.parametrize("column, task", FINDINGS.items())
+def test_columns_and_tasks(column, task):
+    assert task_of(column) == task == task_of(f" {column.upper()} ".replace("'", "\u2019"))
+
+
+def test_a_bad_sample_is_refused(tmp_path):
+    path = tmp_path / "sample.csv"
+    for text in ("", "StudyInstanceUID\n1.2\n", "StudyInstanceUID,ACL\n1.2,0\n1.2,0\n", "a,b\n"):
+        path.write_text(text)
+        with pytest.raises(InputError, match="sample.csv"):
+            read_sample(path)
 
 
 # --- labels ---------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from common.errors import InputError
-from data.common import TARGET, window
+from data.common import TARGET, exam_name, window
 from data.dicom.files import find_files, reading
 from data.dicom.knees import split_knees
 from data.dicom.series import (
@@ -100,11 +100,6 @@ def find_exams(source, report):
         if count > 1:
             raise InputError(f"{source}: {count} studies would be called {name}; give one of them")
     return exams
-
-
-def exam_name(uid, side):
-    """16 hex digits of the study UID's SHA-256, and the knee's side."""
-    return hashlib.sha256(uid.encode()).hexdigest()[:16] + (f"-{side}" if side else "")
 
 
 def find_studies(source, report):

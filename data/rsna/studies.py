@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from common.errors import InputError
-from data.common import TARGET, window
+from data.common import TARGET, exam_name, window
 from data.dicom.files import File, reading
 from data.dicom.knees import split_knees
 from data.dicom.series import Series, assemble, read_header
 from data.dicom.slices import cut, mirrored, plane_of
-from data.dicom.studies import exam_name
 
 SCANNER = ["Manufacturer", "ManufacturerModelName", "SoftwareVersions", "MagneticFieldStrength"]
 FLUID_ECHO = 25.0  # ms; a longer echo time is fluid-sensitive, where neither CSV nor words say so
@@ -35,7 +34,7 @@ class StudyFolder(NamedTuple):
     @property
     def name(self):
         """The same in every run, without the UID."""
-        return exam_name(self.uid, "")
+        return exam_name(self.uid)
 
     @property
     def source(self):
