@@ -33,6 +33,8 @@ SPLITS = ("train", "valid")
 MEAN, STD = 58.09, 49.73  # grey levels of MRNet's volumes; Stanford's released loader
 CHANNELS = ("grey", "neighbours")  # of the network's input
 UNKNOWN = float("nan")  # label of an exam that nobody has read for this finding
+MOST_WEIGHT = 1000.0  # of one label
+PER_LABEL = ("labels", "label_weights", "targets", "weights")  # arrays (n, tasks) of MRDataset
 MAX_ROTATION = 25.0  # degrees; the article
 MAX_SHIFT = 25 / 256  # of the side: the article's 25 px of 256, and as much at other sizes
 FLIP = 0.5  # probability; the article
@@ -62,13 +64,17 @@ def tasks(root_dir):
     return names
 
 
-def label_rows(root_dir, task, split):
-    """Read the CSV of one split row by row.
+class LabelRow(NamedTuple):
+    """A row of a CSV of labels, `id,label` or `id,label,weight`; a faulty one has a fault only."""
 
-    Yields:
-        (id without leading zeros, label 0.0 to 1.0 or UNKNOWN where it is empty, None) for a good
-        row, (None, None, what is wrong with it and how to fix it, one line) for another.
-    """
+    exam_id: str | None = None  # without leading zeros
+    label: float | None = None  # 0 to 1, or UNKNOWN where it is empty
+    weight: float = 1.0  # of its loss: how far the label is trusted
+    fault: str | None = None  # what is wrong and how to fix it, one line
+
+
+def label_rows(root_dir, task, split):
+    """Read the CSV of one split row by row: yields a LabelRow for each."""
     path = Path(root_dir) / f"{split}-{task}.csv"
     seen = set()
     try:
@@ -77,23 +83,31 @@ def label_rows(root_dir, task, split):
                 if not row:
                     continue
                 where = f"{path}, line {number}"
-                if len(row) != 2 or not re.fullmatch(r"\s*[0-9]{1,12}\s*", row[0], re.ASCII):
-                    yield None, None, f"{where}: expected `id,label` with a whole-number id"
+                fault, weight = None, 1.0
+                if len(row) not in (2, 3) or not re.fullmatch(
+                    r"\s*[0-9]{1,12}\s*", row[0], re.ASCII
+                ):
+                    yield LabelRow(fault=f"{where}: expected `id,label` with a whole-number id")
                     continue
                 exam_id, label = row[0].strip().lstrip("0") or "0", parse_label(row[1])
+                if len(row) == 3:
+                    weight = parse_weight(row[2])
                 if label is None:
-                    yield None, None, f"{where}: label {row[1]!r:.40} is not from 0 to 1, or empty"
+                    fault = f"label {row[1]!r:.40} is not from 0 to 1, or empty"
+                elif weight is None:
+                    fault = f"weight {row[2]!r:.40} is not a number above 0, at most {MOST_WEIGHT}"
                 elif exam_id in seen:
-                    yield None, None, f"{where}: id {exam_id} is listed twice; keep one row"
-                else:
-                    yield exam_id, label, None
+                    fault = f"id {exam_id} is listed twice; keep one row"
+                yield (
+                    LabelRow(fault=f"{where}: {fault}")
+                    if fault
+                    else LabelRow(exam_id, label, weight)
+                )
                 seen.add(exam_id)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = one_line(error)
-        yield (
-            None,
-            None,
-            f"{path}: cannot be read as a CSV of `id,label` ({reason}); create it again",
+        yield LabelRow(
+            fault=f"{path}: cannot be read as a CSV of `id,label` ({reason}); create it again"
         )
 
 
@@ -105,6 +119,15 @@ def parse_label(text):
     if not re.fullmatch(r"[01]|[01]?\.[0-9]{1,9}", text, re.ASCII) or float(text) > 1:
         return None
     return float(text)
+
+
+def parse_weight(text):
+    """A label's weight as float, above 0 and at most MOST_WEIGHT; None if it is neither."""
+    try:
+        weight = float(text)
+    except ValueError:
+        return None
+    return weight if 0 < weight <= MOST_WEIGHT else None
 
 
 def read_labels(root_dir, task, split):
@@ -126,11 +149,11 @@ def read_labels(root_dir, task, split):
             f"{root}: no task '{task}' without {missing}; tasks here: {', '.join(known)}"
         )
     labels = {}
-    for exam_id, label, fault in label_rows(root, task, split):
-        if fault:
-            raise InputError(fault)
-        if not math.isnan(label):
-            labels[exam_id] = label
+    for row in label_rows(root, task, split):
+        if row.fault:
+            raise InputError(row.fault)
+        if not math.isnan(row.label):
+            labels[row.exam_id] = row.label
     if len({is_positive(label) for label in labels.values()}) < 2:
         raise InputError(
             f"{root}/{split}-{task}.csv: {len(labels)} exams of one class only; training and AUC "
@@ -141,8 +164,13 @@ def read_labels(root_dir, task, split):
 
 def count_unknown(root_dir, task, split):
     """Number of rows with an empty label."""
-    return sum(math.isnan(label) for _, label, fault in label_rows(root_dir, task, split)
-               if not fault)  # fmt: skip
+    return sum(math.isnan(row.label) for row in label_rows(root_dir, task, split) if not row.fault)
+
+
+def read_weights(root_dir, task, split):
+    """{id: weight} of the labels that have one other than 1."""
+    rows = label_rows(root_dir, task, split)
+    return {row.exam_id: row.weight for row in rows if not row.fault and row.weight != 1}
 
 
 def is_positive(labels):
@@ -401,6 +429,7 @@ class MRDataset(Dataset):
 
     Attributes:
         labels: float32 (n, tasks), 0 to 1 or UNKNOWN.
+        label_weights: float32 (n, tasks), those of the CSV, else 1.
         targets, weights: float32 (n, tasks), what the loss takes: labels and class weights; weight
             and target 0 where the label is unknown.
         channels: in CHANNELS, of the network's input.
@@ -424,6 +453,9 @@ class MRDataset(Dataset):
         rows = [[labels.get(exam_id, UNKNOWN) for labels in known] for exam_id in self.ids]
         self.unknown = {task: count_unknown(root_dir, task, self.split) for task in self.tasks}
         self.labels = np.array(rows, np.float32)
+        trust = [read_weights(root_dir, t, self.split) for t in self.tasks]
+        rows = [[weights.get(exam_id, 1.0) for weights in trust] for exam_id in self.ids]
+        self.label_weights = np.array(rows, np.float32)
         groups = read_groups(root_dir, self.split)
         self.groups = [groups.get(exam_id, f"exam {exam_id}") for exam_id in self.ids]
         self.description = read_dataset(root_dir)
@@ -446,7 +478,7 @@ class MRDataset(Dataset):
         labels = self.labels.astype(np.float64)
         weights = labels * positive + (1 - labels) * negative
         self.targets = np.nan_to_num(labels * positive / weights).astype(np.float32)
-        self.weights = np.nan_to_num(weights).astype(np.float32)
+        self.weights = np.nan_to_num(weights * self.label_weights).astype(np.float32)
 
     def __len__(self):
         return len(self.paths)
@@ -537,7 +569,7 @@ class MRDataset(Dataset):
         """The exams at `rows` only, with another transform; class weights unchanged."""
         subset = copy.copy(self)
         subset.transform = transform
-        for name in ("labels", "targets", "weights"):
+        for name in PER_LABEL:
             setattr(subset, name, getattr(self, name)[rows])
         for name in ("ids", "groups", "paths", "shapes", "cached", "digests"):
             setattr(subset, name, [getattr(self, name)[row] for row in rows])
@@ -552,7 +584,7 @@ class MRDataset(Dataset):
         subset = self.subset(self.rows_of(read_labels(self.root, task, self.split)[0]))
         subset.tasks, subset.transform = (task,), self.transform
         subset.class_weights = {task: self.class_weights[task]}
-        for name in ("labels", "targets", "weights"):
+        for name in PER_LABEL:
             setattr(subset, name, getattr(subset, name)[:, column : column + 1])
         return subset
 
@@ -563,6 +595,8 @@ class MRDataset(Dataset):
                 self.digests[i] = self.digest(self.volume(i))
         rows = zip(self.ids, self.labels, self.shapes, self.digests, strict=True)
         text = "".join(f"{i},{label_text(label)},{shape},{d}\n" for i, label, shape, d in rows)
+        if (self.label_weights != 1).any():
+            text += "".join(f"{label_text(weights)}\n" for weights in self.label_weights)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def has_fingerprint(self, fingerprint):

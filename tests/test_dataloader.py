@@ -16,6 +16,7 @@ from torchvision.transforms.v2.functional import affine
 from common.errors import InputError
 from dataloader import (
     Augmentation,
+    LabelRow,
     MRDataset,
     grey_levels,
     label_rows,
@@ -265,10 +266,11 @@ def test_rows_of_labels_and_their_faults(tmp_path):
     path = tmp_path / "train-acl.csv"
     path.write_bytes(text.encode())
     rows = list(label_rows(tmp_path, "acl", "train"))
-    good = [(i, label) for i, label, fault in rows if fault is None]
+    good = [(row.exam_id, row.label) for row in rows if row.fault is None]
     assert good[:3] == [("7", 1.0), ("12", 0.0), ("2", 0.7)]
     assert good[3][0] == "3" and np.isnan(good[3][1]) and len(good) == 4
     faults = [fault.removeprefix(f"{path}, line ") for *_, fault in rows if fault]
+    assert all(row == LabelRow(fault=row.fault) for row in rows if row.fault)
     assert faults == [
         "4: id 12 is listed twice; keep one row",
         "5: label '2' is not from 0 to 1, or empty",
@@ -279,10 +281,28 @@ def test_rows_of_labels_and_their_faults(tmp_path):
         "10: label '1.5' is not from 0 to 1, or empty",
     ]
     path.write_bytes(b"0,1\n\xff\xff,0\n")
-    (*_, (_, _, fault)) = label_rows(tmp_path, "acl", "train")
+    *_, (*_, fault) = label_rows(tmp_path, "acl", "train")
     assert str(path) in fault and "cannot be read as a CSV of `id,label`" in fault
-    ((exam_id, label, fault),) = label_rows(tmp_path, "acl", "valid")
-    assert exam_id is label is None and "valid-acl.csv: cannot be read" in fault
+    (row,) = label_rows(tmp_path, "acl", "valid")
+    assert row.exam_id is row.label is None and "valid-acl.csv: cannot be read" in row.fault
+
+
+def test_labels_may_have_weights(exams):
+    path = exams / "train-acl.csv"
+    before = MRDataset(exams, "acl", "axial")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([f"{lines[0]},3", f"{lines[1]},0.5", f"{lines[2]},1", *lines[3:]]))
+    after = MRDataset(exams, "acl", "axial")
+    trust = np.array([3, 0.5] + [1] * (len(lines) - 2), np.float32)[:, None]
+    np.testing.assert_allclose(after.weights, before.weights * trust)
+    np.testing.assert_array_equal(after.targets, before.targets)
+    assert after.class_weights == before.class_weights  # trust is no count
+    assert after.fingerprint() != before.fingerprint()
+    assert after.subset([1, 3]).label_weights[:, 0].tolist() == [0.5, 1]
+    for weight in ("0", "-1", "nan", "inf", "x", "", "1e9"):
+        path.write_text(f"{lines[0]},{weight}\n")
+        (row,) = label_rows(exams, "acl", "train")
+        assert "line 1: weight" in row.fault
 
 
 def test_labels_in_the_order_of_the_file(exams):

@@ -75,11 +75,11 @@ def check_labels(root):
         labels[task] = {}
         for split in SPLITS:
             found = {}
-            for exam_id, label, fault in label_rows(root, task, split):
-                if fault:
-                    faults.append(fault)
+            for row in label_rows(root, task, split):
+                if row.fault:
+                    faults.append(row.fault)
                 else:
-                    found[exam_id] = label
+                    found[row.exam_id] = row.label
             labels[task][split] = found
             known = [label for label in found.values() if not math.isnan(label)]
             if len({is_positive(label) for label in known}) < 2:
