@@ -17,6 +17,7 @@ from common.submission import read_sample, task_of
 from data.common import exam_name
 from data.rsna.prepare import group_studies, split_groups
 from data.rsna.tables import FINDINGS, combine_labels, parse_label, read_labels, read_table
+from dataloader import MRDataset
 
 PLANES = ("axial", "coronal", "sagittal")
 KNEE = 85.0  # mm from the patient's middle
@@ -483,6 +484,42 @@ def test_soft_labels_reach_the_csv(own, tmp_path):
     assert set(labels_of(tmp_path / "out", "mcl").values()) == {""}
     acl = labels_of(tmp_path / "out", "acl")
     assert {s: acl[n] for s, n in numbers.items()} == {s: str(int(s % 3 == 0)) for s in range(6)}
+
+
+def test_the_sets_own_labels_may_weigh_more(own, tmp_path):
+    rows = [[uid_of(s), *["0.25"] * 12] for s in range(6)]
+    write_rows(own / "teacher.csv", ["StudyInstanceUID", *FINDINGS], rows)
+    done = prepare(own, tmp_path / "out", "--labels", own / "teacher.csv", "--gold-weight", "5")
+    assert done.returncode == 0, done.stderr
+    exams = MRDataset(tmp_path / "out", ["acl"], "axial")
+    assert set(exams.label_weights[:, 0]) == {5.0}
+    text = (tmp_path / "out" / "train-mcl.csv").read_text()
+    assert set(text.split()) == {f"{number},0.25" for number in exams.ids}
+
+
+def test_pseudo_labels_are_out_of_fold_and_know_their_studies(own, tmp_path):
+    out, models = tmp_path / "out", tmp_path / "models"
+    assert prepare(own, out).returncode == 0
+    models.mkdir()
+    with open(out / "exams.csv", newline="") as file:
+        numbers = {row["exam"]: row["id"] for row in csv.DictReader(file)}
+    lines = ["split,id,label,axial,stack"]
+    for study in range(5):  # of the last there is no prediction
+        lines.append(f"train,{numbers[exam_name(uid_of(study))]},0,0.9,0.{study + 1}")
+    lines.append(f"valid,{numbers[exam_name(uid_of(5))]},0,0.9,0.99")
+    (models / "acl-predictions.csv").write_text("\n".join(lines))
+    (models / "acl-results.json").write_text('{"folds": 5}')
+    command = ("tools/pseudo_labels.py", own / "train.csv", "--data-dir", out, "--models-dir",
+               models, "--out", tmp_path / "teacher.csv")  # fmt: skip
+    done = run_script(*command)
+    assert done.returncode == 0 and "6 studies, 5 of them with a label" in done.stdout
+    labels = read_labels(tmp_path / "teacher.csv")
+    assert not labels.faults
+    found = {uid: one["ACL"] for uid, one in labels.values.items()}
+    assert [found[uid_of(s)] for s in range(5)] == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert np.isnan(found[uid_of(5)]) and np.isnan(labels.values[uid_of(0)]["MCL"])
+    (models / "acl-results.json").write_text('{"folds": 1}')
+    assert_one_line_error(run_script(*command), "without folds", "--folds 5")
 
 
 def test_mutated_rows_are_counted_and_raise_nothing_else(own):

@@ -70,6 +70,8 @@ def parse(argv):
     add("--labels", type=Path, action="append", default=[], metavar="CSV", help=labels)
     unsaid = "a value in --labels that means `the report does not say`: such labels are unknown"
     add("--unsaid", type=float, metavar="VALUE", help=unsaid)
+    gold = "weight of the set's own labels in the loss, beside 1 for those of --labels"
+    add("--gold-weight", type=float, default=1.0, help=gold)
     group = parser.add_argument_group("pictures")
     add_preparation(group, mirror=True)
     group = parser.add_argument_group("run")
@@ -82,8 +84,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if not 0 < args.valid < 1:
         parser.error("--valid is above 0 and below 1")
-    if args.workers < 1:
-        parser.error("--workers is at least 1")
+    if args.workers < 1 or not 0 < args.gold_weight <= 1000:
+        parser.error("--workers is at least 1, --gold-weight above 0 and at most 1000")
     return args
 
 
@@ -211,7 +213,7 @@ def run(args, report):
     for table in (own, *others):
         faults += table.faults
     studies = find_studies(args.root / "train_series", listed, report)
-    labels, _ = combine_labels(own.values, [table.values for table in others])
+    labels, is_own = combine_labels(own.values, [table.values for table in others])
     unlabelled = [study for study in studies if study.uid not in labels]
     faults += [f"study {study.uid}: no row in train.csv" for study in unlabelled]
     studies = [study for study in studies if study.uid in labels]
@@ -244,7 +246,12 @@ def run(args, report):
         for (study, _), outcome in zip(todo, outcomes, strict=True):
             summary.add(study, outcome)
     usable = {number for number in numbers.values() if register.split_of(number)}
-    write_tables(args.out, labels, groups, valid, numbers, usable)
+    weight = {True: args.gold_weight, False: 1.0}
+    texts = {
+        uid: [label_cells(labels[uid][name], weight[is_own[uid][name]]) for name in FINDINGS]
+        for uid in uids
+    }
+    write_tables(args.out, texts, groups, valid, {u: n for u, n in numbers.items() if n in usable})
     write_problems(args.out / "problems.txt", faults + summary.problems, args.overwrite)
     tell(report, summary, (len(faults), len(uids), len(usable)), args.out, began)
     return 1 if faults or summary.problems else 0
@@ -272,15 +279,19 @@ def number_studies(studies, valid, out, overwrite):
     return register, numbers, todo
 
 
-def write_tables(out, labels, groups, valid, numbers, usable):
-    """Write the CSVs of labels and groups of the exams that have a plane."""
+def write_tables(out, labels, groups, valid, numbers):
+    """Write the CSVs of labels and groups.
+
+    Args:
+        labels: {uid: [cells of each of FINDINGS]}.
+        numbers: {uid: number} of the exams that have a plane.
+    """
     for split in ("train", "valid"):
-        ours = [uid for uid in numbers if (uid in valid) == (split == "valid")]
-        ours = [uid for uid in ours if numbers[uid] in usable]
-        merge_csv(out / f"{split}-groups.csv", {numbers[uid]: groups[uid] for uid in ours})
-        for column, task in FINDINGS.items():
-            values = {numbers[uid]: label_text(labels[uid][column]) for uid in ours}
-            write_csv(out / f"{split}-{task}.csv", sorted(values.items()))
+        ours = {u: n for u, n in numbers.items() if (u in valid) == (split == "valid")}
+        merge_csv(out / f"{split}-groups.csv", {n: groups[uid] for uid, n in ours.items()})
+        for column, task in enumerate(FINDINGS.values()):
+            rows = sorted((number, *labels[uid][column]) for uid, number in ours.items())
+            write_csv(out / f"{split}-{task}.csv", rows)
 
 
 def write_problems(path, problems, afresh):
@@ -290,9 +301,12 @@ def write_problems(path, problems, afresh):
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 
-def label_text(label):
-    """A label as the layout has it: 0, 1, 0.xxxx or nothing."""
-    return "" if math.isnan(label) else f"{label:.4f}".rstrip("0").rstrip(".")
+def label_cells(label, weight=1.0):
+    """A label as the layout has it: 0, 1, 0.xxxx or nothing, and a weight other than 1."""
+    if math.isnan(label):
+        return ("",)
+    text = f"{label:.4f}".rstrip("0").rstrip(".")
+    return (text,) if weight == 1 else (text, f"{weight:g}")
 
 
 def tell(report, summary, counts, out, began):

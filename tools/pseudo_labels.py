@@ -1,0 +1,92 @@
+"""What networks say about exams that they were not trained on, as labels for the next networks.
+
+    python -m tools.pseudo_labels ~/rsna/train.csv --models-dir models/reproduce --out teacher.csv
+    python data/rsna/prepare.py ~/rsna data/rsna2 --labels teacher.csv --gold-weight 5
+
+Reads the <task>-predictions.csv that train_logistic_regression.py wrote beside the networks, takes
+the training exams' out-of-fold probabilities of the stack, and writes a CSV with train.csv's
+columns, a probability or nothing each. Networks without folds saw every training exam, and theirs
+are refused. For RSNA's knee set, whose studies' UIDs are turned into the exams' names.
+"""
+
+import csv
+import json
+from pathlib import Path
+
+from common import cli
+from common.errors import InputError
+from common.files import write_csv
+from common.stacking import start_of_results
+from common.submission import task_of
+from data.common import EXAMS, exam_name
+from data.rsna.tables import FINDINGS, STUDY, read_table
+
+DIGITS = 4  # of a probability
+
+
+def parse_arguments():
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("studies", type=Path, help="the set's train.csv: the studies to label")
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("data/rsna"), help="what prepare.py made of the set"
+    )
+    parser.add_argument(
+        "--models-dir", type=Path, default=Path("models/reproduce"), help="networks with folds"
+    )
+    cli.add_recipes_argument(parser)
+    parser.add_argument("--out", type=Path, required=True, help="CSV to write")
+    return parser.parse_args()
+
+
+def out_of_fold(models_dir, task, recipes):
+    """{exam's number: probability} of the training exams; {} where the task has no stack.
+
+    Raises:
+        InputError: the networks have no folds, or a file is damaged.
+    """
+    start = start_of_results(models_dir, task, recipes)
+    results, path = Path(f"{start}-results.json"), Path(f"{start}-predictions.csv")
+    if not results.is_file():
+        return {}
+    try:
+        folds = json.loads(results.read_text(encoding="utf-8"))["folds"]
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
+        found = {int(row["id"]): float(row["stack"]) for row in rows}
+    except (OSError, ValueError, LookupError, TypeError, csv.Error):
+        raise InputError(
+            f"{path}: damaged; run train_logistic_regression.py --task {task} again"
+        ) from None
+    if folds < 2:
+        raise InputError(
+            f"{results}: networks without folds were trained on these exams; train with --folds 5"
+        )
+    return found
+
+
+def run(args):
+    """Write one row a study, in the order of the studies' file."""
+    studies = [row[STUDY] for row in read_table(args.studies, (STUDY,)).rows]
+    path = args.data_dir / EXAMS
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            numbers = {row["exam"]: int(row["id"]) for row in csv.DictReader(file)}
+    except (OSError, ValueError, LookupError, TypeError, csv.Error):
+        raise InputError(f"{path}: not the register of a prepared set; see --data-dir") from None
+    columns = {name: out_of_fold(args.models_dir, task_of(name), args.recipes) for name in FINDINGS}
+    if not any(columns.values()):
+        raise InputError(f"{args.models_dir}: no stack of any finding; run reproduce.py first")
+    rows = []
+    for uid in studies:
+        number = numbers.get(exam_name(uid))
+        found = [column.get(number) for column in columns.values()]
+        rows.append([uid, *("" if value is None else f"{value:.{DIGITS}f}" for value in found)])
+    write_csv(args.out, [[STUDY, *FINDINGS], *rows])
+    for name, column in columns.items():
+        print(f"{name:<17} {len(column)} exams" if column else f"{name:<17} no stack")
+    labelled = sum(any(row[1:]) for row in rows)
+    print(f"written  {args.out}: {len(rows)} studies, {labelled} of them with a label")
+
+
+if __name__ == "__main__":
+    cli.exit_with_status(lambda: run(parse_arguments()))
