@@ -215,8 +215,7 @@ class DicomExams:
         self.source, self.folder, self.log = source, Path(folder), log
         self.datasets = [FROM_DICOM | preparation]
         self.fault = None  # why exams could not be converted at all, such as a full disk
-        is_rsna = source.is_dir() and source.with_name(f"{source.name}.csv").is_file()
-        importer = ROOT / "data" / ("rsna" if is_rsna else "dicom") / "prepare.py"
+        importer = ROOT / "data" / ("rsna" if is_rsna(source) else "dicom") / "prepare.py"
         options = ["--mirror" if preparation.get("mirrored") else "--no-mirror"]
         if preparation.get("field_of_view"):
             options += ["--field-of-view", str(preparation["field_of_view"])]
@@ -299,6 +298,16 @@ class DicomExams:
         self.process.kill()
         self.process.wait()
         self.process.stdout.close()
+
+
+def is_rsna(source):
+    """Whether a folder is RSNA's knee set's: a CSV of its name and of its series lies beside it."""
+    try:
+        with open(source.with_name(f"{source.name}.csv"), encoding="utf-8-sig") as file:
+            head = file.readline(1000)
+    except (OSError, ValueError):
+        return False
+    return source.is_dir() and "seriesinstanceuid" in head.casefold()
 
 
 def plane_folders(root):

@@ -231,6 +231,7 @@ def test_reproduce_passes_a_signal_on_and_repeats_nothing(work):
     assert all((work / "models" / f"acl-{plane}.pt").exists() for plane in PLANES)
 
 
+@pytest.mark.slow
 def test_networks_side_by_side_are_those_of_one_after_the_other(work):
     recipe = ["--no-pretrained", "--epochs", "1", "--folds", "2", "--precision", "fp32"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
