@@ -18,6 +18,7 @@ they have predicted (`--keep-models`). Then it prints tools/sweep_table.py's tab
 
 import json
 import tomllib
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from common import cli, engine
 from common.checkpoint import check_writable, column_name, load_model, lock, model_path, run_suffix
 from common.config import ARTICLE, THE_ARTICLES, Config
 from common.datasets import make_exams
-from common.devices import autocast, pick_device, pick_precision
+from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, one_line
 from common.files import write_text
 from common.jobs import ROOT, Job, Jobs, failures
@@ -315,7 +316,7 @@ def predict_out_of_fold(sweep, network, setting):
         path = sweep.model_file(setting.models_dir, task, network)
         model, metadata = load_model(path, task, column_name(planes, network.recipe))
         model = model.to(device)
-        sets = load_exams(setting.data_dir, task, [planes])[planes]
+        sets = exams_of(setting.data_dir, task, planes)
         check_network(path, metadata, sets, {"seed": seed, "fold": fold, "folds": sweep.folds})
         for exams in sets.values():
             exams.intensity, exams.channels = metadata["intensity"], metadata["channels"]
@@ -337,16 +338,17 @@ def rounded(logits):
     return [round(float(logit), 4) for logit in logits]
 
 
-@torch.inference_mode()
 def predict_views(model, exams, device, precision, views):
     """Logits of exams, summed over random views of each as training draws them: float32 (n,)."""
     torch.manual_seed(0)
-    total = torch.zeros(len(exams), device=device)
-    for _ in range(views):
-        for i, view in enumerate(exams.draw(range(len(exams)))):
-            with autocast(device, precision):
-                total[i] += model(exams.exam(i, device, view))[0, 0]
-    return total.cpu().numpy()
+    drawn = (exams.draw(range(len(exams))) for _ in range(views))
+    return sum(engine.predict(model, exams, device, precision, "views", v)[:, 0] for v in drawn)
+
+
+@cache
+def exams_of(data_dir, task, planes):
+    """{split: MRDataset}, once for all networks: their voxels are hashed to compare them."""
+    return load_exams(data_dir, task, [planes])[planes]
 
 
 def write_about(sweep, setting):
@@ -355,7 +357,7 @@ def write_about(sweep, setting):
     planes = next(iter(sweep.planes.values()))[0]
     labels = {}
     for task in sweep.task.split("+"):
-        exams = load_exams(setting.data_dir, task, [planes])[planes]["train"]
+        exams = exams_of(setting.data_dir, task, planes)["train"]
         labels[task] = {
             exam_id: int(label >= 0.5)
             for exam_id, label in zip(exams.ids, exams.labels[:, 0], strict=True)

@@ -15,11 +15,9 @@ leaves the DICOM, and nothing read is ever executed.
 import argparse
 import csv
 import hashlib
-import logging
 import re
 import sys
 import time
-import warnings
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -42,7 +40,7 @@ from data.common import (  # noqa: E402
     write_dataset,
     write_volume,
 )
-from data.dicom.serve import answer, serve  # noqa: E402
+from data.dicom.serve import run_importer, serve  # noqa: E402
 from data.dicom.studies import Choice, digest_of, find_exams, volumes_of  # noqa: E402
 
 VERSION = "1"  # of what is written from the same files; raise it with every change of the pixels
@@ -298,29 +296,10 @@ def main(argv=None):
     args = parse(argv)
     report = Report(collect=args.serve)
     choice = Choice(args.series, args.square, args.field_of_view, args.mirror)
-    for name in ("pydicom", "nibabel.global"):  # what they log and warn of quotes the header
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if args.serve:
-                return serve_exams(args.source, args.out, choice, report)
-            return run(args, choice, report)
-    except InputError as error:
-        status, message = 2, str(error)
-    except ImportError as error:
-        status = 2
-        message = f"{error.name} is missing; pip install -r requirements-dicom.txt"
-    except OSError as error:
-        status = 1
-        message = f"{error.filename or args.out}: {error.strerror}; written exams are whole"
-    except KeyboardInterrupt:
-        report.log("interrupted; finished exams are whole, the same command goes on", sys.stderr)
-        return 130
-    report.fault(message)
+    work = partial(run, args, choice, report)
     if args.serve:
-        answer({"failed": message, "lines": report.take()[:-1]})
-    return status
+        work = partial(serve_exams, args.source, args.out, choice, report)
+    return run_importer(work, args.out, report)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,48 @@
-"""An importer that answers predict.py and explain.py: it converts the exams that they ask for.
+"""How an importer of DICOM runs: to its exit status, or as the server of predict.py and explain.py.
 
-A process of its own, so that the reader of foreign files shares no memory with the networks.
+As a server it converts the exams that they ask for, in a process of its own, so that the reader of
+foreign files shares no memory with the networks.
 """
 
 import json
+import logging
 import sys
+import warnings
 
+from common.errors import InputError
 from data.common import write_volume
+
+
+def run_importer(work, out, report, what="exams"):
+    """Call `work` -> exit status; what may go wrong outside the code is one line and no traceback.
+
+    Args:
+        work: function without arguments that returns an exit status.
+        out: folder that it writes to.
+        report: Report; one that collects its lines is a server's.
+        what: "exams" or "studies".
+    """
+    for name in ("pydicom", "nibabel.global"):  # what they log and warn of quotes the header
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return work()
+    except InputError as error:
+        status, message = 2, str(error)
+    except ImportError as error:
+        status = 2
+        message = f"{error.name} is missing; pip install -r requirements-dicom.txt"
+    except OSError as error:
+        status = 1
+        message = f"{error.filename or out}: {error.strerror}; written {what} are whole"
+    except KeyboardInterrupt:
+        report.log(f"interrupted; finished {what} are whole, the same command goes on", sys.stderr)
+        return 130
+    report.fault(message)
+    if report.lines is not None:
+        answer({"failed": message, "lines": report.take()[:-1]})
+    return status
 
 
 def serve(exams, digest, convert, out, report):

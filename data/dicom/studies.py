@@ -144,11 +144,16 @@ def find_studies(source, report):
 def add_series(study, headers):
     """Assemble the headers of one series' files."""
     frames = [frame for header in headers for frame in header.frames]
-    if not frames:
-        return
-    title, places = headers[0].title, {header.frame for header in headers}
-    found = assemble(title, frames, places.pop() if len(places) == 1 else "")
-    study.add(found, series_name(title), len({frame.file for frame in frames}))
+    if frames:
+        title = headers[0].title
+        study.add(series_of(headers), series_name(title), len({frame.file for frame in frames}))
+
+
+def series_of(headers):
+    """The headers of one series' files, with a frame at least -> Series, or why it is none."""
+    frames = [frame for header in headers for frame in header.frames]
+    places = {header.frame for header in headers}
+    return assemble(headers[0].title, frames, places.pop() if len(places) == 1 else "")
 
 
 def studies_beside(file, studies):

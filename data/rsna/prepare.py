@@ -28,6 +28,7 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,8 +48,9 @@ from data.common import (  # noqa: E402
     write_dataset,
     write_volume,
 )
-from data.dicom.serve import answer, serve  # noqa: E402
-from data.rsna.studies import Setting, convert, digest_of, find_studies, scanner_of  # noqa: E402
+from data.dicom.serve import run_importer, serve  # noqa: E402
+from data.dicom.studies import Choice  # noqa: E402
+from data.rsna.studies import convert, digest_of, find_studies, scanner_of  # noqa: E402
 from data.rsna.tables import FINDINGS, combine_labels, read_labels, read_series  # noqa: E402
 
 VERSION = "1"  # of what is written from the same files; raise it with every change of the pixels
@@ -154,11 +156,11 @@ class Outcome(NamedTuple):
     done: object  # Converted, without its volumes
 
 
-def write_study(study, number, folder, setting):
+def write_study(study, number, folder, choice):
     """Convert one study and write its planes: Outcome. Runs in a worker."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        done = convert(study, setting)
+        done = convert(study, choice)
     slices = {}
     for plane in TARGET:
         path = folder / plane / f"{number:04d}.npy"
@@ -204,7 +206,7 @@ class Summary:
             self.problems.append(f"study {study.uid}: {plane} missing: {why}")
 
 
-def run(args, report):
+def run(args, choice, report):
     """Convert the set -> exit status."""
     began = time.perf_counter()
     own = read_labels(args.root / "train.csv")
@@ -238,8 +240,7 @@ def run(args, report):
         field_of_view=args.field_of_view,
     )
     register.save()
-    setting = Setting(args.field_of_view, args.mirror)
-    items = [(study, numbers[study.uid], args.out / split, setting) for study, split in todo]
+    items = [(study, numbers[study.uid], args.out / split, choice) for study, split in todo]
     summary = Summary()
     if items:
         outcomes = in_parallel(write_study, items, args.workers, "studies")
@@ -329,7 +330,7 @@ def tell(report, summary, counts, out, began):
         )
 
 
-def serve_studies(root, out, setting, report):
+def serve_studies(root, out, choice, report):
     """List the studies of test_series/, then convert those that are asked for.
 
     Args:
@@ -340,7 +341,7 @@ def serve_studies(root, out, setting, report):
         report.warn(fault)
 
     def convert_study(study):
-        done = convert(study, setting)
+        done = convert(study, choice)
         for fault in done.faults:
             report.warn(fault)
         return done.volumes, done.missing
@@ -351,28 +352,11 @@ def serve_studies(root, out, setting, report):
 def main(argv=None):
     args = parse(argv)
     report = Report(collect=args.serve)
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
-    try:
-        if args.serve:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                setting = Setting(args.field_of_view, args.mirror)
-                return serve_studies(args.root, args.out, setting, report)
-        return run(args, report)
-    except InputError as error:
-        status, message = 2, str(error)
-    except ImportError as error:
-        status, message = 2, f"{error.name} is missing; pip install -r requirements-dicom.txt"
-    except OSError as error:
-        status = 1
-        message = f"{error.filename or args.out}: {error.strerror}; written studies are whole"
-    except KeyboardInterrupt:
-        report.log("interrupted; written studies are whole, the same command goes on", sys.stderr)
-        return 130
-    report.fault(message)
+    choice = Choice([], "pad", args.field_of_view, args.mirror)
+    work = partial(run, args, choice, report)
     if args.serve:
-        answer({"failed": message, "lines": report.take()[:-1]})
-    return status
+        work = partial(serve_studies, args.root, args.out, choice, report)
+    return run_importer(work, args.out, report, "studies")
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from common.errors import InputError
-from data.common import TARGET, exam_name, window
+from data.common import TARGET, exam_name
 from data.dicom.files import File, reading
 from data.dicom.knees import split_knees
-from data.dicom.series import Series, assemble, read_header
-from data.dicom.slices import cut, mirrored, plane_of
+from data.dicom.series import Series, read_header
+from data.dicom.slices import plane_of
+from data.dicom.studies import Volumes, series_of
 
 SCANNER = ["Manufacturer", "ManufacturerModelName", "SoftwareVersions", "MagneticFieldStrength"]
 FLUID_ECHO = 25.0  # ms; a longer echo time is fluid-sensitive, where neither CSV nor words say so
@@ -40,13 +41,6 @@ class StudyFolder(NamedTuple):
     def source(self):
         """Its folder, relative to the series'."""
         return self.uid
-
-
-class Setting(NamedTuple):
-    """How volumes are written."""
-
-    field_of_view: float | None  # mm; a slice's side, None for all of the picture
-    mirror: bool  # right knees to left
 
 
 @dataclass
@@ -130,11 +124,11 @@ def scanner_of(study):
     return ""
 
 
-def convert(study, setting):
+def convert(study, choice):
     """The volumes of one study: Converted. Damaged files are its faults, never raised.
 
     Args:
-        setting: Setting.
+        choice: data.dicom.studies.Choice; its `series` is not used.
     """
     done = Converted()
     series = [one for uid in study.series if (one := read_series(study, uid, done))]
@@ -151,11 +145,10 @@ def convert(study, setting):
         return refuse(done, study, refused)
     ours = {id(member) for member in members}
     ranked = sorted((one for one in series if id(one.series) in ours), key=rank, reverse=True)
+    reader = Volumes(choice)
     for plane in TARGET:
-        take_plane(plane, [one for one in ranked if one.plane == plane], study, setting, done)
-    if setting.mirror and done.side == "R":
-        done.volumes = {plane: mirrored(plane, v) for plane, v in done.volumes.items()}
-        done.mirrored = True
+        take_plane(plane, [one for one in ranked if one.plane == plane], study, reader, done)
+    done.mirrored = choice.mirror and done.side == "R"
     return done
 
 
@@ -194,8 +187,7 @@ def read_series(study, uid, done):
         reasons = sorted({header.reason for header in headers}) or ["no file that can be read"]
         done.notes[f"series not used: {', '.join(reasons)}"] += 1
         return None
-    places = {header.frame for header in headers}
-    found = assemble(headers[0].title, frames, places.pop() if len(places) == 1 else "")
+    found = series_of(headers)
     if not isinstance(found, Series):
         done.notes[f"series not used: {found}"] += 1
         return None
@@ -221,22 +213,18 @@ def contrast(series, frames):
     return fluid, level == 2
 
 
-def take_plane(plane, ranked, study, setting, done):
+def take_plane(plane, ranked, study, reader, done):
     """Cut one plane from the best series that can be read."""
     passed = []
     for candidate in ranked:
         series = candidate.series
         try:
-            if series.fault:
-                raise InputError(series.fault)
-            grey = window(series.load(), series.file)
-            volume = cut(grey, series, 0, "pad", setting.field_of_view)
+            done.volumes[plane] = reader.cut(series, 0, done.side)
         except InputError as error:
             passed.append(f"study {study.uid}: {plane}: passed over {error}")
             continue
-        done.volumes[plane] = volume
         sides = [series.shape[axis] * series.spacing[axis] for axis in (1, 2)]  # mm
-        done.padded += bool(setting.field_of_view) and min(sides) < setting.field_of_view
+        done.padded += min(sides) < (reader.choice.field_of_view or 0)
         break
     done.faults += passed
     if plane not in done.volumes:
