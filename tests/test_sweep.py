@@ -12,9 +12,10 @@ from conftest import ROOT, assert_one_line_error, run_script, write_exams
 from scipy.special import expit
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
+from common.errors import InputError
 from common.jobs import Job, Jobs
 from common.metrics import mean_auc_difference
-from tools.sweep import read_sweep
+from tools.sweep import Results, read_sweep
 from tools.sweep_table import all_rows, dropped_recipes, lines_of, read_results, stack_row
 
 HEAD = """
@@ -137,6 +138,14 @@ def test_another_recipe_under_the_same_name_is_refused(swept, tmp_path):
         "--models-dir", tmp_path / "models",
     )  # fmt: skip
     assert_one_line_error(done, work / "out" / "faster.json", "another recipe")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3"])
+def test_damaged_results_are_named(tmp_path, text):
+    sweep = read_sweep(sweep_file(tmp_path))
+    (tmp_path / "article.json").write_text(text)
+    with pytest.raises(InputError, match="article.json: damaged"):
+        Results(tmp_path, sweep, "article")
 
 
 def test_failures_are_named_and_the_others_go_on(tmp_path):

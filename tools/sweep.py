@@ -171,8 +171,15 @@ class Results:
                 "protocol": sweep.protocol, "recipe": sweep.recipes[name]}  # fmt: skip
         self.content = head | {"networks": {}}
         if self.path.is_file():
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-            other = [key for key, value in head.items() if found.get(key) != value]
+            try:
+                found = json.loads(self.path.read_text(encoding="utf-8"))
+                other = [key for key, value in head.items() if found.get(key) != value]
+                self.networks = found["networks"]
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+                raise InputError(
+                    f"{self.path}: damaged ({one_line(error)}); restore it, or move it away and "
+                    "its networks are trained again"
+                ) from None
             # More seeds may be added later: their folds are their own.
             if other and other != ["seeds"]:
                 raise InputError(
