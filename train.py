@@ -86,7 +86,7 @@ def parse_arguments():
     channels = "neighbours: each slice between the slices beside it, as the three colours (2.5D)"
     add("--channels", choices=CHANNELS, help=channels)
     augment = "article flips columns in every plane, anatomical left and right only; strong adds "
-    augment += f"gamma, contrast, blur, noise, cut-outs, {SLICES_OF_STRONG:.0%} or more of slices"
+    augment += f"gamma, contrast, blur, noise, cut-outs, {SLICES_OF_STRONG:.0%}% or more of slices"
     add("--augment", choices=AUGMENTATIONS, help=augment)
     slices = "train each step on a random part of the slices: 0.5 takes half the time"
     add("--slices", type=cli.part, help=slices)

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import runpy
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,26 @@ from common.stacking import load_stack
 from dataloader import MRDataset
 
 PLANES = ("axial", "coronal", "sagittal")
+ROOT = Path(__file__).parent.parent
+COMMANDS = [
+    path.relative_to(ROOT)
+    for pattern in ("*.py", "tools/*.py", "data/*/*.py")
+    for path in sorted(ROOT.glob(pattern))
+    if "__main__" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_every_command_has_help(command, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [str(command), "--help"])
+    with pytest.raises(SystemExit) as end:
+        if command.parts[0] == "tools":
+            runpy.run_module(".".join(command.with_suffix("").parts), run_name="__main__")
+        else:
+            runpy.run_path(str(ROOT / command), run_name="__main__")
+    assert end.value.code in (0, None)
+    said = capsys.readouterr().out
+    assert said.startswith("usage:") and len(said) > 300
 
 
 def test_every_script_ends_well(trained):
