@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from common import cli
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, one_line
+from common.explanation import explain_planes
 from common.metrics import wilson_interval
 from common.stacking import decide, load_task, saved_tasks
 from dataloader import is_positive, read_labels, read_volume, volume_path
-from explain import explain_planes
 from model import BACKBONES
 
 TOLERANCE = 15.0  # mm from the lesion's extent: less than half a cell of the map (19 mm) more

@@ -1,0 +1,100 @@
+"""Where a task's networks saw what they say about an exam: exact maps, in units of the logit.
+
+What explain.py shows, the report of a run and the pointing game count.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from common.engine import sigmoid
+from model import BACKBONES, regrid
+
+
+class PlaneMaps(NamedTuple):
+    """Where some networks' answer for one plane of one exam comes from.
+
+    The networks' mean logit is the sum of `maps`, `others` and `bias`.
+    """
+
+    volume: np.ndarray  # uint8 (s, H, W)
+    maps: np.ndarray  # float32 (s, h, w), mean over the networks, in units of the logit
+    backbone: str  # whose cells they have
+    logit: float  # mean over the networks
+    others: float  # what other planes add to it, in networks that join several
+    bias: float  # mean over the networks
+    probability: float  # mean over the networks
+    networks: list  # of each "alexnet, maximum over slices"
+    is_joint: bool  # the networks join several planes
+
+    @property
+    def slice_sums(self):
+        """What each slice adds to the logit: float64 (s,)."""
+        return self.maps.sum(axis=(1, 2), dtype=np.float64)
+
+
+def explain_networks(networks, volumes, device, precision):
+    """Probability and maps of networks that take the same planes.
+
+    Args:
+        networks: list of stacking.Network.
+        volumes: {plane: uint8 array (s, H, W)}.
+
+    Returns:
+        {plane: PlaneMaps}, and the logits, [float, one for each network].
+    """
+    found = [network.heat_maps(volumes, device, precision) for network in networks]
+    logits = [logit for _, logit in found]
+    backbones = [network.model.backbone for network in networks]
+    finest = min(backbones, key=lambda name: BACKBONES[name].cell_step)
+    bias = float(np.mean([network.bias for network in networks]))
+    explained = {}
+    for plane in found[0][0]:
+        shape = max((maps[plane].shape for maps, _ in found), key=math.prod)
+        pairs = zip(found, backbones, strict=True)
+        maps = [regrid(maps[plane], name, finest, shape) for (maps, _), name in pairs]
+        mean = np.mean(maps, axis=0)
+        explained[plane] = PlaneMaps(
+            volume=volumes[plane],
+            maps=mean,
+            backbone=finest,
+            logit=float(np.mean(logits)),
+            others=float(np.mean(logits)) - bias - float(mean.sum(dtype=np.float64)),
+            bias=bias,
+            probability=float(sigmoid(logits).mean()),
+            networks=[describe_network(network) for network in networks],
+            is_joint=len(networks[0].planes) > 1,
+        )
+    return explained, logits
+
+
+def describe_network(network):
+    """What a map comes from, in a few words."""
+    pooling = {"max": "maximum", "mean": "mean", "attention": "attention"}[network.model.pooling]
+    return f"{network.model.backbone}, {pooling} over slices"
+
+
+def explain_planes(models, volumes, device, precision):
+    """What each group of a task's networks that take the same planes says.
+
+    Args:
+        models: stacking.TaskModels.
+        volumes: {plane: uint8 array (s, H, W)}.
+
+    Returns:
+        {title: PlaneMaps}, such as "axial", or "axial of axial+sagittal" for networks that join
+        planes; and {column: [float, one for each network]}.
+    """
+    explained, logits = {}, {}
+    for planes, columns in models.by_planes.items():
+        columns = {name: ones for name, ones in columns.items() if ones[0].takes(volumes)}
+        if not columns:
+            continue
+        networks = [network for ones in columns.values() for network in ones]
+        found, values = explain_networks(networks, volumes, device, precision)
+        for column, ones in columns.items():
+            logits[column], values = values[: len(ones)], values[len(ones) :]
+        of = "" if len(planes) == 1 else f" of {'+'.join(planes)}"
+        explained |= {f"{plane}{of}": one for plane, one in found.items()}
+    return explained, logits
