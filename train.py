@@ -54,7 +54,7 @@ from common.config import ARTICLE, THE_ARTICLES, Config, read_recipe
 from common.datasets import load_exams
 from common.devices import CACHES, GraphedSteps, cache_volumes, pick_device, pick_precision
 from common.errors import InputError, Interrupted, RunError
-from common.logs import Epoch, TrainingLog, heads_of_epochs
+from common.logs import Epoch, TrainingLog, heads_of_epochs, history_of
 from common.metrics import auc_interval
 from common.optimization import (
     OPTIMIZERS,
@@ -184,7 +184,7 @@ def run(args):
     args.device, args.precision = device.type, precision  # what "auto" became
     args.task = "+".join(tasks(args.data_dir) if args.task == ["all"] else args.task)
     args.plane = "+".join(plane for plane in PLANES if plane in args.plane)
-    commit = cli.print_start_up(vars(args), device, precision)
+    provenance = cli.print_start_up(vars(args), device, precision)
     config = Config(**{field.name: getattr(args, field.name) for field in fields(Config)})
     config.check()
     cli.print_recipe(config)
@@ -197,8 +197,7 @@ def run(args):
         raise InputError("--cuda-graphs: needs --device cuda and room for --cache device")
     for exams in (train_set, valid_set):
         exams.fingerprint()  # hashes the voxels once, before subsets are taken
-    provenance = {"git": commit, "versions": cli.versions(), "dataset": train_set.description}
-    provenance["data_dir"] = str(args.data_dir)
+    provenance |= {"dataset": train_set.description, "data_dir": str(args.data_dir)}
     seeds = range(config.seed, config.seed + config.repeat)
     splits = plan_splits(train_set, valid_set, config.protocol, config.folds, seeds)
     write_folds(args.models_dir / f"{config.task}-folds.csv", splits)
@@ -224,7 +223,7 @@ def train_network(config, split, files, provenance):
         config: Config.
         split: splits.Split, the exams of this network.
         files: Files.
-        provenance: dict of plain values for its metadata: commit at the start, versions, data set.
+        provenance: dict of plain values for its metadata: commit at the start, machine, data set.
     """
     paths = {task: path_of(config, split, files, task) for task in config.tasks}
     state_path = path_of(config, split, files, config.task).with_suffix(".state")
@@ -258,8 +257,8 @@ def train_network(config, split, files, provenance):
                         metadata = describe(config, split, epoch, task) | provenance
                         finding = config.tasks.index(task)
                         save_model(paths[task], state.evaluated, metadata, finding)
+                    state.history.append(epoch.record)
                     print(epoch, flush=True)
-                    log.add_steps(epoch.number, *epoch.steps)
                     log.add_epoch(epoch)
                 save_state()
         except KeyboardInterrupt:
@@ -269,7 +268,7 @@ def train_network(config, split, files, provenance):
                 metric = f"{split.selected_on} loss"
                 print(f"stopped: {metric} has not improved for {config.patience} epochs")
             for task, path in paths.items():
-                report_best_model(config, split, task, path, log)
+                report_best_model(config, split, path, history_of(task, state.history), log)
             print(f"logs   {state.log_dir}")
             state_path.unlink(missing_ok=True)
         if stop_requested:  # perhaps while reporting: another network may be next
@@ -422,15 +421,16 @@ def describe(config, split, epoch, task):
     }
 
 
-def report_best_model(config, split, task, path, log):
+def report_best_model(config, split, path, history, log):
     """Evaluate a finding's best model on the validation exams, log its curves, print its path."""
     model, metadata = load_model(path)
-    device = torch.device(config.device)
+    task, device = metadata["task"], torch.device(config.device)
     model.to(device)
     exams = split.valid_set.finding(task)
     metrics, logits = evaluate_model(model, exams, config)
     metadata["metrics"]["valid"] = valid = metrics[task]
-    metadata["arguments"] = asdict(config)  # epochs may have been added since that epoch
+    # Epochs may have been added since that epoch.
+    metadata |= {"arguments": asdict(config), "history": history}
     save_model(path, model, metadata)
     labels, epoch = is_positive(exams.labels[:, 0]).astype(np.float32), metadata["epoch"]
     title = f"{task}, {config.plane}, epoch {epoch}"

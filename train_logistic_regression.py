@@ -483,7 +483,7 @@ def run(args):
     exams = sets[wanted[0]]  # ids and labels are the same in all of them
     labels = {split: labels_of(exams[split]) for split in SPLITS}
     check_base_models(base_models, args.data_dir)
-    commit = cli.print_start_up(vars(args), device, precision)
+    about = cli.print_start_up(vars(args), device, precision)
 
     found = {  # column -> [ColumnLogits, one per seed]
         column: [
@@ -508,9 +508,7 @@ def run(args):
         "thresholds": chosen,
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "data": {split: exams[split].fingerprint() for split in SPLITS},
-        "git": commit,
-        "versions": cli.versions(),
-    }
+    } | about
     caveats = list_caveats(protocol, args.folds, chosen)
     title = f"{args.task}: protocol {protocol}, folds {args.folds}, stacked on {args.features}"
     training_auc = "out-of-fold AUC" if args.folds > 1 else "train AUC"

@@ -282,7 +282,7 @@ class TrainState:
     """
 
     PLAIN = (
-        "epoch", "best_loss", "bad_epochs", "best_auc", "log_dir", "partial_epoch",
+        "epoch", "best_loss", "bad_epochs", "best_auc", "log_dir", "partial_epoch", "history",
     )  # fmt: skip
     PARTS = ("model", "optimizer", "scheduler", "average")
 
@@ -294,6 +294,7 @@ class TrainState:
         self.best_auc = dict.fromkeys(tasks, -float("inf"))  # of the models that are saved
         self.log_dir = ""
         self.partial_epoch = None  # of an interrupted epoch, as engine.train_epoch takes it
+        self.history = []  # of each epoch logs.Epoch.record
 
     @property
     def lr(self):
@@ -343,6 +344,7 @@ class TrainState:
 
     def restore(self, training):
         """Take over what `save` wrote as "training"."""
+        training.setdefault("history", [])  # earlier versions recorded none
         for name in self.PLAIN:
             if name != "best_auc":
                 setattr(self, name, training[name])

@@ -211,16 +211,15 @@ def print_start_up(arguments, device, precision):
         arguments: {name: value} as argparse has them.
 
     Returns:
-        the commit, as `git_sha`.
+        dict of plain values: "git", the commit as `git_sha`, "versions" and "machine".
     """
-    libraries = " ".join(f"{name} {version}" for name, version in versions().items())
-    print(f"device     {device} ({device_name(device)}), {precision}")
-    print(f"versions   {libraries}")
-    commit = git_sha()
-    print(f"commit     {commit}")
+    about = {"git": git_sha(), "versions": versions(), "machine": device_name(device)}
+    print(f"device     {device} ({about['machine']}), {precision}")
+    print("versions   " + " ".join(f"{name} {n}" for name, n in about["versions"].items()))
+    print(f"commit     {about['git']}")
     plain = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in arguments.items()}
     print("arguments  " + " ".join(f"{k}={v}" for k, v in sorted(plain.items())))
-    return commit
+    return about
 
 
 def print_recipe(config):

@@ -19,6 +19,11 @@ class Epoch(NamedTuple):
     seconds: float  # of training and evaluation
     saved: list  # findings whose network is: the AUC is the best so far, or the last is selected
 
+    @property
+    def record(self):
+        """Plain values for the history of a training."""
+        return {"epoch": self.number, "lr": self.lr, "seconds": self.seconds} | self.metrics
+
     def __str__(self):
         """A line of the table that `heads_of_epochs` begins: means over the findings."""
         train, selected = (mean_of(metrics) for metrics in self.metrics.values())
@@ -34,6 +39,13 @@ class Epoch(NamedTuple):
         if self.saved:
             line += "  saved" if len(findings) == 1 else f"  saved: {', '.join(self.saved)}"
         return line
+
+
+def history_of(task, history):
+    """One finding's part of a training's history, the record of each Epoch."""
+    return [
+        {name: v[task] if isinstance(v, dict) else v for name, v in one.items()} for one in history
+    ]
 
 
 def heads_of_epochs(selected_on, tasks):
@@ -126,6 +138,7 @@ class TrainingLog:
 
     def add_epoch(self, epoch):
         """Points of one Epoch: means over the findings, and each one's where they are several."""
+        self.add_steps(epoch.number, *epoch.steps)
         for split, findings in epoch.metrics.items():
             for name, value in mean_of(findings).items():
                 self.writer.add_scalar(f"{name}/{split}", value, epoch.number)

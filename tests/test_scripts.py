@@ -81,6 +81,12 @@ def test_saved_model_says_what_it_is(trained):
         metadata["arguments"]["lr"] == 1e-4 and metadata["versions"]["torch"] == torch.__version__
     )
     assert not list((work / "models").glob("*.state"))
+    history = metadata["history"]  # all epochs, those that were not saved as well
+    assert [one["epoch"] for one in history] == [1, 2]
+    best = history[metadata["epoch"] - 1]
+    assert best["valid"] == metadata["metrics"]["valid"]
+    assert best["train"] == metadata["metrics"]["train"] and best["seconds"] > 0
+    assert metadata["machine"]
 
 
 def test_tensorboard_holds_the_curves(trained):
@@ -239,6 +245,14 @@ def saved(exams, suffix="", models="models"):
 def assert_same_training(one, two):
     assert one["metadata"]["metrics"] == two["metadata"]["metrics"]
     assert one["metadata"]["epoch"] == two["metadata"]["epoch"]
+    curves = [
+        [
+            {k: v for k, v in epoch.items() if k != "seconds"}
+            for epoch in each["metadata"]["history"]
+        ]
+        for each in (one, two)
+    ]
+    assert curves[0] == curves[1]
     assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
 
 

@@ -228,27 +228,31 @@ def run(args):
         device.type,
         pick_precision(args.precision, device),
     )
-    commit = cli.print_start_up(vars(args), device, setting.precision)
+    about = cli.print_start_up(vars(args), device, setting.precision)
     for recipe, values in sweep.recipes.items():
         lines = [f"{key} = {json.dumps(value)}\n" for key, value in values.items()]
         write_text(setting.models_dir / "recipes" / f"{recipe}.toml", "".join(lines))
     check_writable(setting.out)
     with lock(setting.out / "sweep.json"):
-        run_rounds(sweep, setting, args.jobs, args.drop, commit)
+        run_rounds(sweep, setting, args.jobs, args.drop, about)
     print_table(setting.out)
 
 
-def run_rounds(sweep, setting, at_once, drop, commit):
-    """Train all networks; with `drop` a fold of all recipes is awaited before the next."""
+def run_rounds(sweep, setting, at_once, drop, about):
+    """Train all networks; with `drop` a fold of all recipes is awaited before the next.
+
+    Args:
+        about: as `cli.print_start_up` returns it.
+    """
     results = {recipe: Results(setting.out, sweep, recipe) for recipe in sweep.recipes}
     write_about(sweep, setting)
     jobs, dropped = Jobs(at_once), set()
     torch.set_num_threads(1)  # the jobs have the cores; waiting threads would slow them tenfold
     provenance = {
-        "commit": commit,
-        "versions": cli.versions(),
+        "commit": about["git"],
+        "versions": about["versions"],
         "precision": setting.precision,
-        "machine": cli.device_name(torch.device(setting.device)),
+        "machine": about["machine"],
         "threads": jobs.threads,
     }
     todo = [n for n in sweep.networks() if results[n.recipe].get(n) is None]
