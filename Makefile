@@ -29,6 +29,7 @@ demo: $(VENV:%=%/installed) $(PHANTOM)/valid-acl.csv
 	@echo "  $(PY) train.py --task meniscus --plane coronal $(DEMO)"
 	@echo "  $(PY) explain.py $(PHANTOM) --exam valid/0237 --task acl     # where in the exam?"
 	@echo "  less data/README.md                            # MRNet itself, or your own exams"
+	@echo; $(PY) -m tools.report models/$(TASK)-results.json
 
 $(PHANTOM)/valid-acl.csv: | $(VENV:%=%/installed)
 	$(PY) data/phantom/prepare.py

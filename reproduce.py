@@ -8,7 +8,8 @@
 Every network (a task, a plane, a fold, a seed) is one run of train.py, several side by side, each
 with a log of its own; then train_logistic_regression.py stacks each task. What follows `--` goes
 to train.py. Interrupt it and start it again: no finished model is repeated. Writes
-models/reproduce/results.json and results.md, apart from the models that other commands make.
+models/reproduce/results.json, results.md, report.html (one page to show) and claim.md (the CLAIM
+checklist), apart from the models that other commands make.
 """
 
 import argparse
@@ -28,29 +29,11 @@ from common.devices import pick_device
 from common.errors import Interrupted, RunError
 from common.files import write_text
 from common.jobs import ROOT, Job, Jobs, failures
+from common.report import PUBLISHED, read_all, write_report
 from common.stacking import start_of_results
 from dataloader import PLANES, tasks
 
 BYTES_OF_A_JOB = 2e9  # resident, beside its volumes: torch, AlexNet and an exam's activations
-
-# (who, protocol, {task: AUC}); none of these is ours.
-PUBLISHED = (
-    (
-        "Stanford MRNet (Bien et al., PLOS Medicine 2018)",
-        "hidden test set of 120 exams",
-        {"abnormal": 0.937, "acl": 0.965, "meniscus": 0.847},
-    ),
-    (
-        "AlexNet rebuild by FragLegs (GitHub)",
-        "the public 120 validation exams, not used for choices",
-        {"abnormal": 0.940, "acl": 0.960, "meniscus": 0.839},
-    ),
-    (
-        "the article",
-        "the public 120, which selected the epochs; stack fitted on training exams",
-        {"acl": 0.95},
-    ),
-)
 
 
 def parse_arguments():
@@ -201,7 +184,12 @@ def run(args):
     table = markdown(results)
     write_text(args.models_dir / "results.json", json.dumps(results, indent=2) + "\n")
     write_text(args.models_dir / "results.md", table)
-    print(f"\n{table}\nwritten  {args.models_dir / 'results.json'}, results.md")
+    print(f"\n{table}\nwritten  {args.models_dir / 'results.json'}, results.md", flush=True)
+    starts = [start_of_results(args.models_dir, task, [recipe]) for task in wanted]
+    report = args.models_dir / "report.html"
+    for line in write_report(read_all(f"{start}-results.json" for start in starts), report):
+        print(f"left out of the report  {line}")
+    print(f"checklist  {report.with_name('claim.md')}\nreport     {report}")
 
 
 if __name__ == "__main__":

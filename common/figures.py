@@ -1,5 +1,8 @@
 """Arrays in, figures out: ROC curves, reliability diagrams, heat maps. Nothing is written here."""
 
+import io
+import re
+
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
@@ -67,6 +70,55 @@ def reliability_figure(labels, probabilities, task):
     lower.bar(bins.predicted, bins.count, width=0.04)
     lower.set(xlabel="predicted probability", ylabel="exams", xlim=(-0.03, 1.03))
     return figure
+
+
+def learning_figure(column, networks):
+    """Loss and AUC of each epoch: training exams dashed, exams that select the epoch solid.
+
+    Args:
+        column: title.
+        networks: of each network its history, a list of {"epoch", "train", and "valid" or "tune":
+            {"loss", "auc"}}.
+    """
+    figure = Figure(figsize=(5, 2.6), layout="constrained")
+    figure.suptitle(column, fontsize="medium")
+    for axes, metric in zip(figure.subplots(1, 2), ("loss", "auc"), strict=True):
+        for number, history in enumerate(networks):
+            epochs = [one["epoch"] for one in history]
+            selected = "tune" if "tune" in history[0] else "valid"
+            titles = {"train": "training", selected: "tuning" if selected == "tune" else "valid"}
+            for (split, title), style in zip(titles.items(), ("--", "-"), strict=True):
+                values = [one[split][metric] for one in history]
+                axes.plot(epochs, values, style, color=f"C{number % 10}", marker=".",
+                          label=title if number == 0 else None)  # fmt: skip
+        axes.set(xlabel="epoch", ylabel=metric.upper() if metric == "auc" else metric)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def as_svg(draw, name):
+    """A figure as an SVG element for an HTML page, in the colours of its text; same bytes each
+    time.
+
+    Args:
+        draw: function without arguments that makes the matplotlib Figure.
+        name: unlike that of the page's other figures; keeps their inner references apart.
+    """
+    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}
+    content = io.StringIO()
+    with matplotlib.rc_context(settings):
+        figure = draw()
+        figure.patch.set_alpha(0)
+        for axes in figure.axes:
+            axes.patch.set_alpha(0)
+            if axes.get_legend():
+                axes.get_legend().get_frame().set_alpha(0)
+        figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
+    text = content.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
+    text = re.sub(r' id="[A-Za-z]+\d*_\d+"', "", text)  # groups; what is referred to has a hash
+    return text.replace("#000000", "currentColor")
 
 
 def cost_figure(points):

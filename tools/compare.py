@@ -8,16 +8,14 @@ the validation AUC of both, their difference with its 95 % interval and p (paire
 Brier scores.
 """
 
-import csv
 from pathlib import Path
 
-import numpy as np
 from tabulate import tabulate
 
 from common import cli
 from common.errors import InputError
 from common.metrics import auc_difference, brier, roc_auc
-from dataloader import is_positive
+from common.results import read_predictions
 
 
 def parse_arguments():
@@ -26,35 +24,6 @@ def parse_arguments():
     parser.add_argument("second", type=Path, help="of another run, on the same exams")
     parser.add_argument("--names", nargs=2, default=("first", "second"), help="for the table")
     return parser.parse_args()
-
-
-def read_predictions(path):
-    """The validation exams of a predictions.csv.
-
-    Returns:
-        ids, labels float64 (n,) 0 or 1, and {name: probabilities float64 (n,)}, sorted by id.
-
-    Raises:
-        InputError: not such a file.
-    """
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = sorted(
-                (row for row in csv.DictReader(file) if row["split"] == "valid"),
-                key=lambda row: row["id"],
-            )
-        labels = is_positive(np.array([float(row["label"]) for row in rows])).astype(float)
-        names = [name for name in rows[0] if name not in ("split", "id", "label")]
-        scores = {name: np.array([float(row[name]) for row in rows]) for name in names}
-        if "stack" not in scores or not all(
-            np.isfinite(values).all() for values in scores.values()
-        ):
-            raise ValueError
-    except (OSError, LookupError, TypeError, ValueError, csv.Error):
-        raise InputError(
-            f"{path}: no predictions of validation exams; train_logistic_regression.py writes them"
-        ) from None
-    return [row["id"] for row in rows], labels, scores
 
 
 def run(args):

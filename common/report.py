@@ -1,0 +1,407 @@
+"""One page about a run: what was trained on what, how good it is, where it is wrong.
+
+    write_report(read_all(["models"]), "models/report.html")
+
+Figures come from the results and predictions that train_logistic_regression.py wrote, nothing is
+measured again; only the heat maps of the exams that the stack gets wrong are computed here. Beside
+the page goes claim.md, the CLAIM checklist (Tejani et al., Radiology: AI 2024;6(4):e240300) with
+what the run knows filled in.
+"""
+
+import base64
+import csv
+import io
+import os
+import re
+from collections import Counter
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+from PIL import Image
+
+from common import cli
+from common.config import THE_ARTICLES
+from common.devices import pick_device, pick_precision
+from common.errors import InputError, OneClassError, one_line
+from common.exams import FolderExams, read_planes
+from common.explain_page import NOTICE
+from common.explanation import explain_planes
+from common.figures import as_svg, learning_figure, overlay, reliability_figure, roc_figure
+from common.files import write_text
+from common.metrics import auc_interval, wilson_interval
+from common.results import find_results, read_results
+from common.stacking import load_task
+from dataloader import SPLITS, read_groups
+
+WORST = 4  # exams of each kind of error that are shown
+PICTURE_SIDE, PICTURE_QUALITY = 224, 85
+MOST_VALUES = 12  # of a column that makes subgroups
+STACK = "stack"
+
+# (who, protocol, {task: AUC}); none of these is ours.
+PUBLISHED = (
+    (
+        "Stanford MRNet (Bien et al., PLOS Medicine 2018)",
+        "hidden test set of 120 exams",
+        {"abnormal": 0.937, "acl": 0.965, "meniscus": 0.847},
+    ),
+    (
+        "AlexNet rebuild by FragLegs (GitHub)",
+        "the public 120 validation exams, not used for choices",
+        {"abnormal": 0.940, "acl": 0.960, "meniscus": 0.839},
+    ),
+    (
+        "the article",
+        "the public 120, which selected the epochs; stack fitted on training exams",
+        {"acl": 0.95},
+    ),
+)
+
+
+class Mistake(NamedTuple):
+    """An exam on the wrong side of the threshold."""
+
+    exam_id: str
+    kind: str  # "false negative" or "false positive"
+    probability: float
+    pictures: list  # of each plane (title, data URI); its slice that spoke most for the mistake
+    page: str | None  # relative address of its page by explain.py
+
+
+class Subgroup(NamedTuple):
+    """The stack's figures on the exams that share a value of a column."""
+
+    column: str
+    value: str
+    n: int
+    positives: int
+    auc: tuple | None  # metrics.Interval; None where all labels are the same
+    sensitivity: tuple | None  # None without positives
+    specificity: tuple | None
+
+
+# --- the exams that it gets wrong -----------------------------------------------------------------
+
+
+def mistakes_of(results, most=WORST):
+    """[(row, kind)] of the worst false negatives, then of the worst false positives."""
+    scores, threshold = results.scores[STACK], results.rows[STACK]["threshold"]
+    called, positive = scores >= threshold, results.labels == 1
+    order = np.argsort(scores, kind="stable")
+    missed = [(row, "false negative") for row in order if positive[row] and not called[row]]
+    alarms = [(row, "false positive") for row in order[::-1] if called[row] and not positive[row]]
+    return missed[:most] + alarms[:most]
+
+
+def explain_mistakes(results, data_dir, pages, out):
+    """Each of `mistakes_of` with its pictures.
+
+    Args:
+        data_dir: where the exams are.
+        pages: folder with pages by explain.py, or None.
+        out: path of the report, which links to them.
+
+    Returns:
+        [Mistake], and why they have no pictures: a line, or None.
+    """
+    wanted, why = mistakes_of(results), None
+    found = []
+    try:
+        device = pick_device("auto")
+        models = load_task(results.folder, results.task, device, results.content["recipes"])
+        exams = FolderExams(data_dir)
+        keys = {name.lstrip("0") or "0": (source, name) for source, name in exams
+                if source == "valid"}  # fmt: skip
+        explain = partial(explain_planes, device=device, precision=pick_precision("auto", device))
+    except InputError as error:
+        why, keys = one_line(error), {}
+    for row, kind in cli.progress(wanted, f"{results.task}, exams it gets wrong"):
+        exam_id, pictures = results.ids[row], []
+        if exam_id in keys:
+            exam = exams.load(keys[exam_id])
+            volumes, _ = read_planes(exam, models)
+            explained, _ = explain(models, volumes)
+            pictures = [picture_of(title, one, kind) for title, one in explained.items()]
+        elif why is None:
+            why = f"{data_dir} does not have these exams"
+        page = page_of(exam_id, results.task, pages, out)
+        found.append(Mistake(exam_id, kind, float(results.scores[STACK][row]), pictures, page))
+    return found, why
+
+
+def picture_of(title, one, kind):
+    """(title, data URI) of the slice of a PlaneMaps that spoke most for the mistake."""
+    sums = one.slice_sums
+    at = int(np.argmax(sums) if kind == "false positive" else np.argmin(sums))
+    scale = float(np.abs(one.maps).max()) or 1.0
+    cut = slice(at, at + 1)
+    picture = Image.fromarray(overlay(one.volume[cut], one.maps[cut], one.backbone, scale=scale)[0])
+    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    data = io.BytesIO()
+    picture.save(data, "JPEG", quality=PICTURE_QUALITY)
+    uri = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+    return f"{title}, slice {at + 1} of {len(sums)}: {sums[at]:+.2f}", uri
+
+
+def page_of(exam_id, task, pages, out):
+    """Address of an exam's page by explain.py, relative to the report; None where there is none."""
+    for folder in (Path(pages) / "valid", Path(pages)) if pages else ():
+        for path in sorted(folder.glob(f"*{exam_id}-*.html")):
+            name, _, of = path.stem.partition("-")
+            if (name.lstrip("0") or "0") == exam_id and task in of.split("+"):
+                return Path(os.path.relpath(path, Path(out).parent)).as_posix()
+    return None
+
+
+# --- subgroups ------------------------------------------------------------------------------------
+
+
+def read_columns(data_dir, metadata):
+    """Columns that divide the validation exams.
+
+    Args:
+        metadata: path of a CSV with a line of titles, `id` first, or None.
+
+    Returns:
+        {title: {id without leading zeros: value}}
+
+    Raises:
+        InputError: not such a CSV.
+    """
+    columns = {}
+    try:
+        if groups := read_groups(data_dir, "valid"):
+            columns["group"] = groups
+        if metadata:
+            with open(metadata, newline="", encoding="utf-8-sig") as file:
+                reader = csv.DictReader(file)
+                if (reader.fieldnames or [""])[0] != "id":
+                    raise ValueError("no line of titles that begins with `id`")
+                for row in reader:
+                    exam_id = row.pop("id").strip().lstrip("0") or "0"
+                    for title, value in row.items():
+                        if isinstance(title, str) and value:
+                            columns.setdefault(title, {})[exam_id] = value.strip()
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(
+            f"{metadata}: cannot be read as a CSV of exams ({one_line(error)}); its first line is "
+            "`id,site,sex` with any columns after the id"
+        ) from None
+    return columns
+
+
+def subgroups_of(results, columns):
+    """The stack in each part of the validation exams: [Subgroup], [what was left out and why]."""
+    found, skipped = [], []
+    for title, values in columns.items():
+        of = np.array([values.get(exam_id, "(none)") for exam_id in results.ids])
+        counts = Counter(of.tolist())
+        if len(counts) > MOST_VALUES or len(counts) < 2:
+            skipped.append(f"{title}: {len(counts)} different values, not 2 to {MOST_VALUES}")
+            continue
+        found += [subgroup(results, title, value, of == value) for value in sorted(counts)]
+    return found, skipped
+
+
+def subgroup(results, title, value, rows):
+    """The Subgroup of some exams; `rows` is bool (n,)."""
+    labels, scores = results.labels[rows], results.scores[STACK][rows]
+    called, positive = scores >= results.rows[STACK]["threshold"], labels == 1
+    try:
+        auc = auc_interval(labels, scores)
+    except OneClassError:
+        auc = None
+    parts = [
+        wilson_interval(int((called[part] == is_right).sum()), int(part.sum()))
+        if part.any()
+        else None
+        for part, is_right in ((positive, True), (~positive, False))
+    ]
+    return Subgroup(title, value, len(labels), int(positive.sum()), auc, *parts)
+
+
+# --- facts ----------------------------------------------------------------------------------------
+
+
+def facts_of(results):
+    """What one finding was trained on and how, for the page and the checklist: dict."""
+    metadata = [one for _, one in results.networks]
+    arguments = [one.get("arguments") or {} for one in metadata]
+    data_dir = results.data_dir
+    exams = {}
+    for split in SPLITS:
+        groups = read_groups(data_dir, split) if data_dir.is_dir() else {}
+        exams[split] = {"groups": len(set(groups.values()))}
+    for split, labels in (("train", results.train_labels), ("valid", results.labels)):
+        exams[split] |= {"n": len(labels), "positives": int(labels.sum())}
+    differences = {
+        name: value
+        for name, value in (arguments[0] or {}).items()
+        if name in THE_ARTICLES and value != THE_ARTICLES[name]
+    }
+    times = [sum(e["seconds"] for e in one["history"]) for one in metadata if one.get("history")]
+    return {
+        "datasets": unique(cli.describe_dataset(one.get("dataset")) for one in metadata),
+        "synthetic": any((one.get("dataset") or {}).get("synthetic") for one in metadata),
+        "source": unique((one.get("dataset") or {}).get("source") for one in metadata),
+        "licence": unique((one.get("dataset") or {}).get("licence") for one in metadata),
+        "exams": exams,
+        "networks": len(metadata),
+        "columns": unique(column for column, _ in results.networks),
+        "seeds": unique(one.get("seed") for one in metadata),
+        "folds": results.content["folds"],
+        "protocol": results.content["protocol"],
+        "optimistic": results.content["protocol"] == "article",
+        "recipes": results.content["recipes"],
+        "backbones": unique(a.get("backbone", THE_ARTICLES["backbone"]) for a in arguments),
+        "pretrained": unique(one.get("pretrained") for one in metadata),
+        "augment": unique(a.get("augment") for a in arguments),
+        "select": unique(a.get("select", THE_ARTICLES["select"]) for a in arguments),
+        "differences": differences,
+        "machines": unique(one.get("machine") for one in metadata),
+        "precision": unique(one.get("precision") for one in metadata),
+        "commits": unique([*(one.get("git") for one in metadata), results.content["git"]]),
+        "versions": results.content["versions"],
+        "minutes": sum(times) / 60 if len(times) == len(metadata) else None,
+    }
+
+
+def weights_of(stack):
+    """{column: weight, "intercept": weight} of a stack's regression on all its columns."""
+    whole = max(stack["combinations"].values(), key=lambda one: len(one["columns"]))
+    weights = dict(zip(whole["columns"], whole["coefficients"], strict=True))
+    return weights | {"intercept": whole["intercept"]}
+
+
+def unique(values):
+    """The different values, in order, without None."""
+    return [v for v in dict.fromkeys(values) if v is not None]
+
+
+# --- page -----------------------------------------------------------------------------------------
+
+
+def figures_of(results):
+    """SVG elements of a finding's figures, {name: Markup or list of them}."""
+    task, positive = results.task, results.labels
+    curves = {}
+    for column, metadata in results.networks:
+        if metadata.get("history"):
+            curves.setdefault(column, []).append(metadata["history"])
+    # The figures cannot hold what XML cannot: control characters.
+    title = one_line(task)
+    return {
+        "roc": Markup(
+            as_svg(partial(roc_figure, positive, results.scores, band=STACK), f"roc {task}")
+        ),
+        "calibration": Markup(
+            as_svg(
+                partial(reliability_figure, positive, results.scores[STACK], title), f"cal {task}"
+            )
+        ),
+        "learning": [
+            Markup(as_svg(partial(learning_figure, column, found), f"curves {task} {column}"))
+            for column, found in curves.items()
+        ],
+    }
+
+
+def number(value, form=".3f"):
+    """A figure that can be read back whole from the page, or a dash."""
+    if value is None:
+        return "–"
+    text = format(value, form).replace("-", "−")
+    return Markup('<data value="{}">{}</data>').format(repr(value), text)
+
+
+def with_interval(row, name="auc"):
+    """A figure with its interval, of a row of results or of an Interval."""
+    if row is None:
+        return "–"
+    keys = (name, f"{name}_low", f"{name}_high")
+    value, low, high = (row[key] for key in keys) if isinstance(row, dict) else row
+    return Markup("{} [{}, {}]").format(*map(number, (value, low, high)))
+
+
+def plain_markdown(text):
+    """Any text as one line of Markdown that shows it and does nothing else."""
+    return Markup(re.sub(r"([\\`*_\[\]|!#])", r"\\\1", str(escape(one_line(text)))))
+
+
+def environment():
+    """Jinja2 with everything escaped that is put into a template."""
+    made = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"number": number, "interval": with_interval, "md": plain_markdown}
+    return made
+
+
+def read_all(sources):
+    """[Results] of folders of models or of single *-results.json: their order, each task once."""
+    return [read_results(path) for path in find_results(sources)]
+
+
+def write_report(found, out, data_dir=None, metadata=None, pages=None):
+    """Write the page at `out` and claim.md beside it.
+
+    Args:
+        found: [Results], at least one.
+        data_dir: where the validation exams are; by default where the stack was fitted.
+        metadata: CSV of the validation exams, `id` and any columns, for subgroups; or None.
+        pages: folder of pages by explain.py to link to, or None.
+
+    Returns:
+        lines that say what the page lacks and why.
+
+    Raises:
+        InputError: `metadata` is no such CSV.
+    """
+    tasks, missing = [], []
+    for results in found:
+        place = Path(data_dir or results.data_dir)
+        mistakes, why = explain_mistakes(results, place, pages, out)
+        subgroups, skipped = subgroups_of(results, read_columns(place, metadata))
+        if why and mistakes:
+            missing.append(f"{results.task}: no pictures of the exams it gets wrong: {why}")
+        missing += [f"{results.task}: no subgroups by {reason}" for reason in skipped]
+        tasks.append(
+            {
+                "name": results.task,
+                "results": results.content,
+                "rows": results.rows,
+                "gain": results.content["valid"]["stack against best plane"],
+                "weights": weights_of(results.stack),
+                "features": results.stack["features"],
+                "facts": facts_of(results),
+                "figures": figures_of(results),
+                "mistakes": mistakes,
+                "no_pictures": why,
+                "subgroups": subgroups,
+            }
+        )
+    names = [task["name"] for task in tasks]
+    context = {
+        "tasks": tasks,
+        "published": [row for row in PUBLISHED if any(name in row[2] for name in names)],
+        "columns": unique(name for task in tasks for name in task["rows"]),
+        "synthetic": any(task["facts"]["synthetic"] for task in tasks),
+        "optimistic": any(task["facts"]["optimistic"] for task in tasks),
+        "caveats": unique(line.lstrip("* ") for t in tasks for line in t["results"]["caveats"]),
+        "missing": missing,
+        "notice": NOTICE,
+        "made": f"{datetime.now():%Y-%m-%d %H:%M}, commit {cli.git_sha()}",
+    }
+    templates = environment()
+    write_text(out, templates.get_template("report.html").render(context))
+    write_text(Path(out).with_name("claim.md"), templates.get_template("claim.md").render(context))
+    return missing

@@ -1,0 +1,118 @@
+"""What train_logistic_regression.py and train.py wrote about a finding, read back."""
+
+import csv
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common.checkpoint import load_model
+from common.errors import InputError
+from common.stacking import load_stack, start_of_results
+from dataloader import is_positive
+
+END = "-results.json"
+
+
+class Results(NamedTuple):
+    """A finding's stack: its figures, its predictions, its networks."""
+
+    folder: Path  # of the models
+    task: str
+    content: dict  # of <task>-results.json
+    ids: list  # of the validation exams, without leading zeros
+    labels: np.ndarray  # float64 (n,) 0 or 1
+    train_labels: np.ndarray  # of the training exams that the stack was fitted on
+    scores: dict  # {column, and "stack": probabilities float64 (n,)}
+    stack: dict  # as stacking.load_stack returns it
+    networks: list  # of each network (column, metadata)
+
+    @property
+    def rows(self):
+        """{column, and "stack": metrics of the validation exams}"""
+        return {name: row for name, row in self.content["valid"].items() if "auc" in row}
+
+    @property
+    def data_dir(self):
+        """The data folder that the stack was fitted on."""
+        return Path(self.content["arguments"]["data_dir"])
+
+
+def find_results(sources):
+    """Paths of the *-results.json that folders hold, or that are named themselves.
+
+    Raises:
+        InputError: a folder without any, or no such file.
+    """
+    found = []
+    for source in map(Path, sources):
+        paths = sorted(source.glob(f"*{END}")) if source.is_dir() else [source]
+        if not paths or not all(path.is_file() and path.name.endswith(END) for path in paths):
+            raise InputError(
+                f"{source}: no results of a stack; give a folder of models, or a <task>{END} that "
+                "train_logistic_regression.py wrote"
+            )
+        found += paths
+    return found
+
+
+def read_results(path):
+    """The Results of a <task>-results.json and of the files beside it.
+
+    Raises:
+        InputError: damaged, or a file beside it is missing, damaged or of another run.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        task, recipes = content["task"], content["recipes"]
+        start = Path(start_of_results(path.parent, task, recipes))
+        count, _ = content["valid"]["stack"]["n"], content["arguments"]["data_dir"]
+        if path.name != f"{start.name}{END}":
+            raise ValueError
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise InputError(f"{path}: damaged; run train_logistic_regression.py again") from None
+    predictions = path.with_name(f"{start.name}-predictions.csv")
+    ids, labels, scores = read_predictions(predictions)
+    if len(ids) != count:
+        raise InputError(
+            f"{predictions}: not of {path.name}; run train_logistic_regression.py again"
+        )
+    stack = load_stack(path.parent, task, recipes)
+    networks = [
+        (column, load_model(path.with_name(name), task, column)[1])
+        for column, names in stack["base_models"].items()
+        for name in names
+    ]
+    train_labels = read_predictions(predictions, "train")[1]
+    return Results(path.parent, task, content, ids, labels, train_labels, scores, stack, networks)
+
+
+def read_predictions(path, split="valid"):
+    """The exams of one split of a predictions.csv.
+
+    Returns:
+        ids, labels float64 (n,) 0 or 1, and {name: probabilities float64 (n,)}, sorted by id.
+
+    Raises:
+        InputError: not such a file.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = sorted(
+                (row for row in csv.DictReader(file) if row["split"] == split),
+                key=lambda row: row["id"],
+            )
+        labels = is_positive(np.array([float(row["label"]) for row in rows])).astype(float)
+        names = [name for name in rows[0] if name not in ("split", "id", "label")]
+        scores = {name: np.array([float(row[name]) for row in rows]) for name in names}
+        if "stack" not in scores or not all(
+            np.isfinite(values).all() for values in scores.values()
+        ):
+            raise ValueError
+    except (OSError, LookupError, TypeError, ValueError, csv.Error):
+        raise InputError(
+            f"{path}: no predictions of {split} exams; train_logistic_regression.py writes them"
+        ) from None
+    return [row["id"] for row in rows], labels, scores

@@ -1,0 +1,161 @@
+"""The report of a run: its figures are those of results.json, and names stay text."""
+
+import csv
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from conftest import assert_one_line_error, run_script
+
+from common.report import mistakes_of, subgroup
+from common.results import read_results
+
+
+class Page(HTMLParser):
+    """The figures of a page, its tags and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.figures, self.tags, self.text, self.value = [], [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.value = dict(attributes)["value"] if tag == "data" else None
+
+    def handle_data(self, data):
+        if self.value is not None:
+            self.figures.append((self.value, data))
+            self.value = None
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def work(trained, tmp_path_factory):
+    """A copy of the trained models, which these tests write into."""
+    copy = tmp_path_factory.mktemp("report") / "work"
+    shutil.copytree(trained[0], copy)
+    return copy
+
+
+def make(work, *more):
+    out = work / "report" / "report.html"
+    done = run_script("tools/report.py", work / "models", "--out", out, *more)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith(f"report     {out}")
+    return out.read_text(), done.stdout
+
+
+def numbers_in(value):
+    if isinstance(value, dict | list):
+        return {n for one in (value.values() if isinstance(value, dict) else value)
+                for n in numbers_in(one)}  # fmt: skip
+    return {value} if isinstance(value, int | float) and not isinstance(value, bool) else set()
+
+
+def test_figures_are_those_of_the_results(work):
+    text, _ = make(work)
+    page = Page(text)
+    results = json.loads((work / "models/acl-results.json").read_text())
+    stack = json.loads((work / "models/acl-stack.json").read_text())
+    with open(work / "models/acl-predictions.csv") as file:
+        predicted = {float(row["stack"]) for row in csv.DictReader(file)}
+    known = numbers_in(results["valid"]) | numbers_in(stack["combinations"]) | predicted
+    shown = {float(value) for value, _ in page.figures}
+    assert len(shown - known) == 1  # minutes, of the models
+    for value, written in page.figures:
+        assert float(written.replace("−", "-")) == pytest.approx(float(value), abs=0.051)
+    for row in results["valid"].values():
+        for name in ("auc", "auc_low", "auc_high", "sensitivity", "specificity", "tp", "fn", "fp"):
+            assert name not in row or row[name] in shown
+    for column, row in results["valid"].items():
+        if "auc" in row:
+            assert f"{row['auc']:.3f}" in "".join(page.text), column
+    assert "script" not in page.tags and len(text) < 3e6
+    assert not re.search(r"https?://(?!www\.w3\.org)", text)  # offline: names of XML only
+
+
+def test_made_twice_the_same_but_for_the_time(work):
+    once, _ = make(work)
+    again, _ = make(work)
+    assert re.sub(r"Made [^.]*", "", once) == re.sub(r"Made [^.]*", "", again)
+
+
+def test_mistakes_are_the_worst_first(work):
+    results = read_results(work / "models/acl-results.json")
+    text, _ = make(work)
+    assert text.count("data:image/jpeg") == 3 * len(mistakes_of(results))
+    threshold = results.rows["stack"]["threshold"]
+    labels, scores = np.array([1, 0] * 5), threshold + np.array([-3, 1, -1, 3, -2, 2, 1, -1, 0, 0])
+    others = results._replace(ids=list("abcdefghij"), labels=labels, scores={"stack": scores})
+    # Exams at the threshold are called positive: i is found, j is a false alarm.
+    missed = [(row, "false negative") for row in (0, 4, 2)]
+    alarms = [(row, "false positive") for row in (3, 5, 1, 9)]
+    assert mistakes_of(others, most=4) == missed + alarms
+    assert mistakes_of(others, most=2) == missed[:2] + alarms[:2]
+
+
+def test_subgroups(work):
+    results = read_results(work / "models/acl-results.json")
+    everyone = subgroup(results, "all", "", np.ones(len(results.ids), bool))
+    row = results.rows["stack"]
+    assert everyone.auc == pytest.approx([row[f"auc{end}"] for end in ("", "_low", "_high")])
+    assert everyone.sensitivity.value == pytest.approx(row["sensitivity"])
+    assert everyone.specificity.value == pytest.approx(row["specificity"])
+    negative = subgroup(results, "all", "", results.labels == 0)
+    assert negative.auc is None and negative.sensitivity is None and negative.positives == 0
+
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+def test_names_stay_text_and_what_is_left_out_is_said(work):
+    metadata = work / "metadata.csv"
+    results = read_results(work / "models/acl-results.json")
+    rows = [f'{i},"{HOSTILE}",{n},=1+1\x07\n' for n, i in enumerate(results.ids)]
+    rows[0] = f"{results.ids[0]},=HYPERLINK(),0,other\n"
+    metadata.write_text("id,<b>site</b>,age,sex\n" + "".join(rows))
+    text, said = make(work, "--metadata", metadata)
+    page = Page(text)
+    assert "script" not in page.tags and "b" not in page.tags
+    assert HOSTILE in page.text and "<b>site</b>" in page.text
+    if len(results.ids) > 12:
+        assert "left out  acl: no subgroups by age" in said and "no subgroups by age" in text
+
+
+def test_pages_are_linked(work):
+    exam = read_results(work / "models/acl-results.json")
+    row, _ = mistakes_of(exam)[0]
+    pages = work / "pages"
+    pages.mkdir()
+    (pages / f"{int(exam.ids[row]):04d}-acl.html").write_text("")
+    text, _ = make(work, "--pages", pages)
+    assert f'href="../pages/{int(exam.ids[row]):04d}-acl.html"' in text
+
+
+def test_checklist_has_every_item(work):
+    make(work)
+    text = (work / "report/claim.md").read_text()
+    assert re.findall(r"^(\d+)\. ", text, re.M) == [str(n) for n in range(1, 45)]
+    row = json.loads((work / "models/acl-results.json").read_text())["valid"]["stack"]
+    assert f"AUC {row['auc']:.3f}" in text and "**TO DO:**" in text
+
+
+def test_what_is_not_there_in_one_line(work, tmp_path):
+    assert_one_line_error(run_script("tools/report.py", tmp_path), str(tmp_path), "results")
+    (tmp_path / "acl-results.json").write_text("[]")
+    assert_one_line_error(run_script("tools/report.py", tmp_path), "acl-results.json", "damaged")
+    (tmp_path / "m.csv").write_text("exam,site\n1,a\n")
+    done = run_script("tools/report.py", work / "models", "--metadata", tmp_path / "m.csv")
+    assert_one_line_error(done, "m.csv", "id,site")
+    done = run_script("tools/report.py", work / "models", "--tasks", "cyst")
+    assert_one_line_error(done, "cyst", "acl")
+
+
+def test_a_report_without_the_exams_says_so(work, tmp_path):
+    text, said = make(work, "--data-dir", tmp_path / "gone")
+    assert "data:image/jpeg" not in text
+    assert "no pictures" in said and "No pictures" in text
