@@ -1,0 +1,27 @@
+"""torch.hub: a saved network in one line, without the scripts.
+
+    model = torch.hub.load("user/repository", "mrnet", weights="acl-sagittal.pt")
+    probability = model(torch.from_numpy(numpy.load("0207.npy")))      # uint8 (s, H, W) -> ()
+
+A clone does as well: torch.hub.load("path/to/clone", "mrnet", source="local", weights=...).
+"""
+
+dependencies = ["torch", "torchvision", "numpy", "tqdm", "filelock", "scipy", "sklearn"]
+
+
+def mrnet(weights, task=None, plane=None):
+    """A network that train.py saved, with its preprocessing inside.
+
+    Args:
+        weights: path of a model, such as "models/acl-sagittal.pt". It is read without unpickling
+            anything but tensors and plain values.
+        task, plane: refuse a model of another finding or plane; planes joined by + for several.
+
+    Returns:
+        torch.nn.Module in evaluation mode on the CPU, common.exam_model.ExamModel: it takes the
+        slices of each of its `planes`, uint8 (s, H, W), and returns a probability, float32 (). Its
+        `network` is the bare MRNet, which returns logits.
+    """
+    from common.exam_model import load_exam_model
+
+    return load_exam_model(weights, task, plane)
