@@ -57,6 +57,13 @@ def read_recipe(source):
 THE_ARTICLES = read_recipe(ARTICLE)[1]
 
 
+def beyond_article(arguments):
+    """{argument: value} of what differs from the article's recipe, where all of its are given."""
+    return {
+        name: arguments[name] for name, value in THE_ARTICLES.items() if arguments[name] != value
+    }
+
+
 @dataclass(frozen=True)
 class Config:
     """One training's arguments; a resumed training must agree on all of them.
@@ -110,11 +117,7 @@ class Config:
     @property
     def differences(self):
         """{argument: value} of what differs from the article's recipe."""
-        return {
-            name: getattr(self, name)
-            for name, value in THE_ARTICLES.items()
-            if getattr(self, name) != value
-        }
+        return beyond_article(vars(self))
 
     def check(self):
         """Refuse combinations that make no sense.

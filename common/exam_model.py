@@ -3,31 +3,29 @@
 import torch
 from torch import nn
 
-from common.checkpoint import column_name, load_model
+from common.checkpoint import load_model
 from common.config import ARTICLE
-from common.errors import InputError
-from common.stacking import load_task
-from dataloader import CHANNELS, preprocess
+from common.errors import InputError, one_line
+from common.stacking import as_network, load_task
+from dataloader import preprocess
 
 
 class ExamModel(nn.Module):
     """One saved network that takes slices as they are stored.
 
     Args:
-        network: MRNet or MultiPlaneMRNet of one finding.
-        metadata: of the model, as `checkpoint.load_model` returns it.
+        task: the finding.
+        network: stacking.Network.
 
     Attributes:
         task: the finding.
         planes: list, the order of `forward`'s arguments.
     """
 
-    def __init__(self, network, metadata):
+    def __init__(self, task, network):
         super().__init__()
-        self.network, self.task = network, metadata["task"]
-        self.planes = metadata["plane"].split("+")
-        self.intensity = metadata["intensity"]
-        self.channels = metadata.get("channels", CHANNELS[0])
+        self.task, self.network, self.planes = task, network.model, list(network.planes)
+        self.intensity, self.channels = network.intensity, network.channels
 
     def forward(self, *volumes):
         """Slices of each plane, uint8 (s, H, W) in MRNet's orientation -> probability float32 ().
@@ -60,14 +58,18 @@ def load_exam_model(path, task=None, plane=None):
     Raises:
         InputError: missing, damaged, or of another task or plane.
     """
-    network, metadata = load_model(path, task)
-    if plane is not None:  # whatever its recipe
-        load_model(path, task, column_name(plane, metadata.get("recipe", ARTICLE)))
-    return ExamModel(network, metadata).eval()
+    model, metadata = load_model(path, task)
+    if plane not in (None, metadata["plane"]):  # whatever its recipe
+        raise InputError(
+            f"{path}: a model of {metadata['task']}, {metadata['plane']}, not of {one_line(plane)}"
+        )
+    return ExamModel(metadata["task"], as_network(model, metadata, "cpu")).eval()
 
 
 class StackModel(nn.Module):
     """All networks of a finding and their logistic regression, of exams with all planes.
+
+    What `stacking.combine` does with arrays, as a graph that can be exported.
 
     Args:
         models: stacking.TaskModels with a stack.
@@ -83,7 +85,7 @@ class StackModel(nn.Module):
         whole = models.stack["combinations"]["+".join(self.planes)]
         self.threshold = whole["threshold"]
         self.columns = nn.ModuleList(
-            nn.ModuleList(as_exam_model(models.task, network) for network in models.networks[name])
+            nn.ModuleList(ExamModel(models.task, network) for network in models.networks[name])
             for name in whole["columns"]
         )
         # Regression in double precision, as scikit-learn's.
@@ -99,13 +101,6 @@ class StackModel(nn.Module):
             features.append((values if self.kind == "logit" else values.sigmoid()).mean())
         score = (torch.stack(features) * self.weights[:-1]).sum() + self.weights[-1]
         return score.sigmoid().float()
-
-
-def as_exam_model(task, network):
-    """A stacking.Network as ExamModel."""
-    about = {"task": task, "plane": "+".join(network.planes)}
-    about |= {"intensity": network.intensity, "channels": network.channels}
-    return ExamModel(network.model, about)
 
 
 def load_stack_model(models_dir, task, recipes=(ARTICLE,)):

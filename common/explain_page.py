@@ -28,11 +28,11 @@ FRAME_SIDE, FRAME_SECONDS = 256, 0.25  # of the animation
 # --- page -----------------------------------------------------------------------------------------
 
 
-def jpeg(grey):
-    """A slice uint8 (H, W) as a data URI, at most LARGEST_SIDE px."""
-    image, data = Image.fromarray(grey), io.BytesIO()
-    image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-    image.save(data, "JPEG", quality=JPEG_QUALITY)
+def jpeg(pixels, side=LARGEST_SIDE, quality=JPEG_QUALITY):
+    """A slice uint8 (H, W) or (H, W, 3) as a data URI, at most `side` px."""
+    image, data = Image.fromarray(pixels), io.BytesIO()
+    image.thumbnail((side, side))
+    image.save(data, "JPEG", quality=quality)
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
@@ -51,7 +51,7 @@ def make_page(exam, models, explained, decision, unusable):
             "height": one.volume.shape[1],
             "width": one.volume.shape[2],
             "cells": one.maps.shape[1:],
-            "scale": float(np.abs(one.maps).max()) or 1.0,
+            "scale": one.scale,
             "maps": base64.b64encode(one.maps.astype("<f4").tobytes()).decode(),
             "sums": one.slice_sums.tolist(),
             "slices": [jpeg(image) for image in one.volume],
@@ -121,8 +121,8 @@ def contact_sheet(explained, title):
         text += f", bias {one.bias:+.2f}"
         row[0].text(0, -0.07, text, color="w", fontsize=8, transform=row[0].transAxes,
                     in_layout=False)  # fmt: skip
-        scale = float(np.abs(one.maps).max()) or 1.0
-        bar = figure.colorbar(ScalarMappable(Normalize(-scale, scale), colours), ax=row, pad=0.01)
+        colour = ScalarMappable(Normalize(-one.scale, one.scale), colours)
+        bar = figure.colorbar(colour, ax=row, pad=0.01)
         bar.set_label("logit per cell", color="w", fontsize=8)
         bar.ax.tick_params(colors="w", labelsize=7)
     return figure

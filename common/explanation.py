@@ -29,6 +29,11 @@ class PlaneMaps(NamedTuple):
     is_joint: bool  # the networks join several planes
 
     @property
+    def scale(self):
+        """The largest value of the maps, by size; 1 where all are 0."""
+        return float(np.abs(self.maps).max()) or 1.0
+
+    @property
     def slice_sums(self):
         """What each slice adds to the logit: float64 (s,)."""
         return self.maps.sum(axis=(1, 2), dtype=np.float64)

@@ -80,17 +80,17 @@ def learning_figure(column, networks):
         networks: of each network its history, a list of {"epoch", "train", and "valid" or "tune":
             {"loss", "auc"}}.
     """
+    titles = {"train": "training", "tune": "tuning", "valid": "valid"}
     figure = Figure(figsize=(5, 2.6), layout="constrained")
     figure.suptitle(column, fontsize="medium")
     for axes, metric in zip(figure.subplots(1, 2), ("loss", "auc"), strict=True):
         for number, history in enumerate(networks):
             epochs = [one["epoch"] for one in history]
-            selected = "tune" if "tune" in history[0] else "valid"
-            titles = {"train": "training", selected: "tuning" if selected == "tune" else "valid"}
-            for (split, title), style in zip(titles.items(), ("--", "-"), strict=True):
-                values = [one[split][metric] for one in history]
-                axes.plot(epochs, values, style, color=f"C{number % 10}", marker=".",
-                          label=title if number == 0 else None)  # fmt: skip
+            for split, title in titles.items():
+                if split in history[0]:
+                    values = [one[split][metric] for one in history]
+                    axes.plot(epochs, values, "--" if split == "train" else "-", marker=".",
+                              color=f"C{number % 10}", label=None if number else title)  # fmt: skip
         axes.set(xlabel="epoch", ylabel=metric.upper() if metric == "auc" else metric)
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize="small")

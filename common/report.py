@@ -8,9 +8,7 @@ the page goes claim.md, the CLAIM checklist (Tejani et al., Radiology: AI 2024;6
 what the run knows filled in.
 """
 
-import base64
 import csv
-import io
 import os
 import re
 from collections import Counter
@@ -22,14 +20,14 @@ from typing import NamedTuple
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
-from PIL import Image
 
 from common import cli
-from common.config import THE_ARTICLES
+from common.checkpoint import recorded
+from common.config import beyond_article
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, OneClassError, one_line
 from common.exams import FolderExams, read_planes
-from common.explain_page import NOTICE
+from common.explain_page import NOTICE, jpeg
 from common.explanation import explain_planes
 from common.figures import as_svg, learning_figure, overlay, reliability_figure, roc_figure
 from common.files import write_text
@@ -138,14 +136,10 @@ def picture_of(title, one, kind):
     """(title, data URI) of the slice of a PlaneMaps that spoke most for the mistake."""
     sums = one.slice_sums
     at = int(np.argmax(sums) if kind == "false positive" else np.argmin(sums))
-    scale = float(np.abs(one.maps).max()) or 1.0
     cut = slice(at, at + 1)
-    picture = Image.fromarray(overlay(one.volume[cut], one.maps[cut], one.backbone, scale=scale)[0])
-    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-    data = io.BytesIO()
-    picture.save(data, "JPEG", quality=PICTURE_QUALITY)
-    uri = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
-    return f"{title}, slice {at + 1} of {len(sums)}: {sums[at]:+.2f}", uri
+    (picture,) = overlay(one.volume[cut], one.maps[cut], one.backbone, scale=one.scale)
+    text = f"{title}, slice {at + 1} of {len(sums)}: {sums[at]:+.2f}"
+    return text, jpeg(picture, PICTURE_SIDE, PICTURE_QUALITY)
 
 
 def page_of(exam_id, task, pages, out):
@@ -231,7 +225,7 @@ def subgroup(results, title, value, rows):
 def facts_of(results):
     """What one finding was trained on and how, for the page and the checklist: dict."""
     metadata = [one for _, one in results.networks]
-    arguments = [one.get("arguments") or {} for one in metadata]
+    arguments = [recorded(one.get("arguments")) for one in metadata]
     data_dir = results.data_dir
     exams = {}
     for split in SPLITS:
@@ -239,11 +233,6 @@ def facts_of(results):
         exams[split] = {"groups": len(set(groups.values()))}
     for split, labels in (("train", results.train_labels), ("valid", results.labels)):
         exams[split] |= {"n": len(labels), "positives": int(labels.sum())}
-    differences = {
-        name: value
-        for name, value in (arguments[0] or {}).items()
-        if name in THE_ARTICLES and value != THE_ARTICLES[name]
-    }
     times = [sum(e["seconds"] for e in one["history"]) for one in metadata if one.get("history")]
     return {
         "datasets": unique(cli.describe_dataset(one.get("dataset")) for one in metadata),
@@ -258,11 +247,11 @@ def facts_of(results):
         "protocol": results.content["protocol"],
         "optimistic": results.content["protocol"] == "article",
         "recipes": results.content["recipes"],
-        "backbones": unique(a.get("backbone", THE_ARTICLES["backbone"]) for a in arguments),
+        "backbones": unique(a["backbone"] for a in arguments),
         "pretrained": unique(one.get("pretrained") for one in metadata),
-        "augment": unique(a.get("augment") for a in arguments),
-        "select": unique(a.get("select", THE_ARTICLES["select"]) for a in arguments),
-        "differences": differences,
+        "augment": unique(a["augment"] for a in arguments),
+        "select": unique(a["select"] for a in arguments),
+        "differences": beyond_article(arguments[0]),
         "machines": unique(one.get("machine") for one in metadata),
         "precision": unique(one.get("precision") for one in metadata),
         "commits": unique([*(one.get("git") for one in metadata), results.content["git"]]),

@@ -20,12 +20,13 @@ import torch
 
 from common import cli
 from common.checkpoint import load_model
+from common.config import ARTICLE
 from common.errors import InputError, RunError
 from common.exam_model import load_exam_model, load_stack_model
 from common.files import atomic, write_text
 from common.stacking import stack_name
-from dataloader import MEAN, SMALLEST_SIDE, STD
-from model import BACKBONES
+from dataloader import MEAN, STD
+from model import BACKBONES, SMALLEST_SIDE
 
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}
 SIZES = ((1, 96, 96), (5, 96, 112), (17, 200, 144), (30, 256, 256), (44, 128, 128))  # s, H, W
@@ -55,7 +56,7 @@ def load(path):
     if path.suffix != ".json":
         return load_exam_model(path)
     task, _, rest = path.stem.partition(f"-{stack_name()}")
-    recipes = rest.removeprefix("-").split("+") if rest else ["article"]
+    recipes = rest.removeprefix("-").split("+") if rest else [ARTICLE]
     return load_stack_model(path.parent, task, recipes)
 
 
@@ -108,9 +109,7 @@ def to_safetensors(path, out):
         "stretched to 0..255 over the exam, minus mean, by std",
         "mean": float(MEAN),
         "std": float(STD),
-        "smallest_side": max(SMALLEST_SIDE, BACKBONES[network.backbone].smallest_side)
-        if hasattr(network, "backbone")
-        else SMALLEST_SIDE,
+        "smallest_side": max(SMALLEST_SIDE, BACKBONES[network.backbone].smallest_side),
     }
     with atomic(out) as temporary:
         # A backbone that planes share stands in the file once for each of them.
