@@ -222,10 +222,36 @@ def subgroup(results, title, value, rows):
 # --- facts ----------------------------------------------------------------------------------------
 
 
+def training_facts(networks):
+    """What some networks were trained on and how: dict.
+
+    Args:
+        networks: list of (column, metadata).
+    """
+    metadata = [one for _, one in networks]
+    arguments = [recorded(one.get("arguments")) for one in metadata]
+    return {
+        "datasets": unique(cli.describe_dataset(one.get("dataset")) for one in metadata),
+        "synthetic": any((one.get("dataset") or {}).get("synthetic") for one in metadata),
+        "source": unique((one.get("dataset") or {}).get("source") for one in metadata),
+        "licence": unique((one.get("dataset") or {}).get("licence") for one in metadata),
+        "networks": len(metadata),
+        "columns": unique(column for column, _ in networks),
+        "seeds": unique(one.get("seed") for one in metadata),
+        "backbones": unique(a["backbone"] for a in arguments),
+        "pretrained": unique(one.get("pretrained") for one in metadata),
+        "augment": unique(a["augment"] for a in arguments),
+        "select": unique(a["select"] for a in arguments),
+        "differences": beyond_article(arguments[0]),
+        "machines": unique(one.get("machine") for one in metadata),
+        "precision": unique(one.get("precision") for one in metadata),
+        "commits": unique(one.get("git") for one in metadata),
+    }
+
+
 def facts_of(results):
     """What one finding was trained on and how, for the page and the checklist: dict."""
     metadata = [one for _, one in results.networks]
-    arguments = [recorded(one.get("arguments")) for one in metadata]
     data_dir = results.data_dir
     exams = {}
     for split in SPLITS:
@@ -234,27 +260,14 @@ def facts_of(results):
     for split, labels in (("train", results.train_labels), ("valid", results.labels)):
         exams[split] |= {"n": len(labels), "positives": int(labels.sum())}
     times = [sum(e["seconds"] for e in one["history"]) for one in metadata if one.get("history")]
-    return {
-        "datasets": unique(cli.describe_dataset(one.get("dataset")) for one in metadata),
-        "synthetic": any((one.get("dataset") or {}).get("synthetic") for one in metadata),
-        "source": unique((one.get("dataset") or {}).get("source") for one in metadata),
-        "licence": unique((one.get("dataset") or {}).get("licence") for one in metadata),
+    found = training_facts(results.networks)
+    return found | {
         "exams": exams,
-        "networks": len(metadata),
-        "columns": unique(column for column, _ in results.networks),
-        "seeds": unique(one.get("seed") for one in metadata),
         "folds": results.content["folds"],
         "protocol": results.content["protocol"],
         "optimistic": results.content["protocol"] == "article",
         "recipes": results.content["recipes"],
-        "backbones": unique(a["backbone"] for a in arguments),
-        "pretrained": unique(one.get("pretrained") for one in metadata),
-        "augment": unique(a["augment"] for a in arguments),
-        "select": unique(a["select"] for a in arguments),
-        "differences": beyond_article(arguments[0]),
-        "machines": unique(one.get("machine") for one in metadata),
-        "precision": unique(one.get("precision") for one in metadata),
-        "commits": unique([*(one.get("git") for one in metadata), results.content["git"]]),
+        "commits": unique([*found["commits"], results.content["git"]]),
         "versions": results.content["versions"],
         "minutes": sum(times) / 60 if len(times) == len(metadata) else None,
     }
@@ -312,9 +325,18 @@ def with_interval(row, name="auc"):
     """A figure with its interval, of a row of results or of an Interval."""
     if row is None:
         return "–"
+    return Markup("{} [{}, {}]").format(*map(number, interval_of(row, name)))
+
+
+def plain_interval(row, name="auc"):
+    """`with_interval` without tags."""
+    return "–" if row is None else "{:.3f} [{:.3f}, {:.3f}]".format(*interval_of(row, name))
+
+
+def interval_of(row, name):
+    """Value, low and high of a row of results, or of an Interval."""
     keys = (name, f"{name}_low", f"{name}_high")
-    value, low, high = (row[key] for key in keys) if isinstance(row, dict) else row
-    return Markup("{} [{}, {}]").format(*map(number, (value, low, high)))
+    return [row[key] for key in keys] if isinstance(row, dict) else row
 
 
 def plain_markdown(text):
@@ -332,6 +354,7 @@ def environment():
         lstrip_blocks=True,
     )
     made.filters |= {"number": number, "interval": with_interval, "md": plain_markdown}
+    made.filters["plain"] = plain_interval
     return made
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -9,8 +10,10 @@ import onnxruntime
 import pytest
 import torch
 from conftest import PLANES, assert_one_line_error, run_script
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+from common.model_card import subject_of_stack, write_card
 from tools import export
 
 
@@ -21,11 +24,10 @@ def exams_of(work, row):
 
 def test_onnxruntime_answers_as_the_stack_does(trained, tmp_path):
     work, _ = trained
-    out = tmp_path / "acl.onnx"
-    done = run_script("tools/export.py", work / "models/acl-stack.json", "--format", "onnx",
-                      "--out", out)  # fmt: skip
+    done = export_to(tmp_path / "acl", work / "models/acl-stack.json", "onnx")
     assert done.returncode == 0, done.stderr
     assert "5 sizes" in done.stdout
+    out = tmp_path / "acl" / "acl-stack.onnx"
     onnx.checker.check_model(onnx.load(out), full_check=True)
     session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
     assert [one.name for one in session.get_inputs()] == list(PLANES)
@@ -34,27 +36,90 @@ def test_onnxruntime_answers_as_the_stack_does(trained, tmp_path):
         rows = [row for row in csv.DictReader(file) if row["split"] == "valid"]
     found = [float(session.run(["probability"], exams_of(work, row))[0]) for row in rows]
     assert found == pytest.approx([float(row["stack"]) for row in rows], abs=1e-5)
+    card = ModelCard.load(tmp_path / "acl" / "README.md")
+    written = json.loads((work / "models/acl-results.json").read_text())["valid"]["stack"]
+    assert figures_of(card) == {
+        name: written[key]
+        for name, key in (("AUC", "auc"), ("sensitivity", "sensitivity"),
+                          ("specificity", "specificity"), ("Brier score", "brier"))
+    }  # fmt: skip
+    assert card.data.license == "other" and card.data.library_name == "onnx"
+    assert f"misses {written['fn']} of {written['positives']} positive" in card.text
+    for name in ("Intended use", "Data", "Training", "Figures", "Where it fails"):
+        assert f"## {name}" in card.text
+    for key in ("auc", "sensitivity", "specificity"):
+        words = [f"{written[key + end]:.3f}" for end in ("", "_low", "_high")]
+        assert "{} [{}, {}]".format(*words) in card.text
+
+
+def figures_of(card):
+    (result,) = card.data.to_dict()["model-index"]
+    (result,) = result["results"]
+    return {one["name"]: one["value"] for one in result["metrics"]}
+
+
+def export_to(out, model, form, *more):
+    return run_script("tools/export.py", model, "--format", form, "--out", out, *more)
 
 
 def test_safetensors_hold_the_weights(trained, tmp_path):
-    path = trained[0] / "models/acl-axial.pt"
-    out = tmp_path / "acl.safetensors"
-    done = run_script("tools/export.py", path, "--format", "safetensors", "--out", out)
+    path, out = trained[0] / "models/acl-axial.pt", tmp_path / "acl"
+    done = export_to(out, path, "safetensors")
     assert done.returncode == 0, done.stderr
-    weights, saved = load_file(out), torch.load(path, weights_only=True)
+    weights, saved = load_file(out / "model.safetensors"), torch.load(path, weights_only=True)
     assert weights.keys() == saved["model"].keys()
     assert all(torch.equal(weights[name], saved["model"][name]) for name in weights)
-    config = json.loads((tmp_path / "acl-config.json").read_text())
+    config = json.loads((out / "config.json").read_text())
     assert (config["task"], config["plane"]) == ("acl", "axial")
     assert config["preprocessing"]["mean"] == 58.09 and config["dataset"]["synthetic"] is True
+    card = ModelCard.load(out / "README.md")
+    rows = json.loads((trained[0] / "models/acl-results.json").read_text())["valid"]
+    assert figures_of(card)["AUC"] == rows["axial"]["auc"]
+    assert "synthetic-training" in card.data.tags and "says nothing" not in card.data.tags
+    assert "Trained on synthetic exams" in card.text and "acl-axial" in card.text
+    assert_one_line_error(export_to(out, path, "safetensors"), "exists", "--overwrite")
+    assert export_to(out, path, "safetensors", "--overwrite").returncode == 0
 
 
-def test_a_difference_is_an_error(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "to_onnx", lambda model, out: None)
+HOSTILE = '<script>alert(1)</script> "]: {x}\n---\n| #'
+
+
+def test_a_card_of_a_lone_network_with_a_hostile_name(trained, tmp_path):
+    saved = torch.load(trained[0] / "models/acl-axial.pt", weights_only=True)
+    saved["metadata"]["dataset"] |= {"name": HOSTILE, "licence": HOSTILE}
+    torch.save(saved, tmp_path / "acl-axial.pt")
+    done = export_to(tmp_path / "out", tmp_path / "acl-axial.pt", "safetensors")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "out" / "README.md").read_text()
+    card = ModelCard(text)
+    assert card.data.license_name == HOSTILE and "model-index" not in card.data.to_dict()
+    assert "<script>" not in card.text and "Not measured: no stack with this network" in card.text
+
+
+def test_a_card_of_a_stack_whose_results_are_lost(trained, tmp_path):
+    shutil.copytree(trained[0] / "models", tmp_path / "models")
+    (tmp_path / "models" / "acl-results.json").unlink()
+    subject = subject_of_stack(tmp_path / "models" / "acl-stack.json", "acl", ["article"])
+    write_card(subject, "onnx", "acl-stack.onnx", tmp_path / "README.md")
+    text = (tmp_path / "README.md").read_text()
+    assert "Not measured: " in text and "acl-results.json" in text.replace("\\", "")
+    assert "3 networks" in text and "TO DO" in text
+
+
+def test_a_difference_is_an_error_and_leaves_no_file(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **more: Program())
     monkeypatch.setattr(export, "largest_difference", lambda model, out: 2e-5)
     path = trained[0] / "models/acl-axial.pt"
-    done = run_script("tools/export.py", path, "--format", "onnx", "--out", tmp_path / "a.onnx")
-    assert_one_line_error(done, "a.onnx", "differs from torch", status=1)
+    done = export_to(tmp_path / "a", path, "onnx")
+    assert_one_line_error(done, "acl-axial.onnx", "differ from torch", status=1)
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+class Program:
+    """Stands in for an exported program."""
+
+    def save(self, path):
+        path.write_bytes(b"onnx")
 
 
 def test_what_is_missing_is_named(trained, tmp_path, monkeypatch):

@@ -1,8 +1,11 @@
 """Models for other programs: ONNX, or safetensors with config.json.
 
-    python -m tools.export models/acl-sagittal.pt --format onnx             # acl-sagittal.onnx
-    python -m tools.export models/acl-stack.json --format onnx              # three planes in one
-    python -m tools.export models/acl-sagittal.pt --format safetensors      # and -config.json
+    python -m tools.export models/acl-sagittal.pt --format onnx         # acl-sagittal-onnx/
+    python -m tools.export models/acl-stack.json --format onnx          # three planes in one
+    python -m tools.export models/acl-sagittal.pt --format safetensors  # and config.json
+
+Each export is a folder to pass on as it is: the model, and README.md, its card with data, licence,
+intended use, figures and failures, to be completed by the author.
 
 ONNX: preprocessing is inside. Each plane is an input of its name, uint8 (slices, height, width) of
 any size from the backbone's smallest on, in MRNet's orientation; the output is `probability`,
@@ -24,6 +27,7 @@ from common.config import ARTICLE
 from common.errors import InputError, RunError
 from common.exam_model import load_exam_model, load_stack_model
 from common.files import atomic, write_text
+from common.model_card import subject_of_network, subject_of_stack, write_card
 from common.stacking import stack_name
 from dataloader import MEAN, STD
 from model import BACKBONES, SMALLEST_SIDE
@@ -38,7 +42,8 @@ def parse_arguments():
     model = "a model that train.py wrote, or with onnx a <task>-stack.json"
     parser.add_argument("model", type=Path, help=model)
     parser.add_argument("--format", choices=NEEDED, required=True, help="what to write")
-    parser.add_argument("--out", type=Path, help="default: the model's name with another ending")
+    parser.add_argument("--out", type=Path, help="folder; default: the model's name and the format")
+    parser.add_argument("--overwrite", action="store_true", help="replace files in --out")
     return parser.parse_args()
 
 
@@ -52,12 +57,12 @@ def require(packages):
 
 
 def load(path):
-    """The ExamModel or StackModel of a file."""
+    """The ExamModel or StackModel of a file, and the Subject of its card."""
     if path.suffix != ".json":
-        return load_exam_model(path)
+        return load_exam_model(path), subject_of_network(path)
     task, _, rest = path.stem.partition(f"-{stack_name()}")
     recipes = rest.removeprefix("-").split("+") if rest else [ARTICLE]
-    return load_stack_model(path.parent, task, recipes)
+    return load_stack_model(path.parent, task, recipes), subject_of_stack(path, task, recipes)
 
 
 def random_exam(planes, size, seed):
@@ -67,7 +72,11 @@ def random_exam(planes, size, seed):
 
 
 def to_onnx(model, out):
-    """Write an ExamModel or StackModel as ONNX."""
+    """Write an ExamModel or StackModel as ONNX -> its largest difference from torch.
+
+    Raises:
+        RunError: onnxruntime answers otherwise; nothing is written.
+    """
     any_size = dict.fromkeys(range(3), torch.export.Dim.DYNAMIC)
     with atomic(out) as temporary:
         program = torch.onnx.export(
@@ -81,6 +90,10 @@ def to_onnx(model, out):
             verbose=False,
         )
         program.save(temporary)
+        difference = largest_difference(model, temporary)
+        if difference > TOLERANCE:
+            raise RunError(f"{out}: would differ from torch by {difference:.1g}; not written")
+    return difference
 
 
 @torch.inference_mode()
@@ -98,7 +111,8 @@ def largest_difference(model, path):
 
 
 def to_safetensors(path, out):
-    """Write the weights of a model of train.py, and beside them what they are: the path of this."""
+    """Write the weights of a model of train.py, and config.json beside them, which says what they
+    are."""
     from safetensors.torch import save_file
 
     network, metadata = load_model(path)
@@ -115,28 +129,29 @@ def to_safetensors(path, out):
         # A backbone that planes share stands in the file once for each of them.
         weights = {name: one.clone().contiguous() for name, one in network.state_dict().items()}
         save_file(weights, temporary, metadata={"format": "pt"})
-    about = out.with_name(f"{out.stem}-config.json")
-    write_text(about, json.dumps(config, indent=2) + "\n")
-    return about
+    write_text(out.with_name("config.json"), json.dumps(config, indent=2) + "\n")
 
 
 def run(args):
     """Export one model and compare what can be compared."""
     require(NEEDED[args.format])
-    out = args.out or args.model.with_suffix(f".{args.format}")
-    if args.format == "safetensors":
-        if args.model.suffix == ".json":
-            raise InputError(f"{args.model}: a stack has no weights of this form; --format onnx")
-        print(f"configuration  {to_safetensors(args.model, out)}\nweights        {out}")
-        return
-    model = load(args.model)
-    to_onnx(model, out)
-    difference = largest_difference(model, out)
-    if difference > TOLERANCE:
-        raise RunError(f"{out}: differs from torch by {difference:.1g}; do not use it")
-    size = out.stat().st_size / 1e6
-    print(f"onnx  {out}  {size:.1f} MB, {', '.join(model.planes)}; differs from torch by at most "
-          f"{difference:.1g} over {len(SIZES)} sizes")  # fmt: skip
+    if args.format == "safetensors" and args.model.suffix == ".json":
+        raise InputError(f"{args.model}: a stack has no weights of this form; --format onnx")
+    out = args.out or args.model.with_name(f"{args.model.stem}-{args.format}")
+    if out.exists() and not args.overwrite:
+        raise InputError(f"{out}: exists; give another folder as --out, or --overwrite")
+    model, subject = load(args.model)
+    is_onnx = args.format == "onnx"
+    file = out / (f"{args.model.stem}.onnx" if is_onnx else "model.safetensors")
+    about = ", ".join(model.planes)
+    if is_onnx:
+        difference = to_onnx(model, file)
+        about += f"; differs from torch by at most {difference:.1g} over {len(SIZES)} sizes"
+    else:
+        to_safetensors(args.model, file)
+    write_card(subject, "onnx" if is_onnx else "pytorch", file.name, out / "README.md")
+    print(f"model  {file}  {file.stat().st_size / 1e6:.1f} MB, {about}")
+    print(f"card   {out / 'README.md'}  complete what is marked TO DO before you pass it on")
 
 
 if __name__ == "__main__":

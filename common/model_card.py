@@ -1,0 +1,136 @@
+"""The card that goes with an exported model: README.md with its block of metadata.
+
+What the training recorded is filled in, what only the author knows is marked TO DO. The sections
+are those of Mitchell et al., Model Cards for Model Reporting, 2019 (arXiv 1810.03993); the block of
+metadata is the one that Hugging Face's hub reads.
+"""
+
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from common import cli
+from common.checkpoint import column_name, digest_of, load_model
+from common.errors import InputError, one_line
+from common.explain_page import NOTICE
+from common.files import write_text
+from common.report import (
+    STACK,
+    environment,
+    facts_of,
+    read_columns,
+    subgroups_of,
+    training_facts,
+    unique,
+)
+from common.results import END, read_results
+from common.stacking import load_stack, start_of_results
+
+
+class Subject(NamedTuple):
+    """What a card is about."""
+
+    name: str  # of the model, such as "acl-axial"
+    task: str
+    networks: list  # (column, metadata) of each network in it
+    column: str  # of the results' rows: of one network, or "stack"
+    results: object  # results.Results of the stack that it is part of, or None
+    why_not: str  # why there are no results
+
+
+def subject_of_network(path):
+    """The Subject of a model that train.py wrote; its figures are those of a stack that has it."""
+    _, metadata = load_model(path)
+    column = column_name(metadata["plane"], metadata["recipe"])
+    about = (path.stem, metadata["task"], [(column, metadata)], column)
+    why = "no stack with this network beside it (train_logistic_regression.py)"
+    for place in sorted(path.parent.glob(f"{metadata['task']}*{END}")):
+        try:
+            results = read_results(place)
+        except InputError as error:
+            why = one_line(error)
+            continue
+        if results.stack["digests"].get(path.name) == digest_of(path):
+            return Subject(*about, results, "")
+    return Subject(*about, None, why)
+
+
+def subject_of_stack(path, task, recipes):
+    """The Subject of a task's stack."""
+    try:
+        results = read_results(Path(start_of_results(path.parent, task, recipes) + END))
+        return Subject(path.stem, task, results.networks, STACK, results, "")
+    except InputError as error:
+        why = one_line(error)
+    columns = load_stack(path.parent, task, recipes)["base_models"]
+    networks = [
+        (column, load_model(path.parent / name)[1])
+        for column, names in columns.items()
+        for name in names
+    ]
+    return Subject(path.stem, task, networks, STACK, None, why)
+
+
+def write_card(subject, library, file, out):
+    """Write a model card.
+
+    Args:
+        subject: Subject.
+        library: "onnx" or "pytorch".
+        file: name of the model's file beside the card.
+        out: path.
+    """
+    results, facts = subject.results, training_facts(subject.networks)
+    context = {
+        "name": subject.name,
+        "task": subject.task,
+        "library": library,
+        "file": file,
+        "is_stack": subject.column == STACK,
+        "planes": unique(p for _, m in subject.networks for p in m["plane"].split("+")),
+        "orientation": orientation_of(subject.networks),
+        "recipes": unique(metadata["recipe"] for _, metadata in subject.networks),
+        "facts": facts,
+        "exams": None,
+        "row": None,
+        "why_not": subject.why_not,
+        "notice": NOTICE,
+        "made": f"{datetime.now():%Y-%m-%d %H:%M}, commit {cli.git_sha()}",
+    }
+    if results:
+        whole = facts_of(results)
+        subgroups = []
+        if subject.column == STACK:
+            subgroups, _ = subgroups_of(results, read_columns(results.data_dir, None))
+        context |= {
+            "exams": whole["exams"],
+            "protocol": whole["protocol"],
+            "optimistic": whole["optimistic"],
+            "row": results.rows[subject.column],
+            "of_several": sum(column == subject.column for column, _ in results.networks),
+            "worst": worst_of(results, subject.column),
+            "subgroups": subgroups,
+            "caveats": [line.lstrip("* ") for line in results.content["caveats"]],
+        }
+    write_text(out, environment().get_template("model_card.md").render(context))
+
+
+def orientation_of(networks):
+    """{plane: letters} that the networks' data sets recorded."""
+    found = {}
+    for _, metadata in networks:
+        for plane, letters in ((metadata.get("dataset") or {}).get("orientation") or {}).items():
+            if plane in metadata["plane"].split("+"):
+                found[plane] = letters
+    return found
+
+
+def worst_of(results, column):
+    """{"missed": lowest probability of a miss, "alarm": highest of a false alarm}, None without."""
+    scores, threshold = results.scores[column], results.rows[column]["threshold"]
+    missed = scores[(results.labels == 1) & (scores < threshold)]
+    alarms = scores[(results.labels == 0) & (scores >= threshold)]
+    return {
+        "missed": float(missed.min()) if len(missed) else None,
+        "alarm": float(alarms.max()) if len(alarms) else None,
+    }
