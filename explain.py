@@ -1,25 +1,41 @@
 """Show the class activation maps of an exam: a page for the browser, a sheet, an animation.
 
     python explain.py data/phantom --exam 207 --task acl --out report
-    python explain.py ~/scans/knee7.zip --task acl --out report         # DICOM
+    python explain.py ~/scans/knee7.zip --out report              # DICOM; every saved finding
+    python explain.py data/phantom --all --task acl --out report  # an index over a page each
 
-Writes OUT/<exam>-<task>.html (one file, opens without a server or a network), .png (the slices that
-count most) and .gif (all slices). The maps are exact: summed over all slices, plus the bias, they
-are the logit (MRNet.heat_maps). Research use only, not a medical device.
+Writes OUT/<exam>-<task>.html (one file, opens without a server or a network, a tab for each task),
+.png (the slices that count most) and .gif (all slices). With --all it writes OUT/index.html, to
+sort and filter the exams by probability and error, and a page for each; a second run goes on where
+the first one stopped. The maps are exact: summed over all slices, plus the bias, they are the logit
+(MRNet.heat_maps). Research use only, not a medical device.
 """
 
+import sys
 import time
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
 
 from common import cli
+from common.answering import Options, load_tasks, model_of, open_fit_exams
 from common.devices import pick_device, pick_precision
-from common.errors import InputError, RunError
-from common.exams import open_exams, read_planes, refuse_unfit
+from common.errors import InputError, RunError, one_line
+from common.exams import FolderExams
+from common.explain_index import INDEX, Rows, labels_beside, make_index, page_name, write_exam
 from common.explain_page import FRAME_SECONDS, NOTICE, animation, contact_sheet, headline, make_page
-from common.explanation import explain_planes
+from common.explanation import explain_exam
 from common.files import write_text
-from common.stacking import decide, load_task
+
+
+class Output(NamedTuple):
+    """Where files go."""
+
+    folder: Path
+    overwrite: bool
+    dicom: Path | None  # folder of DICOM results
 
 
 def parse_arguments():
@@ -31,13 +47,33 @@ def parse_arguments():
         metavar="EXAM",
         help="one exam's .npy files, a folder or zip of DICOM or NIfTI, or a data folder",
     )
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--exam", help="which one, where EXAM holds several: 207, valid/0207, a DICOM exam's folder"
     )
-    parser.add_argument("--task", required=True, help="the finding to explain")
+    which.add_argument(
+        "--all",
+        action="store_true",
+        help="every exam, with an index over their pages; about a second and 1 MB an exam",
+    )
+    parser.add_argument(
+        "--task",
+        action="append",
+        help="the finding to explain; may be repeated; without it, every task with a saved model",
+    )
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write to")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace files of the same name in --out"
+        "--overwrite",
+        action="store_true",
+        help="replace files of the same name in --out; with --all, explain every exam again",
+    )
+    parser.add_argument(
+        "--dicom",
+        type=Path,
+        metavar="FOLDER",
+        help="of an exam from DICOM: also write its heat maps as a series of the same study, and "
+        "its probabilities as a structured report, to FOLDER/<exam>. They hold the patient's name "
+        "and number, as the study does (pip install -r requirements-dicom.txt)",
     )
     cli.add_exam_arguments(parser)
     machine = parser.add_argument_group("machine")
@@ -90,49 +126,146 @@ def check_overwrite(paths, exam, overwrite):
             )
 
 
-def run(args):
-    """Explain one exam and write the three files."""
-    device = pick_device(args.device)
-    precision = pick_precision(args.precision, device)
-    models = load_task(args.models_dir, args.task, device, args.recipes)
-    with open_exams(args.exams, args.plane, datasets=models.datasets) as exams:
-        refuse_unfit(models, exams.datasets, args.allow_synthetic)
-        exam = exams.load(pick_exam(exams, args.exam, args.exams[0]))
-        began = time.perf_counter()
-        volumes, unusable = read_planes(exam, models)
-        explained, logits = explain_planes(models, volumes, device, precision)
-    if not explained:
-        have = ", ".join(models.networks) or "no plane"
-        why = next(iter(unusable.values()), f"no volume of a plane with a {models.task} model")
-        raise InputError(f"exam {exam.name}: {why} (models: {have})")
-    path = args.out / f"{exam.name}-{models.task}"
-    page, sheet, gif = (path.with_name(path.name + end) for end in (".html", ".png", ".gif"))
-    check_overwrite((page, sheet, gif), exam, args.overwrite)
-    decision = None
-    if models.stack and (args.partial or not unusable):
-        decision = decide(models.stack, volumes, logits)
-    title = headline(exam, models, explained, decision)
-    print(title)
-    for dataset in models.datasets or [None]:
-        print(f"trained on {cli.describe_dataset(dataset)}")
+# --- one exam -------------------------------------------------------------------------------------
+
+
+def explain_one(exam, tasks, output, options):
+    """Write the page of an exam, and a sheet and an animation for each task."""
+    began = time.perf_counter()
+    findings = explain_exam(exam, tasks, *options)
+    shown = [finding for finding in findings if finding.planes]
+    if not shown:
+        raise InputError(f"exam {exam.name}: {why_not(findings)}")
+    page = output.folder / page_name(exam, findings)
+    starts = [output.folder / f"{exam.name}-{finding.task}" for finding in shown]
+    pictures = [start.with_name(start.name + end) for start in starts for end in (".png", ".gif")]
+    check_overwrite((page, *pictures), exam, output.overwrite)
+    for finding in shown:
+        print(headline(exam, finding))
+        for dataset in finding.models.datasets or [None]:
+            print(f"trained on {cli.describe_dataset(dataset)}")
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
+        output.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{args.out}: {error.strerror}; give another folder as --out") from None
-    write_text(page, make_page(exam, models, explained, decision, unusable))
-    slices = sum(len(one.volume) for one in explained.values())
-    seconds = time.perf_counter() - began
-    size = page.stat().st_size / 1e6
+        why = f"{output.folder}: {error.strerror}; give another folder as --out"
+        raise InputError(why) from None
+    write_text(page, make_page(exam, shown))
+    slices = sum(len(one.volume) for one in shown[0].planes.values())
+    seconds, size = time.perf_counter() - began, page.stat().st_size / 1e6
     print(f"page       {page}  {size:.2f} MB, {slices} slices, {seconds:.1f} s")
-    contact_sheet(explained, title).savefig(sheet, dpi=100)
+    for finding, start in zip(shown, starts, strict=True):
+        write_pictures(finding, headline(exam, finding), start)
+    if output.dicom:
+        write_dicom(exam, shown, model_of(tasks, options), output.dicom)
+    print(NOTICE)
+    refuse_unusable(exam, findings)
+
+
+def write_dicom(exam, findings, model, folder):
+    """An exam's heat maps and probabilities as DICOM, beside its own study."""
+    for path, count in dicom_results().write_results(exam, findings, model, folder):
+        print(f"DICOM      {path}  {count} files" if count > 1 else f"DICOM      {path}")
+
+
+def dicom_results():
+    """The module that writes DICOM, which only some installations can.
+
+    Raises:
+        InputError: a package is missing.
+    """
+    try:
+        from common import dicom_results
+    except ImportError as error:
+        raise InputError(
+            f"--dicom: {error.name} is missing; pip install -r requirements-dicom.txt"
+        ) from None
+    return dicom_results
+
+
+def write_pictures(finding, title, start):
+    """START.png, the slices that add most, and START.gif, all slices."""
+    sheet, gif = (start.with_name(start.name + end) for end in (".png", ".gif"))
+    contact_sheet(finding.planes, title).savefig(sheet, dpi=100)
     print(f"sheet      {sheet}")
-    first, *others = animation(explained, title)
+    first, *others = animation(finding.planes, title)
     first.save(gif, save_all=True, append_images=others, duration=1000 * FRAME_SECONDS, loop=0)
-    print(f"animation  {gif}\n{NOTICE}")
-    if unusable:
-        reasons = "; ".join(f"{plane}: {why}" for plane, why in unusable.items())
-        done = "left out of the decision" if decision else "so there is no decision (--partial)"
-        raise RunError(f"exam {exam.name}: {reasons}; {done}")
+    print(f"animation  {gif}")
+
+
+def why_not(findings):
+    """Why no task has an answer about an exam."""
+    for finding in findings:
+        for why in finding.unusable.values():
+            return why
+    have = ", ".join(sorted({plane for f in findings for plane in f.models.planes})) or "no plane"
+    names = " or ".join(finding.task for finding in findings)
+    return f"no volume of a plane with a {names} model (models: {have})"
+
+
+def refuse_unusable(exam, findings):
+    """Raise RunError where a plane that was there could not be used."""
+    reasons = {plane: why for finding in findings for plane, why in finding.unusable.items()}
+    if reasons:
+        decided = any(finding.decision for finding in findings)
+        done = "left out of the decision" if decided else "so there is no decision (--partial)"
+        words = "; ".join(f"{plane}: {why}" for plane, why in reasons.items())
+        raise RunError(f"exam {exam.name}: {words}; {done}")
+
+
+# --- all exams ------------------------------------------------------------------------------------
+
+
+def explain_all(exams, tasks, output, options):
+    """A page for every exam, and the index over them; what is there already stays."""
+    began, out, model = time.perf_counter(), output.folder, model_of(tasks, options)
+    labels = labels_beside(exams, tasks)
+    rows = Rows(out, [models.task for models in tasks], model, output.overwrite)
+    new, failed = 0, 0
+    try:
+        for exam in cli.progress(exams.each(rows.inputs), "explain", total=len(exams)):
+            if exam.unchanged:
+                continue
+            new += 1
+            findings = explain_exam(exam, tasks, *options)
+            # A converted exam's name is a hash; its folder's name may say who it is.
+            folder = exam.source if isinstance(exams, FolderExams) else ""
+            if output.dicom and any(finding.planes for finding in findings):
+                write_dicom(exam, [one for one in findings if one.planes], model, output.dicom)
+            rows.add(row := write_exam(exam, findings, model, out, Path(folder)))
+            if row.error:
+                failed += 1
+                name = "/".join(exam.key).lstrip("/")
+                tqdm.write(f"error: {one_line(name)}: {one_line(row.error)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        words = f"{len(rows.rows)} exams are in {out / INDEX}; the same command goes on"
+        raise KeyboardInterrupt(words) from None
+    finally:
+        done = rows.finish(exams)
+        write_text(out / INDEX, make_index(done, tasks, labels, len(exams) - len(done)))
+    kept = f", {len(done) - new} were there" if len(done) > new else ""
+    seconds = time.perf_counter() - began
+    print(f"index      {out / INDEX}  {new} exams explained{kept}, {seconds:.1f} s\n{NOTICE}")
+    if exams.fault:
+        raise RunError(f"{exams.fault}; {failed} exams without an answer")
+    if failed or exams.failed:
+        raise RunError(f"{failed} exams and {exams.failed} files could not be used, named above")
+
+
+def run(args):
+    """Explain one exam, or all of them."""
+    device = pick_device(args.device)
+    options = Options(device, pick_precision(args.precision, device), args.partial)
+    tasks = load_tasks(args.models_dir, args.task, device, args.recipes)
+    output = Output(args.out, args.overwrite, args.dicom)
+    with open_fit_exams(args.exams, args.plane, tasks, args.allow_synthetic) as exams:
+        if args.dicom:
+            dicom_results()  # what is missing is said before the work
+            exams.ask_origin()
+        if args.all:
+            explain_all(exams, tasks, output, options)
+        else:
+            exam = exams.load(pick_exam(exams, args.exam, args.exams[0]))
+            explain_one(exam, tasks, output, options)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ Memory stays constant: what is kept of an exam is its name. Research use only, n
 """
 
 import csv
-import hashlib
 import io
 import json
 import re
@@ -27,15 +26,15 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from tqdm import tqdm
 
 from common import cli, engine
+from common.answering import Options, load_tasks, model_of, open_fit_exams
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, one_line
-from common.exams import open_exams, read_planes, refuse_unfit
+from common.exams import read_planes
 from common.files import atomic
-from common.stacking import decide, load_task, saved_tasks
+from common.stacking import decide
 from common.submission import read_sample, write_submission
 from dataloader import PLANES
 
@@ -181,15 +180,6 @@ def as_row(line):
     return dict(zip(COLUMNS, *csv.reader([line]), strict=True))
 
 
-class Options(NamedTuple):
-    """How exams are answered, beside the models."""
-
-    device: torch.device
-    precision: str  # "fp32" or "bf16"
-    partial: bool  # also decide where a plane cannot be used
-    jsonl: bool  # rows of JSON, not CSV
-
-
 class Saved(NamedTuple):
     """Position of one exam's rows in a file of predictions, in bytes."""
 
@@ -283,19 +273,13 @@ def open_output(path, resume):
         ) from None
 
 
-def model_of(tasks, options):
-    """Hash of all that an answer depends on but the exam: networks, stacks, options, hardware."""
-    words = [options.precision, options.device.type, str(options.partial)]
-    text = " ".join([*(models.digest for models in tasks), *words])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def predict_all(exams, tasks, saved, file, options):
+def predict_all(exams, tasks, saved, file, options, jsonl):
     """Write the rows of every exam that `saved` has not.
 
     Args:
         saved: {(source, name): Saved}, brought up to date.
         file: text, at its end.
+        jsonl: rows of JSON, not CSV.
 
     Returns:
         Counter: exams "predicted", "kept" as they were, "failed" (not all planes could be used),
@@ -316,7 +300,7 @@ def predict_all(exams, tasks, saved, file, options):
             tqdm.write(f"error: {name}: {errors[0]}", file=sys.stderr)
         counts["predicted"] += 1
         counts["slices"] += slices
-        text = "".join(as_text(row | {"model": model}, options.jsonl) for row in rows)
+        text = "".join(as_text(row | {"model": model}, jsonl) for row in rows)
         file.write(text)
         file.flush()
         begin, place = place, place + len(text.encode())
@@ -334,23 +318,19 @@ def run(args):
         sample = read_sample(args.submission)
         args.task, args.partial = sample.tasks, True
         args.out = args.out.with_name(f"{args.out.stem}-rows.csv")
-    options = Options(device, precision, args.partial, args.jsonl)
+    options = Options(device, precision, args.partial)
     # Pipelines get rows and nothing else.
     to_stdout = str(args.out) == "-"
     log = partial(print, file=sys.stderr if to_stdout else sys.stdout)
-    recipes = args.recipes
-    names = sorted(set(args.task)) if args.task else saved_tasks(args.models_dir, recipes)
-    tasks = [load_task(args.models_dir, name, device, recipes) for name in names]
+    tasks = load_tasks(args.models_dir, args.task, device, args.recipes)
     saved = {}
     if args.resume:
+        names = [models.task for models in tasks]
         saved = saved_exams(args.out, names, model_of(tasks, options), args.jsonl)
     if not to_stdout and args.out.exists() and not (args.resume or args.overwrite):
         raise InputError(f"{args.out}: exists; --resume continues it, --overwrite replaces it")
     header = "" if args.jsonl else csv_line(COLUMNS)
-    datasets = [dataset for models in tasks for dataset in models.datasets]
-    with open_exams(args.exams, args.plane, log, datasets) as exams:
-        for models in tasks:
-            refuse_unfit(models, exams.datasets, args.allow_synthetic)
+    with open_fit_exams(args.exams, args.plane, tasks, args.allow_synthetic, log) as exams:
         with nullcontext(sys.stdout) if to_stdout else open_output(args.out, args.resume) as file:
             if not to_stdout:
                 cli.print_start_up(vars(args), device, precision)
@@ -360,7 +340,7 @@ def run(args):
                 file.write(header)
             began = time.perf_counter()
             try:
-                counts = predict_all(exams, tasks, saved, file, options)
+                counts = predict_all(exams, tasks, saved, file, options, args.jsonl)
             except KeyboardInterrupt:
                 if to_stdout:
                     raise

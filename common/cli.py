@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import functools
 import importlib.metadata
 import math
 import os
@@ -179,6 +180,7 @@ def probability(text):
 # --- what is printed ------------------------------------------------------------------------------
 
 
+@functools.cache
 def git_sha():
     """Commit of the code, "+" appended when files differ from it; "unknown" outside git."""
     git = ["git", "-C", str(Path(__file__).parent)]

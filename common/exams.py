@@ -40,6 +40,7 @@ class Exam(NamedTuple):
     unusable: dict  # plane -> why, of those that were there, or may have been, and cannot be used
     input: str  # hash of the files that it is made of
     unchanged: bool = False  # `input` is the one that was known, and nothing was converted
+    origin: dict | str | None = None  # as data/dicom/origin.py describes it, or why not, if asked
 
     @property
     def key(self):
@@ -64,14 +65,26 @@ class FolderExams:
     def __iter__(self):
         """(source, name) of each exam, in order."""
         for folder, names in self.names.items():
-            source = folder.relative_to(self.root).as_posix()
             for name in names:
-                yield "" if source == "." else source, name
+                yield self.source_of(folder), name
+
+    def source_of(self, folder):
+        """A folder of plane folders, relative to the root; "" for that itself."""
+        source = folder.relative_to(self.root).as_posix()
+        return "" if source == "." else source
 
     @property
     def datasets(self):
         """What the exams are: dataset.json's content of each folder, None where there is none."""
         return [dataset_of(folder) for folder in self.names]
+
+    def ask_origin(self):
+        """Have each Exam say where it comes from.
+
+        Raises:
+            InputError: these are .npy files, which do not know it.
+        """
+        raise InputError(f"{self.root}: .npy files belong to no DICOM study; leave out --dicom")
 
     def load(self, key, unless=None):
         """The Exam of a (source, name); unchanged if its `input` is `unless`."""
@@ -93,8 +106,11 @@ class FolderExams:
 class FilesExam(FolderExams):
     """One exam, of one to three .npy files."""
 
+    names = {}  # no folder of plane folders
+
     def __init__(self, paths, plane=None):
         self.name, self.paths = exam_of_files(paths, plane)
+        self.root = paths[0]
 
     def __len__(self):
         return 1
@@ -213,6 +229,7 @@ class DicomExams:
 
     def __init__(self, source, folder, log, preparation):
         self.source, self.folder, self.log = source, Path(folder), log
+        self.wants_origin = False  # each exam shall say where it comes from
         self.datasets = [FROM_DICOM | preparation]
         self.fault = None  # why exams could not be converted at all, such as a full disk
         importer = ROOT / "data" / ("rsna" if is_rsna(source) else "dicom") / "prepare.py"
@@ -236,13 +253,18 @@ class DicomExams:
     def __iter__(self):
         return iter(self.listed)
 
+    def ask_origin(self):
+        """Have each Exam say where it comes from."""
+        self.wants_origin = True
+
     def print_lines(self, lines):
         for stream, text in lines:
             print(text, file=sys.stderr) if stream == "stderr" else self.log(text)
 
     def request(self, key, unless=None):
+        words = {"exam": key[1], "unless": unless, "origin": self.wants_origin}
         try:
-            self.process.stdin.write(json.dumps({"exam": key[1], "unless": unless}) + "\n")
+            self.process.stdin.write(json.dumps(words) + "\n")
             self.process.stdin.flush()
         except OSError:
             pass  # the importer has ended: `receive` reports it
@@ -278,7 +300,7 @@ class DicomExams:
         paths = {
             plane: Path(reply["planes"][plane]) for plane in PLANES if plane in reply["planes"]
         }
-        return Exam(name, source, paths, reply["unusable"], reply["input"])
+        return Exam(name, source, paths, reply["unusable"], reply["input"], origin=reply["origin"])
 
     def load(self, key):
         """The Exam of a (source, name), converted."""

@@ -36,48 +36,76 @@ def jpeg(pixels, side=LARGEST_SIDE, quality=JPEG_QUALITY):
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
-def make_page(exam, models, explained, decision, unusable):
-    """The HTML page as text. Everything that varies is JSON, and is put in as text by the page."""
-    planes = [
-        {
-            "plane": title,
-            "probability": one.probability,
-            "logit": one.logit,
-            "others": one.others if one.is_joint else None,
-            "bias": one.bias,
-            "of": "; ".join(dict.fromkeys(one.networks)),
-            "networks": len(one.networks),
-            "cell": BACKBONES[one.backbone][2:4],
-            "height": one.volume.shape[1],
-            "width": one.volume.shape[2],
-            "cells": one.maps.shape[1:],
-            "scale": one.scale,
-            "maps": base64.b64encode(one.maps.astype("<f4").tobytes()).decode(),
-            "sums": one.slice_sums.tolist(),
-            "slices": [jpeg(image) for image in one.volume],
-        }
-        for title, one in explained.items()
-    ]
+def make_page(exam, findings):
+    """The HTML page as text. Everything that varies is JSON, and is put in as text by the page.
+
+    Args:
+        exam: exams.Exam.
+        findings: list of explanation.Finding, each with planes; one tab each.
+    """
+    images = {}
+    for finding in findings:
+        for title, one in finding.planes.items():
+            images.setdefault(title.split()[0], one.volume)
     content = {
         "exam": exam.name,
-        "task": models.task,
         "input": exam.input,
         "source": exam.source,
-        "decision": decision._asdict() if decision else None,
-        "unusable": unusable,
-        "synthetic": models.is_synthetic,
-        "trained_on": [cli.describe_dataset(dataset) for dataset in models.datasets or [None]],
-        "thresholds": (models.stack or {}).get("thresholds", ""),
-        "missing": [p for p in PLANES if all(t.split()[0] != p for t in explained)],
-        "planes": planes,
+        "images": {
+            plane: {
+                "height": volume.shape[1],
+                "width": volume.shape[2],
+                "slices": [jpeg(image) for image in volume],
+            }
+            for plane, volume in images.items()
+        },
+        "findings": [describe_finding(finding) for finding in findings],
         "opacity": OPACITY,
         "colours": heat_colours().ravel().tolist(),
         "made": f"{datetime.now():%Y-%m-%d %H:%M}, commit {cli.git_sha()}",
     }
+    title = f"{', '.join(finding.task for finding in findings)}, exam {exam.name}"
+    return fill(PAGE, title, content)
+
+
+def describe_finding(finding):
+    """A Finding as the page has it: plain values, the maps in base64."""
+    models = finding.models
+    return {
+        "task": finding.task,
+        "decision": finding.decision._asdict() if finding.decision else None,
+        "unusable": finding.unusable,
+        "synthetic": models.is_synthetic,
+        "trained_on": [cli.describe_dataset(dataset) for dataset in models.datasets or [None]],
+        "thresholds": (models.stack or {}).get("thresholds", ""),
+        "missing": [p for p in PLANES if all(t.split()[0] != p for t in finding.planes)],
+        "planes": [
+            {
+                "plane": title,
+                "image": title.split()[0],
+                "probability": one.probability,
+                "logit": one.logit,
+                "others": one.others if one.is_joint else None,
+                "bias": one.bias,
+                "of": "; ".join(dict.fromkeys(one.networks)),
+                "networks": len(one.networks),
+                "cell": BACKBONES[one.backbone][2:4],
+                "cells": one.maps.shape[1:],
+                "scale": one.scale,
+                "maps": base64.b64encode(one.maps.astype("<f4").tobytes()).decode(),
+                "sums": one.slice_sums.tolist(),
+            }
+            for title, one in finding.planes.items()
+        ],
+    }
+
+
+def fill(page, title, content):
+    """A page with {{title}}, {{notice}} and {{data}}, which becomes `content` as JSON."""
     # "<" would let a name end the script element that the JSON stands in.
     data = json.dumps(content).replace("<", "\\u003c")
-    title = html.escape(f"{models.task}, exam {exam.name}")
-    return PAGE.replace("{{title}}", title).replace("{{notice}}", NOTICE).replace("{{data}}", data)
+    page = page.replace("{{title}}", html.escape(title)).replace("{{notice}}", NOTICE)
+    return page.replace("{{data}}", data)
 
 
 PAGE = Path(__file__).with_name("explain.html").read_text(encoding="utf-8")
@@ -86,14 +114,13 @@ PAGE = Path(__file__).with_name("explain.html").read_text(encoding="utf-8")
 # --- sheet and animation --------------------------------------------------------------------------
 
 
-def headline(exam, models, explained, decision):
+def headline(exam, finding):
     """One line with the probabilities."""
-    warning = f"{SYNTHETIC_ONLY} " if models.is_synthetic else ""
-    probabilities = {title.split(" of ")[-1]: one.probability for title, one in explained.items()}
-    results = ", ".join(f"{name} {value:.2f}" for name, value in probabilities.items())
-    if decision:
-        results += ", stack {:.2f}, threshold {:.2f}: {}".format(*decision)
-    return f"{warning}{models.task}, exam {exam.name}: {results}"
+    warning = f"{SYNTHETIC_ONLY} " if finding.models.is_synthetic else ""
+    results = ", ".join(f"{name} {value:.2f}" for name, value in finding.probabilities.items())
+    if finding.decision:
+        results += ", stack {:.2f}, threshold {:.2f}: {}".format(*finding.decision)
+    return f"{warning}{finding.task}, exam {exam.name}: {results}"
 
 
 def contact_sheet(explained, title):

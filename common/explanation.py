@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from common.engine import sigmoid
+from common.exams import read_planes
+from common.stacking import Decision, TaskModels, decide
 from model import BACKBONES, regrid
 
 
@@ -103,3 +105,40 @@ def explain_planes(models, volumes, device, precision):
         of = "" if len(planes) == 1 else f" of {'+'.join(planes)}"
         explained |= {f"{plane}{of}": one for plane, one in found.items()}
     return explained, logits
+
+
+class Finding(NamedTuple):
+    """What the networks of one task say about an exam, and where they saw it."""
+
+    models: TaskModels
+    planes: dict  # {title: PlaneMaps} of `explain_planes`; empty where there is no answer
+    decision: Decision | None
+    unusable: dict  # {plane: why not}, of planes that were there
+
+    @property
+    def task(self):
+        return self.models.task
+
+    @property
+    def probabilities(self):
+        """{plane or planes that a network joins: probability}."""
+        return {title.split(" of ")[-1]: one.probability for title, one in self.planes.items()}
+
+
+def explain_exam(exam, tasks, device, precision, partial=False):
+    """The Finding of each task.
+
+    Args:
+        exam: exams.Exam.
+        tasks: list of stacking.TaskModels.
+        partial: also decide where a plane cannot be used.
+    """
+    findings, read = [], {}
+    for models in tasks:
+        volumes, unusable = read_planes(exam, models, read)
+        explained, logits = explain_planes(models, volumes, device, precision)
+        decision = None
+        if explained and models.stack and (partial or not unusable):
+            decision = decide(models.stack, volumes, logits)
+        findings.append(Finding(models, explained, decision, unusable))
+    return findings

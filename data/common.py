@@ -75,6 +75,18 @@ def window(grey, file):
     return np.clip(grey, 0, 255, out=grey)
 
 
+def square_grid(height, width, square="pad", field_of_view=None):
+    """How `to_square` lays a slice on its square; arguments as there.
+
+    Returns:
+        Rows and columns that the whole slice is resampled to, and which of them are the square's
+        first row and column: below 0 where the slice is smaller and gets a margin.
+    """
+    pixel = (field_of_view or (max if square == "pad" else min)(height, width)) / SIDE
+    height, width = max(1, round(height / pixel)), max(1, round(width / pixel))
+    return height, width, (height - SIDE) // 2, (width - SIDE) // 2
+
+
 def to_square(grey, height, width, square="pad", field_of_view=None):
     """Slices with square pixels on a square: float32 (s, H, W) 0..255 -> uint8 (s, SIDE, SIDE).
 
@@ -84,9 +96,7 @@ def to_square(grey, height, width, square="pad", field_of_view=None):
         field_of_view: side of what is kept, in the unit of `height`, instead: a pixel is then the
             same size in every exam.
     """
-    pixel = (field_of_view or (max if square == "pad" else min)(height, width)) / SIDE
-    height, width = max(1, round(height / pixel)), max(1, round(width / pixel))
-    top, left = (height - SIDE) // 2, (width - SIDE) // 2
+    height, width, top, left = square_grid(height, width, square, field_of_view)
     inside = (slice(max(0, top), top + SIDE), slice(max(0, left), left + SIDE))
     out = np.zeros((len(grey), SIDE, SIDE), np.uint8)
     for image, to in zip(grey, out, strict=True):

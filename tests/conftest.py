@@ -5,6 +5,7 @@ import importlib
 import io
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -127,3 +128,19 @@ def assert_one_line_error(done, *words, status=2):
     assert len(lines) == 1, done.stderr
     for word in words:
         assert str(word) in lines[0]
+
+
+@pytest.fixture(scope="session")
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("needs chromium and chromedriver on the PATH")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1400,1100"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield driver
+    driver.quit()

@@ -398,8 +398,10 @@ def stop_at_step(monkeypatch, number):
 
 
 def page_content(path):
-    """The data of a page of explain.py."""
-    return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text(), re.S)[1])
+    """What a page of explain.py says of its only finding."""
+    content = json.loads(re.search(r'id="data">(.*?)</script>', path.read_text(), re.S)[1])
+    (finding,) = content["findings"]
+    return finding
 
 
 MORE = ("--augment", "strong", "--slices", "0.7", "--accumulate", "5", "--head-lr", "1e-3",

@@ -133,7 +133,7 @@ def test_pages_are_linked(work):
     pages.mkdir()
     (pages / f"{int(exam.ids[row]):04d}-acl.html").write_text("")
     text, _ = make(work, "--pages", pages)
-    assert f'href="../pages/{int(exam.ids[row]):04d}-acl.html"' in text
+    assert f'href="../pages/{int(exam.ids[row]):04d}-acl.html#acl"' in text
 
 
 def test_checklist_has_every_item(work):

@@ -40,6 +40,7 @@ from data.common import (  # noqa: E402
     write_dataset,
     write_volume,
 )
+from data.dicom.origin import describe  # noqa: E402
 from data.dicom.serve import run_importer, serve  # noqa: E402
 from data.dicom.studies import Choice, digest_of, find_exams, volumes_of  # noqa: E402
 
@@ -93,7 +94,7 @@ def write_exam(exam, number, folder, choice, report):
         number of slices.
     """
     title = f"exam {number:04d} ({exam.source})"
-    volumes, _ = volumes_of(exam, choice, report, title)
+    volumes, *_ = volumes_of(exam, choice, report, title)
     paths = {plane: folder / plane / f"{number:04d}.npy" for plane in TARGET}
     try:
         for plane, path in paths.items():
@@ -225,8 +226,12 @@ def serve_exams(source, out, choice, report):
         lines = [text for stream, text in report.take() if stream == "stderr"]
         why = lines[0].removeprefix("error: ") if lines else "give the exams' folder"
         raise InputError(f"{source}: no readable DICOM or NIfTI in it; {why}")
-    convert = partial(volumes_of, choice=choice, report=report)
-    return serve(exams, digest_of, lambda exam: convert(exam, title=exam.title), out, report)
+
+    def convert(exam):
+        volumes, unusable, taken = volumes_of(exam, choice, report, exam.title)
+        return volumes, unusable, partial(describe, taken, choice, exam.side)
+
+    return serve(exams, digest_of, convert, out, report)
 
 
 # --- command line ---------------------------------------------------------------------------------

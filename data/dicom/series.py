@@ -60,7 +60,8 @@ class Series:
     mm; voxel (0, 0, 0) lies at `origin`. `through` lists the axes along which it may be cut to
     slices. `load` reads the pixels: float32 of `shape`. `side` is its laterality: L,
     R, B (both) or "". `frame` is its frame of reference, "" if missing: coordinates of two frames
-    cannot be compared. `fault` says why it cannot be used.
+    cannot be compared. `fault` says why it cannot be used. `frames` are the DICOM frames along
+    axis 0, of NIfTI none.
     """
 
     file: File
@@ -76,6 +77,7 @@ class Series:
     side: str = ""
     frame: str = ""
     fault: str = ""
+    frames: tuple = ()
 
     def slab(self, axis):
         """How many voxels along `axis` make one slice."""
@@ -294,6 +296,7 @@ def assemble(title, frames, frame_of_reference=""):
         side=sides.pop() if len(sides) == 1 else "B" if sides else "",
         frame=frame_of_reference,
         fault=geometry_fault(frames, placed, depths, step),
+        frames=tuple(placed),
     )
 
 

@@ -49,14 +49,16 @@ def serve(exams, digest, convert, out, report):
     """List exams, then convert those that standard input names, as lines of JSON.
 
     First line out: {"exams": [[name, source], ...], "lines": [...]}. A line in: {"exam": name,
-    "unless": digest or null}. Its answer: {"exam", "input": digest, "planes": {plane: file},
-    "unusable": {plane: why}, "fault": why nothing could be written, or null, "lines"}; no more than
-    {"exam", "input", "lines"} where the digest is the one that was given.
+    "unless": digest or null, "origin": whether it is wanted}. Its answer: {"exam", "input": digest,
+    "planes": {plane: file}, "unusable": {plane: why}, "fault": why nothing could be written, or
+    null, "origin": as `origin.describe` returns it, or why there is none, or null, "lines"}; no
+    more than {"exam", "input", "lines"} where the digest is the one that was given.
 
     Args:
         exams: list of what has a `name` and a `source`.
         digest: function of an exam: hash of all that its volumes depend on, hexadecimal.
-        convert: function of an exam: {plane: uint8 (s, H, W)}, {plane: why it cannot be used}.
+        convert: function of an exam: {plane: uint8 (s, H, W)}, {plane: why it cannot be used}, and
+            a function that returns where it comes from.
         out: folder to write to.
         report: Report that collects its lines.
     """
@@ -68,13 +70,16 @@ def serve(exams, digest, convert, out, report):
         exam = named[request["exam"]]
         reply = {"exam": exam.name, "input": digest(exam)}
         if reply["input"] != request["unless"]:
-            volumes, unusable = convert(exam)
-            reply |= {"planes": {}, "unusable": unusable, "fault": None}
+            volumes, unusable, describe = convert(exam)
+            reply |= {"planes": {}, "unusable": unusable, "fault": None, "origin": None}
             try:
                 for plane, volume in volumes.items():
                     path = out / exam.name / f"{plane}.npy"
                     write_volume(path, volume)
                     reply["planes"][plane] = str(path)
+                reply["origin"] = describe() if request["origin"] else None
+            except InputError as error:
+                reply["origin"] = str(error)
             except OSError as error:
                 reply["fault"] = f"{out}: {error.strerror}"
         answer(reply | {"lines": report.take()})

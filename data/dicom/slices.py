@@ -15,6 +15,24 @@ def plane_of(direction):
     return PLANE_OF_AXIS[axis], float(np.degrees(np.arccos(min(1.0, abs(direction[axis])))))
 
 
+def orient(series, axis):
+    """The array axes of a Series that become slices, rows and columns, and which of these three
+    (0, 1, 2) are then reversed."""
+    target = TARGET[plane_of(series.directions[axis])[0]]
+    rows, columns = (a for a in range(3) if a != axis)
+    along = np.abs(series.directions)
+    down, right = target[1][0], target[2][0]
+    if along[rows, down] + along[columns, right] < along[columns, down] + along[rows, right]:
+        rows, columns = columns, rows
+    order = (axis, rows, columns)
+    flips = [
+        i
+        for i, (a, (patient, sign)) in enumerate(zip(order, target, strict=True))
+        if series.directions[a][patient] * sign < 0
+    ]
+    return order, flips
+
+
 def cut(grey, series, axis, square, field_of_view=None):
     """Cut a volume along one of its axes into slices as CONVENTION has them.
 
@@ -26,21 +44,9 @@ def cut(grey, series, axis, square, field_of_view=None):
     Returns:
         uint8 (s, 256, 256), square pixels.
     """
-    plane, _ = plane_of(series.directions[axis])
-    target = TARGET[plane]
-    rows, columns = (a for a in range(3) if a != axis)
-    along = np.abs(series.directions)
-    down, right = target[1][0], target[2][0]
-    if along[rows, down] + along[columns, right] < along[columns, down] + along[rows, right]:
-        rows, columns = columns, rows
-    order = (axis, rows, columns)
-    grey = grey.transpose(order)
-    flips = [
-        i
-        for i, (a, (patient, sign)) in enumerate(zip(order, target, strict=True))
-        if series.directions[a][patient] * sign < 0
-    ]
-    grey = np.flip(grey, flips)
+    order, flips = orient(series, axis)
+    _, rows, columns = order
+    grey = np.flip(grey.transpose(order), flips)
     slab, s = series.slab(axis), series.slices(axis)
     if slab > 1:
         # (s * slab, H, W) -> (s, H, W)

@@ -210,6 +210,7 @@ class Volumes:
 
     def __init__(self, choice):
         self.choice, self.kept = choice, {}
+        self.taken = {}  # plane -> (Series, axis), of those that could be cut
 
     def cut(self, series, axis, side):
         """uint8 (s, 256, 256) of a knee of this side. Raises InputError."""
@@ -219,9 +220,9 @@ class Volumes:
             self.kept = {id(series): window(series.load(), series.file)}
         grey, choice = self.kept[id(series)], self.choice
         volume = cut(grey, series, axis, choice.square, choice.field_of_view)
-        if choice.mirror and side == "R":
-            return mirrored(plane_of(series.directions[axis])[0], volume)
-        return volume
+        plane, _ = plane_of(series.directions[axis])
+        self.taken[plane] = series, axis
+        return mirrored(plane, volume) if choice.mirror and side == "R" else volume
 
 
 def volumes_of(exam, choice, report, title):
@@ -232,7 +233,8 @@ def volumes_of(exam, choice, report, title):
         title: what the exam is called in messages.
 
     Returns:
-        {plane: uint8 (s, 256, 256)}, {plane: why it cannot be used}.
+        {plane: uint8 (s, 256, 256)}, {plane: why it cannot be used}, {plane: (Series, axis)} that
+        the volumes were cut from.
     """
     wanted = choice.series
     if wanted and not any(series.is_wanted(wanted) for series in exam.series):
@@ -269,7 +271,7 @@ def volumes_of(exam, choice, report, title):
     for plane in sorted(TARGET.keys() - volumes.keys() - unusable.keys()):
         if reason := may_be_lost(exam):
             unusable[plane] = reason
-    return volumes, unusable
+    return volumes, unusable, reader.taken
 
 
 def log_choice(plane, series, axis, others, report, title):

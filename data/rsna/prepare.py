@@ -48,8 +48,9 @@ from data.common import (  # noqa: E402
     write_dataset,
     write_volume,
 )
+from data.dicom.origin import describe  # noqa: E402
 from data.dicom.serve import run_importer, serve  # noqa: E402
-from data.dicom.studies import Choice  # noqa: E402
+from data.dicom.studies import Choice, Volumes  # noqa: E402
 from data.rsna.studies import convert, digest_of, find_studies, scanner_of  # noqa: E402
 from data.rsna.tables import FINDINGS, combine_labels, read_labels, read_series  # noqa: E402
 
@@ -160,7 +161,7 @@ def write_study(study, number, folder, choice):
     """Convert one study and write its planes: Outcome. Runs in a worker."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        done = convert(study, choice)
+        done = convert(study, Volumes(choice))
     slices = {}
     for plane in TARGET:
         path = folder / plane / f"{number:04d}.npy"
@@ -341,10 +342,11 @@ def serve_studies(root, out, choice, report):
         report.warn(fault)
 
     def convert_study(study):
-        done = convert(study, choice)
+        reader = Volumes(choice)
+        done = convert(study, reader)
         for fault in done.faults:
             report.warn(fault)
-        return done.volumes, done.missing
+        return done.volumes, done.missing, partial(describe, reader.taken, choice, done.side)
 
     return serve(find_studies(root, listed, report), digest_of, convert_study, out, report)
 

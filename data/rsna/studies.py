@@ -18,7 +18,7 @@ from data.dicom.files import File, reading
 from data.dicom.knees import split_knees
 from data.dicom.series import Series, read_header
 from data.dicom.slices import plane_of
-from data.dicom.studies import Volumes, series_of
+from data.dicom.studies import series_of
 
 SCANNER = ["Manufacturer", "ManufacturerModelName", "SoftwareVersions", "MagneticFieldStrength"]
 FLUID_ECHO = 25.0  # ms; a longer echo time is fluid-sensitive, where neither CSV nor words say so
@@ -124,11 +124,11 @@ def scanner_of(study):
     return ""
 
 
-def convert(study, choice):
+def convert(study, reader):
     """The volumes of one study: Converted. Damaged files are its faults, never raised.
 
     Args:
-        choice: data.dicom.studies.Choice; its `series` is not used.
+        reader: data.dicom.studies.Volumes; the `series` of its choice is not used.
     """
     done = Converted()
     series = [one for uid in study.series if (one := read_series(study, uid, done))]
@@ -145,10 +145,9 @@ def convert(study, choice):
         return refuse(done, study, refused)
     ours = {id(member) for member in members}
     ranked = sorted((one for one in series if id(one.series) in ours), key=rank, reverse=True)
-    reader = Volumes(choice)
     for plane in TARGET:
         take_plane(plane, [one for one in ranked if one.plane == plane], study, reader, done)
-    done.mirrored = choice.mirror and done.side == "R"
+    done.mirrored = reader.choice.mirror and done.side == "R"
     return done
 
 

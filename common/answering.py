@@ -1,0 +1,52 @@
+"""How a user's exams are answered: by which networks, and what a stored answer depends on."""
+
+import hashlib
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from common.exams import open_exams, refuse_unfit
+from common.stacking import load_task, saved_tasks
+
+
+class Options(NamedTuple):
+    """How exams are answered, beside the models."""
+
+    device: torch.device
+    precision: str  # "fp32" or "bf16"
+    partial: bool  # also decide where a plane cannot be used
+
+
+def load_tasks(models_dir, names, device, recipes):
+    """TaskModels of the tasks `names`, sorted; of every task with a saved model where it is empty.
+
+    Raises:
+        InputError: as `stacking.load_task`.
+    """
+    names = sorted(set(names)) if names else saved_tasks(models_dir, recipes)
+    return [load_task(models_dir, name, device, recipes) for name in names]
+
+
+@contextmanager
+def open_fit_exams(sources, plane, tasks, allow_synthetic, log=print):
+    """`exams.open_exams`, of exams that all tasks' networks have an answer for.
+
+    Args:
+        tasks: list of TaskModels.
+
+    Raises:
+        InputError: nothing there, or `exams.refuse_unfit` refuses them.
+    """
+    datasets = [dataset for models in tasks for dataset in models.datasets]
+    with open_exams(sources, plane, log, datasets) as exams:
+        for models in tasks:
+            refuse_unfit(models, exams.datasets, allow_synthetic)
+        yield exams
+
+
+def model_of(tasks, options):
+    """Hash of all that an answer depends on but the exam: networks, stacks, options, hardware."""
+    words = [options.precision, options.device.type, str(options.partial)]
+    text = " ".join([*(models.digest for models in tasks), *words])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

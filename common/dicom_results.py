@@ -1,0 +1,302 @@
+"""An explained exam as DICOM: heat maps as a series of its study, probabilities as a report.
+
+    OUT/<exam>/acl-axial/0001.dcm   Secondary Capture, colour, a slice each, where the source's lie
+    OUT/<exam>/report.dcm           Enhanced SR by template TID 1500, Measurement Report
+
+Both by highdicom, and both say "research use only". Files only: nothing is sent anywhere. UIDs are
+hashes of the input, the networks and this code's version, so the same answer has the same UIDs.
+"""
+
+import json
+from typing import NamedTuple
+
+import numpy as np
+from highdicom import sr
+from highdicom.sc import SCImage
+from PIL import Image, ImageDraw
+from pydicom import Dataset
+from pydicom.sr.codedict import codes
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+from pydicom.valuerep import DS
+
+from common import cli
+from common.errors import InputError, RunError
+from common.explain_page import NOTICE, SYNTHETIC_ONLY
+from common.figures import overlay
+from common.files import atomic
+from data.common import ORIENTATION
+
+MAKER, MODEL = "MRNet project", "MRNet"
+SCHEME = "99MRNET"  # designator of our own codes; private ones begin with 99 (PS3.16 8.2)
+FIRST_SERIES = 9001  # scanners count from 1
+BURNT_IN = "RESEARCH USE ONLY"
+# Attributes of patient and study that must be there and may be empty.
+TYPE_2 = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate",
+          "StudyTime", "AccessionNumber", "ReferringPhysicianName")  # fmt: skip
+TEXT = 11  # px, of what is burnt in
+FEET_AND_HEAD = str.maketrans("IS", "FH")  # as PatientOrientation calls inferior and superior
+
+
+class Origin(NamedTuple):
+    """What data/dicom/origin.py says of an exam, ready to refer to."""
+
+    study: Dataset  # patient and study
+    planes: dict
+    side: str
+    key: str  # of all that the results depend on
+
+    def uid(self, *words):
+        """A UID that is the same for the same results."""
+        return generate_uid(entropy_srcs=[self.key, *map(str, words)])
+
+    def sources(self, plane):
+        """The source files of a plane as data sets that can be referred to."""
+        for class_uid, instance, series in self.planes[plane]["sources"]:
+            source = Dataset()
+            source.update(self.study)
+            source.SOPClassUID, source.SOPInstanceUID = class_uid, instance
+            source.SeriesInstanceUID, source.Modality = series, "MR"
+            yield source
+
+
+def read_origin(exam, model):
+    """An exam's Origin.
+
+    Args:
+        model: hash of all that the answer depends on but the exam.
+
+    Raises:
+        InputError: it is not from DICOM, or its headers cannot be referred to.
+    """
+    if not isinstance(exam.origin, dict):
+        why = exam.origin or "it is not from DICOM, so there is no study to write to"
+        raise InputError(f"exam {exam.name}: {why}")
+    try:
+        study = Dataset.from_json(json.dumps(exam.origin["study"]))
+        for name in TYPE_2:
+            study.setdefault(name, "")
+    except Exception as error:  # a damaged value raises many kinds, and quotes the patient
+        raise InputError(
+            f"exam {exam.name}: its patient or study cannot be written again "
+            f"({type(error).__name__}); leave out --dicom"
+        ) from None
+    key = f"{exam.input} {model} {cli.git_sha()}"
+    return Origin(study, exam.origin["planes"], exam.origin["side"], key)
+
+
+def write_results(exam, findings, model, out):
+    """Write the heat maps and the report of an exam.
+
+    Args:
+        exam: exams.Exam with its origin.
+        findings: list of explanation.Finding with planes.
+        model: as `read_origin` takes it.
+        out: folder.
+
+    Returns:
+        [(folder or file, how many files)].
+    """
+    origin = read_origin(exam, model)
+    folder, number, written = out / exam.name, FIRST_SERIES, []
+    for finding in findings:
+        for title, one in finding.planes.items():
+            series = heat_map_series(finding, title, one, origin, number)
+            place = folder / f"{finding.task}-{title.replace(' ', '-')}"
+            for image in series:
+                save(image, place / f"{image.InstanceNumber:04d}.dcm")
+            written.append((place, len(series)))
+            number += 1
+    save(make_report(findings, origin, number), folder / "report.dcm")
+    return [*written, (folder / "report.dcm", 1)]
+
+
+def save(dataset, path):
+    with atomic(path) as temporary:
+        dataset.save_as(temporary, enforce_file_format=True)
+
+
+# --- heat maps ------------------------------------------------------------------------------------
+
+
+def heat_map_series(finding, title, one, origin, number):
+    """A plane's slices with their heat maps: list of SCImage, one a slice.
+
+    Args:
+        title: of the plane, as `explanation.explain_planes` has it.
+        one: explanation.PlaneMaps.
+        number: of the series.
+    """
+    plane = title.split()[0]
+    place = origin.planes[plane]
+    if len(place["positions"]) != len(one.volume) or one.volume.shape[1] != place["side"]:
+        raise RunError(f"{plane}: its slices are not those that were converted")
+    pictures = overlay(one.volume, one.maps, one.backbone)
+    sums = one.slice_sums
+    order = np.arange(len(pictures))
+    if place["mirrored"]:  # back to the side that the patient has it on
+        if plane == "sagittal":
+            order = order[::-1]
+        else:
+            pictures = pictures[:, :, ::-1]
+    images = []
+    for k, (at, position) in enumerate(zip(order, place["positions"], strict=True)):
+        words = [f"{finding.task} {one.probability:.2f}, {plane}", f"slice {sums[at]:+.2f}"]
+        if finding.models.is_synthetic:
+            words.append(SYNTHETIC_ONLY)
+        picture = burn_in(pictures[at], words)
+        image = secondary_capture(picture, title, finding.task, origin, number, k)
+        image.ImageComments = f"{finding.task}, class activation map. {NOTICE}"
+        image.ImagePositionPatient = [DS(x, auto_format=True) for x in position]
+        images.append(image)
+    return images
+
+
+def secondary_capture(picture, title, task, origin, number, k):
+    """Slice k of a plane as an SCImage that lies as its source does."""
+    plane = title.split()[0]
+    place, study = origin.planes[plane], origin.study
+    image = SCImage.from_ref_dataset(
+        next(origin.sources(plane)),
+        np.ascontiguousarray(picture),
+        "RGB",
+        8,
+        "PATIENT",
+        series_instance_uid=origin.uid(task, title),
+        series_number=number,
+        sop_instance_uid=origin.uid(task, title, k),
+        instance_number=k + 1,
+        manufacturer=MAKER,
+        manufacturer_model_name=MODEL,
+        software_versions=cli.git_sha(),
+        series_description=f"{task} heat map, {title}"[:64],
+        pixel_spacing=place["spacing"],
+        patient_orientation=[ORIENTATION[plane][i].translate(FEET_AND_HEAD) for i in (2, 1)],
+        transfer_syntax_uid=ExplicitVRLittleEndian,
+    )
+    image.Laterality = origin.side  # of a pair, so it must be there, and may be empty
+    image.BodyPartExamined = "KNEE"
+    image.FrameOfReferenceUID = place["frame"] or origin.uid("frame", plane)
+    image.PositionReferenceIndicator = study.get("PositionReferenceIndicator", "")
+    image.ImageOrientationPatient = [DS(x, auto_format=True) for x in place["orientation"]]
+    image.SliceThickness = DS(place["thickness"], auto_format=True)
+    image.BurnedInAnnotation = "YES"
+    image.LossyImageCompression = "00"
+    image.DerivationDescription = "slice cut and resampled, class activation map in colour"
+    refer(image, place["sources"], place["used"][k])
+    return image
+
+
+def refer(image, sources, used):
+    """Point an image to the frames that it is made of (PS3.3 C.7.6.1.1.4, C.12.2).
+
+    Args:
+        sources: [SOP class, SOP instance and series UID] of each file.
+        used: [(source, frame from 1)].
+    """
+    frames, by_series = {}, {}
+    for source, frame in used:
+        frames.setdefault(source, []).append(frame)
+    image.SourceImageSequence = []
+    for source, numbers in frames.items():
+        class_uid, instance, series = sources[source]
+        item = reference(class_uid, instance)
+        by_series.setdefault(series, []).append(reference(class_uid, instance))
+        if sum(1 for one in used if one[0] == source) < max(numbers):  # some of a file's frames
+            item.ReferencedFrameNumber = numbers if len(numbers) > 1 else numbers[0]
+        purpose = codes.DCM.SourceImageForImageProcessingOperation
+        item.PurposeOfReferenceCodeSequence = [sr.CodedConcept.from_code(purpose)]
+        image.SourceImageSequence.append(item)
+    image.ReferencedSeriesSequence = []
+    for series, items in by_series.items():
+        item = Dataset()
+        item.SeriesInstanceUID, item.ReferencedInstanceSequence = series, items
+        image.ReferencedSeriesSequence.append(item)
+
+
+def reference(class_uid, instance):
+    item = Dataset()
+    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = class_uid, instance
+    return item
+
+
+def burn_in(picture, words):
+    """A picture uint8 (H, W, 3) with lines of text at its top and BURNT_IN below."""
+    image = Image.fromarray(np.ascontiguousarray(picture))
+    draw = ImageDraw.Draw(image)
+    lines = [(3 + i * (TEXT + 2), line) for i, line in enumerate(words)]
+    for top, line in [*lines, (image.height - TEXT - 5, BURNT_IN)]:
+        draw.text((4, top), line, "white", font_size=TEXT, stroke_width=1, stroke_fill="black")
+    return np.asarray(image)
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def make_report(findings, origin, number):
+    """The probabilities and decisions as a structured report: EnhancedSR by TID 1500."""
+    observer = sr.DeviceObserverIdentifyingAttributes(
+        uid=generate_uid(entropy_srcs=[MAKER, cli.git_sha()]),
+        name=f"{MODEL}, {NOTICE}"[:64],
+        manufacturer_name=MAKER,
+        model_name=MODEL,
+    )
+    context = sr.ObserverContext(
+        observer_type=codes.DCM.Device, observer_identifying_attributes=observer
+    )
+    planes = {title.split()[0] for finding in findings for title in finding.planes}
+    evidence = [source for plane in sorted(planes) for source in origin.sources(plane)]
+    content = sr.MeasurementReport(
+        observation_context=sr.ObservationContext(observer_device_context=context),
+        procedure_reported=codes.LN.MRIUnspecifiedBodyRegion,
+        imaging_measurements=[measured(finding, origin) for finding in findings],
+        title=codes.DCM.ImagingMeasurementReport,
+    )
+    return sr.EnhancedSR(
+        evidence=list({source.SOPInstanceUID: source for source in evidence}.values()),
+        content=content[0],
+        series_instance_uid=origin.uid("report"),
+        series_number=number,
+        sop_instance_uid=origin.uid("report", 1),
+        instance_number=1,
+        manufacturer=MAKER,
+        manufacturer_model_name=MODEL,
+        software_versions=cli.git_sha(),
+        series_description=f"{MODEL}, {BURNT_IN.lower()}",
+        is_complete=True,
+    )
+
+
+def measured(finding, origin):
+    """What one task's networks say, as a group of measurements (TID 1501)."""
+    task, decision, side = finding.task, finding.decision, origin.side
+    laterality = {"L": codes.SCT.Left, "R": codes.SCT.Right}.get(side)
+    numbers = {
+        sr.CodedConcept(f"probability-{name}"[:16], SCHEME, f"Probability, {name}"[:64]): value
+        for name, value in finding.probabilities.items()
+    }
+    if decision:
+        numbers[sr.CodedConcept.from_code(codes.DCM.Probability)] = decision.probability
+        numbers[sr.CodedConcept.from_code(codes.DCM.ThresholdValue)] = decision.threshold
+    algorithm = f"{MODEL} {task}, {NOTICE}"
+    if finding.models.is_synthetic:
+        algorithm += f" {SYNTHETIC_ONLY}"
+    return sr.MeasurementsAndQualitativeEvaluations(
+        tracking_identifier=sr.TrackingIdentifier(
+            uid=origin.uid("finding", task), identifier=f"{task}, {BURNT_IN.lower()}"
+        ),
+        finding_type=sr.CodedConcept(task[:16], SCHEME, task[:64]),
+        finding_sites=[sr.FindingSite(codes.SCT.Knee, laterality=laterality)],
+        algorithm_id=sr.AlgorithmIdentification(algorithm, finding.models.digest),
+        measurements=[
+            sr.Measurement(name, round(value, 6), codes.UCUM.NoUnits)
+            for name, value in numbers.items()
+        ],
+        qualitative_evaluations=[
+            sr.QualitativeEvaluation(
+                sr.CodedConcept("decision", SCHEME, "Decision at the threshold"),
+                sr.CodedConcept(decision.label, SCHEME, decision.label.capitalize()),
+            )
+        ]
+        if decision
+        else None,
+    )

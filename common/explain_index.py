@@ -1,0 +1,254 @@
+"""Every exam of a folder explained: OUT/index.html over one page each, exams.jsonl to go on from.
+
+    OUT/index.html                   all exams: sorted, filtered, searched
+    OUT/exams.jsonl                  a line each, written when its page is whole
+    OUT/valid/0237-acl.html, .jpg    its page, and its picture in the index
+
+What is kept of an exam in memory is its line of exams.jsonl.
+"""
+
+import io
+import json
+import math
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from common import cli
+from common.errors import InputError
+from common.explain_page import fill, make_page
+from common.figures import overlay
+from common.files import write_bytes, write_text
+from dataloader import PLANES, label_rows
+
+ROWS, INDEX = "exams.jsonl", "index.html"
+THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 128, 80  # px of each plane in the index
+
+
+class Row(NamedTuple):
+    """What the index says of an exam: plain values, a line of exams.jsonl."""
+
+    exam: str
+    source: str
+    input: str  # hash of its files
+    model: str  # hash of networks, stacks and options
+    page: str | None  # relative to the index
+    error: str | None  # what could not be used
+    findings: dict  # {task: as `describe` returns it}
+
+    @property
+    def key(self):
+        return self.source, self.exam
+
+
+# --- one exam -------------------------------------------------------------------------------------
+
+
+def write_exam(exam, findings, model, out, folder):
+    """Write an exam's page and pictures -> its Row.
+
+    Args:
+        exam: exams.Exam.
+        findings: list of explanation.Finding.
+        model: hash of all that an answer depends on but the exam.
+        folder: where below `out` they go.
+    """
+    shown = [finding for finding in findings if finding.planes]
+    page = folder / page_name(exam, findings) if shown else None
+    described = {}
+    for finding in shown:
+        picture = folder / f"{exam.name}-{finding.task}.jpg"
+        write_bytes(out / picture, thumbnail(finding.planes))
+        described[finding.task] = describe(finding) | {"picture": picture.as_posix()}
+    if page:
+        write_text(out / page, make_page(exam, shown))
+    unusable = {plane: why for finding in findings for plane, why in finding.unusable.items()}
+    error = "; ".join(f"{plane}: {why}" for plane, why in unusable.items())
+    if not (error or shown):
+        error = "no volume of a plane that there are networks for"
+    name = page.as_posix() if page else None
+    return Row(exam.name, exam.source, exam.input, model, name, error or None, described)
+
+
+def page_name(exam, findings):
+    """File name of an exam's page."""
+    return f"{exam.name}-{'+'.join(finding.task for finding in findings)}.html"
+
+
+def describe(finding):
+    """The probabilities and the decision of a Finding with planes: plain values."""
+    decision, parts = finding.decision, finding.probabilities
+    return {
+        "probability": decision.probability if decision else sum(parts.values()) / len(parts),
+        "threshold": decision.threshold if decision else None,
+        "decision": decision.label if decision else None,
+        "planes": parts,
+    }
+
+
+def thumbnail(explained):
+    """The slice that adds most of each plane, beside each other, with its map: JPEG bytes."""
+    first = {}  # networks that join planes come after those of one
+    for title, one in explained.items():
+        first.setdefault(title.split()[0], one)
+    sheet = Image.new("RGB", (THUMBNAIL_SIDE * len(PLANES), THUMBNAIL_SIDE))
+    for plane, one in first.items():
+        at = int(np.argmax(one.slice_sums))
+        cut = slice(at, at + 1)
+        (picture,) = overlay(one.volume[cut], one.maps[cut], one.backbone, scale=one.scale)
+        picture = ImageOps.contain(Image.fromarray(picture), (THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        sheet.paste(picture, (THUMBNAIL_SIDE * PLANES.index(plane), 0))
+    data = io.BytesIO()
+    sheet.save(data, "JPEG", quality=THUMBNAIL_QUALITY)
+    return data.getvalue()
+
+
+# --- what is there --------------------------------------------------------------------------------
+
+
+class Rows:
+    """OUT/exams.jsonl: the exams explained so far.
+
+    Args:
+        out: folder.
+        names: tasks that each exam is explained for.
+        model: exams that were explained by others are done again.
+        overwrite: do all again, over whatever is there.
+
+    Raises:
+        InputError: the folder holds pages of something else.
+    """
+
+    def __init__(self, out, names, model, overwrite):
+        self.out, self.path, self.names = Path(out), Path(out) / ROWS, names
+        self.rows = {}
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{out}: {error.strerror}; give another folder as --out") from None
+        if not overwrite:
+            for row in self.read():
+                if row.model == model and (row.page is None or (self.out / row.page).is_file()):
+                    self.rows[row.key] = row
+        self.write()
+
+    def read(self):
+        """The rows that are there; a half-written last line is left out."""
+        if not self.path.exists():
+            if any(self.out.glob("*.html")):
+                raise self.refusal("holds pages of other exams")
+            return
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        for line in lines:
+            if not line.endswith("\n"):
+                break
+            try:
+                row = Row(**json.loads(line))
+                if sorted(row.findings) != sorted(self.names) and row.page:
+                    raise self.refusal(f"holds exams explained for {', '.join(row.findings)}")
+            except (ValueError, TypeError, AttributeError, RecursionError):
+                raise self.refusal(f"{ROWS} was not written by this command") from None
+            yield row
+
+    def refusal(self, why):
+        return InputError(f"{self.out}: {why}; give another folder as --out, or --overwrite")
+
+    def write(self):
+        """All rows, in their order, atomically."""
+        write_text(self.path, "".join(map(as_line, self.rows.values())))
+
+    def add(self, row):
+        self.rows[row.key] = row
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(as_line(row))
+
+    @property
+    def inputs(self):
+        """{(source, name): hash of the files} of the exams that are there without an error."""
+        return {key: row.input for key, row in self.rows.items() if not row.error}
+
+    def finish(self, keys):
+        """Write the rows of `keys`, in their order and no others, and return them as a list."""
+        self.rows = {key: self.rows[key] for key in keys if key in self.rows}
+        self.write()
+        return list(self.rows.values())
+
+
+def as_line(row):
+    return json.dumps(row._asdict()) + "\n"
+
+
+# --- the index ------------------------------------------------------------------------------------
+
+
+def make_index(rows, tasks, labels, unfinished):
+    """The index as text.
+
+    Args:
+        rows: list of Row.
+        tasks: list of stacking.TaskModels.
+        labels: as `labels_beside` returns them.
+        unfinished: exams that were not reached.
+    """
+    content = {
+        "tasks": [models.task for models in tasks],
+        "rows": [
+            {
+                "exam": row.exam,
+                "source": row.source,
+                "page": row.page,
+                "error": row.error,
+                "findings": row.findings,
+                "labels": {
+                    models.task: labels.get((row.source, models.task), {}).get(
+                        row.exam.lstrip("0") or "0"
+                    )
+                    for models in tasks
+                },
+            }
+            for row in rows
+        ],
+        "unfinished": unfinished,
+        "synthetic": any(models.is_synthetic for models in tasks),
+        "trained_on": {
+            models.task: [cli.describe_dataset(dataset) for dataset in models.datasets or [None]]
+            for models in tasks
+        },
+        "made": f"{datetime.now():%Y-%m-%d %H:%M}, commit {cli.git_sha()}",
+    }
+    return fill(PAGE, f"{', '.join(content['tasks'])}: {len(rows)} exams", content)
+
+
+def labels_beside(exams, tasks):
+    """What is known of exams in MRNet's layout, from the CSV beside each folder of planes.
+
+    Args:
+        exams: FolderExams, or others, which have no labels.
+        tasks: list of stacking.TaskModels.
+
+    Returns:
+        {(source, task): {id without leading zeros: label 0 to 1}}, of the exams with a label.
+
+    Raises:
+        InputError: a CSV that is not `id,label`.
+    """
+    labels = {}
+    for folder in getattr(exams, "names", {}):  # a folder of plane folders, such as data/valid
+        source = exams.source_of(folder)
+        for models in tasks:
+            place = folder.absolute()
+            rows = []
+            if place.with_name(f"{place.name}-{models.task}.csv").is_file():
+                rows = list(label_rows(place.parent, models.task, place.name))
+            for row in rows:
+                if row.fault:
+                    raise InputError(row.fault)
+            known = {row.exam_id: row.label for row in rows if not math.isnan(row.label)}
+            labels[source, models.task] = known
+    return labels
+
+
+PAGE = Path(__file__).with_name("explain_index.html").read_text(encoding="utf-8")

@@ -1,0 +1,115 @@
+"""Where a converted exam comes from: the place of its pixels in the patient, its DICOM sources.
+
+What explain.py --dicom needs to write results back beside the exam, as plain values.
+"""
+
+import numpy as np
+
+from common.errors import InputError
+from data.common import SIDE, square_grid
+from data.dicom.files import reading
+from data.dicom.slices import orient
+
+# Of patient and study: what a new series of the same study repeats (PS3.3 C.7.1.1, C.7.2.1).
+STUDY = [
+    "SpecificCharacterSet", "StudyInstanceUID", "StudyDate", "StudyTime", "StudyID",
+    "StudyDescription", "AccessionNumber", "ReferringPhysicianName", "PatientName", "PatientID",
+    "IssuerOfPatientID", "PatientBirthDate", "PatientSex", "PositionReferenceIndicator",
+]  # fmt: skip
+SOURCE = ["SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID"]
+
+
+def describe(taken, choice, side):
+    """Where an exam's volumes come from.
+
+    Args:
+        taken: {plane: (Series, axis that became the slices)}.
+        choice: studies.Choice that they were cut by.
+        side: of the knee: L, R or "".
+
+    Returns:
+        {"side", "study": DICOM JSON of STUDY, "planes": {plane: as `place` returns it, and
+        "frame": UID of the frame of reference, "mirrored", "sources": the SOP class, SOP instance
+        and series UID of each file, "used": for each slice the [source, frame from 1] it shows}}
+
+    Raises:
+        InputError: NIfTI, or a file without UIDs.
+    """
+    study, planes = None, {}
+    for plane, (series, axis) in taken.items():
+        if not series.frames:
+            raise InputError(f"{series.file}: NIfTI belongs to no DICOM study; leave out --dicom")
+        files = list(dict.fromkeys(frame.file for frame in series.frames))
+        number = {file: i for i, file in enumerate(files)}
+        frames = [[number[frame.file], frame.index + 1] for frame in series.frames]
+        planes[plane] = place(series, axis, choice.square, choice.field_of_view) | {
+            "frame": series.frame,
+            "mirrored": choice.mirror and side == "R",
+            "sources": [source_of(file) for file in files],
+            "used": frames_of(series, axis, frames),
+        }
+        study = study or study_of(files[0])
+    return {"side": side, "study": study, "planes": planes}
+
+
+def place(series, axis, square, field_of_view):
+    """Where the pixels lie that `slices.cut` makes with the same arguments.
+
+    Returns:
+        "positions": of each slice the centre of its first pixel (x, y, z); "orientation": unit
+        vectors along which columns grow, then rows, 6 numbers; "spacing": between rows, between
+        columns; "thickness" of a slice. mm, LPS.
+    """
+    order, flips = orient(series, axis)
+    steps = [series.directions[a] * series.spacing[a] for a in order]
+    origin = np.array(series.origin, float)
+    for i in flips:
+        origin += steps[i] * (series.shape[order[i]] - 1)
+        steps[i] = -steps[i]
+    slab, (h, w) = series.slab(axis), (series.shape[a] for a in order[1:])
+    extent = [n * series.spacing[a] for n, a in zip((h, w), order[1:], strict=True)]
+    height, width, top, left = square_grid(*extent, square, field_of_view)
+    # The resampled rows share out the slice: row j's middle is at (j + 1/2) of `height` parts.
+    down, right = steps[1] * h / height, steps[2] * w / width
+    origin += (top + 0.5) * down - steps[1] / 2 + (left + 0.5) * right - steps[2] / 2
+    middles = np.arange(series.slices(axis)) * slab + (slab - 1) / 2
+    spacing = [float(np.linalg.norm(step)) for step in (down, right)]
+    return {
+        "positions": (origin + middles[:, None] * steps[0]).tolist(),
+        "orientation": [*(right / spacing[1]).tolist(), *(down / spacing[0]).tolist()],
+        "spacing": spacing,
+        "thickness": float(slab * series.spacing[axis]),
+        "side": SIDE,
+    }
+
+
+def frames_of(series, axis, frames):
+    """For each slice that `slices.cut` makes, those of `frames` that it shows."""
+    if axis != 0:
+        return [frames] * series.slices(axis)
+    _, flips = orient(series, axis)
+    ordered, slab = (frames[::-1] if 0 in flips else frames), series.slab(axis)
+    return [ordered[k * slab : (k + 1) * slab] for k in range(series.slices(axis))]
+
+
+def source_of(file):
+    """[SOP class UID, SOP instance UID, series UID] of a DICOM file."""
+    header = read_tags(file, SOURCE)
+    found = [str(header.get(name) or "") for name in SOURCE]
+    if not all(found):
+        raise InputError(f"{file}: has no SOP class, SOP instance or series UID to refer to")
+    return found
+
+
+def study_of(file):
+    """Patient and study of a DICOM file, as DICOM JSON. It identifies: never print it."""
+    with reading(file):
+        return read_tags(file, STUDY).to_json_dict()
+
+
+def read_tags(file, names):
+    """Some attributes of a DICOM file, as a pydicom data set."""
+    import pydicom
+
+    with reading(file), file.open() as stream:
+        return pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=names)

@@ -1,0 +1,277 @@
+"""explain.py --dicom: heat maps and probabilities that lie in the patient where the scan does."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pydicom
+import pytest
+import torch
+from conftest import PLANES, assert_one_line_error, run_script
+from highdicom import sr
+from hospital import write_series
+from PIL import Image
+from scipy.ndimage import map_coordinates
+from scipy.spatial.transform import Rotation
+from test_explain import write_dicom
+
+from data.common import TARGET
+from data.dicom.origin import frames_of, place
+from data.dicom.series import Series, ways_to_cut
+from data.dicom.slices import cut, plane_of
+
+# --- where pixels lie, in closed form -------------------------------------------------------------
+
+
+def random_series(rng):
+    """A scan near a patient plane or 3-D, its axes in any order and direction."""
+    axes = np.eye(3)[rng.permutation(3)] * rng.choice([-1, 1], (3, 1))
+    directions = Rotation.from_rotvec(rng.uniform(-0.2, 0.2, 3)).apply(axes)
+    is_fine = rng.random() < 0.4
+    thick = 1.0 if is_fine else 4.0
+    spacing = np.array([thick, rng.uniform(0.8, 1.0), 0.9])
+    shape = (40, 60, 70) if is_fine else (9, int(rng.integers(40, 90)), int(rng.integers(40, 90)))
+    return Series(None, "", None, "", shape, directions, spacing, rng.uniform(-50, 50, 3),
+                  ways_to_cut(spacing, 0), None)  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_pixels_lie_where_they_are_said_to(seed):
+    """Resampling keeps a linear function of the position, so each pixel tells its own place."""
+    rng = np.random.default_rng(seed)
+    series = random_series(rng)
+    axis = int(rng.choice(series.through))
+    square, view = rng.choice(["pad", "crop"]), rng.choice([None, 45.0, 120.0])
+    index = np.stack(np.meshgrid(*map(np.arange, series.shape), indexing="ij"), axis=-1)
+    steps = series.directions * series.spacing[:, None]
+    points = series.origin + index @ steps  # mm
+    weights = rng.normal(size=3)
+    low, high = (points @ weights).min(), (points @ weights).max()
+    grey = (255 * (points @ weights - low) / (high - low)).astype(np.float32)
+    volume = cut(grey, series, axis, square, view)
+
+    found = place(series, axis, square, view)
+    right, down = np.split(np.array(found["orientation"]), 2)
+    rows, columns = np.indices(volume.shape[1:])
+    at = (np.array(found["positions"])[:, None, None]
+          + columns[..., None] * right * found["spacing"][1]
+          + rows[..., None] * down * found["spacing"][0])  # fmt: skip
+    expected = 255 * (at @ weights - low) / (high - low)
+    inside = (at - series.origin) @ series.directions.T / series.spacing
+    rim = 2 * series.slab(axis)
+    kept = ((inside > rim) & (inside < np.array(series.shape) - 1 - rim)).all(axis=-1)
+    assert kept.sum() > 1000
+    assert np.abs(volume - expected)[kept].max() < 1  # rounded to whole grey levels
+    # And the convention holds: slices, rows and columns grow as MRNet's.
+    target = TARGET[plane_of(series.directions[axis])[0]]
+    across = found["positions"][-1] - np.array(found["positions"][0])
+    for direction, (patient, sign) in zip((across, down, right), target, strict=True):
+        assert direction[patient] * sign > 0
+
+
+def test_slices_name_the_frames_that_they_show():
+    series = Series(None, "", None, "", (12, 20, 20), np.eye(3)[[2, 1, 0]], np.ones(3),
+                    np.zeros(3), (0, 1, 2), None)  # fmt: skip
+    assert series.slab(0) == 3
+    frames = list(range(12))  # upwards, and MRNet's axial slices grow downwards
+    assert frames_of(series, 0, frames) == [[11, 10, 9], [8, 7, 6], [5, 4, 3], [2, 1, 0]]
+    assert frames_of(series, 1, frames) == [frames] * 6
+
+
+# --- the files ------------------------------------------------------------------------------------
+
+
+def explain(scan, models, out, *more):
+    return run_script("explain.py", scan, "--task", "acl", "--models-dir", models, "--precision",
+                      "fp32", "--allow-synthetic", "--out", out / "report", "--dicom",
+                      out / "dicom", *more)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scan(trained, tmp_path_factory):
+    """A phantom knee as DICOM."""
+    return write_dicom(trained[0] / "data", 20, tmp_path_factory.mktemp("scan") / "knee7")
+
+
+@pytest.fixture(scope="module")
+def results(trained, scan, tmp_path_factory):
+    """What explain.py writes of it: folder of DICOM, what was said."""
+    out = tmp_path_factory.mktemp("results")
+    done = explain(scan, trained[0] / "models", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (out / "dicom").iterdir()
+    return folder, done.stdout
+
+
+def heat_maps(folder, plane):
+    return [pydicom.dcmread(path) for path in sorted((folder / f"acl-{plane}").iterdir())]
+
+
+def sources(scan):
+    found = map(pydicom.dcmread, sorted(scan.iterdir()))
+    return {str(one.SOPInstanceUID): one for one in found}
+
+
+def test_heat_maps_belong_to_the_study(scan, results):
+    folder, said = results
+    theirs = sources(scan)
+    for plane in PLANES:
+        images = heat_maps(folder, plane)
+        assert len({image.SeriesInstanceUID for image in images}) == 1
+        for image in images:
+            (source,) = image.SourceImageSequence
+            source = theirs[source.ReferencedSOPInstanceUID]
+            assert plane in source.SeriesDescription
+            for name in ("StudyInstanceUID", "PatientName", "PatientID"):
+                assert image[name].value == source[name].value
+            assert image.SeriesInstanceUID != source.SeriesInstanceUID
+            across, down = np.array(image.ImageOrientationPatient, float).reshape(2, 3)
+            gap = np.subtract(image.ImagePositionPatient, source.ImagePositionPatient)
+            assert abs(np.cross(across, down) @ gap) < 1e-3  # mm, from the source's own plane
+            assert image.ImageType[:2] == ["DERIVED", "SECONDARY"]
+            assert image.BurnedInAnnotation == "YES" and image.PhotometricInterpretation == "RGB"
+    assert "DOE" not in said and "4711" not in said
+
+
+def shown_by(theirs, image):
+    """Grey levels of the scan where each pixel of an image lies, by the header alone: (H, W)."""
+    series = theirs[image.SourceImageSequence[0].ReferencedSOPInstanceUID].SeriesInstanceUID
+    stack = [one for one in theirs.values() if one.SeriesInstanceUID == series]
+    across, down = np.array(stack[0].ImageOrientationPatient, float).reshape(2, 3)
+    normal = np.cross(across, down)
+    stack.sort(key=lambda one: float(normal @ np.array(one.ImagePositionPatient, float)))
+    volume = np.stack([one.pixel_array for one in stack]).astype(float)
+    first = np.array(stack[0].ImagePositionPatient, float)
+    step = float(normal @ (np.array(stack[1].ImagePositionPatient, float) - first))
+    right, below = np.array(image.ImageOrientationPatient, float).reshape(2, 3)
+    rows, columns = np.indices((image.Rows, image.Columns))
+    spacing = np.array(image.PixelSpacing, float)
+    at = np.array(image.ImagePositionPatient, float) + columns[..., None] * right * spacing[1]
+    at = at + rows[..., None] * below * spacing[0] - first
+    pixel = np.array(stack[0].PixelSpacing, float)
+    places = [at @ normal / step, at @ down / pixel[0], at @ across / pixel[1]]
+    return map_coordinates(volume, places, order=1)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_each_pixel_shows_the_patients_own_place(trained, scan, tmp_path, mirror):
+    """Also where the networks look at right knees as left ones."""
+    models = tmp_path / "models"
+    shutil.copytree(trained[0] / "models", models)
+    for path in models.glob("*.pt"):
+        saved = torch.load(path, weights_only=True)
+        saved["metadata"]["dataset"]["mirrored"] = mirror
+        torch.save(saved, path)
+    for path in models.glob("*-stack.json"):
+        path.unlink()  # it is of the networks as they were
+    copy = tmp_path / "scan"
+    shutil.copytree(scan, copy)
+    for path in copy.iterdir():
+        one = pydicom.dcmread(path)
+        one.Laterality = "R"
+        one.save_as(path)
+    done = explain(copy, models, tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "dicom").iterdir()
+    theirs = sources(copy)
+    for plane in PLANES:
+        images = heat_maps(folder, plane)
+        assert {image.Laterality for image in images} == {"R"}
+        grey = np.stack([image.pixel_array.min(axis=-1) for image in images])
+        wanted = np.stack([shown_by(theirs, image) for image in images])
+
+        def likeness(other):
+            body = slice(60, 230)  # below and above the text
+            return np.corrcoef(other[:, body].ravel(), wanted[:, body].ravel())[0, 1]  # noqa: B023
+
+        assert likeness(grey) > 0.9, plane
+        assert all(likeness(np.flip(grey, axis)) < 0.9 * likeness(grey) for axis in range(3))
+
+
+def test_report_says_what_was_predicted(trained, scan, results):
+    done = run_script("predict.py", scan, "--task", "acl", "--jsonl", "--precision", "fp32",
+                      "--models-dir", trained[0] / "models", "--allow-synthetic")  # fmt: skip
+    row = json.loads(done.stdout)
+    report = sr.srread(results[0] / "report.dcm")
+    (group,) = report.content.get_image_measurement_groups()
+    said = {one.name.meaning: one.value for one in group.get_measurements()}
+    for plane in PLANES:
+        assert said[f"Probability, {plane}"] == pytest.approx(row[plane], abs=1e-6)
+    assert said["Probability"] == pytest.approx(row["stack"], abs=1e-6)
+    assert said["Threshold Value"] == pytest.approx(row["threshold"], abs=1e-6)
+    (decision,) = group.get_qualitative_evaluations()
+    assert decision.value.value == row["decision"]
+    assert "research use only" in group.tracking_identifier
+    assert report.StudyInstanceUID == "1.2.3" and report.Modality == "SR"
+
+
+def without_time(dataset, element):
+    if element.VR in ("TM", "DA", "DT"):
+        element.value = None
+
+
+def test_made_twice_the_same_but_for_the_time(trained, scan, results, tmp_path):
+    assert explain(scan, trained[0] / "models", tmp_path).returncode == 0
+    files = sorted(p.relative_to(results[0]) for p in results[0].rglob("*.dcm"))
+    (again,) = (tmp_path / "dicom").iterdir()
+    for file in files:
+        one, other = (pydicom.dcmread(folder / file) for folder in (results[0], again))
+        for dataset in (one, other):
+            dataset.walk(without_time)
+        assert one == other, file
+
+
+def valid(path):
+    """Errors that dciodvfy finds in a file."""
+    done = subprocess.run(["dciodvfy", path], capture_output=True, text=True)
+    return [line for line in done.stderr.splitlines() if line.startswith("Error")]
+
+
+@pytest.mark.skipif(not shutil.which("dciodvfy"), reason="needs dicom3tools")
+def test_files_are_valid(results, scan):
+    files = list(results[0].rglob("*.dcm"))
+    assert len(files) == 1 + len(list(scan.iterdir()))
+    assert [fault for file in files for fault in valid(file)] == []
+
+
+@pytest.mark.skipif(not shutil.which("dcmj2pnm"), reason="needs dcmtk")
+def test_a_viewer_shows_them(results, tmp_path):
+    file = results[0] / "acl-axial" / "0003.dcm"
+    subprocess.run(["dcmj2pnm", "+on", file, tmp_path / "slice.png"], check=True)
+    shown = np.asarray(Image.open(tmp_path / "slice.png"))
+    assert (shown == pydicom.dcmread(file).pixel_array).all()
+
+
+def test_a_study_without_most_of_its_header(trained, tmp_path):
+    """What DICOM wants and the source lacks is empty; names may hold anything."""
+    hostile = {"PatientName": "=HYPERLINK(1)^<b>", "PatientID": "", "Laterality": "L"}
+    for number, plane in enumerate(PLANES):
+        write_series(tmp_path / "scan", 900 + number, plane, 85.0, f"1.2.9.{number}",
+                     StudyInstanceUID="1.2.9", **hostile)  # fmt: skip
+    done = explain(tmp_path / "scan", trained[0] / "models", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (tmp_path / "dicom").iterdir()
+    for image in heat_maps(folder, "sagittal"):
+        assert image.PatientName == hostile["PatientName"] and image.StudyID == ""
+    if shutil.which("dciodvfy"):
+        assert [fault for file in folder.rglob("*.dcm") for fault in valid(file)] == []
+
+
+def test_what_has_no_study_in_one_line(trained, scan, tmp_path, monkeypatch):
+    work = trained[0]
+    done = explain(work / "data", work / "models", tmp_path, "--exam", "valid/20")
+    assert_one_line_error(done, "belong to no DICOM study", "--dicom")
+    nibabel = pytest.importorskip("nibabel")
+    (tmp_path / "scan").mkdir()
+    voxels = np.random.default_rng(0).integers(0, 200, (64, 64, 12), dtype=np.int16)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([0.6, 0.6, 4, 1])), tmp_path / "scan/a.nii.gz")
+    done = explain(tmp_path / "scan", work / "models", tmp_path)
+    assert done.returncode == 2 and "NIfTI belongs to no DICOM study" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    monkeypatch.delitem(sys.modules, "common.dicom_results", raising=False)
+    monkeypatch.delattr("common.dicom_results", raising=False)
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    done = explain(scan, work / "models", tmp_path / "missing")
+    assert_one_line_error(done, "highdicom", "requirements-dicom.txt")
