@@ -15,7 +15,6 @@ Memory stays constant: what is kept of an exam is its name. Research use only, n
 """
 
 import csv
-import io
 import json
 import re
 import sys
@@ -33,7 +32,7 @@ from common.answering import Options, load_tasks, model_of, open_fit_exams
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, one_line
 from common.exams import read_planes
-from common.files import atomic
+from common.files import atomic, csv_line, from_cell
 from common.stacking import decide
 from common.submission import read_sample, write_submission
 from dataloader import PLANES
@@ -169,15 +168,10 @@ def as_text(row, jsonl):
     return csv_line(f"{v:.{DIGITS}f}" if isinstance(v, float) else v for v in cells)
 
 
-def csv_line(cells):
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(cells)
-    return text.getvalue()
-
-
 def as_row(line):
     """A line of CSV as a dict of COLUMNS."""
-    return dict(zip(COLUMNS, *csv.reader([line]), strict=True))
+    (cells,) = csv.reader([line])
+    return dict(zip(COLUMNS, map(from_cell, cells), strict=True))
 
 
 class Saved(NamedTuple):

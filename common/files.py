@@ -8,10 +8,14 @@ importers under data/ write with it too.
 import csv
 import io
 import os
+import re
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+# A first character that begins a formula, but not a number's sign, nor a dash alone (OWASP, "CSV
+# Injection").
+FORMULA = re.compile(r"'|[=@]|[+-](?!$|[0-9.]+(e[+-]?[0-9]+)?$)")
 UMASK = os.umask(0)
 os.umask(UMASK)
 
@@ -62,6 +66,24 @@ def write_text(path, text):
 
 def write_csv(path, rows):
     """Write rows of plain values as CSV, atomically."""
+    write_text(path, "".join(map(csv_line, rows)))
+
+
+def csv_line(cells):
+    """Plain values as a line of CSV in which no text is a formula."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_text(path, text.getvalue())
+    csv.writer(text, lineterminator="\n").writerow(map(as_cell, cells))
+    return text.getvalue()
+
+
+def as_cell(value):
+    """A text that a spreadsheet program would compute, such as "=1+1", with ' before it.
+
+    So are texts that begin with ' themselves: `from_cell` takes away what was added.
+    """
+    return f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value
+
+
+def from_cell(text):
+    """What `as_cell` was given."""
+    return text[1:] if text.startswith("'") and FORMULA.match(text[1:]) else text

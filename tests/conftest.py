@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import json
 import os
 import runpy
 import shutil
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from common import cli
 
@@ -77,20 +79,31 @@ QUICK = ("--no-pretrained", "--epochs", "2", "--lr", "1e-4", "--log-every", "5")
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, worker_id):
     """A tiny phantom, three trained planes and their stack: folder and each command's output.
 
-    For tests that only read.
+    For tests that only read: all of pytest's processes share it.
     """
-    work = tmp_path_factory.mktemp("trained")
+    base = tmp_path_factory.getbasetemp()
+    work = (base if worker_id == "master" else base.parent) / "trained"
+    with FileLock(f"{work}.lock"):
+        if not (work / "said.json").exists():
+            said = {name: Finished(*done)._asdict() for name, done in train_three_planes(work)}
+            (work / "said.json").write_text(json.dumps(said))
+    said = json.loads((work / "said.json").read_text())
+    return work, {name: Finished(**done) for name, done in said.items()}
+
+
+def train_three_planes(work):
+    """Yields each command's name and (exit status, stdout, stderr)."""
     phantom = ("--exams", 20, "--valid", 10, "--size", 64, "--out", work / "data")
-    said = {"phantom": run_process("data/phantom/prepare.py", *phantom)}
+    done = run_process("data/phantom/prepare.py", *phantom)
+    yield "phantom", (done.returncode, done.stdout, done.stderr)
     files = ("--data-dir", work / "data", "--models-dir", work / "models", "--logs-dir",
              work / "logs", "--precision", "fp32")  # fmt: skip
     for plane in PLANES:
-        said[plane] = run_script("train.py", "--task", "acl", "--plane", plane, *files, *QUICK)
-    said["stack"] = run_script("train_logistic_regression.py", *files)
-    return work, said
+        yield plane, run_script("train.py", "--task", "acl", "--plane", plane, *files, *QUICK)
+    yield "stack", run_script("train_logistic_regression.py", *files)
 
 
 class Finished(NamedTuple):

@@ -69,6 +69,7 @@ def test_a_variant_that_is_not_there():
     assert_one_line_error(done, "--only nonsense", "ours")
 
 
+@pytest.mark.slow
 def test_whole_run(tmp_path):
     done = run_script(
         "tools/benchmark.py", "--whole-run", "--exams", 4, "--valid", 2, "--out", tmp_path

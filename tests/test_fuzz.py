@@ -28,6 +28,7 @@ from pydicom.data import get_testdata_file
 from common import stacking
 from common.checkpoint import FORMAT, STATE_FORMAT, load_model, read_checkpoint
 from common.errors import InputError
+from common.files import csv_line
 from common.stacking import COMBINATIONS, load_stack
 from data.common import Register
 from dataloader import read_dataset, read_groups, read_labels, read_volume
@@ -206,7 +207,7 @@ READERS = {
     "stack": ([json.dumps(STACK).encode()], read_stack),
     "lesions": ([b'{"7": {"planes": {}, "lesions": []}}'], read_lesions),
     "predictions": (
-        [predict.csv_line(predict.COLUMNS).encode() + b"7,valid,acl,,,,,,,,,,,,m,i\n" * 3],
+        [csv_line(predict.COLUMNS).encode() + b"7,valid,acl,,,,,,,,,,,,m,i\n" * 3],
         lambda path: predict.saved_exams(path, ["acl"], "m", False),
     ),
     "json predictions": (

@@ -15,6 +15,7 @@ from conftest import PLANES, assert_one_line_error, run_process, run_script
 
 from common.checkpoint import read_checkpoint, write_checkpoint
 from common.exams import FolderExams, exam_of_files
+from common.files import as_cell, from_cell
 
 
 def predict(trained, *args):
@@ -96,6 +97,31 @@ def test_resumed_file_is_the_uninterrupted_one(trained, whole, tmp_path, kept, j
     done = predict(trained, trained[0] / "data", "--out", out, "--resume", *jsonl)
     assert done.returncode == 0, done.stderr
     assert out.read_bytes() == full
+
+
+FORMULAS = ("=1+1", '=HYPERLINK("x","y")', "@SUM(1)", "+cmd|' '!A1", "-2+3", "'=1")
+NO_FORMULAS = ("0007", "-2.5", "+1e-3", "-", "knee-7", "3=4", "")
+
+
+@pytest.mark.parametrize("text", FORMULAS + NO_FORMULAS)
+def test_no_cell_is_a_formula(text):
+    cell = as_cell(text)
+    assert cell == (f"'{text}" if text in FORMULAS else text) and from_cell(cell) == text
+
+
+def test_exams_named_like_formulas(trained, tmp_path):
+    (tmp_path / "data" / "axial").mkdir(parents=True)
+    shutil.copy(trained[0] / "data" / "dataset.json", tmp_path / "data")
+    for name in FORMULAS:
+        source = trained[0] / "data" / "valid" / "axial" / "0020.npy"
+        shutil.copy(source, tmp_path / "data" / "axial" / f"{name}.npy")
+    out = tmp_path / "p.csv"
+    assert predict(trained, tmp_path / "data", "--out", out).returncode == 0
+    cells = [row["exam"] for row in rows_of(out)]
+    assert sorted(cells) == sorted(f"'{name}" for name in FORMULAS)
+    before = out.read_bytes()
+    done = predict(trained, tmp_path / "data", "--out", out, "--resume")
+    assert "6 were there" in done.stdout and out.read_bytes() == before
 
 
 def test_an_existing_file_stays(trained, tmp_path):

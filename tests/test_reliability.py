@@ -110,7 +110,7 @@ def epochs_said(text):
 
 
 @pytest.mark.parametrize(
-    "kills_wanted, epochs", [(8, 10), pytest.param(50, 40, marks=pytest.mark.slow)]
+    "kills_wanted, epochs", [(4, 6), pytest.param(50, 40, marks=pytest.mark.slow)]
 )
 def test_kills_lose_nothing(work, launcher, kills_wanted, epochs):
     """SIGKILL at random moments, within epochs and while files are written, then to the end."""
@@ -198,6 +198,7 @@ def test_a_second_signal_stops_at_once(work, launcher):
     load_model(work / "models" / "acl-axial.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("signals_heard")
 def test_reproduce_passes_a_signal_on_and_repeats_nothing(work):
     """Interrupted in its second network, started again: the first is not trained again."""
