@@ -108,7 +108,7 @@ def parse_arguments():
     add("--plane-dropout", type=cli.probability, help=drop)
 
     add = parser.add_argument_group("recipe").add_argument
-    recipe = "name of a file in recipes/, or path of another; other options win over it"
+    recipe = "article: as published; best: better and faster; fast: for a first answer; or a file"
     add("--recipe", default=ARTICLE, metavar="NAME|FILE", help=recipe)
     most = "at most; early stopping ends most runs sooner. cosine and one-cycle plan for them"
     add("--epochs", type=cli.positive_int, help=most)

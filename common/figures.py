@@ -20,6 +20,7 @@ from model import enlarge_maps
 matplotlib.use("Agg")
 
 OPACITY = 0.75  # of the strongest heat
+TIMES = (0.1, 0.25, 0.5, 1, 2, 4)  # ticks
 
 
 def roc_figure(labels, scores, band=None):
@@ -122,20 +123,31 @@ def as_svg(draw, name):
 
 
 def cost_figure(points):
-    """AUC of recipes against their training time.
+    """AUC of recipes against their training time, a panel for each column.
 
     Args:
-        points: {(recipe, column): (time, of the article's; AUC)}; a colour for each column.
+        points: {(recipe, column): (time, of the article's; AUC; low and high end of its bar, or
+            None)}.
     """
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for column in dict.fromkeys(column for _, column in points):
+    columns = list(dict.fromkeys(column for _, column in points))
+    figure = Figure(figsize=(3.1 * len(columns), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for axes, column in zip(panels, columns, strict=True):
         found = {recipe: at for (recipe, one), at in points.items() if one == column}
-        axes.scatter(*zip(*found.values(), strict=True), label=column)
-        for recipe, at in found.items():
-            axes.annotate(recipe, at, xytext=(4, 3), textcoords="offset points", fontsize="x-small")
-    axes.set(xscale="log", xlabel="training time, of the article's", ylabel="out-of-fold AUC")
-    axes.legend(fontsize="small")
+        for recipe, (time, auc, ends) in found.items():
+            if ends:
+                axes.plot([time, time], ends, color="0.7", linewidth=1)
+            axes.plot(time, auc, "o", color="C0" if ends else "C1")
+            axes.annotate(
+                recipe, (time, auc), xytext=(5, 4), textcoords="offset points", fontsize="x-small"
+            )
+        ticks = [tick for tick in TIMES if min(t for t, *_ in found.values()) / 1.3 < tick]
+        axes.set(xscale="log", title=column, xlabel="training time, of the article's")
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.margins(x=0.25)
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel("out-of-fold AUC")
     return figure
 
 

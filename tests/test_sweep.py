@@ -12,11 +12,23 @@ from conftest import ROOT, assert_one_line_error, run_script, write_exams
 from scipy.special import expit
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
+from common.config import THE_ARTICLES, read_recipe
 from common.errors import InputError
+from common.figures import cost_figure
 from common.jobs import Job, Jobs
-from common.metrics import mean_auc_difference
+from common.metrics import Difference, mean_auc_difference
 from tools.sweep import Results, read_sweep
-from tools.sweep_table import all_rows, dropped_recipes, lines_of, read_results, stack_row
+from tools.sweep_table import (
+    VIEWS,
+    Line,
+    Row,
+    all_rows,
+    cost_points,
+    dropped_recipes,
+    lines_of,
+    read_results,
+    stack_row,
+)
 
 HEAD = """
 task = "acl"
@@ -57,6 +69,30 @@ def test_recipes_inherit(tmp_path):
     )
     names = [tuple(network) for network in planes.networks()]
     assert names[1] == ("article", "coronal", 1) and len(names) == 8
+
+
+@pytest.mark.parametrize("name", ["article", "best", "fast"])
+def test_recipes_are_those_of_the_finalists(name):
+    tried = read_sweep(ROOT / "sweeps" / "final.toml").recipes[name]
+    _, recipe = read_recipe(name)
+    assert recipe == (THE_ARTICLES if name == "article" else {}) | {
+        key.replace("-", "_"): value for key, value in tried.items()
+    }
+
+
+def test_a_bar_is_the_interval_of_the_difference():
+    gain = Difference(0.03, 0.01, 0.05, 2.9, 0.004)
+    row = Row("best", "axial", None, None, [], 0.0)
+    lines = [
+        Line(row, [0.85, 0.87], 0.86, gain, 0.01, 0.1, 0.5),
+        Line(row._replace(recipe="article"), [0.83], 0.83, None, None, 0.1, 1.0),
+        Line(row._replace(recipe="best" + VIEWS), [0.9], 0.9, gain, 0.01, 0.1, 0.5),
+    ]
+    points = cost_points(lines)
+    assert points["article", "axial"] == (1.0, 0.83, None) and len(points) == 2
+    time, auc, ends = points["best", "axial"]
+    assert (time, auc) == pytest.approx((0.5, 0.86)) and ends == pytest.approx((0.84, 0.88))
+    assert [axes.get_title() for axes in cost_figure(points).axes] == ["axial"]
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,9 @@ def parse_arguments():
     return parser.parse_args()
 
 
+VIEWS = ", views"  # end of the name of a row of means over random views
+
+
 class Row(NamedTuple):
     """One line of the table before it is compared."""
 
@@ -179,12 +182,12 @@ def all_rows(labels, stacks, recipes, task):
     asked = {name: {"recipes": [name]} for name in recipes} | stacks
     for name, table in asked.items():
         options = {key: value for key, value in table.items() if key != "recipes"}
-        for title, found in ((name, columns), (f"{name}, views", seen)):
+        for title, found in ((name, columns), (name + VIEWS, seen)):
             parts = [row for (recipe, _), row in found.items() if recipe in table["recipes"]]
             same = all(np.array_equal(row.folds, parts[0].folds) for row in parts)
             if len(parts) > 1 and same:
                 rows.append(stack_row(title, parts, truth, **options))
-    rows += [row._replace(recipe=f"{row.recipe}, views") for row in seen.values()]
+    rows += [row._replace(recipe=row.recipe + VIEWS) for row in seen.values()]
     return truth, rows
 
 
@@ -290,6 +293,18 @@ def dropped_recipes(folder):
     return behind - there - {ARTICLE}
 
 
+def cost_points(lines):
+    """What `figures.cost_figure` draws: each row but those of random views, with the interval of
+    its difference to the article's as a bar around its AUC."""
+    points = {}
+    for line in lines:
+        if line.time and not line.row.recipe.endswith(VIEWS):
+            auc, gain = np.mean(line.aucs), line.gain
+            ends = (auc - gain.value + gain.low, auc - gain.value + gain.high) if gain else None
+            points[line.row.recipe, line.row.column] = line.time, auc, ends
+    return points
+
+
 def print_table(folder, plot=None):
     """Print the table of each finding, and draw AUC against time."""
     labels, stacks, recipes = read_results(folder)
@@ -301,8 +316,7 @@ def print_table(folder, plot=None):
         cells = [line.cells() for line in lines]
         print(tabulate(cells, HEADS, tablefmt="pipe", disable_numparse=True))
         if plot:
-            figure = cost_figure({(one.row.recipe, one.row.column): (one.time, np.mean(one.aucs))
-                                  for one in lines if one.time})  # fmt: skip
+            figure = cost_figure(cost_points(lines))
             with atomic(plot) as temporary:
                 figure.savefig(temporary, format="png", dpi=150)
 
