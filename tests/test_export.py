@@ -13,7 +13,11 @@ from conftest import PLANES, assert_one_line_error, run_script
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+from common.checkpoint import build_model
+from common.exam_model import ExamModel
 from common.model_card import subject_of_stack, write_card
+from common.stacking import Network
+from model import BACKBONES
 from tools import export
 
 
@@ -50,6 +54,20 @@ def test_onnxruntime_answers_as_the_stack_does(trained, tmp_path):
     for key in ("auc", "sensitivity", "specificity"):
         words = [f"{written[key + end]:.3f}" for end in ("", "_low", "_high")]
         assert "{} [{}, {}]".format(*words) in card.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pooling, channels, planes", [
+    ("attention", "neighbours", ("axial",)),
+    ("mean", "grey", PLANES),
+])  # fmt: skip
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_backbone_pooling_and_number_of_planes(tmp_path, backbone, pooling, channels, planes):
+    torch.manual_seed(0)
+    model = build_model({"backbone": backbone, "pooling": pooling}, list(planes)).eval()
+    network = Network(model, planes, "standardized", channels, False)
+    difference = export.to_onnx(ExamModel("acl", network).eval(), tmp_path / "model.onnx")
+    assert difference < export.TOLERANCE  # to_onnx compares at five sizes
 
 
 def figures_of(card):
