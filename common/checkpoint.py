@@ -10,6 +10,7 @@ import glob
 import hashlib
 import io
 import os
+import pickle
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,8 +69,11 @@ def read_checkpoint(path, expected=FORMAT):
     except PermissionError:
         raise InputError(f"{path}: no permission to read it; change its permissions") from None
     except Exception as error:  # torch raises many kinds for a damaged archive
+        why = one_line(error)
+        if isinstance(error, pickle.UnpicklingError):  # whose text advises to run what is in it
+            why = "it holds more than tensors and plain values"
         raise InputError(
-            f"{path}: damaged, or not a saved model ({one_line(error)}); delete it and train again"
+            f"{path}: damaged, or not a saved model ({why}); delete it and train again"
         ) from None
     if isinstance(content, dict) and content.get("format") == expected:
         return content

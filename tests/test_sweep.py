@@ -103,6 +103,16 @@ def test_a_bar_is_the_interval_of_the_difference():
         (HEAD + '[recipes.article]\nlike = "b"\n', "no such recipe"),
         (HEAD + '[recipes.article]\nlike = "article"\n', "in a circle"),
         (HEAD + "[recipes.article]\nlearning = 1\n", "unknown learning"),
+        (
+            HEAD + '[recipes.article]\n[stacks]\na = { recipe = ["article"] }\n',
+            "stack a: takes recipes",
+        ),
+        (HEAD + '[recipes.article]\n[stacks]\na = { recipes = ["b"] }\n', "names of [recipes]"),
+        (HEAD + "[recipes.article]\n[stacks]\na = 1\n", "stack a"),
+        (
+            HEAD + '[recipes.article]\n[stacks]\na = { recipes = ["article"], features = "x" }\n',
+            "probability or logit",
+        ),
         (HEAD.replace("folds = 2", "folds = 1") + RECIPES, "at least 2 folds"),
         (HEAD + "x = 1\n" + RECIPES, "unknown or wrong: x"),
         ("=", "not a sweep"),

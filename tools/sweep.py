@@ -33,11 +33,13 @@ from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, one_line
 from common.files import write_text
 from common.jobs import ROOT, Job, Jobs, failures
+from common.stacking import FEATURES
 from tools.sweep_table import dropped_recipes, print_table
 from train_logistic_regression import check_network, load_exams
 
 SETTINGS = {"task": str, "planes": list, "folds": int, "seeds": int, "protocol": str,
             "views": int}  # fmt: skip
+OF_STACKS = ("recipes", "features", "average_seeds")  # keys of a stack's table
 OF_RECIPES = ("like", "planes")  # keys of a recipe's table beside train.py's options
 
 
@@ -124,8 +126,23 @@ def read_sweep(path):
     recipes = {name: resolve(path, tables, name) for name in tables}
     if ARTICLE not in recipes:
         raise InputError(f"{path}: lacks [recipes.{ARTICLE}], which the others are compared with")
+    check_stacks(path, stacks, recipes)
     each = {name: tables[name].get("planes", planes) for name in tables}
     return Sweep(**settings, recipes=recipes, planes=each, stacks=stacks)
+
+
+def check_stacks(path, stacks, recipes):
+    """Raise InputError where a table of [stacks] is not as sweep_table.all_rows takes it."""
+    for name, table in stacks.items():
+        is_known = isinstance(table, dict) and table.keys() <= set(OF_STACKS)
+        members = table.get("recipes") if is_known else None
+        if not isinstance(members, list) or not set(map(str, members)) <= recipes.keys():
+            raise InputError(
+                f"{path}: stack {name}: takes {', '.join(OF_STACKS)}; recipes is a list of names of "
+                "[recipes]"
+            )
+        if table.get("features", FEATURES[0]) not in FEATURES:
+            raise InputError(f"{path}: stack {name}: features is {' or '.join(FEATURES)}")
 
 
 def resolve(path, tables, name, asked_by=()):
