@@ -22,7 +22,7 @@ from tqdm import tqdm
 from common import cli
 from common.answering import Options, load_tasks, model_of, open_fit_exams
 from common.devices import pick_device, pick_precision
-from common.errors import InputError, RunError, one_line
+from common.errors import InputError, RunError, printable
 from common.exams import FolderExams
 from common.explain_index import INDEX, Rows, labels_beside, make_index, page_name, write_exam
 from common.explain_page import FRAME_SECONDS, NOTICE, animation, contact_sheet, headline, make_page
@@ -235,7 +235,7 @@ def explain_all(exams, tasks, output, options):
             if row.error:
                 failed += 1
                 name = "/".join(exam.key).lstrip("/")
-                tqdm.write(f"error: {one_line(name)}: {one_line(row.error)}", file=sys.stderr)
+                tqdm.write(f"error: {printable(name)}: {printable(row.error)}", file=sys.stderr)
     except KeyboardInterrupt:
         words = f"{len(rows.rows)} exams are in {out / INDEX}; the same command goes on"
         raise KeyboardInterrupt(words) from None

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from common import cli, engine
 from common.answering import Options, load_tasks, model_of, open_fit_exams
 from common.devices import pick_device, pick_precision
-from common.errors import InputError, RunError, one_line
+from common.errors import InputError, RunError, one_line, printable
 from common.exams import read_planes
 from common.files import atomic, csv_line, from_cell
 from common.stacking import decide
@@ -153,11 +153,6 @@ def describe_unusable(unusable):
         planes.setdefault(why, []).append(plane)
     reasons = (f"{' and '.join(names)}: {why}" for why, names in planes.items())
     return printable("; ".join(reasons)) or None
-
-
-def printable(text):
-    """Without control characters, which would end a row."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def as_text(row, jsonl):

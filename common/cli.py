@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from common.config import ARTICLE
 from common.devices import PRECISIONS, device_name
-from common.errors import InputError, Interrupted, RunError, one_line
+from common.errors import InputError, Interrupted, RunError, one_line, printable
 from dataloader import PLANES, is_positive
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -352,7 +352,8 @@ def exit_with_status(main):
         if outcome is None:
             raise
         status, message = outcome
-        print(f"{script_name()}: {message}", file=sys.stderr)
+        lines = map(printable, message.split("\n"))  # a file's name may hold anything
+        print(f"{script_name()}: " + "\n".join(lines), file=sys.stderr)
         sys.exit(status)
     sys.exit(0)
 

@@ -25,6 +25,11 @@ class Interrupted(Exception):
         self.number = number
 
 
+def printable(text):
+    """A text without control characters, which would end a row or command a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def one_line(error):
     """The first line of an exception's message, or its name, short enough for a message."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from common import cli
+from common.errors import printable
 from common.figures import OPACITY, heat_colours, overlay
 from dataloader import PLANES
 from model import BACKBONES
@@ -120,7 +121,7 @@ def headline(exam, finding):
     results = ", ".join(f"{name} {value:.2f}" for name, value in finding.probabilities.items())
     if finding.decision:
         results += ", stack {:.2f}, threshold {:.2f}: {}".format(*finding.decision)
-    return f"{warning}{finding.task}, exam {exam.name}: {results}"
+    return f"{warning}{finding.task}, exam {printable(exam.name)}: {results}"
 
 
 def contact_sheet(explained, title):

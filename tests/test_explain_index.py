@@ -140,13 +140,14 @@ def test_twice_the_same_files_but_for_the_time(work, index):
 def test_a_faulty_exam_is_named_and_the_others_go_on(work, tmp_path):
     shutil.copytree(work / "data", tmp_path / "data")
     for plane in PLANES:
-        (tmp_path / "data" / "train" / plane).joinpath("bad.npy").write_bytes(b"no volume")
+        (tmp_path / "data" / "train" / plane).joinpath("bad\x1b[2J.npy").write_bytes(b"no volume")
     (tmp_path / "models").symlink_to(work / "models")
     done = explain(tmp_path, "--task", "acl")
-    assert done.returncode == 1 and "error: train/bad" in done.stderr and "1 exams" in done.stderr
+    assert done.returncode == 1 and "error: train/bad?[2J: " in done.stderr
+    assert "1 exams and 0 files" in done.stderr and "\x1b" not in done.stdout + done.stderr
     rows = content_of(tmp_path / "report" / "index.html")["rows"]
-    (bad,) = [row for row in rows if row["exam"] == "bad"]
-    assert bad["page"] is None and "bad.npy" in bad["error"] and len(rows) == 6
+    (bad,) = [row for row in rows if row["exam"] == "bad\x1b[2J"]
+    assert bad["page"] is None and "bad" in bad["error"] and len(rows) == 6
     # It is tried again, the others are not.
     done = explain(tmp_path, "--task", "acl")
     assert done.returncode == 1 and "1 exams explained, 5 were there" in done.stdout

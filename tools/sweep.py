@@ -138,8 +138,8 @@ def check_stacks(path, stacks, recipes):
         members = table.get("recipes") if is_known else None
         if not isinstance(members, list) or not set(map(str, members)) <= recipes.keys():
             raise InputError(
-                f"{path}: stack {name}: takes {', '.join(OF_STACKS)}; recipes is a list of names of "
-                "[recipes]"
+                f"{path}: stack {name}: takes {', '.join(OF_STACKS)}; recipes is a list of names "
+                "of [recipes]"
             )
         if table.get("features", FEATURES[0]) not in FEATURES:
             raise InputError(f"{path}: stack {name}: features is {' or '.join(FEATURES)}")
