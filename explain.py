@@ -29,6 +29,8 @@ from common.explain_page import FRAME_SECONDS, NOTICE, animation, contact_sheet,
 from common.explanation import explain_exam
 from common.files import write_text
 
+REPORT = "report.dcm"  # of common/dicom_results.py, which only some installations can import
+
 
 class Output(NamedTuple):
     """Where files go."""
@@ -220,18 +222,25 @@ def explain_all(exams, tasks, output, options):
     began, out, model = time.perf_counter(), output.folder, model_of(tasks, options)
     labels = labels_beside(exams, tasks)
     rows = Rows(out, [models.task for models in tasks], model, output.overwrite)
-    new, failed = 0, 0
+    known, new, failed = rows.inputs, 0, 0
+    if output.dicom:  # explained before is not yet written there
+        known = {key: i for key, i in known.items() if (output.dicom / key[1] / REPORT).exists()}
     try:
-        for exam in cli.progress(exams.each(rows.inputs), "explain", total=len(exams)):
+        for exam in cli.progress(exams.each(known), "explain", total=len(exams)):
             if exam.unchanged:
                 continue
             new += 1
             findings = explain_exam(exam, tasks, *options)
             # A converted exam's name is a hash; its folder's name may say who it is.
             folder = exam.source if isinstance(exams, FolderExams) else ""
-            if output.dicom and any(finding.planes for finding in findings):
-                write_dicom(exam, [one for one in findings if one.planes], model, output.dicom)
-            rows.add(row := write_exam(exam, findings, model, out, Path(folder)))
+            row = write_exam(exam, findings, model, out, Path(folder))
+            shown = [finding for finding in findings if finding.planes]
+            if output.dicom and shown:
+                try:
+                    dicom_results().write_results(exam, shown, model, output.dicom)
+                except InputError as error:
+                    row = row._replace(error="; ".join(filter(None, [row.error, str(error)])))
+            rows.add(row)
             if row.error:
                 failed += 1
                 name = "/".join(exam.key).lstrip("/")

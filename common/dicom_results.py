@@ -8,6 +8,10 @@ hashes of the input, the networks and this code's version, so the same answer ha
 """
 
 import json
+import logging
+import re
+import warnings
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -30,9 +34,12 @@ MAKER, MODEL = "MRNet project", "MRNet"
 SCHEME = "99MRNET"  # designator of our own codes; private ones begin with 99 (PS3.16 8.2)
 FIRST_SERIES = 9001  # scanners count from 1
 BURNT_IN = "RESEARCH USE ONLY"
+REPORT = "report.dcm"
 # Attributes of patient and study that must be there and may be empty.
 TYPE_2 = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate",
           "StudyTime", "AccessionNumber", "ReferringPhysicianName")  # fmt: skip
+DATE, TIME = r"[0-9]{8}", r"[0-9]{2}([0-9]{2}([0-9]{2}([.][0-9]{1,6})?)?)?"
+FORMS = {"PatientSex": "[MFO]", "PatientBirthDate": DATE, "StudyDate": DATE, "StudyTime": TIME}
 TEXT = 11  # px, of what is burnt in
 FEET_AND_HEAD = str.maketrans("IS", "FH")  # as PatientOrientation calls inferior and superior
 
@@ -51,7 +58,7 @@ class Origin(NamedTuple):
 
     def sources(self, plane):
         """The source files of a plane as data sets that can be referred to."""
-        for class_uid, instance, series in self.planes[plane]["sources"]:
+        for class_uid, instance, series, _ in self.planes[plane]["sources"]:
             source = Dataset()
             source.update(self.study)
             source.SOPClassUID, source.SOPInstanceUID = class_uid, instance
@@ -71,16 +78,17 @@ def read_origin(exam, model):
     if not isinstance(exam.origin, dict):
         why = exam.origin or "it is not from DICOM, so there is no study to write to"
         raise InputError(f"exam {exam.name}: {why}")
-    try:
-        study = Dataset.from_json(json.dumps(exam.origin["study"]))
-        for name in TYPE_2:
-            study.setdefault(name, "")
-    except Exception as error:  # a damaged value raises many kinds, and quotes the patient
-        raise InputError(
-            f"exam {exam.name}: its patient or study cannot be written again "
-            f"({type(error).__name__}); leave out --dicom"
-        ) from None
-    key = f"{exam.input} {model} {cli.git_sha()}"
+    study = Dataset.from_json(json.dumps(exam.origin["study"]))
+    if not study.get("StudyInstanceUID"):
+        raise InputError(f"exam {exam.name}: its files have no StudyInstanceUID to belong to")
+    for name in TYPE_2:
+        study.setdefault(name, "")
+    for name, form in FORMS.items():  # what does not keep to DICOM cannot be written again
+        if not re.fullmatch(form, str(study.get(name) or "")):
+            study[name].value = ""
+    study.SpecificCharacterSet = "ISO_IR 192"  # UTF-8; the values are text by now
+    # Both knees of a study have the same files; the name tells them apart.
+    key = f"{exam.name} {exam.input} {model} {cli.git_sha()}"
     return Origin(study, exam.origin["planes"], exam.origin["side"], key)
 
 
@@ -95,19 +103,54 @@ def write_results(exam, findings, model, out):
 
     Returns:
         [(folder or file, how many files)].
+
+    Raises:
+        InputError: there is no study to write to, or its header cannot be repeated.
     """
-    origin = read_origin(exam, model)
-    folder, number, written = out / exam.name, FIRST_SERIES, []
-    for finding in findings:
-        for title, one in finding.planes.items():
-            series = heat_map_series(finding, title, one, origin, number)
-            place = folder / f"{finding.task}-{title.replace(' ', '-')}"
-            for image in series:
-                save(image, place / f"{image.InstanceNumber:04d}.dcm")
-            written.append((place, len(series)))
-            number += 1
-    save(make_report(findings, origin, number), folder / "report.dcm")
-    return [*written, (folder / "report.dcm", 1)]
+    with quiet():
+        try:
+            origin = read_origin(exam, model)
+            number, written = FIRST_SERIES, []
+            for finding in findings:
+                for title, one in finding.planes.items():
+                    series = heat_map_series(finding, title, one, origin, number)
+                    place = out / exam.name / f"{finding.task}-{title.replace(' ', '-')}"
+                    written.append(save_series(series, place))
+                    number += 1
+            path = out / exam.name / REPORT
+            save(make_report(findings, origin, number), path)
+            return [*written, (path, 1)]
+        except (ValueError, TypeError, AttributeError) as error:  # their texts quote the patient
+            raise InputError(
+                f"exam {exam.name}: its patient or study cannot be written again "
+                f"({type(error).__name__}); correct its header, or leave out --dicom"
+            ) from None
+
+
+@contextmanager
+def quiet():
+    """Without what pydicom and highdicom say of values: they quote the patient."""
+    loggers = [logging.getLogger(name) for name in ("pydicom", "highdicom")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def save_series(series, place):
+    """Write a series, and nothing else of an earlier, longer one stays: folder, number of files."""
+    paths = [place / f"{image.InstanceNumber:04d}.dcm" for image in series]
+    for image, path in zip(series, paths, strict=True):
+        save(image, path)
+    for path in set(place.glob("[0-9][0-9][0-9][0-9].dcm")) - set(paths):
+        path.unlink()
+    return place, len(paths)
 
 
 def save(dataset, path):
@@ -176,21 +219,29 @@ def secondary_capture(picture, title, task, origin, number, k):
     image.Laterality = origin.side  # of a pair, so it must be there, and may be empty
     image.BodyPartExamined = "KNEE"
     image.FrameOfReferenceUID = place["frame"] or origin.uid("frame", plane)
-    image.PositionReferenceIndicator = study.get("PositionReferenceIndicator", "")
+    image.PositionReferenceIndicator = ""
     image.ImageOrientationPatient = [DS(x, auto_format=True) for x in place["orientation"]]
     image.SliceThickness = DS(place["thickness"], auto_format=True)
     image.BurnedInAnnotation = "YES"
     image.LossyImageCompression = "00"
     image.DerivationDescription = "slice cut and resampled, class activation map in colour"
     refer(image, place["sources"], place["used"][k])
-    return image
+    return of_study(image, study)
+
+
+def of_study(dataset, study):
+    """A data set with all that is known of its patient and study: highdicom repeats a part."""
+    for element in study:
+        if element.tag not in dataset:
+            dataset[element.tag] = element
+    return dataset
 
 
 def refer(image, sources, used):
     """Point an image to the frames that it is made of (PS3.3 C.7.6.1.1.4, C.12.2).
 
     Args:
-        sources: [SOP class, SOP instance and series UID] of each file.
+        sources: [SOP class, SOP instance and series UID, number of frames] of each file.
         used: [(source, frame from 1)].
     """
     frames, by_series = {}, {}
@@ -198,10 +249,10 @@ def refer(image, sources, used):
         frames.setdefault(source, []).append(frame)
     image.SourceImageSequence = []
     for source, numbers in frames.items():
-        class_uid, instance, series = sources[source]
+        class_uid, instance, series, count = sources[source]
         item = reference(class_uid, instance)
         by_series.setdefault(series, []).append(reference(class_uid, instance))
-        if sum(1 for one in used if one[0] == source) < max(numbers):  # some of a file's frames
+        if len(numbers) < count:  # without numbers all frames are meant
             item.ReferencedFrameNumber = numbers if len(numbers) > 1 else numbers[0]
         purpose = codes.DCM.SourceImageForImageProcessingOperation
         item.PurposeOfReferenceCodeSequence = [sr.CodedConcept.from_code(purpose)]
@@ -251,7 +302,7 @@ def make_report(findings, origin, number):
         imaging_measurements=[measured(finding, origin) for finding in findings],
         title=codes.DCM.ImagingMeasurementReport,
     )
-    return sr.EnhancedSR(
+    report = sr.EnhancedSR(
         evidence=list({source.SOPInstanceUID: source for source in evidence}.values()),
         content=content[0],
         series_instance_uid=origin.uid("report"),
@@ -264,19 +315,27 @@ def make_report(findings, origin, number):
         series_description=f"{MODEL}, {BURNT_IN.lower()}",
         is_complete=True,
     )
+    return of_study(report, origin.study)
+
+
+def probability_code(name):
+    """Our code of a plane's or of joined planes' probability, 16 characters at most: prob-axi."""
+    return "prob-" + "+".join(plane[:3] for plane in name.split("+"))
 
 
 def measured(finding, origin):
     """What one task's networks say, as a group of measurements (TID 1501)."""
     task, decision, side = finding.task, finding.decision, origin.side
     laterality = {"L": codes.SCT.Left, "R": codes.SCT.Right}.get(side)
-    numbers = {
-        sr.CodedConcept(f"probability-{name}"[:16], SCHEME, f"Probability, {name}"[:64]): value
+    numbers = [
+        (sr.CodedConcept(probability_code(name), SCHEME, f"Probability, {name}"[:64]), value)
         for name, value in finding.probabilities.items()
-    }
+    ]
     if decision:
-        numbers[sr.CodedConcept.from_code(codes.DCM.Probability)] = decision.probability
-        numbers[sr.CodedConcept.from_code(codes.DCM.ThresholdValue)] = decision.threshold
+        numbers += [
+            (codes.DCM.Probability, decision.probability),
+            (codes.DCM.ThresholdValue, decision.threshold),
+        ]
     algorithm = f"{MODEL} {task}, {NOTICE}"
     if finding.models.is_synthetic:
         algorithm += f" {SYNTHETIC_ONLY}"
@@ -288,8 +347,7 @@ def measured(finding, origin):
         finding_sites=[sr.FindingSite(codes.SCT.Knee, laterality=laterality)],
         algorithm_id=sr.AlgorithmIdentification(algorithm, finding.models.digest),
         measurements=[
-            sr.Measurement(name, round(value, 6), codes.UCUM.NoUnits)
-            for name, value in numbers.items()
+            sr.Measurement(name, round(value, 6), codes.UCUM.NoUnits) for name, value in numbers
         ],
         qualitative_evaluations=[
             sr.QualitativeEvaluation(

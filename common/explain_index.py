@@ -10,16 +10,18 @@ What is kept of an exam in memory is its line of exams.jsonl.
 import io
 import json
 import math
+import os
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from common import cli
 from common.errors import InputError
-from common.explain_page import fill, make_page
+from common.explain_page import as_text, fill, make_page
 from common.figures import overlay
 from common.files import write_bytes, write_text
 from dataloader import PLANES, label_rows
@@ -37,7 +39,8 @@ class Row(NamedTuple):
     model: str  # hash of networks, stacks and options
     page: str | None  # relative to the index
     error: str | None  # what could not be used
-    findings: dict  # {task: as `describe` returns it}
+    tasks: list  # that it was explained for
+    findings: dict  # {task: as `describe` returns it}, of those with an answer
 
     @property
     def key(self):
@@ -70,7 +73,8 @@ def write_exam(exam, findings, model, out, folder):
     if not (error or shown):
         error = "no volume of a plane that there are networks for"
     name = page.as_posix() if page else None
-    return Row(exam.name, exam.source, exam.input, model, name, error or None, described)
+    tasks = [finding.task for finding in findings]
+    return Row(exam.name, exam.source, exam.input, model, name, error or None, tasks, described)
 
 
 def page_name(exam, findings):
@@ -147,8 +151,8 @@ class Rows:
                 break
             try:
                 row = Row(**json.loads(line))
-                if sorted(row.findings) != sorted(self.names) and row.page:
-                    raise self.refusal(f"holds exams explained for {', '.join(row.findings)}")
+                if row.tasks != self.names:
+                    raise self.refusal(f"holds exams explained for {', '.join(row.tasks)}")
             except (ValueError, TypeError, AttributeError, RecursionError):
                 raise self.refusal(f"{ROWS} was not written by this command") from None
             yield row
@@ -197,11 +201,14 @@ def make_index(rows, tasks, labels, unfinished):
         "tasks": [models.task for models in tasks],
         "rows": [
             {
-                "exam": row.exam,
-                "source": row.source,
-                "page": row.page,
+                "exam": as_text(row.exam),
+                "source": as_text(row.source),
+                "page": row.page and address(row.page),
                 "error": row.error,
-                "findings": row.findings,
+                "findings": {
+                    task: finding | {"picture": address(finding["picture"])}
+                    for task, finding in row.findings.items()
+                },
                 "labels": {
                     models.task: labels.get((row.source, models.task), {}).get(
                         row.exam.lstrip("0") or "0"
@@ -213,6 +220,7 @@ def make_index(rows, tasks, labels, unfinished):
         ],
         "unfinished": unfinished,
         "synthetic": any(models.is_synthetic for models in tasks),
+        "mirrored": any(models.is_mirrored for models in tasks),
         "trained_on": {
             models.task: [cli.describe_dataset(dataset) for dataset in models.datasets or [None]]
             for models in tasks
@@ -220,6 +228,11 @@ def make_index(rows, tasks, labels, unfinished):
         "made": f"{datetime.now():%Y-%m-%d %H:%M}, commit {cli.git_sha()}",
     }
     return fill(PAGE, f"{', '.join(content['tasks'])}: {len(rows)} exams", content)
+
+
+def address(path):
+    """A relative path, whatever bytes its names hold, as a page links to it."""
+    return quote(os.fsencode(path))
 
 
 def labels_beside(exams, tasks):

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import os
 from datetime import datetime
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def make_page(exam, findings):
         for title, one in finding.planes.items():
             images.setdefault(title.split()[0], one.volume)
     content = {
-        "exam": exam.name,
+        "exam": as_text(exam.name),
         "input": exam.input,
         "source": exam.source,
         "images": {
@@ -77,6 +78,7 @@ def describe_finding(finding):
         "decision": finding.decision._asdict() if finding.decision else None,
         "unusable": finding.unusable,
         "synthetic": models.is_synthetic,
+        "mirrored": models.is_mirrored,
         "trained_on": [cli.describe_dataset(dataset) for dataset in models.datasets or [None]],
         "thresholds": (models.stack or {}).get("thresholds", ""),
         "missing": [p for p in PLANES if all(t.split()[0] != p for t in finding.planes)],
@@ -99,6 +101,11 @@ def describe_finding(finding):
             for title, one in finding.planes.items()
         ],
     }
+
+
+def as_text(name):
+    """A file's name, whatever bytes it is made of, as text that can be shown."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def fill(page, title, content):

@@ -316,6 +316,11 @@ class TaskModels(NamedTuple):
         return any(dataset is not None and dataset["synthetic"] for dataset in self.datasets)
 
     @property
+    def is_mirrored(self):
+        """Whether any of the networks sees right knees as left ones."""
+        return any(dataset is not None and dataset.get("mirrored") for dataset in self.datasets)
+
+    @property
     def planes(self):
         """The planes that any network takes, in the order of PLANES."""
         taken = {plane for networks in self.networks.values() for plane in networks[0].planes}

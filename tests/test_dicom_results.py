@@ -5,18 +5,22 @@ import shutil
 import subprocess
 import sys
 
+import nibabel
 import numpy as np
 import pydicom
 import pytest
 import torch
 from conftest import PLANES, assert_one_line_error, run_script
 from highdicom import sr
-from hospital import write_series
+from hospital import write_series, write_study
 from PIL import Image
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 from test_explain import write_dicom
 
+from common import dicom_results
+from common.explanation import Finding, PlaneMaps
+from common.stacking import TaskModels
 from data.common import TARGET
 from data.dicom.origin import frames_of, place
 from data.dicom.series import Series, ways_to_cut
@@ -259,11 +263,103 @@ def test_a_study_without_most_of_its_header(trained, tmp_path):
         assert [fault for file in folder.rglob("*.dcm") for fault in valid(file)] == []
 
 
+ODD = {"PatientSex": "f", "PatientBirthDate": "1970", "StudyTime": "12:00:00",
+       "PatientName": "Smith", "StudyDescription": "Knie links", "IssuerOfPatientID": "WARD 3",
+       "SpecificCharacterSet": ["", "ISO 2022 IR 87"]}  # fmt: skip
+
+
+def test_headers_that_do_not_keep_to_dicom(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(pydicom.config.settings, "writing_validation_mode", pydicom.config.IGNORE)
+    for number, plane in enumerate(PLANES):
+        write_series(tmp_path / "scan", 900 + number, plane, 85.0, f"1.2.9.{number}",
+                     StudyInstanceUID="1.2.9", **ODD)  # fmt: skip
+    done = explain(tmp_path / "scan", trained[0] / "models", tmp_path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    (folder,) = (tmp_path / "dicom").iterdir()
+    for file in folder.rglob("*.dcm"):
+        one = pydicom.dcmread(file)
+        for name in ("PatientName", "StudyDescription", "IssuerOfPatientID"):
+            assert one[name].value == ODD[name]
+        assert one.PatientSex == one.PatientBirthDate == one.StudyTime == ""
+
+
+def test_two_knees_of_a_study_share_no_uid(trained, tmp_path):
+    write_study(tmp_path, 4, "both")
+    done = explain(next(tmp_path.glob("study*")), trained[0] / "models", tmp_path, "--all")
+    assert done.returncode == 0, done.stderr
+    uids = []
+    for folder in (tmp_path / "dicom").iterdir():
+        files = [pydicom.dcmread(file) for file in folder.rglob("*.dcm")]
+        names = ("SOPInstanceUID", "SeriesInstanceUID")
+        uids.append({str(one[name].value) for one in files for name in names})
+    left, right = uids
+    assert left and right and left.isdisjoint(right)
+
+
+def test_all_exams_go_on_where_dicom_is_missing(trained, scan, tmp_path):
+    """A run without --dicom first; and an exam that belongs to no study."""
+    models, inbox = trained[0] / "models", tmp_path / "inbox"
+    shutil.copytree(scan, inbox / "a")
+    (inbox / "b").mkdir()
+    voxels = np.random.default_rng(0).integers(0, 200, (64, 64, 12), dtype=np.int16)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([0.6, 0.6, 4, 1])), inbox / "b/a.nii.gz")
+    args = ("explain.py", inbox, "--all", "--task", "acl", "--models-dir", models, "--precision",
+            "fp32", "--allow-synthetic", "--out", tmp_path / "report")  # fmt: skip
+    done = run_script(*args)
+    assert done.returncode == 0 and "2 exams explained" in done.stdout
+    done = run_script(*args, "--dicom", tmp_path / "dicom")
+    assert done.returncode == 1 and "NIfTI belongs to no DICOM study" in done.stderr
+    (folder,) = (tmp_path / "dicom").iterdir()
+    assert (folder / "report.dcm").is_file() and len(list(folder.iterdir())) == 4
+    # The study has its results, the other is tried again.
+    done = run_script(*args, "--dicom", tmp_path / "dicom")
+    assert done.returncode == 1 and "1 exams explained, 1 were there" in done.stdout
+
+
+def test_probabilities_of_joined_planes_are_their_own():
+    names = ["axial", "coronal", "axial+coronal", "axial+coronal+sagittal"]
+    codes = [dicom_results.probability_code(name) for name in names]
+    assert len(set(codes)) == 4 and max(map(len, codes)) <= 16
+    planes = {f"axial of {name}": PlaneMaps(*[None] * 6, k / 10, [], True)
+              for k, name in enumerate(names)}  # fmt: skip
+    finding = Finding(TaskModels("acl", {}, None, "d", [], 0.5), planes, None, {})
+    origin = dicom_results.Origin(None, {}, "L", "key")
+    (group,) = dicom_results.measured(finding, origin)
+    said = [item for item in group.ContentSequence if item.ValueType == "NUM"]
+    values = [float(item.MeasuredValueSequence[0].NumericValue) for item in said]
+    assert values == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert [item.ConceptNameCodeSequence[0].CodeMeaning for item in said] == [
+        f"Probability, {name}" for name in names
+    ]
+
+
+@pytest.mark.parametrize("count, frames, named", [
+    (1, [1], None), (3, [1], 1), (3, [1, 2], [1, 2]), (3, [3], 3), (3, [1, 2, 3], None),
+])  # fmt: skip
+def test_some_frames_of_a_file_are_named(count, frames, named):
+    image = pydicom.Dataset()
+    source = ["1.2.840.10008.5.1.4.1.1.4.1", "1.2.3", "1.2", count]
+    dicom_results.refer(image, [source], [[0, frame] for frame in frames])
+    (item,) = image.SourceImageSequence
+    assert item.get("ReferencedFrameNumber") == named
+
+
+def test_an_earlier_longer_series_does_not_stay(tmp_path):
+    for number in (1, 2, 3):
+        (tmp_path / f"{number:04d}.dcm").write_bytes(b"old")
+    (tmp_path / "notes.txt").write_text("mine")
+    image = pydicom.Dataset()
+    image.InstanceNumber, image.SOPClassUID, image.SOPInstanceUID = 1, "1.2", "1.3"
+    image.file_meta = pydicom.dataset.FileMetaDataset()
+    image.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    assert dicom_results.save_series([image], tmp_path) == (tmp_path, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0001.dcm", "notes.txt"]
+
+
 def test_what_has_no_study_in_one_line(trained, scan, tmp_path, monkeypatch):
     work = trained[0]
     done = explain(work / "data", work / "models", tmp_path, "--exam", "valid/20")
     assert_one_line_error(done, "belong to no DICOM study", "--dicom")
-    nibabel = pytest.importorskip("nibabel")
     (tmp_path / "scan").mkdir()
     voxels = np.random.default_rng(0).integers(0, 200, (64, 64, 12), dtype=np.int16)
     nibabel.save(nibabel.Nifti1Image(voxels, np.diag([0.6, 0.6, 4, 1])), tmp_path / "scan/a.nii.gz")

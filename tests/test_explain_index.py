@@ -2,10 +2,12 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
 import pytest
@@ -73,13 +75,13 @@ def test_index_says_what_was_predicted(work, index):
             r for r in index["rows"] if (r["source"], r["exam"]) == (row["source"], row["exam"])
         ]
         finding = one["findings"][row["task"]]
-        assert (work / "report" / one["page"]).is_file()
+        assert (work / "report" / unquote(one["page"])).is_file()
         assert finding["decision"] == row["decision"]
         if row["stack"] is not None:
             assert finding["probability"] == pytest.approx(row["stack"], abs=1e-6)
         for plane in row["planes"]:
             assert finding["planes"][plane] == pytest.approx(row[plane], abs=1e-6)
-        picture = Image.open(work / "report" / finding["picture"])
+        picture = Image.open(work / "report" / unquote(finding["picture"]))
         assert picture.size == (384, 128) and np.asarray(picture).std() > 5
 
 
@@ -155,6 +157,17 @@ def test_a_faulty_exam_is_named_and_the_others_go_on(work, tmp_path):
     assert_one_line_error(explain(tmp_path, "--task", "acl"), "valid-acl.csv", "yes")
 
 
+def test_an_exam_without_an_answer_for_every_task(work, tmp_path):
+    """The networks of one task lack a plane that the exam has."""
+    shutil.copytree(work / "models", tmp_path / "models")
+    (tmp_path / "models" / "cyst-sagittal.pt").unlink()
+    shutil.copytree(work / "data", tmp_path / "data")
+    assert explain(tmp_path).returncode == 0
+    row = content_of(tmp_path / "report" / "index.html")["rows"][-1]
+    assert row["exam"] == HOSTILE and list(row["findings"]) == ["acl"]
+    assert "5 were there" in explain(tmp_path).stdout
+
+
 def test_one_exam_or_all(work):
     done = run_process("explain.py", work / "data", "--all", "--exam", "3")
     assert done.returncode == 2 and "not allowed with" in done.stderr
@@ -179,7 +192,7 @@ def test_memory_does_not_grow_with_the_exams(work, tmp_path):
     """1,000 exams against 100: what is kept of each is a line."""
     peaks = []
     for count in (100, 1000):
-        data = write_exams(tmp_path / str(count) / "data", train=0, valid=count)
+        data = write_exams(tmp_path / str(count) / "data", train=1, valid=count)
         shutil.copy(work / "data" / "dataset.json", data)
         (data.parent / "models").symlink_to(work / "models")
         done = explain(data.parent, "--task", "acl", run=measure)
@@ -200,6 +213,21 @@ def set_to(browser, name, value):
         "const e = document.getElementById(arguments[0]); e.value = arguments[1]; "
         "e.dispatchEvent(new Event('input'))", name, value,
     )  # fmt: skip
+
+
+def test_a_name_that_is_no_text(browser, work, tmp_path):
+    (tmp_path / "data" / "axial").mkdir(parents=True)
+    shutil.copy(work / "data" / "dataset.json", tmp_path / "data")
+    (tmp_path / "models").symlink_to(work / "models")
+    source = next((work / "data" / "valid" / "axial").glob("*.npy"))
+    for name in (b"caf\xe9.npy", b"later.npy"):
+        shutil.copy(source, os.fsencode(tmp_path / "data" / "axial") + b"/" + name)
+    done = explain(tmp_path, "--task", "acl")
+    assert done.returncode == 0, done.stderr
+    browser.get((tmp_path / "report" / "index.html").as_uri())
+    assert len(shown(browser)) == 2 and "2 of 2 exams" in browser.page_source
+    link = browser.find_element("css selector", "#rows a").get_attribute("href")
+    assert unquote_to_bytes(link).endswith(b"/report/caf\xe9-acl.html#acl")
 
 
 def test_index_in_a_browser(browser, work, index):
@@ -236,7 +264,7 @@ def test_index_in_a_browser(browser, work, index):
 
 def test_findings_in_tabs(browser, work, index):
     row = next(row for row in index["rows"] if row["exam"].isdecimal())
-    browser.get((work / "report" / row["page"]).as_uri())
+    browser.get((work / "report" / unquote(row["page"])).as_uri())
     title = browser.find_element("id", "title")
     tabs = browser.find_elements("css selector", "#tabs button")
     assert [tab.text.split()[0] for tab in tabs] == ["acl", "cyst"]

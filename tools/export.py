@@ -16,6 +16,7 @@ Needs `pip install -r requirements-export.txt`.
 
 import importlib.util
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,7 @@ def to_onnx(model, out):
         )
         program.save(temporary)
         difference = largest_difference(model, temporary)
-        if difference > TOLERANCE:
+        if not difference <= TOLERANCE:
             raise RunError(f"{out}: would differ from torch by {difference:.1g}; not written")
     return difference
 
@@ -107,7 +108,7 @@ def largest_difference(model, path):
         exam = random_exam(model.planes, size, seed)
         given = {name: one.numpy() for name, one in zip(model.planes, exam, strict=True)}
         differences.append(abs(float(session.run(None, given)[0]) - model(*exam).item()))
-    return max(differences)
+    return float(np.max(differences))  # NaN if any is
 
 
 def to_safetensors(path, out):
@@ -145,7 +146,12 @@ def run(args):
     file = out / (f"{args.model.stem}.onnx" if is_onnx else "model.safetensors")
     about = ", ".join(model.planes)
     if is_onnx:
-        difference = to_onnx(model, file)
+        try:
+            difference = to_onnx(model, file)
+        except RunError:
+            with suppress(OSError):
+                out.rmdir()  # where it is new
+            raise
         about += f"; differs from torch by at most {difference:.1g} over {len(SIZES)} sizes"
     else:
         to_safetensors(args.model, file)

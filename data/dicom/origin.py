@@ -14,7 +14,7 @@ from data.dicom.slices import orient
 STUDY = [
     "SpecificCharacterSet", "StudyInstanceUID", "StudyDate", "StudyTime", "StudyID",
     "StudyDescription", "AccessionNumber", "ReferringPhysicianName", "PatientName", "PatientID",
-    "IssuerOfPatientID", "PatientBirthDate", "PatientSex", "PositionReferenceIndicator",
+    "IssuerOfPatientID", "PatientBirthDate", "PatientSex",
 ]  # fmt: skip
 SOURCE = ["SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID"]
 
@@ -29,8 +29,9 @@ def describe(taken, choice, side):
 
     Returns:
         {"side", "study": DICOM JSON of STUDY, "planes": {plane: as `place` returns it, and
-        "frame": UID of the frame of reference, "mirrored", "sources": the SOP class, SOP instance
-        and series UID of each file, "used": for each slice the [source, frame from 1] it shows}}
+        "frame": UID of the frame of reference, "mirrored", "sources": of each file the SOP class,
+        SOP instance and series UID and the number of frames, "used": for each slice the [source,
+        frame from 1] it shows}}
 
     Raises:
         InputError: NIfTI, or a file without UIDs.
@@ -93,12 +94,12 @@ def frames_of(series, axis, frames):
 
 
 def source_of(file):
-    """[SOP class UID, SOP instance UID, series UID] of a DICOM file."""
-    header = read_tags(file, SOURCE)
+    """[SOP class UID, SOP instance UID, series UID, number of frames] of a DICOM file."""
+    header = read_tags(file, [*SOURCE, "NumberOfFrames"])
     found = [str(header.get(name) or "") for name in SOURCE]
     if not all(found):
         raise InputError(f"{file}: has no SOP class, SOP instance or series UID to refer to")
-    return found
+    return [*found, int(header.get("NumberOfFrames") or 1)]
 
 
 def study_of(file):
