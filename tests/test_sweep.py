@@ -1,6 +1,7 @@
 """Sweeps: what they run, that nothing is repeated, and their table against hand sums."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from tools.sweep_table import (
     all_rows,
     cost_points,
     dropped_recipes,
+    leave_out,
     lines_of,
     read_results,
     stack_row,
@@ -271,6 +273,30 @@ def lines(folder):
     labels, stacks, recipes = read_results(folder)
     truth, rows = all_rows(labels, stacks, recipes, "acl")
     return truth, {line.row.recipe: line for line in lines_of(truth, rows)}
+
+
+def test_exams_that_chose_the_recipes_are_left_out(tmp_path):
+    folder = write_results(tmp_path / "out", {"article": 1.0, "better": 1.5})
+    search = tmp_path / "search"
+    shutil.copytree(folder, search)
+    for path in search.glob("*.json"):
+        content = json.loads(path.read_text())
+        if "networks" in content:  # the search saw fold 1 only
+            content["networks"] = {"axial 1": content["networks"]["axial 1"]}
+            path.write_text(json.dumps(content))
+    networks = json.loads((folder / "better.json").read_text())["networks"]
+    labels, stacks, recipes = read_results(folder)
+    truth, rows = all_rows(labels, stacks, recipes, "acl")
+    rows, out = leave_out(rows, labels["acl"], search)
+    assert out.sum() == len(networks["axial 1"]["ids"])
+    (line,) = [one for one in lines_of(truth, rows) if one.row.recipe == "better"]
+    rest = networks["axial 2"]
+    expected = roc_auc_score(truth[np.array(rest["ids"], int)], rest["logits"]["acl"])
+    assert line.aucs == pytest.approx([expected]) and line.in_folds == pytest.approx(expected)
+    done = run_script("tools/sweep_table.py", folder, "--without", search)
+    assert f"{len(rest['ids'])} exams" in done.stdout
+    done = run_script("tools/sweep_table.py", folder, "--without", tmp_path)
+    assert_one_line_error(done, "no results of a sweep")
 
 
 def test_a_row_of_the_table(tmp_path):

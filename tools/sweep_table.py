@@ -2,6 +2,7 @@
 
     python -m tools.sweep_table benchmarks/search         # what tools/sweep.py wrote there
     python -m tools.sweep_table benchmarks/final --plot docs/recipes.png
+    python -m tools.sweep_table benchmarks/final --without benchmarks/search
 
 Each row is a column of networks (a plane, or planes joined by +) or a stack of columns; every exam
 is predicted by networks that were not trained on it. A stack's regression is fitted on the
@@ -42,6 +43,13 @@ def parse_arguments():
     parser = cli.make_parser(__doc__)
     parser.add_argument("folder", type=Path, help="what tools/sweep.py wrote")
     parser.add_argument("--plot", type=Path, help="also draw AUC against training time: a PNG")
+    parser.add_argument(
+        "--without",
+        type=Path,
+        metavar="FOLDER",
+        help="leave out the exams that this sweep has predicted: what its recipes were chosen on "
+        "cannot judge the choice",
+    )
     return parser.parse_args()
 
 
@@ -305,13 +313,36 @@ def cost_points(lines):
     return points
 
 
-def print_table(folder, plot=None):
+def leave_out(rows, ids, without):
+    """The Rows without the exams that another sweep has predicted, and which these are: bool (n,).
+
+    Args:
+        ids: of the exams, in the order of the rows' scores.
+        without: folder of the other sweep.
+    """
+    _, _, recipes = read_results(without)
+    networks = [network for one in recipes.values() for network in one["networks"].values()]
+    used = {exam_id for network in networks for exam_id in network["ids"]}
+    out = np.array([exam_id in used for exam_id in ids])
+    rows = [
+        row._replace(scores=np.where(out, np.nan, row.scores), folds=np.where(out, 0, row.folds))
+        for row in rows
+    ]
+    return rows, out
+
+
+def print_table(folder, plot=None, without=None):
     """Print the table of each finding, and draw AUC against time."""
     labels, stacks, recipes = read_results(folder)
     for task, known in labels.items():
         truth, rows = all_rows(labels, stacks, recipes, task)
         networks = sum(len(content["networks"]) for content in recipes.values())
-        print(f"\n{task}: {len(known)} exams, {truth.sum()} positive; {networks} networks")
+        left = np.ones(len(known), bool)
+        if without:
+            rows, out = leave_out(rows, known, without)
+            left = ~out
+            print(f"\nwithout {out.sum()} exams that {without} has predicted")
+        print(f"\n{task}: {left.sum()} exams, {truth[left].sum()} positive; {networks} networks")
         lines = lines_of(truth, rows)
         cells = [line.cells() for line in lines]
         print(tabulate(cells, HEADS, tablefmt="pipe", disable_numparse=True))
@@ -322,7 +353,7 @@ def print_table(folder, plot=None):
 
 
 def run(args):
-    print_table(args.folder, args.plot)
+    print_table(args.folder, args.plot, args.without)
 
 
 if __name__ == "__main__":
