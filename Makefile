@@ -28,6 +28,7 @@ demo: $(VENV:%=%/installed) $(PHANTOM)/valid-acl.csv
 	@echo "  $(BIN)tensorboard --logdir logs                 # curves, slices, ROC"
 	@echo "  $(PY) train.py --task meniscus --plane coronal $(DEMO)"
 	@echo "  $(PY) explain.py $(PHANTOM) --exam valid/0237 --task acl     # where in the exam?"
+	@echo "  $(PY) explain.py $(PHANTOM) --all --task acl --out pages     # every exam, to sort by error"
 	@echo "  less data/README.md                            # MRNet itself, or your own exams"
 	@echo; $(PY) -m tools.report models/$(TASK)-results.json
 
@@ -49,10 +50,13 @@ lint: $(VENV:%=%/installed-dev)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-# README's pictures, from the demo's models.
+# README's pictures, from the demo's models and its report (the last needs chromium).
 pictures: $(VENV:%=%/installed)
 	$(PY) explain.py $(PHANTOM) --exam valid/0237 --task $(TASK) --out models/pictures --overwrite
-	$(PY) -m tools.pictures models/pictures/0237-$(TASK).png models/$(TASK)-roc.png
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1000 \
+	  --screenshot=models/pictures/report.png models/report.html
+	$(PY) -m tools.pictures models/pictures/0237-$(TASK).png models/$(TASK)-roc.png \
+	  models/pictures/report.png
 
 # Break the code in some thousand ways, one at a time, and see that a test fails: hours.
 mutants: $(VENV:%=%/installed-dev)

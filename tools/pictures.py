@@ -1,7 +1,7 @@
 """README's pictures from the demo's models: smaller copies with 256 colours, together below 500 kB.
 
 make pictures
-python -m tools.pictures models/pictures/0237-acl.png models/acl-roc.png --out docs
+python -m tools.pictures models/pictures/0237-acl.png models/acl-roc.png report.png --out docs
 """
 
 import io
@@ -20,6 +20,7 @@ def parse_arguments():
     parser = cli.make_parser(__doc__)
     parser.add_argument("sheet", type=Path, help="PNG that explain.py wrote")
     parser.add_argument("roc", type=Path, help="PNG that train_logistic_regression.py wrote")
+    parser.add_argument("report", type=Path, help="PNG of a browser's window with report.html")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder to write to")
     return parser.parse_args()
 
@@ -43,8 +44,9 @@ def smaller(path):
 
 
 def run(args):
-    """Write heat-maps.png and roc.png."""
-    for source, name in ((args.sheet, "heat-maps.png"), (args.roc, "roc.png")):
+    """Write heat-maps.png, roc.png and report.png."""
+    names = {"heat-maps.png": args.sheet, "roc.png": args.roc, "report.png": args.report}
+    for name, source in names.items():
         data = smaller(source)
         write_bytes(args.out / name, data)
         print(f"written  {args.out / name}  {len(data) / 1e3:.0f} kB")
