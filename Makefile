@@ -55,8 +55,7 @@ pictures: $(VENV:%=%/installed)
 	$(PY) explain.py $(PHANTOM) --exam valid/0237 --task $(TASK) --out models/pictures --overwrite
 	chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1000 \
 	  --screenshot=models/pictures/report.png models/report.html
-	$(PY) -m tools.pictures models/pictures/0237-$(TASK).png models/$(TASK)-roc.png \
-	  models/pictures/report.png
+	$(PY) -m tools.pictures models/pictures/0237-$(TASK).png models/pictures/report.png
 
 # Break the code in some thousand ways, one at a time, and see that a test fails: hours.
 mutants: $(VENV:%=%/installed-dev)

@@ -1,7 +1,7 @@
 """README's pictures from the demo's models: smaller copies with 256 colours, together below 500 kB.
 
 make pictures
-python -m tools.pictures models/pictures/0237-acl.png models/acl-roc.png report.png --out docs
+python -m tools.pictures models/pictures/0237-acl.png models/pictures/report.png
 """
 
 import io
@@ -19,7 +19,6 @@ WIDTH = 1000  # px
 def parse_arguments():
     parser = cli.make_parser(__doc__)
     parser.add_argument("sheet", type=Path, help="PNG that explain.py wrote")
-    parser.add_argument("roc", type=Path, help="PNG that train_logistic_regression.py wrote")
     parser.add_argument("report", type=Path, help="PNG of a browser's window with report.html")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder to write to")
     return parser.parse_args()
@@ -44,9 +43,8 @@ def smaller(path):
 
 
 def run(args):
-    """Write heat-maps.png, roc.png and report.png."""
-    names = {"heat-maps.png": args.sheet, "roc.png": args.roc, "report.png": args.report}
-    for name, source in names.items():
+    """Write heat-maps.png and report.png."""
+    for name, source in (("heat-maps.png", args.sheet), ("report.png", args.report)):
         data = smaller(source)
         write_bytes(args.out / name, data)
         print(f"written  {args.out / name}  {len(data) / 1e3:.0f} kB")
