@@ -24,12 +24,18 @@ from common.answering import Options, load_tasks, model_of, open_fit_exams
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, printable
 from common.exams import FolderExams
-from common.explain_index import INDEX, Rows, labels_beside, make_index, page_name, write_exam
+from common.explain_index import (
+    INDEX,
+    Rows,
+    labels_beside,
+    make_folder,
+    make_index,
+    page_name,
+    write_exam,
+)
 from common.explain_page import FRAME_SECONDS, NOTICE, animation, contact_sheet, headline, make_page
-from common.explanation import explain_exam
+from common.explanation import explain_exam, unusable_of
 from common.files import write_text
-
-REPORT = "report.dcm"  # of common/dicom_results.py, which only some installations can import
 
 
 class Output(NamedTuple):
@@ -56,7 +62,8 @@ def parse_arguments():
     which.add_argument(
         "--all",
         action="store_true",
-        help="every exam, with an index over their pages; about a second and 1 MB an exam",
+        help="every exam, with an index over their pages; about a second and 2 MB for an exam of "
+        "256 px",
     )
     parser.add_argument(
         "--task",
@@ -144,13 +151,9 @@ def explain_one(exam, tasks, output, options):
     check_overwrite((page, *pictures), exam, output.overwrite)
     for finding in shown:
         print(headline(exam, finding))
-        for dataset in finding.models.datasets or [None]:
-            print(f"trained on {cli.describe_dataset(dataset)}")
-    try:
-        output.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        why = f"{output.folder}: {error.strerror}; give another folder as --out"
-        raise InputError(why) from None
+        for dataset in cli.describe_datasets(finding.models.datasets):
+            print(f"trained on {dataset}")
+    make_folder(output.folder)
     write_text(page, make_page(exam, shown))
     slices = sum(len(one.volume) for one in shown[0].planes.values())
     seconds, size = time.perf_counter() - began, page.stat().st_size / 1e6
@@ -206,11 +209,9 @@ def why_not(findings):
 
 def refuse_unusable(exam, findings):
     """Raise RunError where a plane that was there could not be used."""
-    reasons = {plane: why for finding in findings for plane, why in finding.unusable.items()}
-    if reasons:
+    if words := unusable_of(findings):
         decided = any(finding.decision for finding in findings)
         done = "left out of the decision" if decided else "so there is no decision (--partial)"
-        words = "; ".join(f"{plane}: {why}" for plane, why in reasons.items())
         raise RunError(f"exam {exam.name}: {words}; {done}")
 
 
@@ -224,7 +225,8 @@ def explain_all(exams, tasks, output, options):
     rows = Rows(out, [models.task for models in tasks], model, output.overwrite)
     known, new, failed = rows.inputs, 0, 0
     if output.dicom:  # explained before is not yet written there
-        known = {key: i for key, i in known.items() if (output.dicom / key[1] / REPORT).exists()}
+        report = dicom_results().REPORT
+        known = {key: i for key, i in known.items() if (output.dicom / key[1] / report).exists()}
     try:
         for exam in cli.progress(exams.each(known), "explain", total=len(exams)):
             if exam.unchanged:

@@ -386,8 +386,8 @@ def summary_line(counts, seconds):
 
 def print_models(models):
     """Print what the networks were trained on and how the threshold was chosen."""
-    for dataset in models.datasets or [None]:
-        print(f"{models.task:<10} trained on {cli.describe_dataset(dataset)}")
+    for dataset in cli.describe_datasets(models.datasets):
+        print(f"{models.task:<10} trained on {dataset}")
     if models.stack:
         threshold = models.stack.get("thresholds", "chosen on training predictions")
         print(f"{'':<10} threshold {one_line(threshold)}")

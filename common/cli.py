@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -196,6 +197,11 @@ def git_sha():
     return sha + ("+" if changed else "")
 
 
+def made():
+    """When and by which code something is made, for the foot of a page."""
+    return f"{datetime.now():%Y-%m-%d %H:%M}, commit {git_sha()}"
+
+
 def versions():
     """Versions of what the numbers depend on: {name: version}."""
     names = ("torchvision", "numpy", "scikit-learn")
@@ -236,6 +242,11 @@ def describe_dataset(dataset):
         return "not described (no dataset.json)"
     words = one_line(f"{dataset['name']}, version {dataset['version']}")
     return words + (", SYNTHETIC exams" if dataset["synthetic"] else "")
+
+
+def describe_datasets(datasets):
+    """Each in a few words, [str]; networks without any have one that is not described."""
+    return [describe_dataset(dataset) for dataset in datasets or [None]]
 
 
 def print_exams(train_set, valid_set):

@@ -8,10 +8,7 @@ hashes of the input, the networks and this code's version, so the same answer ha
 """
 
 import json
-import logging
 import re
-import warnings
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +25,8 @@ from common.errors import InputError, RunError
 from common.explain_page import NOTICE, SYNTHETIC_ONLY
 from common.figures import overlay
 from common.files import atomic
-from data.common import ORIENTATION
+from data.common import ORIENTATION, SIDE
+from data.dicom.files import quiet
 
 MAKER, MODEL = "MRNet project", "MRNet"
 SCHEME = "99MRNET"  # designator of our own codes; private ones begin with 99 (PS3.16 8.2)
@@ -127,22 +125,6 @@ def write_results(exam, findings, model, out):
             ) from None
 
 
-@contextmanager
-def quiet():
-    """Without what pydicom and highdicom say of values: they quote the patient."""
-    loggers = [logging.getLogger(name) for name in ("pydicom", "highdicom")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
-
-
 def save_series(series, place):
     """Write a series, and nothing else of an earlier, longer one stays: folder, number of files."""
     paths = [place / f"{image.InstanceNumber:04d}.dcm" for image in series]
@@ -171,7 +153,7 @@ def heat_map_series(finding, title, one, origin, number):
     """
     plane = title.split()[0]
     place = origin.planes[plane]
-    if len(place["positions"]) != len(one.volume) or one.volume.shape[1] != place["side"]:
+    if len(place["positions"]) != len(one.volume) or one.volume.shape[1] != SIDE:
         raise RunError(f"{plane}: its slices are not those that were converted")
     pictures = overlay(one.volume, one.maps, one.backbone)
     sums = one.slice_sums

@@ -11,7 +11,6 @@ import io
 import json
 import math
 import os
-from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -21,8 +20,8 @@ from PIL import Image, ImageOps
 
 from common import cli
 from common.errors import InputError
-from common.explain_page import as_text, fill, make_page
-from common.figures import overlay
+from common.explain_page import as_text, fill, make_page, slice_picture
+from common.explanation import unusable_of
 from common.files import write_bytes, write_text
 from dataloader import PLANES, label_rows
 
@@ -68,13 +67,20 @@ def write_exam(exam, findings, model, out, folder):
         described[finding.task] = describe(finding) | {"picture": picture.as_posix()}
     if page:
         write_text(out / page, make_page(exam, shown))
-    unusable = {plane: why for finding in findings for plane, why in finding.unusable.items()}
-    error = "; ".join(f"{plane}: {why}" for plane, why in unusable.items())
+    error = unusable_of(findings)
     if not (error or shown):
         error = "no volume of a plane that there are networks for"
     name = page.as_posix() if page else None
     tasks = [finding.task for finding in findings]
     return Row(exam.name, exam.source, exam.input, model, name, error or None, tasks, described)
+
+
+def make_folder(out):
+    """Make the folder of pages. Raises InputError where it cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: {error.strerror}; give another folder as --out") from None
 
 
 def page_name(exam, findings):
@@ -101,9 +107,8 @@ def thumbnail(explained):
     sheet = Image.new("RGB", (THUMBNAIL_SIDE * len(PLANES), THUMBNAIL_SIDE))
     for plane, one in first.items():
         at = int(np.argmax(one.slice_sums))
-        cut = slice(at, at + 1)
-        (picture,) = overlay(one.volume[cut], one.maps[cut], one.backbone, scale=one.scale)
-        picture = ImageOps.contain(Image.fromarray(picture), (THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        picture = Image.fromarray(slice_picture(one, at))
+        picture = ImageOps.contain(picture, (THUMBNAIL_SIDE, THUMBNAIL_SIDE))
         sheet.paste(picture, (THUMBNAIL_SIDE * PLANES.index(plane), 0))
     data = io.BytesIO()
     sheet.save(data, "JPEG", quality=THUMBNAIL_QUALITY)
@@ -129,10 +134,7 @@ class Rows:
     def __init__(self, out, names, model, overwrite):
         self.out, self.path, self.names = Path(out), Path(out) / ROWS, names
         self.rows = {}
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{out}: {error.strerror}; give another folder as --out") from None
+        make_folder(self.out)
         if not overwrite:
             for row in self.read():
                 if row.model == model and (row.page is None or (self.out / row.page).is_file()):
@@ -221,11 +223,8 @@ def make_index(rows, tasks, labels, unfinished):
         "unfinished": unfinished,
         "synthetic": any(models.is_synthetic for models in tasks),
         "mirrored": any(models.is_mirrored for models in tasks),
-        "trained_on": {
-            models.task: [cli.describe_dataset(dataset) for dataset in models.datasets or [None]]
-            for models in tasks
-        },
-        "made": f"{datetime.now():%Y-%m-%d %H:%M}, commit {cli.git_sha()}",
+        "trained_on": {models.task: cli.describe_datasets(models.datasets) for models in tasks},
+        "made": cli.made(),
     }
     return fill(PAGE, f"{', '.join(content['tasks'])}: {len(rows)} exams", content)
 

@@ -5,7 +5,6 @@ import html
 import io
 import json
 import os
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +37,13 @@ def jpeg(pixels, side=LARGEST_SIDE, quality=JPEG_QUALITY):
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
+def slice_picture(one, at):
+    """Slice `at` of a PlaneMaps with its map, on the plane's own scale: uint8 (H, W, 3)."""
+    cut = slice(at, at + 1)
+    (picture,) = overlay(one.volume[cut], one.maps[cut], one.backbone, scale=one.scale)
+    return picture
+
+
 def make_page(exam, findings):
     """The HTML page as text. Everything that varies is JSON, and is put in as text by the page.
 
@@ -64,7 +70,7 @@ def make_page(exam, findings):
         "findings": [describe_finding(finding) for finding in findings],
         "opacity": OPACITY,
         "colours": heat_colours().ravel().tolist(),
-        "made": f"{datetime.now():%Y-%m-%d %H:%M}, commit {cli.git_sha()}",
+        "made": cli.made(),
     }
     title = f"{', '.join(finding.task for finding in findings)}, exam {exam.name}"
     return fill(PAGE, title, content)
@@ -79,7 +85,7 @@ def describe_finding(finding):
         "unusable": finding.unusable,
         "synthetic": models.is_synthetic,
         "mirrored": models.is_mirrored,
-        "trained_on": [cli.describe_dataset(dataset) for dataset in models.datasets or [None]],
+        "trained_on": cli.describe_datasets(models.datasets),
         "thresholds": (models.stack or {}).get("thresholds", ""),
         "missing": [p for p in PLANES if all(t.split()[0] != p for t in finding.planes)],
         "planes": [

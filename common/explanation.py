@@ -125,6 +125,12 @@ class Finding(NamedTuple):
         return {title.split(" of ")[-1]: one.probability for title, one in self.planes.items()}
 
 
+def unusable_of(findings):
+    """What could not be used of an exam, for any of its Findings, in one line; "" for nothing."""
+    reasons = {plane: why for finding in findings for plane, why in finding.unusable.items()}
+    return "; ".join(f"{plane}: {why}" for plane, why in reasons.items())
+
+
 def explain_exam(exam, tasks, device, precision, partial=False):
     """The Finding of each task.
 

@@ -5,7 +5,6 @@ are those of Mitchell et al., Model Cards for Model Reporting, 2019 (arXiv 1810.
 metadata is the one that Hugging Face's hub reads.
 """
 
-from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,7 +94,7 @@ def write_card(subject, library, file, out):
         "row": None,
         "why_not": subject.why_not,
         "notice": NOTICE,
-        "made": f"{datetime.now():%Y-%m-%d %H:%M}, commit {cli.git_sha()}",
+        "made": cli.made(),
     }
     if results:
         whole = facts_of(results)

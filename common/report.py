@@ -12,7 +12,6 @@ import csv
 import os
 import re
 from collections import Counter
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,9 +26,9 @@ from common.config import beyond_article
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, OneClassError, one_line
 from common.exams import FolderExams, read_planes
-from common.explain_page import NOTICE, jpeg
+from common.explain_page import NOTICE, jpeg, slice_picture
 from common.explanation import explain_planes
-from common.figures import as_svg, learning_figure, overlay, reliability_figure, roc_figure
+from common.figures import as_svg, learning_figure, reliability_figure, roc_figure
 from common.files import write_text
 from common.metrics import auc_interval, wilson_interval
 from common.results import find_results, read_results
@@ -136,10 +135,8 @@ def picture_of(title, one, kind):
     """(title, data URI) of the slice of a PlaneMaps that spoke most for the mistake."""
     sums = one.slice_sums
     at = int(np.argmax(sums) if kind == "false positive" else np.argmin(sums))
-    cut = slice(at, at + 1)
-    (picture,) = overlay(one.volume[cut], one.maps[cut], one.backbone, scale=one.scale)
     text = f"{title}, slice {at + 1} of {len(sums)}: {sums[at]:+.2f}"
-    return text, jpeg(picture, PICTURE_SIDE, PICTURE_QUALITY)
+    return text, jpeg(slice_picture(one, at), PICTURE_SIDE, PICTURE_QUALITY)
 
 
 def page_of(exam_id, task, pages, out):
@@ -353,8 +350,8 @@ def environment():
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"number": number, "interval": with_interval, "md": plain_markdown}
-    made.filters["plain"] = plain_interval
+    made.filters |= {"number": number, "md": plain_markdown}
+    made.filters |= {"interval": with_interval, "plain": plain_interval}
     return made
 
 
@@ -411,7 +408,7 @@ def write_report(found, out, data_dir=None, metadata=None, pages=None):
         "caveats": unique(line.lstrip("* ") for t in tasks for line in t["results"]["caveats"]),
         "missing": missing,
         "notice": NOTICE,
-        "made": f"{datetime.now():%Y-%m-%d %H:%M}, commit {cli.git_sha()}",
+        "made": cli.made(),
     }
     templates = environment()
     write_text(out, templates.get_template("report.html").render(context))

@@ -35,6 +35,7 @@ from common.metrics import Difference, brier, holm, mean_auc_difference, roc_auc
 HEADS = ("recipe", "network", "AUC (SD)", "in a fold", "- article's [95 %]", "p", "Holm", "Brier",
          "time", "GB")  # fmt: skip
 STACK = "stack"
+VIEWS = ", views"  # end of the name of a row of means over random views
 CERTAIN = 0.05  # of dropping a recipe that is behind by chance
 AVERAGED_FOLDS = 5  # of the stack of averaged seeds, whose folds differ
 
@@ -51,9 +52,6 @@ def parse_arguments():
         "cannot judge the choice",
     )
     return parser.parse_args()
-
-
-VIEWS = ", views"  # end of the name of a row of means over random views
 
 
 class Row(NamedTuple):

@@ -2,9 +2,11 @@
 
 import functools
 import gzip
+import logging
 import os
 import re
 import stat
+import warnings
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,6 +58,22 @@ class File:
         if len(data) > MAX_BYTES:
             raise InputError(f"{self}: over {MAX_BYTES >> 20} MiB; split it into single series")
         return data
+
+
+@contextmanager
+def quiet():
+    """Without what pydicom, highdicom and nibabel log and warn of: it quotes the header."""
+    loggers = [logging.getLogger(name) for name in ("pydicom", "highdicom", "nibabel.global")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ What explain.py --dicom needs to write results back beside the exam, as plain va
 import numpy as np
 
 from common.errors import InputError
-from data.common import SIDE, square_grid
+from data.common import square_grid
 from data.dicom.files import reading
 from data.dicom.slices import orient
 
@@ -45,7 +45,7 @@ def describe(taken, choice, side):
         frames = [[number[frame.file], frame.index + 1] for frame in series.frames]
         planes[plane] = place(series, axis, choice.square, choice.field_of_view) | {
             "frame": series.frame,
-            "mirrored": choice.mirror and side == "R",
+            "mirrored": choice.mirrors(side),
             "sources": [source_of(file) for file in files],
             "used": frames_of(series, axis, frames),
         }
@@ -80,7 +80,6 @@ def place(series, axis, square, field_of_view):
         "orientation": [*(right / spacing[1]).tolist(), *(down / spacing[0]).tolist()],
         "spacing": spacing,
         "thickness": float(slab * series.spacing[axis]),
-        "side": SIDE,
     }
 
 

@@ -5,12 +5,11 @@ foreign files shares no memory with the networks.
 """
 
 import json
-import logging
 import sys
-import warnings
 
 from common.errors import InputError
 from data.common import write_volume
+from data.dicom.files import quiet
 
 
 def run_importer(work, out, report, what="exams"):
@@ -22,11 +21,8 @@ def run_importer(work, out, report, what="exams"):
         report: Report; one that collects its lines is a server's.
         what: "exams" or "studies".
     """
-    for name in ("pydicom", "nibabel.global"):  # what they log and warn of quotes the header
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             return work()
     except InputError as error:
         status, message = 2, str(error)

@@ -204,6 +204,10 @@ class Choice(NamedTuple):
     field_of_view: float | None = None  # mm; side of what is kept, None for all
     mirror: bool = False  # right knees to left
 
+    def mirrors(self, side):
+        """Whether a knee of this side, L, R or "", is mirrored."""
+        return self.mirror and side == "R"
+
 
 class Volumes:
     """Reads series; a 3-D scan is kept until all its planes are cut."""
@@ -222,7 +226,7 @@ class Volumes:
         volume = cut(grey, series, axis, choice.square, choice.field_of_view)
         plane, _ = plane_of(series.directions[axis])
         self.taken[plane] = series, axis
-        return mirrored(plane, volume) if choice.mirror and side == "R" else volume
+        return mirrored(plane, volume) if choice.mirrors(side) else volume
 
 
 def volumes_of(exam, choice, report, title):

@@ -147,7 +147,7 @@ def convert(study, reader):
     ranked = sorted((one for one in series if id(one.series) in ours), key=rank, reverse=True)
     for plane in TARGET:
         take_plane(plane, [one for one in ranked if one.plane == plane], study, reader, done)
-    done.mirrored = reader.choice.mirror and done.side == "R"
+    done.mirrored = reader.choice.mirrors(done.side)
     return done
 
 
