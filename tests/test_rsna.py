@@ -44,6 +44,7 @@ def write_study(root, study, side="L", planes=PLANES, scanner="A", laterality=Tr
     x = KNEE if side == "L" else -KNEE
     about = {"study": uid_of(study), "Manufacturer": scanner, "FrameOfReferenceUID": f"9.{study}"}
     about |= {"Laterality": side} if laterality else {}
+    about = about | {"PatientID": f"P{study}"} | more
     for p, plane in enumerate(PLANES):
         for decoy, (fluid, fat) in enumerate(((1, 1), (1, 0), (0, 0))):
             series = f"{uid_of(study)}.{p}.{decoy}"
@@ -51,7 +52,7 @@ def write_study(root, study, side="L", planes=PLANES, scanner="A", laterality=Tr
             if plane in planes:
                 folder = root / "train_series" / uid_of(study) / series
                 write_series(folder, code_of(study, side, plane, decoy), plane, x, series,
-                             description="", **about, **more)  # fmt: skip
+                             description="", **about)  # fmt: skip
             else:
                 rows.pop()
     return rows
@@ -563,6 +564,28 @@ def test_studies_that_share_a_scanner_or_a_report_are_one_group():
     groups = group_studies("abcde", scanners, reports)
     assert groups["a"] == groups["b"] == groups["c"]
     assert len({groups["a"], groups["d"], groups["e"]}) == 3
+
+
+def test_both_knees_of_a_patient_are_one_group(tmp_path):
+    """Studies 0 and 1 are one patient's; a number that all others share names nobody."""
+    series, rows = [], []
+    for study in range(30):
+        patient = "one" if study < 2 else "ANONYMOUS"
+        series += write_study(tmp_path / "rsna", study, "LR"[study % 2], planes=("axial",),
+                              scanner=f"scanner {study}", PatientID=patient)  # fmt: skip
+        rows.append([uid_of(study), "F", f"Report {study}", study % 2, *[""] * 11])
+    write_rows(tmp_path / "rsna" / "train.csv", HEAD, rows)
+    write_rows(tmp_path / "rsna" / "train_series.csv", SERIES_HEAD, series)
+    done = prepare(tmp_path / "rsna", tmp_path / "out", "--no-mirror")
+    assert "studies share, not used: 28" in done.stdout and "groups by" in done.stdout
+    groups = {}
+    for split in ("train", "valid"):
+        with open(tmp_path / "out" / f"{split}-groups.csv", newline="") as file:
+            groups |= dict(csv.reader(file))
+    number = {s: str(int(p.stem)) for (s, _, _), p in volumes(tmp_path / "out").items()}
+    assert groups[number[0]] == groups[number[1]] and len(set(groups.values())) == 29
+    text = "".join(p.read_text() for p in (tmp_path / "out").glob("*.*"))
+    assert "ANONYMOUS" not in text and "one" not in text.split()
 
 
 def test_a_split_takes_whole_groups():

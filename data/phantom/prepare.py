@@ -2,6 +2,7 @@
 
     python data/phantom/prepare.py                                 # 200 + 60 exams, about 3 minutes
     python data/phantom/prepare.py --exams 1130 --valid 120 --out /tmp/phantom
+    python data/phantom/prepare.py --as rsna --out /tmp/rsna        # see docs/rsna.md
     python train.py --task acl --plane sagittal --data-dir data/phantom
 
 One 3-D knee per exam, drawn from geometry with the contrast of fat-suppressed proton density
@@ -13,7 +14,8 @@ torn ACL 20 %, torn meniscus 37 % (Bien et al., PLOS Medicine 2018, training set
 Writes OUT/{train,valid}/{axial,coronal,sagittal}/0000.npy, uint8 (s, size, size), the six CSVs and
 OUT/lesions.json: where each lesion lies in each plane (see make_exam). Sizes and places are
 those of an adult knee, approximately; nothing was measured on patients, and no result on these
-exams says anything about patients.
+exams says anything about patients. With --as rsna it writes DICOM and CSVs in the form of RSNA's
+knee set of 2026 instead (data/phantom/rsna.py).
 """
 
 import argparse
@@ -33,9 +35,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it fi
 from common.errors import InputError  # noqa: E402
 from common.files import write_csv, write_text  # noqa: E402
 from data.common import ORIENTATION, TARGET, write_dataset, write_volume  # noqa: E402
-from data.phantom.anatomy import draw_knee  # noqa: E402
-from data.phantom.lesions import PREVALENCE, draw_labels, draw_lesions  # noqa: E402
-from data.phantom.scanner import Pose, place, scan  # noqa: E402
+from data.phantom.exam import draw_exam  # noqa: E402
+from data.phantom.lesions import PREVALENCE, draw_labels  # noqa: E402
+from data.phantom.rsna import TRUTH, make_study, write_tables  # noqa: E402
+from data.phantom.scanner import place, scan  # noqa: E402
 
 VERSION = "2"  # of the knees that are drawn; raise it with every change of the pixels
 SPLITS = ("train", "valid")
@@ -49,14 +52,10 @@ def make_exam(exam_id, split, labels, seed, size, out):
     effusion, oedema), the task it belongs to (each is a reason for abnormal too), its centre in
     patient mm, and place()'s indices for each plane.
     """
-    # Four streams, so that the same knee can be drawn with other lesions.
-    lesion_rng, knee_rng, pose_rng, scan_rng = np.random.default_rng([seed, exam_id]).spawn(4)
-    knee = draw_knee(knee_rng, draw_lesions(lesion_rng, labels))
-    side = int(pose_rng.choice([-1, 1]))
-    pose = Pose(pose_rng, side)
+    knee, pose, side, _, rng = draw_exam(exam_id, labels, seed)
     planes = {}
     for plane in TARGET:
-        volume, planes[plane] = scan(knee, pose, plane, size, scan_rng)
+        volume, planes[plane] = scan(knee, pose, plane, size, rng)
         write_volume(out / split / plane / f"{exam_id:04d}.npy", volume)
     lesions = []
     for kind, task, points in knee.lesions:
@@ -87,6 +86,10 @@ def parse_arguments():
         default=256,
         help="px; 256 is MRNet's, 128 trains four times faster and blurs small tears",
     )
+    form = (
+        "mrnet writes arrays, rsna the DICOM and CSVs of RSNA's knee set of 2026, --valid its test"
+    )
+    exams.add_argument("--as", choices=("mrnet", "rsna"), default="mrnet", dest="form", help=form)
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=Path, default=Path(__file__).parent, help="data folder")
     run.add_argument(
@@ -99,7 +102,9 @@ def parse_arguments():
     held = [
         p for s in SPLITS for form in (f"{s}-*.csv", f"{s}/*/*.npy") for p in args.out.glob(form)
     ]
-    if held and not (args.out / "lesions.json").exists():
+    held += args.out.glob("*_series")
+    mark = {"mrnet": "lesions.json", "rsna": TRUTH}[args.form]
+    if held and not (args.out / mark).exists():
         parser.error(f"{held[0]} belongs to another data set; give --out a folder of its own")
     return parser, args
 
@@ -108,19 +113,19 @@ def quiet_interrupt():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
 
 
-def make_exams(jobs, workers, **drawn):
-    """Yield make_exam's results in the order of `jobs`, a list of (split, labels).
+def make_exams(make, jobs, workers):
+    """Yield `make`'s results in the order of `jobs`, a list of (split, labels), with progress.
 
     Args:
-        drawn: seed, size and out, as make_exam takes them.
+        make: function of an exam's number, split and labels.
     """
-    work = partial(make_exam, **drawn)
     columns = range(len(jobs)), *zip(*jobs, strict=True)
+    bar = partial(tqdm, total=len(jobs), unit="exam", desc="knees", disable=not sys.stderr.isatty())
     if workers == 1:
-        yield from map(work, *columns)
+        yield from bar(map(make, *columns))
         return
     with ProcessPoolExecutor(workers, initializer=quiet_interrupt) as pool:
-        yield from pool.map(work, *columns)
+        yield from bar(pool.map(make, *columns))
 
 
 def main():
@@ -128,6 +133,10 @@ def main():
     rng = np.random.default_rng(args.seed)
     splits = {"train": draw_labels(rng, args.exams), "valid": draw_labels(rng, args.valid)}
     jobs = [(split, labels) for split, rows in splits.items() for labels in rows]
+    if args.form == "rsna":
+        make = partial(make_study, seed=args.seed, out=args.out, total=len(jobs))
+        write_tables(args.out, make_exams(make, jobs, args.workers), args.seed)
+        return
     lesions = args.out / "lesions.json"
     try:
         write_dataset(
@@ -146,15 +155,8 @@ def main():
         parser.error(str(error))
     except OSError as error:
         parser.error(f"cannot write to {args.out}: {error.strerror}; give another --out")
-    hidden = not sys.stderr.isatty()
-    done = tqdm(
-        make_exams(jobs, args.workers, seed=args.seed, size=args.size, out=args.out),
-        total=len(jobs),
-        unit="exam",
-        desc="knees",
-        disable=hidden,
-    )
-    write_text(lesions, json.dumps(dict(done)))
+    make = partial(make_exam, seed=args.seed, size=args.size, out=args.out)
+    write_text(lesions, json.dumps(dict(make_exams(make, jobs, args.workers))))
     first = 0
     for split, rows in splits.items():
         for task in PREVALENCE:

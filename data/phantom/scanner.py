@@ -48,8 +48,11 @@ class Pose:
         return found
 
 
-def scan(knee, pose, plane, size, rng):
+def scan(knee, pose, plane, size, rng, field_of_view=FIELD_OF_VIEW):
     """Cut one plane: uint8 (s, size, size) and its geometry.
+
+    Args:
+        field_of_view: mm, a slice's side.
 
     The geometry takes patient mm to voxel indices: index = (direction * mm[axis] - start) / step,
     each for slices, rows and columns.
@@ -58,10 +61,10 @@ def scan(knee, pose, plane, size, rng):
     step = rng.uniform(*SPACING[plane])
     low, high = sorted(axes[0][1] * end for end in COVER[plane])
     positions = np.arange(low + rng.uniform(0, step), high, step)
-    pixel = FIELD_OF_VIEW / size
-    sides = (np.arange(size) + 0.5) * pixel - FIELD_OF_VIEW / 2
-    nodes = np.linspace(-FIELD_OF_VIEW / 2, FIELD_OF_VIEW / 2, round(FIELD_OF_VIEW / NODE) + 1)
-    part, node = np.modf((sides - nodes[0]) / NODE)
+    pixel = field_of_view / size
+    sides = (np.arange(size) + 0.5) * pixel - field_of_view / 2
+    nodes = np.linspace(-field_of_view / 2, field_of_view / 2, round(field_of_view / NODE) + 1)
+    part, node = np.modf((sides - nodes[0]) / (nodes[1] - nodes[0]))
     node = node.astype(int)
     points = np.empty((len(nodes), len(nodes), 3))
     cuts = (-THICKNESS / 4 * step, THICKNESS / 4 * step)  # two cuts make a thick slice

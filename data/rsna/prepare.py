@@ -51,11 +51,12 @@ from data.common import (  # noqa: E402
 from data.dicom.origin import describe  # noqa: E402
 from data.dicom.serve import run_importer, serve  # noqa: E402
 from data.dicom.studies import Choice, Volumes  # noqa: E402
-from data.rsna.studies import convert, digest_of, find_studies, scanner_of  # noqa: E402
+from data.rsna.studies import convert, digest_of, find_studies, identity_of  # noqa: E402
 from data.rsna.tables import FINDINGS, combine_labels, read_labels, read_series  # noqa: E402
 
 VERSION = "1"  # of what is written from the same files; raise it with every change of the pixels
 SEED = 0  # of the cut into train and valid
+OF_A_PATIENT = 20  # studies; a PatientID that more share is a word such as "anonymous"
 
 
 def parse(argv):
@@ -121,6 +122,15 @@ def group_studies(uids, *keys):
                 parent[root(uid)] = root(first.setdefault(key[uid], uid))
     numbers = {}
     return {uid: numbers.setdefault(root(uid), len(numbers)) for uid in uids}
+
+
+def known_patients(patients, report):
+    """{uid: patient's number} without numbers that so many studies share that they name nobody."""
+    shared = {n for n, count in Counter(patients.values()).items() if n and count > OF_A_PATIENT}
+    if shared:
+        count = sum(number in shared for number in patients.values())
+        report.log(f"PatientID that more than {OF_A_PATIENT} studies share, not used: {count}")
+    return {uid: "" if number in shared else number for uid, number in patients.items()}
 
 
 def split_groups(groups, share, seed=SEED):
@@ -223,11 +233,14 @@ def run(args, choice, report):
     if not studies:
         raise InputError(f"{args.root}: no study that train.csv has as well")
     uids = [study.uid for study in studies]
-    found = in_parallel(scanner_of, [(study,) for study in studies], args.workers, "scanners")
-    scanners = dict(zip(uids, found, strict=True))
+    found = in_parallel(identity_of, [(study,) for study in studies], args.workers, "scanners")
+    scanners, patients = (dict(zip(uids, key, strict=True)) for key in zip(*found, strict=True))
     reports = {uid: " ".join(text.casefold().split()) for uid, text in own.reports.items()}
-    groups = group_studies(uids, scanners, reports)
+    groups = group_studies(uids, scanners, known_patients(patients, report), reports)
     valid = split_groups(groups, args.valid)
+    sizes = Counter(groups.values())
+    report.log(f"groups by scanner, patient and report: {len(sizes)}, the largest of "
+               f"{max(sizes.values())} studies")  # fmt: skip
     register, numbers, todo = number_studies(studies, valid, args.out, args.overwrite)
     write_dataset(
         args.out,

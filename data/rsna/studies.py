@@ -105,23 +105,23 @@ def digest_of(study):
     return total.hexdigest()
 
 
-def scanner_of(study):
-    """The scanner's fingerprint, from the first header that can be read; "" if none can."""
+def identity_of(study):
+    """The scanner's fingerprint and the patient's number, from the first header that can be read;
+    "" for what is not known. Both identify: never print them."""
     import pydicom
 
     for folder in study.series.values():
         for path in sorted(folder.iterdir())[:2]:
             try:
                 with reading(File(path)):
-                    header = pydicom.dcmread(
-                        path, stop_before_pixels=True, specific_tags=[*SCANNER]
-                    )
-                    words = [str(header.get(name) or "").strip() for name in SCANNER]
+                    tags = [*SCANNER, "PatientID"]
+                    header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+                    *words, patient = [str(header.get(name) or "").strip(" \0") for name in tags]
             except InputError:
                 continue
-            if any(words):
-                return "|".join(words).casefold()
-    return ""
+            if any(words) or patient:
+                return "|".join(words).casefold() if any(words) else "", patient
+    return "", ""
 
 
 def convert(study, reader):
