@@ -64,6 +64,36 @@ def tasks(root_dir):
     return names
 
 
+def trainable(root_dir):
+    """The tasks that have labels of both classes in both splits, and why the others have not.
+
+    Returns:
+        list of names, sorted, and {name: one line}.
+
+    Raises:
+        InputError: as `tasks`, or none of them can be trained.
+    """
+    found, why = [], {}
+    for task in tasks(root_dir):
+        try:
+            for split in SPLITS:
+                read_labels(root_dir, task, split)
+            found.append(task)
+        except InputError as error:
+            why[task] = str(error)
+    if not found:
+        raise InputError(next(iter(why.values())))
+    return found, why
+
+
+class Listed(NamedTuple):
+    """The exams that the CSVs list."""
+
+    ids: list
+    labels: np.ndarray  # float32 (n, tasks)
+    groups: list
+
+
 class LabelRow(NamedTuple):
     """A row of a CSV of labels, `id,label` or `id,label,weight`; a faulty one has a fault only."""
 
@@ -437,6 +467,10 @@ class MRDataset(Dataset):
         channels: in CHANNELS, of the network's input.
         slices: (least, most) part of the slices in a training step, drawn anew for each.
         unknown: {task: number of exams whose label is empty}.
+        listed: Listed, with the exams that have no volume of this plane. Folds are cut on these, so
+            that they are the same in every plane.
+        absent: number of exams without a volume of this plane. Only where dataset.json says
+            "may_lack_planes": true, as importers write it, are such left out; else they are faults.
 
     Every volume's header is checked here, so that a fault shows before training and not in it.
 
@@ -455,18 +489,30 @@ class MRDataset(Dataset):
         rows = [[labels.get(exam_id, UNKNOWN) for labels in known] for exam_id in self.ids]
         self.unknown = {task: count_unknown(root_dir, task, self.split) for task in self.tasks}
         self.labels = np.array(rows, np.float32)
+        self.description = read_dataset(root_dir)
+        groups = read_groups(root_dir, self.split)
+        self.groups = [groups.get(exam_id, f"exam {exam_id}") for exam_id in self.ids]
+        self.listed = Listed(self.ids, self.labels, self.groups)
+        self.absent = 0
+        if (self.description or {}).get("may_lack_planes"):
+            self.leave_out_absent()
         trust = [read_weights(root_dir, t, self.split) for t in self.tasks]
         rows = [[weights.get(exam_id, 1.0) for weights in trust] for exam_id in self.ids]
         self.label_weights = np.array(rows, np.float32)
-        groups = read_groups(root_dir, self.split)
-        self.groups = [groups.get(exam_id, f"exam {exam_id}") for exam_id in self.ids]
-        self.description = read_dataset(root_dir)
         ratios = [class_ratio(read_labels(root_dir, t, "train")[1]) for t in self.tasks]
         self.set_class_weights(1.0, ratios)
         self.paths = [self.find(exam_id) for exam_id in self.ids]
         self.shapes = [self.read_shape(path) for path in self.paths]
         self.cached = [None] * len(self.paths)
         self.digests = [None] * len(self.paths)  # of the voxels, once they have been read
+
+    def leave_out_absent(self):
+        """Leave out the exams that have no volume of this plane, unless nobody has one."""
+        there = [row for row, exam_id in enumerate(self.ids) if self.has_volume(exam_id)]
+        if there:
+            self.absent = len(self.ids) - len(there)
+            self.ids, self.groups = ([of[row] for row in there] for of in (self.ids, self.groups))
+            self.labels = self.labels[there]
 
     def set_class_weights(self, negative, positive):
         """Weights of the loss of either class, for each finding or one for all; at first 1 and
@@ -532,6 +578,9 @@ class MRDataset(Dataset):
 
     def find(self, exam_id):
         return volume_path(self.root, self.split, self.plane, exam_id)
+
+    def has_volume(self, exam_id):
+        return self.find(exam_id).exists()
 
     def read_shape(self, path):
         return open_volume(path).shape
@@ -654,6 +703,9 @@ class MultiPlaneDataset(MRDataset):
         paths = {p: volume_path(self.root, self.split, p, exam_id) for p in self.plane}
         there = {plane: path for plane, path in paths.items() if path.exists()}
         return there or paths  # of which the first is then named as missing
+
+    def has_volume(self, exam_id):
+        return any(path.exists() for path in self.find(exam_id).values())
 
     def read_shape(self, path):
         return {plane: open_volume(one).shape for plane, one in path.items()}

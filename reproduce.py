@@ -25,13 +25,14 @@ from tabulate import tabulate
 
 from common import cli
 from common.config import ARTICLE, read_recipe
+from common.datasets import all_tasks
 from common.devices import pick_device
 from common.errors import Interrupted, RunError
 from common.files import write_text
 from common.jobs import ROOT, Job, Jobs, failures
 from common.report import PUBLISHED, read_all, write_report
 from common.stacking import start_of_results
-from dataloader import PLANES, tasks
+from dataloader import PLANES
 
 BYTES_OF_A_JOB = 2e9  # resident, beside its volumes: torch, AlexNet and an exam's activations
 
@@ -165,7 +166,7 @@ def markdown(results):
 
 def run(args):
     """Train every network, stack each task, write the table."""
-    wanted = args.tasks or tasks(args.data_dir)
+    wanted = args.tasks or all_tasks(args.data_dir)
     words, recipe, networks, device = read_training(args.recipe)
     places = {"data": args.data_dir, "models": args.models_dir, "logs": args.logs_dir}
     findings = [wanted] if args.together else [[task] for task in wanted]

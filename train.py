@@ -51,7 +51,7 @@ from common.checkpoint import (
     save_model,
 )
 from common.config import ARTICLE, THE_ARTICLES, Config, read_recipe
-from common.datasets import load_exams
+from common.datasets import all_tasks, load_exams
 from common.devices import CACHES, GraphedSteps, cache_volumes, pick_device, pick_precision
 from common.errors import InputError, Interrupted, RunError
 from common.logs import Epoch, TrainingLog, heads_of_epochs, history_of
@@ -66,7 +66,7 @@ from common.optimization import (
 )
 from common.splits import PROTOCOLS, fingerprints_of, numbered, plan_splits, write_folds
 from common.weights import imagenet_features
-from dataloader import CHANNELS, INTENSITIES, PLANES, grey_levels, is_positive, tasks
+from dataloader import CHANNELS, INTENSITIES, PLANES, grey_levels, is_positive
 from model import BACKBONES, POOLINGS
 
 
@@ -182,7 +182,7 @@ def run(args):
     precision = pick_precision(args.precision, device)
     check_writable(args.models_dir)
     args.device, args.precision = device.type, precision  # what "auto" became
-    args.task = "+".join(tasks(args.data_dir) if args.task == ["all"] else args.task)
+    args.task = "+".join(all_tasks(args.data_dir) if args.task == ["all"] else args.task)
     args.plane = "+".join(plane for plane in PLANES if plane in args.plane)
     provenance = cli.print_start_up(vars(args), device, precision)
     config = Config(**{field.name: getattr(args, field.name) for field in fields(Config)})

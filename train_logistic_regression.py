@@ -46,11 +46,11 @@ from common.errors import InputError
 from common.figures import reliability_figure, roc_figure
 from common.files import atomic, write_csv, write_text
 from common.logs import open_writer
-from common.metrics import auc_difference, auc_interval, summary
+from common.metrics import answered, auc_difference, auc_interval, summary
 from common.stacking import (
     COMBINATIONS,
     FEATURES,
-    combine,
+    combine_all,
     fit_combinations,
     save_stack,
     stack_name,
@@ -159,6 +159,14 @@ def check_base_models(base_models, data_dir):
                 )
 
 
+def exams_of_any(sets, data_dir, task):
+    """{split: MRDataset} of the exams that have any of the planes; `sets` as `load_exams`."""
+    if len(sets) == 1 or not any(one.absent for found in sets.values() for one in found.values()):
+        return next(iter(sets.values()))  # ids and labels are the same in all of them
+    planes = [plane for plane in PLANES if any(plane in key.split("+") for key in sets)]
+    return {s: MultiPlaneDataset(data_dir, task, planes, train=s == "train") for s in SPLITS}
+
+
 def check_network(path, metadata, sets, expected):
     """Refuse a network that was trained on other exams, another fold or another seed.
 
@@ -206,7 +214,7 @@ def load_exams(data_dir, task, wanted):
 
 class ColumnLogits(NamedTuple):
     """Predictions of one column's networks of one seed, from all their planes first, then from
-    those sets of planes that they can also do with."""
+    those sets of planes that they can also do with. NaN for exams that lack these planes."""
 
     # {planes: float64 (n, 1)}; with folds, of the network that was not trained on the exam
     train: dict
@@ -235,18 +243,48 @@ def predict_column(base_models, column, seed, sets, device, precision):
         for planes in sets_of_planes(metadata):
             for exams in sets.values():
                 exams.taken = planes.split("+")
+            ask = partial(predict_rows, model, device, precision, path.stem)
             logits = train.setdefault(planes, np.full((len(sets["train"]), 1), np.nan))
-            out_of_fold = sets["train"].subset(rows)
-            logits[rows] = engine.predict(model, out_of_fold, device, precision, path.stem)
-            valid.setdefault(planes, []).append(
-                engine.predict(model, sets["valid"], device, precision, path.stem)
-            )
+            logits[rows] = ask(sets["train"].subset(rows))
+            valid.setdefault(planes, []).append(ask(sets["valid"]))
         protocols.add(metadata["protocol"])
         tuning = metadata.get("tuning", []) if folds == 1 else []
-    if any(np.isnan(logits).any() for logits in train.values()):
+    if np.isnan(next(iter(train.values()))).any():
         raise InputError(f"{paths[0]}: its folds leave training exams out; train all folds again")
     valid = {key: np.concatenate(ones, axis=1).astype(np.float64) for key, ones in valid.items()}
     return ColumnLogits(train, valid, protocols, tuning)
+
+
+def predict_rows(model, device, precision, what, exams):
+    """`engine.predict` of the exams that have all planes that are taken of them, or that a network
+    of all its planes is asked about: float64 (n, 1), NaN for the others."""
+    logits = np.full((len(exams), 1), np.nan)
+    rows = range(len(exams))
+    if isinstance(exams, MultiPlaneDataset) and exams.taken != list(exams.plane):
+        rows = [row for row in rows if set(exams.taken) <= exams.paths[row].keys()]
+    if rows:
+        part = exams if len(rows) == len(exams) else exams.subset(rows)
+        logits[rows] = engine.predict(model, part, device, precision, what)
+    return logits
+
+
+def spread(found, sets, exams):
+    """A ColumnLogits of the exams in `sets` as one of all `exams`, NaN for those without planes.
+
+    Args:
+        sets, exams: {split: MRDataset}.
+    """
+
+    def rows_of_all(split, logits):
+        full = np.full((len(exams[split]), logits.shape[1]), np.nan)
+        full[exams[split].rows_of(sets[split].ids)] = logits
+        return full
+
+    train, valid = (
+        {planes: rows_of_all(split, logits) for planes, logits in by_planes.items()}
+        for split, by_planes in (("train", found.train), ("valid", found.valid))
+    )
+    return found._replace(train=train, valid=valid)
 
 
 def sets_of_planes(metadata):
@@ -279,11 +317,13 @@ def make_stack(task, kind, logits, labels, tuning, sensitivity=None):
         scores[split] = {
             column: engine.sigmoid(values).mean(axis=1) for column, values in whole.items()
         }
-        planes = {p for found in logits[split].values() for p in next(iter(found)).split("+")}
-        scores[split][STACK], thresholds[STACK] = combine(stack, planes, whole)
+        scores[split][STACK] = combine_all(stack, logits[split])
     for column in logits["train"]:
-        p = scores["train"][column]
-        thresholds[column] = threshold_for(labels["train"], p, tuning, sensitivity)
+        found = answered(labels["train"], scores["train"][column], np.where(tuning, 1.0, 0.0))
+        known, p, ours = found
+        thresholds[column] = threshold_for(known, p, ours > 0, sensitivity)
+    largest = max(combinations, key=lambda planes: planes.count("+"))
+    thresholds[STACK] = combinations[largest]["threshold"]
     return stack, scores, thresholds
 
 
@@ -297,10 +337,15 @@ def tuning_mask(train_set, found):
         found: {column: [ColumnLogits, one per seed]}.
     """
     tuning = np.zeros(len(train_set), bool)
-    seeds = [len(ones) for ones in found.values()]
+    if max(len(ones) for ones in found.values()) > 1:
+        return tuning
     found = [one for ones in found.values() for one in ones]
-    if max(seeds) == 1 and len({frozenset(one.tuning) for one in found}) == 1:
-        tuning[train_set.rows_of(found[0].tuning)] = True
+    rows = train_set.rows_of(set().union(*(one.tuning for one in found)))
+    for one in found:  # each has all of those exams that it has planes of
+        logits = next(iter(one.train.values()))[rows, 0]
+        if np.isfinite(logits).sum() != len(train_set.rows_of(one.tuning)):
+            return tuning
+    tuning[rows] = True
     return tuning
 
 
@@ -334,15 +379,17 @@ def evaluate_scores(labels, scores, thresholds):
         {name: dict of numbers} with the planes, the stack and "stack against best plane".
     """
     rows = {}
-    for name, p in scores["valid"].items():
-        row = summary(labels["valid"], p, thresholds[name])
-        half = summary(labels["valid"], p, 0.5)
-        row["train_auc"] = auc_interval(labels["train"], scores["train"][name]).value
+    for name in scores["valid"]:
+        known, p = answered(labels["valid"], scores["valid"][name])
+        row = summary(known, p, thresholds[name])
+        half = summary(known, p, 0.5)
+        row["train_auc"] = auc_interval(*answered(labels["train"], scores["train"][name])).value
         row |= {f"{key}_at_half": half[key] for key in ("sensitivity", "specificity", "accuracy")}
         rows[name] = row
     columns = [name for name in rows if name != STACK]
     best = max(columns, key=lambda column: rows[column]["train_auc"])
-    gain = auc_difference(labels["valid"], scores["valid"][STACK], scores["valid"][best])
+    both = answered(labels["valid"], scores["valid"][STACK], scores["valid"][best])
+    gain = auc_difference(*both)
     return rows | {GAIN: {"plane": best} | gain._asdict()}
 
 
@@ -378,13 +425,20 @@ def print_report(title, labels, rows, training_auc, caveats):
     print(*caveats, sep="\n")
 
 
-def list_caveats(protocol, folds, thresholds):
+def list_caveats(protocol, folds, thresholds, scores):
     """What limits the table's figures, one line each.
 
     Args:
         thresholds: `threshold_source`.
+        scores: {column: probabilities (n,)} of the validation exams.
     """
     caveats = [f"{STAR} thresholds: {thresholds}"]
+    lacking = np.isnan(list(scores.values())).any(axis=0)
+    if lacking.any():
+        caveats.append(
+            f"{lacking.sum()} of {len(lacking)} validation exams lack a plane: a plane's figures "
+            "are of the exams that have it, the stack's of all"
+        )
     if protocol == "article":
         caveats.append("OPTIMISTIC: the epochs were selected on the validation exams reported here")
     if folds == 1:
@@ -399,7 +453,8 @@ def prediction_rows(sets, scores):
     yield ["split", "id", "label", *scores["valid"]]
     for split in SPLITS:
         for i, exam_id in enumerate(sets[split].ids):
-            values = (f"{column[i]:.9f}" for column in scores[split].values())
+            values = (column[i] for column in scores[split].values())
+            values = ("" if np.isnan(value) else f"{value:.9f}" for value in values)
             yield [split, exam_id, f"{sets[split].labels[i, 0]:g}", *values]
 
 
@@ -421,7 +476,8 @@ def save_figures(start, log_dir, task, labels, scores):
             writer.add_figure(name, figure)
         writer.add_pr_curve("precision-recall", labels["valid"], scores["valid"][STACK])
         for name, values in scores["valid"].items():
-            writer.add_scalar(f"valid-auc/{name}", auc_interval(labels["valid"], values).value)
+            auc = auc_interval(*answered(labels["valid"], values)).value
+            writer.add_scalar(f"valid-auc/{name}", auc)
 
 
 def join_seeds(found):
@@ -480,14 +536,18 @@ def run(args):
         args.models_dir, args.task, columns, args.folds, args.repeat, args.seed
     )
     sets = load_exams(args.data_dir, args.task, wanted)
-    exams = sets[wanted[0]]  # ids and labels are the same in all of them
+    exams = exams_of_any(sets, args.data_dir, args.task)
     labels = {split: labels_of(exams[split]) for split in SPLITS}
     check_base_models(base_models, args.data_dir)
     about = cli.print_start_up(vars(args), device, precision)
 
     found = {  # column -> [ColumnLogits, one per seed]
         column: [
-            predict_column(base_models, column, seed, sets[planes], device, precision)
+            spread(
+                predict_column(base_models, column, seed, sets[planes], device, precision),
+                sets[planes],
+                exams,
+            )
             for seed in base_models.seeds
         ]
         for column, planes in columns.items()
@@ -509,7 +569,7 @@ def run(args):
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "data": {split: exams[split].fingerprint() for split in SPLITS},
     } | about
-    caveats = list_caveats(protocol, args.folds, chosen)
+    caveats = list_caveats(protocol, args.folds, chosen, scores["valid"])
     title = f"{args.task}: protocol {protocol}, folds {args.folds}, stacked on {args.features}"
     training_auc = "out-of-fold AUC" if args.folds > 1 else "train AUC"
     print_report(title, labels, rows, training_auc, caveats)

@@ -262,6 +262,8 @@ def print_exams(train_set, valid_set):
             f"{exams.split:<10} {len(exams)} exams, {positive}, "
             f"{min(slices)} to {max(slices)} slices"
         )
+        if exams.absent:
+            print(f"{exams.split:<10} {exams.absent} exams more lack this plane and are left out")
         for task, count in exams.unknown.items():
             if count:
                 print(f"{exams.split:<10} {count} exams without a label of {task}")

@@ -3,8 +3,16 @@
 from common.augmentation import SLICES_OF_STRONG, make_augmentation
 from common.cli import print_exams
 from common.errors import InputError
-from dataloader import MRDataset, MultiPlaneDataset
+from dataloader import MRDataset, MultiPlaneDataset, trainable
 from model import BACKBONES
+
+
+def all_tasks(data_dir):
+    """Every task of a data folder that can be trained; prints why the others cannot."""
+    names, why = trainable(data_dir)
+    for line in why.values():
+        print(f"left out   {line}")
+    return names
 
 
 def load_exams(config, data_dir):

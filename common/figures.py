@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
 from common.metrics import (
+    answered,
     auc_interval,
     brier,
     calibration_curve,
@@ -28,18 +29,19 @@ def roc_figure(labels, scores, band=None):
 
     Args:
         labels: (n,) 0 or 1.
-        scores: {name: (n,) scores}.
+        scores: {name: (n,) scores}, NaN for exams that a model has no answer for.
         band: name of the model whose pointwise 95 % band is drawn.
     """
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes = figure.add_subplot()
     for name, values in scores.items():
-        auc, low, high = auc_interval(labels, values)
-        false_positive, true_positive, _ = roc_curve(labels, values)
+        known, values = answered(labels, values)
+        auc, low, high = auc_interval(known, values)
+        false_positive, true_positive, _ = roc_curve(known, values)
         text = f"{name}: AUC {auc:.3f} [{low:.3f}, {high:.3f}]"
         (line,) = axes.plot(false_positive, true_positive, label=text)
         if name == band:
-            area = roc_band(labels, values)
+            area = roc_band(known, values)
             axes.fill_between(area.fpr, area.low, area.high, color=line.get_color(), alpha=0.15)
     axes.plot([0, 1], [0, 1], color="0.7", linestyle=":", label="chance")
     axes.set(

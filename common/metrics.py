@@ -77,6 +77,12 @@ class RocBand(NamedTuple):
     high: np.ndarray
 
 
+def answered(labels, *scores):
+    """Labels and scores (n,) of the exams that every model has a score for, one that is not NaN."""
+    rows = np.logical_and.reduce([~np.isnan(one) for one in scores])
+    return np.asarray(labels)[rows], *(np.asarray(one)[rows] for one in scores)
+
+
 def roc_auc(labels, scores):
     """Area under the ROC curve, scikit-learn's; cheap enough to be called after every epoch.
 

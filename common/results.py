@@ -24,7 +24,7 @@ class Results(NamedTuple):
     ids: list  # of the validation exams, without leading zeros
     labels: np.ndarray  # float64 (n,) 0 or 1
     train_labels: np.ndarray  # of the training exams that the stack was fitted on
-    scores: dict  # {column, and "stack": probabilities float64 (n,)}
+    scores: dict  # {column, and "stack": probabilities float64 (n,), NaN where a plane lacks}
     stack: dict  # as stacking.load_stack returns it
     networks: list  # of each network (column, metadata)
 
@@ -93,7 +93,8 @@ def read_predictions(path, split="valid"):
     """The exams of one split of a predictions.csv.
 
     Returns:
-        ids, labels float64 (n,) 0 or 1, and {name: probabilities float64 (n,)}, sorted by id.
+        ids, labels float64 (n,) 0 or 1, and {name: probabilities float64 (n,)}, sorted by id; NaN
+        where a plane's networks have no answer.
 
     Raises:
         InputError: not such a file.
@@ -106,10 +107,8 @@ def read_predictions(path, split="valid"):
             )
         labels = is_positive(np.array([float(row["label"]) for row in rows])).astype(float)
         names = [name for name in rows[0] if name not in ("split", "id", "label")]
-        scores = {name: np.array([float(row[name]) for row in rows]) for name in names}
-        if "stack" not in scores or not all(
-            np.isfinite(values).all() for values in scores.values()
-        ):
+        scores = {name: np.array([float(row[name] or "nan") for row in rows]) for name in names}
+        if not np.isfinite(scores["stack"]).all() or np.isinf(list(scores.values())).any():
             raise ValueError
     except (OSError, LookupError, TypeError, ValueError, csv.Error):
         raise InputError(

@@ -122,29 +122,34 @@ def plan_splits(train_set, valid_set, protocol, folds, seeds):
     Raises:
         InputError: too few exams of a class.
     """
-    groups = np.array(train_set.groups)
-    splits = []
+    ids, labels, groups = train_set.listed
+    groups, splits = np.array(groups), []
+
+    def there(rows):
+        """The same exams as rows of `train_set`, less those that it has no volume of."""
+        return train_set.rows_of([ids[row] for row in rows])
+
     for seed in seeds:
         left_out = [()]
         if folds > 1:
-            left_out = split_exams(train_set.labels, folds, seed, groups)
+            left_out = split_exams(labels, folds, seed, groups)
         for number, out in enumerate(left_out):
-            rows = np.setdiff1d(np.arange(len(train_set)), out)
+            rows = np.setdiff1d(np.arange(len(ids)), out)
             selection_set, tuning = valid_set, ()
             if protocol == "held-out":
-                tuning = tuning_rows(train_set.labels, rows, seed, groups)
-                selection_set = train_set.subset(tuning, transform=None)
+                tuning = tuning_rows(labels, rows, seed, groups)
+                selection_set = train_set.subset(there(tuning), transform=None)
                 rows = np.setdiff1d(rows, tuning)
             fold = number + 1 if folds > 1 else 0
             splits.append(
                 Split(
                     seed=seed,
                     fold=fold,
-                    train_set=train_set.subset(rows, transform=train_set.transform),
+                    train_set=train_set.subset(there(rows), transform=train_set.transform),
                     selection_set=selection_set,
                     valid_set=valid_set,
-                    out_of_fold=[train_set.ids[row] for row in out],
-                    tuning=[train_set.ids[row] for row in tuning],
+                    out_of_fold=[train_set.ids[row] for row in there(out)],
+                    tuning=[train_set.ids[row] for row in there(tuning)],
                     suffix=run_suffix(fold, folds, seed if len(seeds) > 1 else None),
                 )
             )

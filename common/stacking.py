@@ -72,7 +72,8 @@ def fit_combinations(kind, logits, labels, tuning, sensitivity=None):
         kind: as `stack_features`.
         logits: {column: {planes: float64 (n, networks)}} of the training exams: first from all the
             planes that the column's networks take, then from those sets of planes that they can
-            also do with. Sets of planes that no column can do with get no regression.
+            also do with. Sets of planes that no column can do with get no regression. NaN for
+            exams that lack a plane: a regression is fitted on those that have all of its planes.
         labels: float32 (n,), 0 or 1.
         tuning: bool (n,), the exams that thresholds are chosen on and regressions not fitted on;
             all False: both are done on all exams.
@@ -91,15 +92,47 @@ def fit_combinations(kind, logits, labels, tuning, sensitivity=None):
         if not columns:
             continue
         x = stack_features(kind, columns.values())
-        fitted = LogisticRegression().fit(x[~tuning], labels[~tuning])
-        probabilities = fitted.predict_proba(x)[:, 1]
+        there = np.isfinite(x).all(axis=1)
+        fitted = LogisticRegression().fit(x[there & ~tuning], labels[there & ~tuning])
+        probabilities = fitted.predict_proba(x[there])[:, 1]
         combinations[name] = {
             "columns": list(columns),
             "coefficients": fitted.coef_[0].tolist(),
             "intercept": float(fitted.intercept_[0]),
-            "threshold": threshold_for(labels, probabilities, tuning, sensitivity),
+            "threshold": threshold_for(labels[there], probabilities, tuning[there], sensitivity),
         }
     return combinations
+
+
+def planes_of_exams(logits):
+    """The planes that each exam has, joined by +: str (n,).
+
+    Args:
+        logits: {column: {planes: float64 (n, networks)}}, as `fit_combinations` takes them.
+    """
+    n = len(next(iter(next(iter(logits.values())).values())))
+    there = [set() for _ in range(n)]
+    for found in logits.values():
+        # A network that can do with fewer planes answers under its first key in any case.
+        for planes in list(found)[1:] or found:
+            for row in np.flatnonzero(np.isfinite(found[planes][:, 0])):
+                there[row].update(planes.split("+"))
+    return np.array(["+".join(plane for plane in PLANES if plane in one) for one in there])
+
+
+def combine_all(stack, logits):
+    """Apply a stack to exams, each with the planes that it has: float64 (n,); logits as above."""
+    there = planes_of_exams(logits)
+    stacked = np.empty(len(there))
+    for planes in np.unique(there):
+        rows = there == planes
+        ours = {
+            column: found[key][rows]
+            for column, found in logits.items()
+            if (key := restrict(next(iter(found)), planes.split("+"))) in found
+        }
+        stacked[rows], _ = combine(stack, planes.split("+"), ours)
+    return stacked
 
 
 def threshold_for(labels, probabilities, tuning, sensitivity=None):

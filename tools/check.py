@@ -28,6 +28,7 @@ from dataloader import (
     SPLITS,
     is_positive,
     label_rows,
+    read_dataset,
     read_groups,
     read_volume,
     tasks,
@@ -134,8 +135,12 @@ def check_volume(place):
     return Volume(*place, shape=volume.shape, digest=hashlib.blake2b(volume).digest())
 
 
-def find_volumes(root, labels):
-    """Every volume that lies in the folder or should: list of (split, plane, id, path), faults."""
+def find_volumes(root, labels, may_lack=False):
+    """Every volume that lies in the folder or should: list of (split, plane, id, path), faults.
+
+    Args:
+        may_lack: whether an exam may lack planes, though not all.
+    """
     places, faults = [], []
     # A set of one plane, as KneeMRI, is sound; a plane that some exams lack is not.
     present = [p for p in PLANES if any((root / split / p).is_dir() for split in SPLITS)]
@@ -165,7 +170,7 @@ def find_volumes(root, labels):
                     places.append((split, plane, exam_id, files[stem]))
         for exam_id in sorted(listed, key=int):
             lacking = [plane for plane in present if plane not in planes_of[exam_id]]
-            if lacking:
+            if lacking and not (may_lack and planes_of[exam_id]):
                 path = volume_path(root, split, lacking[0], exam_id)
                 has = " and ".join(sorted(planes_of[exam_id])) or "no plane"
                 faults.append(
@@ -207,7 +212,11 @@ def check(root, workers):
         {task: {split: {id: label}}}, list of Volume, and faults as lines of text.
     """
     labels, faults = check_labels(root)
-    places, lacking = find_volumes(root, labels)
+    try:
+        may_lack = bool((read_dataset(root) or {}).get("may_lack_planes"))
+    except InputError as error:
+        may_lack, faults = False, [*faults, str(error)]
+    places, lacking = find_volumes(root, labels, may_lack)
     with ThreadPoolExecutor(workers) as pool:  # NumPy and hashlib work outside Python's lock
         read = pool.map(check_volume, places)
         volumes = list(cli.progress(read, "reading", total=len(places)))

@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from common import cli
 from common.errors import InputError
-from common.metrics import auc_difference, brier, roc_auc
+from common.metrics import answered, auc_difference, brier, roc_auc
 from common.results import read_predictions
 
 
@@ -39,10 +39,11 @@ def run(args):
     print(f"{len(labels)} validation exams, {int(labels.sum())} positive")
     rows = []
     for name in (name for name in first if name in second):
-        gain = auc_difference(labels, second[name], first[name])
+        known, *pair = answered(labels, first[name], second[name])
+        gain = auc_difference(known, pair[1], pair[0])
         interval = f"{gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
-        aucs = [roc_auc(labels, scores[name]) for scores in (first, second)]
-        errors = [brier(labels, scores[name]) for scores in (first, second)]
+        aucs = [roc_auc(known, scores) for scores in pair]
+        errors = [brier(known, scores) for scores in pair]
         rows.append([name, *aucs, interval, f"{gain.p:.2f}", *errors])
     heads = ["", f"AUC {a}", f"AUC {b}", "second - first [95 %]", "p", f"Brier {a}", f"Brier {b}"]
     print(tabulate(rows, heads, floatfmt=".4f", disable_numparse=[4]))

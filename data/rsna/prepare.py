@@ -252,6 +252,7 @@ def run(args, choice, report):
         orientation=ORIENTATION,
         mirrored=args.mirror,
         field_of_view=args.field_of_view,
+        may_lack_planes=True,
     )
     register.save()
     items = [(study, numbers[study.uid], args.out / split, choice) for study, split in todo]
