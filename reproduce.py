@@ -8,8 +8,8 @@
 Every network (a task, a plane, a fold, a seed) is one run of train.py, several side by side, each
 with a log of its own; then train_logistic_regression.py stacks each task. What follows `--` goes
 to train.py. Interrupt it and start it again: no finished model is repeated. Writes
-models/reproduce/results.json, results.md, report.html (one page to show) and claim.md (the CLAIM
-checklist), apart from the models that other commands make.
+models/reproduce/results.json, results.md, means.json (mean AUC over the findings), report.html
+(one page to show) and claim.md (the CLAIM checklist), apart from what other commands make.
 """
 
 import argparse
@@ -21,7 +21,6 @@ import sys
 from pathlib import Path
 
 import psutil
-from tabulate import tabulate
 
 from common import cli
 from common.config import ARTICLE, read_recipe
@@ -30,8 +29,9 @@ from common.devices import pick_device
 from common.errors import Interrupted, RunError
 from common.files import write_text
 from common.jobs import ROOT, Job, Jobs, failures
-from common.report import PUBLISHED, read_all, write_report
+from common.report import read_all, write_report
 from common.stacking import start_of_results
+from common.table import markdown, read_own_labels
 from dataloader import PLANES
 
 BYTES_OF_A_JOB = 2e9  # resident, beside its volumes: torch, AlexNet and an exam's activations
@@ -141,29 +141,6 @@ def jobs_at_once(device, jobs):
     return int(max(1, min(psutil.cpu_count() or 1, room, len(jobs))))
 
 
-def markdown(results):
-    """One table: a row for each column of the stacks and the stack, and the published figures."""
-    first = next(iter(results.values()))
-    protocol = f"{first['protocol']}, folds {first['folds']}"
-    if first["protocol"] == "article":
-        protocol += " (optimistic)"
-    rows = []
-    for name in (name for name, row in first["valid"].items() if "auc" in row):
-        found = [result["valid"][name] for result in results.values()]
-        aucs = [f"{one['auc']:.3f} [{one['auc_low']:.3f}, {one['auc_high']:.3f}]" for one in found]
-        rows.append([f"ours, {name}", protocol, *aucs])
-    for who, how, figures in PUBLISHED:
-        cells = [f"{figures[task]:.3f}" if task in figures else "" for task in results]
-        if any(cells):
-            rows.append([who, how, *cells])
-    table = tabulate(rows, ["who", "protocol", *results], tablefmt="pipe", disable_numparse=True)
-    n, positives = first["valid"]["stack"]["n"], first["valid"]["stack"]["positives"]
-    return (
-        f"{table}\n\nValidation AUC [95 % interval, DeLong]; {n} exams, in the first task "
-        f"{positives} positive. Published figures are those of MRNet's exams.\n"
-    )
-
-
 def run(args):
     """Train every network, stack each task, write the table."""
     wanted = args.tasks or all_tasks(args.data_dir)
@@ -177,18 +154,21 @@ def run(args):
     failed = [done.job for done in at_once.run(jobs) if done.status]
     if failed:
         raise RunError(failures(failed, jobs))
-    results = {}
     for task in wanted:
         call("train_logistic_regression.py", "--task", task, *as_arguments(places), *words)
-        start = start_of_results(args.models_dir, task, [recipe])
-        results[task] = json.loads(Path(f"{start}-results.json").read_text())
-    table = markdown(results)
-    write_text(args.models_dir / "results.json", json.dumps(results, indent=2) + "\n")
-    write_text(args.models_dir / "results.md", table)
-    print(f"\n{table}\nwritten  {args.models_dir / 'results.json'}, results.md", flush=True)
     starts = [start_of_results(args.models_dir, task, [recipe]) for task in wanted]
+    found = read_all(f"{start}-results.json" for start in starts)
+    table, means = markdown(found, read_own_labels(args.data_dir))
+    for name, content in (
+        ("results.json", {results.task: results.content for results in found}),
+        ("means.json", means),
+    ):
+        write_text(args.models_dir / name, json.dumps(content, indent=2) + "\n")
+    write_text(args.models_dir / "results.md", table)
+    written = args.models_dir / "results.json"
+    print(f"\n{table}\nwritten    {written}, means.json, results.md", flush=True)
     report = args.models_dir / "report.html"
-    for line in write_report(read_all(f"{start}-results.json" for start in starts), report):
+    for line in write_report(found, report):
         print(f"left out of the report  {line}")
     print(f"checklist  {report.with_name('claim.md')}\nreport     {report}")
 

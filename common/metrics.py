@@ -24,6 +24,7 @@ from common.errors import MetricError, OneClassError
 
 RESAMPLES = 2000  # of the bootstrap: the default of pROC (Robin et al. 2011)
 ECE_BINS = 10
+MOST_DRAWS = 100  # times that resamples are drawn until enough have both classes
 CHUNK = 4_000_000  # counts held at once while resampling, 32 MB, whatever the number of exams
 
 
@@ -125,6 +126,42 @@ def auc_interval(labels, scores, level=0.95, method="delong", resamples=RESAMPLE
     pairs = positive.sum() * (~positive).sum()
     low, high = np.quantile(np.concatenate(resampled) / pairs, [(1 - level) / 2, (1 + level) / 2])
     return Interval(auc, min(float(low), auc), max(float(high), auc))
+
+
+def mean_auc_interval(labels, scores, level=0.95, resamples=RESAMPLES, seed=0):
+    """Mean AUC over several findings of the same exams, an Interval by resampling the exams.
+
+    Percentiles of the bootstrap: an exam is drawn with all its findings, so what they share widens
+    the interval as it should. A resample in which a finding has one class only is drawn again.
+
+    Args:
+        labels: (n, findings), 0 or 1, NaN where unknown.
+        scores: (n, findings), NaN where there is no answer.
+
+    Raises MetricError for bad arrays, OneClassError when the AUC of a finding is undefined.
+    """
+    _check_level(level)
+    labels, scores = np.asarray(labels, np.float64), np.asarray(scores, np.float64)
+    if labels.shape != scores.shape or labels.ndim != 2:
+        raise MetricError(f"labels {labels.shape} and scores {scores.shape} are not (n, findings)")
+    known = ~(np.isnan(labels) | np.isnan(scores))
+    findings = [
+        (np.flatnonzero(rows), *_checked(label[rows], score[rows], both_classes=True))
+        for rows, label, score in zip(known.T, labels.T, scores.T, strict=True)
+    ]
+    mean = float(np.mean([roc_auc_score(positive, score) for _, positive, score in findings]))
+    rng, means = np.random.default_rng(seed), []
+    for _ in range(MOST_DRAWS):
+        counts = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), resamples)
+        aucs = [_resampled_auc(counts[:, rows], *pair) for rows, *pair in findings]
+        drawn = np.mean(aucs, axis=0)
+        means.extend(drawn[np.isfinite(drawn)])
+        if len(means) >= resamples:
+            break
+    if not means:
+        raise MetricError("too few exams of a class: no resample has both of every finding")
+    low, high = np.quantile(means[:resamples], [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean, min(float(low), mean), max(float(high), mean))
 
 
 def auc_difference(labels, scores_a, scores_b, level=0.95):
@@ -493,6 +530,20 @@ def _resampled_counts(positive, scores, resamples, seed):
             drawn += k * np.arange(rows)[:, None]  # each resample its own columns
             counts.append(np.bincount(drawn.ravel(), minlength=rows * k).reshape(rows, k))
         yield counts
+
+
+def _resampled_auc(counts, positive, scores):
+    """AUC of each resample, (r,), NaN with one class only: `counts` (r, n) tells how often each
+    exam was drawn."""
+    distinct, place = np.unique(scores, return_inverse=True)
+    columns = [np.zeros((len(counts), len(distinct))) for _ in range(2)]
+    for column, rows in zip(columns, (positive, ~positive), strict=True):
+        np.add.at(column.T, place[rows], counts[:, rows].T)
+    positives, negatives = columns
+    below = negatives.cumsum(axis=1) - negatives / 2  # a tie counts half
+    pairs = positives.sum(axis=1) * negatives.sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        return (positives * below).sum(axis=1) / np.where(pairs > 0, pairs, np.nan)
 
 
 def mean_of(metrics):

@@ -578,12 +578,6 @@ def test_reproducing_with_a_recipe(tmp_path):
     )  # fmt: skip
     assert reproduce.read_training([]) == (["--recipes", "article"], "article", 1, "auto")
     assert reproduce.read_training(["--folds", "5", "--repeat", "3"])[2] == 15
-    row = {"auc": 0.75, "auc_low": 0.5, "auc_high": 0.875, "n": 9, "positives": 3}
-    valid = {"axial-quick": row, "stack": row, "stack against best plane": {"plane": "axial-quick"}}
-    table = reproduce.markdown({"acl": {"valid": valid, "protocol": "held-out", "folds": 3}})
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    assert lines[2] == ["ours, axial-quick", "held-out, folds 3", "0.750 [0.500, 0.875]"]
-    assert lines[3][0] == "ours, stack" and "0.965" in lines[4]
 
 
 def random_options(rng):

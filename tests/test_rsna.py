@@ -14,6 +14,7 @@ from pydicom.uid import ImplicitVRLittleEndian, JPEG2000Lossless
 
 from common.errors import InputError
 from common.submission import read_sample, task_of
+from common.table import read_own_labels
 from data.common import exam_name
 from data.rsna.prepare import group_studies, split_groups
 from data.rsna.tables import FINDINGS, combine_labels, parse_label, read_labels, read_table
@@ -494,6 +495,7 @@ def test_soft_labels_reach_the_csv(own, tmp_path):
         s: "" if s == 4 else f"0.{s + 1}" for s in range(6)
     }
     assert set(labels_of(tmp_path / "out", "mcl").values()) == {""}
+    assert read_own_labels(tmp_path / "out") == {"acl": set(numbers.values())}
     acl = labels_of(tmp_path / "out", "acl")
     assert {s: acl[n] for s, n in numbers.items()} == {s: str(int(s % 3 == 0)) for s in range(6)}
 

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common import engine
 from common.checkpoint import load_model
+from common.results import read_predictions
 from common.stacking import load_stack
 from dataloader import MRDataset
 
@@ -401,3 +402,35 @@ def test_compare_two_runs(trained, tmp_path):
     assert "1.0000" in lines["axial"]
     second.write_text("split,id\nvalid,1\n")
     assert_one_line_error(run_script("tools/compare.py", first, second), "p.csv", "predictions")
+
+
+def test_exams_that_lack_a_plane_go_through_every_script(exams):
+    """Training, the stack, the checks and a comparison, with planes missing in both splits."""
+    for place in ("train/axial/0003", "train/coronal/0005", "valid/sagittal/0013"):
+        (exams / f"{place}.npy").unlink()
+    assert_one_line_error(train(exams), "0003.npy", "no such volume")
+    content = {"name": "some", "version": "1", "synthetic": True, "orientation": None}
+    (exams / "dataset.json").write_text(json.dumps(content | {"may_lack_planes": True}))
+    for plane in ("axial", "coronal", "sagittal"):
+        done = train(exams, "--plane", plane, "--folds", "2")
+        assert done.returncode == 0, done.stderr
+        lacks = "train" if plane != "sagittal" else "valid"
+        assert f"{lacks:<10} 1 exams more lack this plane and are left out" in done.stdout
+    models = exams.parent / "models"
+    done = run_script("train_logistic_regression.py", "--data-dir", exams, "--models-dir", models,
+                      "--folds", "2", "--logs-dir", exams.parent / "logs")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 of 8 validation exams lack a plane" in done.stdout
+    ids, _, scores = read_predictions(models / "acl-predictions.csv")
+    assert np.isnan(scores["sagittal"][ids.index("13")])
+    assert np.isfinite(scores["stack"]).all() and np.isnan(scores["sagittal"]).sum() == 1
+    path = models / "acl-predictions.csv"
+    done = run_script("tools/compare.py", path, path)
+    assert done.returncode == 0 and "+0.0000" in done.stdout
+    assert run_script("tools/report.py", models / "acl-results.json").returncode == 0
+    done = run_script("tools/check.py", exams)
+    assert "no faults" in done.stdout, done.stdout
+    for plane in ("axial", "coronal", "sagittal"):
+        (exams / "valid" / plane / "0012.npy").unlink()
+    done = run_script("tools/check.py", exams)
+    assert done.returncode == 2 and "1 faults" in done.stderr and "0012.npy" in done.stdout

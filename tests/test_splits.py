@@ -1,5 +1,7 @@
 """Which exams train, select and report: folds, tuning exams, groups, seeds."""
 
+import json
+
 import numpy as np
 import pytest
 from conftest import write_exams
@@ -167,3 +169,34 @@ def test_a_patient_is_never_split(tmp_path, protocol):
         parts = (split.train_set.ids, split.tuning, split.out_of_fold)
         parts = [{patients[exam_id] for exam_id in ids} for ids in parts]
         assert sum(map(len, parts)) == len(set().union(*parts)) == 30
+
+
+def test_folds_are_the_same_in_every_plane_whatever_a_plane_lacks(tmp_path):
+    root = write_exams(tmp_path, train=60)
+    (root / "dataset.json").write_text(
+        json.dumps({"name": "some", "version": "1", "synthetic": True, "orientation": None,
+                    "may_lack_planes": True})
+    )  # fmt: skip
+    valid = MRDataset(root, "acl", "axial", train=False)
+    lacking = {"axial": {"1", "2"}, "coronal": {"2", "7", "9"}, "sagittal": set()}
+    fold_of = {}
+    for plane, ids in lacking.items():
+        for exam_id in ids:
+            (root / "train" / plane / f"{int(exam_id):04d}.npy").unlink()
+        exams = MRDataset(root, "acl", plane)
+        assert exams.absent == len(ids) and set(exams.ids).isdisjoint(ids)
+        assert len(exams) == 60 - len(ids) == len(exams.labels) == len(exams.groups)
+        for split in plan_splits(exams, valid, "held-out", 2, range(1)):
+            parts = [split.train_set.ids, split.tuning, split.out_of_fold]
+            assert sorted(sum(parts, [])) == sorted(exams.ids)
+            for part, found in enumerate(parts):
+                for exam_id in found:
+                    fold_of.setdefault((exam_id, split.fold), set()).add(part)
+    assert all(len(parts) == 1 for parts in fold_of.values()) and len(fold_of) == 120
+
+
+def test_a_volume_that_is_missing_is_a_fault_unless_the_data_set_says_otherwise(tmp_path):
+    root = write_exams(tmp_path)
+    (root / "train" / "axial" / "0004.npy").unlink()
+    with pytest.raises(InputError, match="0004.npy: no such volume"):
+        MRDataset(root, "acl", "axial")

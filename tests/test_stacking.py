@@ -13,10 +13,12 @@ from common.errors import InputError
 from common.stacking import (
     COMBINATIONS,
     combine,
+    combine_all,
     decide,
     fit_combinations,
     load_stack,
     load_task,
+    planes_of_exams,
     save_stack,
     saved_tasks,
     stack_features,
@@ -275,3 +277,24 @@ def test_a_task_with_a_stack_has_the_stacks_networks(tmp_path):
     write_models(tmp_path, names[1])
     with pytest.raises(InputError, match="fold2of2.pt: trained again after the stack was fitted"):
         load_task(tmp_path, "acl")
+
+
+def test_exams_that_lack_a_plane_are_stacked_from_the_planes_they_have():
+    labels, logits = some_logits()
+    lacking = {"axial": [0, 3], "coronal": [3, 4, 5], "sagittal": [9]}
+    full = whole(logits)
+    for plane, rows in lacking.items():
+        full[plane][plane][rows] = np.nan
+    there = planes_of_exams(full)
+    assert there[0] == "coronal+sagittal" and there[3] == "sagittal" and there[9] == "axial+coronal"
+    none = np.zeros(len(labels), bool)
+    stack = a_stack(combinations=fit_combinations("logit", full, labels, none), features="logit")
+    stacked = combine_all(stack, full)
+    assert np.isfinite(stacked).all()
+    for planes in ("axial+coronal+sagittal", "coronal+sagittal", "sagittal"):
+        names = planes.split("+")
+        x = np.stack([full[name][name].mean(axis=1) for name in names], axis=1)
+        has = np.isfinite(x).all(axis=1)  # all that have these planes fit it
+        fitted = LogisticRegression().fit(x[has], labels[has])
+        rows = there == planes
+        np.testing.assert_allclose(stacked[rows], fitted.predict_proba(x[rows])[:, 1], rtol=1e-12)

@@ -73,7 +73,7 @@ def check_labels(root):
             if not pair.is_file():
                 faults.append(f"{path}: there is no {pair.name}; a task needs both")
     for task in tasks(root):
-        labels[task] = {}
+        labels[task], one_class = {}, []
         for split in SPLITS:
             found = {}
             for row in label_rows(root, task, split):
@@ -84,10 +84,12 @@ def check_labels(root):
             labels[task][split] = found
             known = [label for label in found.values() if not math.isnan(label)]
             if len({is_positive(label) for label in known}) < 2:
-                faults.append(
+                one_class.append(
                     f"{root}/{split}-{task}.csv: {len(known)} exams of one class only; training "
                     "and AUC need both 0 and 1"
                 )
+        if any(not math.isnan(x) for split in SPLITS for x in labels[task][split].values()):
+            faults += one_class  # else nobody has read the exams for it, and all labels are empty
         both = sorted(labels[task]["train"].keys() & labels[task]["valid"].keys(), key=int)
         if both:
             faults.append(

@@ -271,7 +271,7 @@ def as_dicom(pixels, header, scanner):
     if scanner.syntax == "implicit":
         ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
     elif scanner.syntax == "jpeg 2000":
-        ds.compress(JPEG2000Lossless)
+        ds.compress(JPEG2000Lossless, generate_instance_uid=False)
     elif scanner.syntax == "jpeg lossless":
         ds.PixelData = encapsulate([ljpeg(pixels)])
         ds["PixelData"].VR = "OB"

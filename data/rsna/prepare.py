@@ -56,6 +56,7 @@ from data.rsna.tables import FINDINGS, combine_labels, read_labels, read_series 
 
 VERSION = "1"  # of what is written from the same files; raise it with every change of the pixels
 SEED = 0  # of the cut into train and valid
+OWN_LABELS = "own-labels.csv"  # as common/table.py reads it
 OF_A_PATIENT = 20  # studies; a PatientID that more share is a word such as "anonymous"
 
 
@@ -268,6 +269,8 @@ def run(args, choice, report):
         for uid in uids
     }
     write_tables(args.out, texts, groups, valid, {u: n for u, n in numbers.items() if n in usable})
+    if others:
+        write_own(args.out / OWN_LABELS, is_own, {u: n for u, n in numbers.items() if n in usable})
     write_problems(args.out / "problems.txt", faults + summary.problems, args.overwrite)
     tell(report, summary, (len(faults), len(uids), len(usable)), args.out, began)
     return 1 if faults or summary.problems else 0
@@ -308,6 +311,18 @@ def write_tables(out, labels, groups, valid, numbers):
         for column, task in enumerate(FINDINGS.values()):
             rows = sorted((number, *labels[uid][column]) for uid, number in ours.items())
             write_csv(out / f"{split}-{task}.csv", rows)
+
+
+def write_own(path, is_own, numbers):
+    """Write which labels are the set's own, rows of exam's number and task: figures on them and on
+    derived ones are never mixed (common/table.py)."""
+    rows = [
+        (number, task)
+        for uid, number in numbers.items()
+        for name, task in FINDINGS.items()
+        if is_own[uid][name]
+    ]
+    write_csv(path, sorted(rows))
 
 
 def write_problems(path, problems, afresh):
