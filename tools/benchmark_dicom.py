@@ -39,6 +39,8 @@ def parse_arguments():
     parser.add_argument("--studies", type=cli.positive_int, default=12)
     parser.add_argument("--workers", type=cli.positive_int, default=2, help="of prepare.py")
     parser.add_argument("--rounds", type=cli.positive_int, default=3)
+    syntaxes = ("explicit", "jpeg 2000", "jpeg lossless", "implicit")
+    parser.add_argument("--syntax", nargs="+", choices=syntaxes, default=syntaxes[:2])
     return parser.parse_args()
 
 
@@ -96,7 +98,7 @@ def prepare(root, out, workers):
 def run(args):
     """Make both sets, time both ways, print studies a second."""
     with tempfile.TemporaryDirectory() as folder:
-        for syntax in ("explicit", "jpeg 2000"):
+        for syntax in args.syntax:
             root = Path(folder) / syntax.replace(" ", "-")
             make_set(root, args.studies, syntax)
             seconds = {"a plain pydicom loop": [], "prepare.py": []}
