@@ -29,17 +29,18 @@ def load_tasks(models_dir, names, device, recipes):
 
 
 @contextmanager
-def open_fit_exams(sources, plane, tasks, allow_synthetic, log=print):
+def open_fit_exams(sources, plane, tasks, allow_synthetic, log=print, workers=1):
     """`exams.open_exams`, of exams that all tasks' networks have an answer for.
 
     Args:
         tasks: list of TaskModels.
+        workers: as open_exams takes it.
 
     Raises:
         InputError: nothing there, or `exams.refuse_unfit` refuses them.
     """
     datasets = [dataset for models in tasks for dataset in models.datasets]
-    with open_exams(sources, plane, log, datasets) as exams:
+    with open_exams(sources, plane, log, datasets, workers) as exams:
         for models in tasks:
             refuse_unfit(models, exams.datasets, allow_synthetic)
         yield exams

@@ -9,11 +9,9 @@ predict.py and explain.py take exams without labels, which dataloader.py's data 
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import InputError
+from common.importer import Importer
 from data.common import ORIENTATION
 from dataloader import PLANES, read_dataset, read_volume
 
@@ -220,38 +219,49 @@ def check_preparation(task, trained_on, given):
 
 
 class DicomExams:
-    """Exams under `source` that an importer converts one by one, into `folder`: data/rsna's where
-    the series' CSV lies beside it as in RSNA's set, else data/dicom's.
+    """Exams under `source` that importers convert one by one, into `folder`: data/rsna's where the
+    series' CSV lies beside it as in RSNA's set, else data/dicom's.
 
-    A process of its own: the reader of foreign files shares no memory with the models. While one
-    exam is predicted the next is converted; no more than two lie on the disk.
+    While one exam is predicted the next is converted, by each of the importers one.
+
+    Args:
+        log: prints the importers' messages.
+        preparation: as `preparation_of` returns it.
+        workers: importers side by side for RSNA's set; data/dicom's reads all headers first and
+            is always one.
     """
 
-    def __init__(self, source, folder, log, preparation):
+    def __init__(self, source, folder, log, preparation, workers=1):
         self.source, self.folder, self.log = source, Path(folder), log
         self.wants_origin = False  # each exam shall say where it comes from
         self.datasets = [FROM_DICOM | preparation]
-        self.fault = None  # why exams could not be converted at all, such as a full disk
-        importer = ROOT / "data" / ("rsna" if is_rsna(source) else "dicom") / "prepare.py"
+        importer, workers = ("rsna", workers) if is_rsna(source) else ("dicom", 1)
         options = ["--mirror" if preparation.get("mirrored") else "--no-mirror"]
         if preparation.get("field_of_view"):
             options += ["--field-of-view", str(preparation["field_of_view"])]
-        command = [sys.executable, importer, "--serve", *options, "--", source, folder]
-        self.process = subprocess.Popen(
-            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
-        )
-        first = self.receive()
-        if "exams" not in first:
-            raise InputError(self.fault)
+        script = ROOT / "data" / importer / "prepare.py"
+        self.importers = []
+        for _ in range(workers):
+            self.importers.append(Importer(script, source, folder, options))
+            if "exams" not in self.importers[-1].listing:
+                self.close()
+                raise InputError(self.fault)
+        first = self.importers[0].listing
         self.print_lines(first["lines"])
         self.failed = sum(text.startswith("error: ") for _, text in first["lines"])
         self.listed = [(where, name) for name, where in first["exams"]]
+        self.place = {key: place for place, key in enumerate(self.listed)}
 
     def __len__(self):
         return len(self.listed)
 
     def __iter__(self):
         return iter(self.listed)
+
+    @property
+    def fault(self):
+        """Why exams could not be converted at all, such as a full disk, or None."""
+        return next((one.fault for one in self.importers if one.fault), None)
 
     def ask_origin(self):
         """Have each Exam say where it comes from."""
@@ -261,42 +271,28 @@ class DicomExams:
         for stream, text in lines:
             print(text, file=sys.stderr) if stream == "stderr" else self.log(text)
 
-    def request(self, key, unless=None):
-        words = {"exam": key[1], "unless": unless, "origin": self.wants_origin}
-        try:
-            self.process.stdin.write(json.dumps(words) + "\n")
-            self.process.stdin.flush()
-        except OSError:
-            pass  # the importer has ended: `receive` reports it
+    def importer_of(self, key):
+        return self.importers[self.place[key] % len(self.importers)]
 
-    def receive(self):
-        """The importer's next answer; {} and a `fault` if it has ended."""
-        line = self.process.stdout.readline()
-        reply = json.loads(line) if line.endswith("\n") else {}
-        if "failed" in reply:
-            self.print_lines(reply["lines"])
-        if "failed" in reply or not reply:
-            status = self.process.wait()
-            if status == 130:
-                raise KeyboardInterrupt
-            ended = f"{self.source}: the importer ended with status {status}"
-            self.fault = reply.get("failed") or self.fault or ended
-            return {}
-        return reply
+    def request(self, key, unless=None):
+        self.importer_of(key).request(key[1], unless, self.wants_origin)
 
     def answer(self, key):
         """The importer's answer to `request` as an Exam."""
         source, name = key
-        reply = self.receive()
-        if not reply:
-            return Exam(name, source, {}, dict.fromkeys(PLANES, self.fault), "")
+        importer = self.importer_of(key)
+        reply = importer.receive()
+        lines = reply.get("lines", ())
+        if "exam" not in reply:
+            self.print_lines(lines)
+            return Exam(name, source, {}, dict.fromkeys(PLANES, importer.fault), "")
         # predict.py and explain.py print the exam's own error
-        self.print_lines(one for one in reply["lines"] if not one[1].startswith("error: "))
+        self.print_lines(one for one in lines if not one[1].startswith("error: "))
         if "planes" not in reply:
             return Exam(name, source, {}, {}, reply["input"], unchanged=True)
         if reply["fault"]:
-            self.fault = reply["fault"]
-            return Exam(name, source, {}, dict.fromkeys(PLANES, self.fault), reply["input"])
+            importer.fault = reply["fault"]
+            return Exam(name, source, {}, dict.fromkeys(PLANES, importer.fault), reply["input"])
         paths = {
             plane: Path(reply["planes"][plane]) for plane in PLANES if plane in reply["planes"]
         }
@@ -309,17 +305,16 @@ class DicomExams:
 
     def each(self, known=None):
         """Every Exam in order; `known` as in FolderExams."""
+        ahead = len(self.importers)
         for i, key in enumerate(self.listed):
-            for ahead in self.listed[i + (i > 0) : i + 2]:
-                self.request(ahead, (known or {}).get(ahead))
+            for later in self.listed[i + ahead * (i > 0) : i + ahead + 1]:
+                self.request(later, (known or {}).get(later))
             yield self.answer(key)
             shutil.rmtree(self.folder / key[1], ignore_errors=True)
 
     def close(self):
-        self.process.stdin.close()
-        self.process.kill()
-        self.process.wait()
-        self.process.stdout.close()
+        for importer in self.importers:
+            importer.close()
 
 
 def is_rsna(source):
@@ -370,7 +365,7 @@ def preparation_of(datasets):
 
 
 @contextmanager
-def open_exams(sources, plane=None, log=print, datasets=()):
+def open_exams(sources, plane=None, log=print, datasets=(), workers=1):
     """The exams that a user names on the command line.
 
     Args:
@@ -380,6 +375,7 @@ def open_exams(sources, plane=None, log=print, datasets=()):
         log: prints the DICOM importer's messages about its choice of series.
         datasets: that the networks which will see them were trained on: scans are mirrored and cut
             as those exams were.
+        workers: processes that convert RSNA's studies.
 
     Yields:
         FolderExams, FilesExam or DicomExams. What was converted lies in a temporary folder, gone
@@ -409,7 +405,7 @@ def open_exams(sources, plane=None, log=print, datasets=()):
             "folder above these, or the files of one exam"
         )
     with tempfile.TemporaryDirectory(prefix="mrnet-") as folder:
-        exams = DicomExams(source, folder, log, preparation_of(datasets))
+        exams = DicomExams(source, folder, log, preparation_of(datasets), workers)
         try:
             yield exams
         finally:

@@ -348,8 +348,10 @@ def test_one_folder_holds_exams_of_one_kind(tree, tmp_path):
 # --- predicting -----------------------------------------------------------------------------------
 
 
-def test_scans_are_prepared_as_the_training_exams_were(tree, tmp_path):
-    """Studies from DICOM, as predict.py reads them, are those that prepare.py writes."""
+@pytest.mark.parametrize("workers", [1, 3])
+def test_scans_are_prepared_as_the_training_exams_were(tree, tmp_path, workers):
+    """Studies from DICOM, as predict.py reads them, are those that prepare.py writes, whatever the
+    number of processes that read them; no more of them lie on the disk than is needed."""
     from common.exams import open_exams
 
     assert prepare(tree, tmp_path / "out", "--field-of-view", "140").returncode == 0
@@ -359,9 +361,12 @@ def test_scans_are_prepared_as_the_training_exams_were(tree, tmp_path):
         written[int(path.stem), path.parent.name] = np.load(path)
     with open(tmp_path / "out" / "exams.csv", newline="") as file:
         numbers = {row["exam"]: int(row["id"]) for row in csv.DictReader(file)}
-    with open_exams([tree / "train_series"], datasets=[None, about]) as exams:
+    with open_exams([tree / "train_series"], datasets=[None, about], workers=workers) as exams:
         assert exams.datasets[0]["mirrored"] is True and len(exams) == 6
+        names = [key[1] for key in exams]
         for exam in exams.each():
+            assert exam.name == names.pop(0)
+            assert len(list(exams.folder.iterdir())) <= workers + 1
             for plane, path in exam.paths.items():
                 volume = written.pop((numbers[exam.name], plane))
                 np.testing.assert_array_equal(np.load(path), volume)
