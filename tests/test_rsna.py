@@ -3,13 +3,14 @@
 import csv
 import json
 import random
+import re
 import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
 from conftest import assert_one_line_error, run_script
-from hospital import PIXEL, SIDE, code_of, read_code, write_series
+from hospital import PIXEL, SIDE, code_of, damage, read_code, write_series
 from pydicom.uid import ImplicitVRLittleEndian, JPEG2000Lossless
 
 from common.errors import InputError
@@ -17,7 +18,14 @@ from common.submission import read_sample, task_of
 from common.table import read_own_labels
 from data.common import exam_name
 from data.rsna.prepare import group_studies, split_groups
-from data.rsna.tables import FINDINGS, combine_labels, parse_label, read_labels, read_table
+from data.rsna.tables import (
+    FINDINGS,
+    combine_labels,
+    parse_label,
+    read_labels,
+    read_series,
+    read_table,
+)
 from dataloader import MRDataset
 
 PLANES = ("axial", "coronal", "sagittal")
@@ -541,25 +549,90 @@ def test_pseudo_labels_are_out_of_fold_and_know_their_studies(own, tmp_path):
     assert_one_line_error(run_script(*command), "without folds", "--folds 5")
 
 
-def test_mutated_rows_are_counted_and_raise_nothing_else(own):
-    rng, text = random.Random(0), (own / "train.csv").read_bytes()
-    alphabet = b"01.,;\"'\n\r \0x\xff-eE"
-    for _ in range(500):
-        mutated = bytearray(text)
-        for _ in range(rng.randint(1, 4)):
-            place = rng.randrange(mutated.index(b"\n"), len(mutated))
-            if rng.random() < 0.5:
-                mutated[place] = rng.choice(alphabet)
-            else:
-                del mutated[place]
-        (own / "train.csv").write_bytes(mutated)
+ALPHABET = b"01.,;\"'\n\r \0x-eE"
+
+
+def mutate_rows(text, rng):
+    """A CSV file with one or two bytes of every row changed, put in or taken out."""
+    head, *rows = text.splitlines(keepends=True)
+    mutated = []
+    for row in map(bytearray, rows):
+        for _ in range(rng.randint(1, 2)):
+            place = rng.randrange(len(row))
+            if rng.random() < 0.6:
+                row[place] = rng.choice(ALPHABET)
+            elif rng.random() < 0.5:
+                row.insert(place, rng.choice(ALPHABET))
+            elif len(row) > 1:
+                del row[place]
+        mutated.append(bytes(row))
+    return head + b"".join(mutated)
+
+
+def test_ten_thousand_mutated_rows_are_counted_and_raise_nothing_else(tmp_path):
+    """Every row of the file is used or named, whatever it holds; in files of 100 rows."""
+    rng, number, refused, counted = random.Random(0), 0, 0, 0
+    rows = [[uid_of(s), "F", f"Report, of {s}.", s % 2, 0.25, *[""] * 10] for s in range(100)]
+    write_rows(tmp_path / "train.csv", HEAD, rows)
+    rows = [[uid_of(s // 4), f"{uid_of(s // 4)}.{s}", 1, s % 2, "Axial"] for s in range(100)]
+    write_rows(tmp_path / "train_series.csv", SERIES_HEAD, rows)
+    wholes = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    while counted < 10_000:
+        path = list(wholes)[number % 2]
+        number += 1
+        path.write_bytes(mutate_rows(wholes[path], rng))
         try:
-            labels = read_labels(own / "train.csv")
-            table = read_table(own / "train.csv", HEAD)
-        except InputError as error:
-            assert "train.csv" in str(error) and "\n" not in str(error)
+            if path.name == "train.csv":
+                labels = read_labels(path)
+                count, lost = read_table(path, HEAD).count, len(labels.faults)
+                kept = len(labels.values)
+            else:
+                studies, faults = read_series(path)
+                count, kept = read_table(path, SERIES_HEAD).count, sum(map(len, studies.values()))
+                words = (" columns, the head has ", "a row without ", " is listed twice")
+                lost = sum(any(word in fault for word in words) for fault in faults)
+        except InputError as error:  # the file as a whole cannot be read
+            assert path.name in str(error) and "\n" not in str(error)
+            refused += 1
             continue
-        assert len(labels.values) + len(labels.faults) == table.count
+        assert kept + lost == count
+        counted += count
+    assert refused < 20
+
+
+@pytest.mark.parametrize("studies", [4, pytest.param(150, marks=pytest.mark.slow)])
+def test_damaged_files_lose_nothing_in_silence(tmp_path, studies):
+    """A quarter of the files damaged (150 studies: 2,000 of 8,100): every plane of every study is there,
+    of this study and plane and never of the T1 series, or it is named."""
+    root, out = write_set(tmp_path / "rsna", studies), tmp_path / "out"
+    rng, damaged = np.random.default_rng(0), 0
+    for path in sorted((root / "train_series").rglob("*.dcm")):
+        if rng.random() < 0.27:
+            damage(path, rng)
+            damaged += 1
+    assert damaged >= 13 * studies
+    done = prepare(root, out, "--no-mirror")
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+    assert f"{studies} studies converted" in done.stdout
+    with open(out / "exams.csv", newline="") as file:
+        numbers = {row["exam"]: int(row["id"]) for row in csv.DictReader(file)}
+    problems, there = (out / "problems.txt").read_text(), Counter()
+    for study in range(studies):
+        number = numbers[exam_name(uid_of(study))]
+        for plane in PLANES:
+            found = list(out.glob(f"*/{plane}/{number:04d}.npy"))
+            there[plane] += len(found)
+            if not found:
+                assert f"study {uid_of(study)}: {plane} missing: " in problems
+            for path in found:
+                blocks = np.load(path).reshape(-1, 4, 64, 4, 64)[:, :, 16:48, :, 16:48]
+                bits = np.median(blocks, axis=(0, 2, 4)).ravel() > 127
+                code = sum(int(bit) << k for k, bit in enumerate(bits[1:-1]))
+                wanted = [code_of(study, "LR"[study % 2], plane, decoy) for decoy in (0, 1)]
+                assert code in wanted, (study, plane)
+    said = re.search(rf"([0-9]+) of {studies} studies have a plane", done.stdout)
+    with_plane = {int(path.stem) for path in out.glob("*/*/*.npy")}
+    assert int(said[1]) == len(with_plane) and (studies < 50 or there.total() > 100)
 
 
 # --- groups ---------------------------------------------------------------------------------------
