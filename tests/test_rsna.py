@@ -602,8 +602,8 @@ def test_ten_thousand_mutated_rows_are_counted_and_raise_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("studies", [4, pytest.param(150, marks=pytest.mark.slow)])
 def test_damaged_files_lose_nothing_in_silence(tmp_path, studies):
-    """A quarter of the files damaged (150 studies: 2,000 of 8,100): every plane of every study is there,
-    of this study and plane and never of the T1 series, or it is named."""
+    """A quarter of the files damaged (150 studies: 2,000 of 8,100): every plane of every study is
+    there, of this study and plane and never of the T1 series, or it is named."""
     root, out = write_set(tmp_path / "rsna", studies), tmp_path / "out"
     rng, damaged = np.random.default_rng(0), 0
     for path in sorted((root / "train_series").rglob("*.dcm")):
