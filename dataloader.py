@@ -41,6 +41,11 @@ FLIP = 0.5  # probability; the article
 INTENSITIES = ("standardized", "raw")
 GROUPS = "groups"  # <split>-groups.csv holds no labels
 
+
+class OneClassOnly(InputError):
+    """A task whose exams are all positive, or all negative, or none."""
+
+
 HOW_TO_GET_DATA = (
     "MRNet: register at https://stanfordmlgroup.github.io/competitions/mrnet and unzip it into "
     "data/; or make synthetic knees with `python data/phantom/prepare.py` and give "
@@ -71,7 +76,7 @@ def trainable(root_dir):
         list of names, sorted, and {name: one line}.
 
     Raises:
-        InputError: as `tasks`, or none of them can be trained.
+        InputError: as `tasks`, a CSV is faulty, or no task can be trained.
     """
     found, why = [], {}
     for task in tasks(root_dir):
@@ -79,7 +84,7 @@ def trainable(root_dir):
             for split in SPLITS:
                 read_labels(root_dir, task, split)
             found.append(task)
-        except InputError as error:
+        except OneClassOnly as error:  # any other fault is one of the files
             why[task] = str(error)
     if not found:
         raise InputError(next(iter(why.values())))
@@ -185,7 +190,7 @@ def read_labels(root_dir, task, split):
         if not math.isnan(row.label):
             labels[row.exam_id] = row.label
     if len({is_positive(label) for label in labels.values()}) < 2:
-        raise InputError(
+        raise OneClassOnly(
             f"{root}/{split}-{task}.csv: {len(labels)} exams of one class only; training and AUC "
             "need both 0 and 1"
         )
@@ -513,6 +518,13 @@ class MRDataset(Dataset):
             self.absent = len(self.ids) - len(there)
             self.ids, self.groups = ([of[row] for row in there] for of in (self.ids, self.groups))
             self.labels = self.labels[there]
+        for task, column in zip(self.tasks, self.labels.T, strict=True):
+            if len({bool(is_positive(label)) for label in column[~np.isnan(column)]}) < 2:
+                raise OneClassOnly(
+                    f"{self.root}/{self.split}-{task}.csv: one class only among the {len(there)} "
+                    f"exams that have a volume of {self.plane}; leave the finding out (--task), or "
+                    "put more exams into this split"
+                )
 
     def set_class_weights(self, negative, positive):
         """Weights of the loss of either class, for each finding or one for all; at first 1 and

@@ -63,6 +63,7 @@ from dataloader import CHANNELS, PLANES, SPLITS, MRDataset, MultiPlaneDataset, i
 STACK = "stack"
 STAR = "*"  # beside each threshold: explained below the table
 GAIN = "stack against best plane"
+DECIDED = ("sensitivity", "specificity", "accuracy", "tp", "fp", "tn", "fn")
 
 
 def parse_arguments():
@@ -307,7 +308,8 @@ def make_stack(task, kind, logits, labels, tuning, sensitivity=None):
 
     Returns:
         the stack as `stacking.save_stack` takes it, {split: {name: probabilities}} with the
-        columns and the stack, and {name: threshold}.
+        columns and the stack, {name: threshold}, and the stack's threshold of each validation exam,
+        (m,): another where it lacks a plane.
     """
     combinations = fit_combinations(kind, logits["train"], labels["train"], tuning, sensitivity)
     stack = {"task": task, "features": kind, "combinations": combinations}
@@ -317,14 +319,14 @@ def make_stack(task, kind, logits, labels, tuning, sensitivity=None):
         scores[split] = {
             column: engine.sigmoid(values).mean(axis=1) for column, values in whole.items()
         }
-        scores[split][STACK] = combine_all(stack, logits[split])
+        scores[split][STACK], own = combine_all(stack, logits[split])
     for column in logits["train"]:
         found = answered(labels["train"], scores["train"][column], np.where(tuning, 1.0, 0.0))
         known, p, ours = found
         thresholds[column] = threshold_for(known, p, ours > 0, sensitivity)
     largest = max(combinations, key=lambda planes: planes.count("+"))
     thresholds[STACK] = combinations[largest]["threshold"]
-    return stack, scores, thresholds
+    return stack, scores, thresholds, own
 
 
 def tuning_mask(train_set, found):
@@ -368,12 +370,12 @@ def threshold_source(tuning, folds, repeat):
     )
 
 
-def evaluate_scores(labels, scores, thresholds):
+def evaluate_scores(labels, scores, thresholds, own):
     """Metrics of each plane and the stack on the validation exams, and the stack's gain.
 
     Args:
         labels: {split: float32 (n,)}.
-        scores, thresholds: as `make_stack` returns them.
+        scores, thresholds, own: as `make_stack` returns them.
 
     Returns:
         {name: dict of numbers} with the planes, the stack and "stack against best plane".
@@ -383,6 +385,10 @@ def evaluate_scores(labels, scores, thresholds):
         known, p = answered(labels["valid"], scores["valid"][name])
         row = summary(known, p, thresholds[name])
         half = summary(known, p, 0.5)
+        if name == STACK:  # decided as predict.py does
+            called = (p >= own).astype(float)
+            decided = summary(known, called, 0.5)
+            row |= {key: decided[key] for key in decided if key.startswith(DECIDED)}
         row["train_auc"] = auc_interval(*answered(labels["train"], scores["train"][name])).value
         row |= {f"{key}_at_half": half[key] for key in ("sensitivity", "specificity", "accuracy")}
         rows[name] = row
@@ -511,7 +517,7 @@ def seeds_aucs(found, exams, fit):
     aucs = []
     for k in range(len(next(iter(found.values())))):
         seed = {column: [ones[k]] for column, ones in found.items()}
-        _, scores, _ = fit(logits=join_seeds(seed), tuning=tuning_mask(exams["train"], seed))
+        _, scores, *_ = fit(logits=join_seeds(seed), tuning=tuning_mask(exams["train"], seed))
         labels = labels_of(exams["valid"])
         aucs.append(auc_interval(labels, scores["valid"][STACK]).value)
     print(f"stack of each seed, validation AUC: {', '.join(f'{auc:.4f}' for auc in aucs)}")
@@ -558,9 +564,9 @@ def run(args):
     fit = partial(make_stack, args.task, args.features, labels=labels, sensitivity=args.sensitivity)
     aucs = seeds_aucs(found, exams, fit) if args.repeat > 1 else None
     tuning = tuning_mask(exams["train"], found)
-    stack, scores, thresholds = fit(logits=join_seeds(found), tuning=tuning)
+    stack, scores, thresholds, own = fit(logits=join_seeds(found), tuning=tuning)
     chosen = threshold_source(tuning, args.folds, args.repeat)
-    rows = evaluate_scores(labels, scores, thresholds)
+    rows = evaluate_scores(labels, scores, thresholds, own)
     report = {
         "protocol": protocol,
         "folds": args.folds,

@@ -170,11 +170,16 @@ def exam_losses(targets, weights, logits):
 
 
 def metrics_of(names, labels, logits, losses):
-    """{finding: {"loss", "auc"}} over the exams whose label is known; arrays float32 (n, tasks)."""
+    """{finding: {"loss", "auc"}} over the exams whose label is known; arrays float32 (n, tasks).
+
+    The AUC of one class is NaN: a few tuning exams may lose their only positive one to a plane that
+    it lacks, and the loss selects the epoch.
+    """
     metrics = {}
     for t, task in enumerate(names):
         known = ~np.isnan(labels[:, t])
-        auc = roc_auc(is_positive(labels[known, t]), logits[known, t])
+        positive = is_positive(labels[known, t])
+        auc = roc_auc(positive, logits[known, t]) if len(set(positive)) == 2 else float("nan")
         metrics[task] = {"loss": float(losses[known, t].mean()), "auc": auc}
     return metrics
 

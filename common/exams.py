@@ -244,6 +244,7 @@ class DicomExams:
         for _ in range(workers):
             self.importers.append(Importer(script, source, folder, options))
             if "exams" not in self.importers[-1].listing:
+                self.print_lines(self.importers[-1].listing.get("lines", ()))
                 self.close()
                 raise InputError(self.fault)
         first = self.importers[0].listing

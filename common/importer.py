@@ -7,6 +7,7 @@ while they compute. What it is asked and answers: data/dicom/serve.py.
 import json
 import subprocess
 import sys
+from contextlib import suppress
 
 
 class Importer:
@@ -54,7 +55,8 @@ class Importer:
         return {"lines": reply["lines"]} if reply else {}
 
     def close(self):
-        self.process.stdin.close()
         self.process.kill()
         self.process.wait()
+        with suppress(OSError):  # what was written and never read
+            self.process.stdin.close()
         self.process.stdout.close()

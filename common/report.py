@@ -87,8 +87,7 @@ class Subgroup(NamedTuple):
 
 def mistakes_of(results, most=WORST):
     """[(row, kind)] of the worst false negatives, then of the worst false positives."""
-    scores, threshold = results.scores[STACK], results.rows[STACK]["threshold"]
-    called, positive = scores >= threshold, results.labels == 1
+    scores, called, positive = results.scores[STACK], results.called, results.labels == 1
     order = np.argsort(scores, kind="stable")
     missed = [(row, "false negative") for row in order if positive[row] and not called[row]]
     alarms = [(row, "false positive") for row in order[::-1] if called[row] and not positive[row]]
@@ -202,7 +201,7 @@ def subgroups_of(results, columns):
 def subgroup(results, title, value, rows):
     """The Subgroup of some exams; `rows` is bool (n,)."""
     labels, scores = results.labels[rows], results.scores[STACK][rows]
-    called, positive = scores >= results.rows[STACK]["threshold"], labels == 1
+    called, positive = results.called[rows], labels == 1
     try:
         auc = auc_interval(labels, scores)
     except OneClassError:

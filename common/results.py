@@ -9,7 +9,7 @@ import numpy as np
 
 from common.checkpoint import load_model
 from common.errors import InputError
-from common.stacking import load_stack, start_of_results
+from common.stacking import combination_of, load_stack, start_of_results
 from dataloader import is_positive
 
 END = "-results.json"
@@ -32,6 +32,19 @@ class Results(NamedTuple):
     def rows(self):
         """{column, and "stack": metrics of the validation exams}"""
         return {name: row for name, row in self.content["valid"].items() if "auc" in row}
+
+    @property
+    def called(self):
+        """Whether the stack calls each exam positive, as predict.py does: bool (n,). An exam that
+        lacks a plane has the threshold of the planes that it has."""
+        thresholds = np.full(len(self.ids), self.rows["stack"]["threshold"])
+        planes_of = {column: metadata["plane"].split("+") for column, metadata in self.networks}
+        lacking = np.isnan([self.scores[column] for column in planes_of]).any(axis=0)
+        for row in np.flatnonzero(lacking):
+            there = (p for c, p in planes_of.items() if not np.isnan(self.scores[c][row]))
+            combination = combination_of(self.stack, set().union(*there))
+            thresholds[row] = self.stack["combinations"][combination]["threshold"]
+        return self.scores["stack"] >= thresholds
 
     @property
     def data_dir(self):

@@ -82,7 +82,8 @@ def fit_combinations(kind, logits, labels, tuning, sensitivity=None):
     Returns:
         {"axial+coronal+sagittal": {"columns", "coefficients", "intercept", "threshold"}, ...}
     """
-    combinations = {}
+    combinations, has = {}, planes_of_exams(logits)
+    possible = {plane for found in logits.values() for plane in next(iter(found)).split("+")}
     for name in COMBINATIONS:
         columns = {
             column: found[key]
@@ -92,7 +93,11 @@ def fit_combinations(kind, logits, labels, tuning, sensitivity=None):
         if not columns:
             continue
         x = stack_features(kind, columns.values())
-        there = np.isfinite(x).all(axis=1)
+        needed = possible & set(name.split("+"))
+        there = np.array([needed <= set(planes.split("+")) for planes in has])
+        there &= np.isfinite(x).all(axis=1)
+        if len(set(labels[there & ~tuning])) < 2:
+            continue  # too few exams have all of these planes
         fitted = LogisticRegression().fit(x[there & ~tuning], labels[there & ~tuning])
         probabilities = fitted.predict_proba(x[there])[:, 1]
         combinations[name] = {
@@ -121,9 +126,13 @@ def planes_of_exams(logits):
 
 
 def combine_all(stack, logits):
-    """Apply a stack to exams, each with the planes that it has: float64 (n,); logits as above."""
+    """Apply a stack to exams, each with the planes that it has; logits as above.
+
+    Returns:
+        float64 (n,) stacked probabilities, and the threshold of each, (n,).
+    """
     there = planes_of_exams(logits)
-    stacked = np.empty(len(there))
+    stacked, thresholds = np.empty(len(there)), np.empty(len(there))
     for planes in np.unique(there):
         rows = there == planes
         ours = {
@@ -131,8 +140,8 @@ def combine_all(stack, logits):
             for column, found in logits.items()
             if (key := restrict(next(iter(found)), planes.split("+"))) in found
         }
-        stacked[rows], _ = combine(stack, planes.split("+"), ours)
-    return stacked
+        stacked[rows], thresholds[rows] = combine(stack, planes.split("+"), ours)
+    return stacked, thresholds
 
 
 def threshold_for(labels, probabilities, tuning, sensitivity=None):
@@ -140,10 +149,10 @@ def threshold_for(labels, probabilities, tuning, sensitivity=None):
 
     Args:
         labels, probabilities: (n,).
-        tuning: bool (n,), the exams to choose on; all of them if all False.
+        tuning: bool (n,), the exams to choose on; all of them if these are not of both classes.
         sensitivity: to reach on these exams; None for the greatest sensitivity + specificity.
     """
-    if tuning.any():
+    if len(set(labels[tuning])) == 2:
         labels, probabilities = labels[tuning], probabilities[tuning]
     if sensitivity is None:
         return choose_threshold(labels, probabilities)
@@ -164,11 +173,23 @@ def combine(stack, planes, logits):
     Raises:
         KeyError: the stack has no regression for this set of planes.
     """
-    combination = stack["combinations"]["+".join(plane for plane in PLANES if plane in planes)]
+    combination = stack["combinations"][combination_of(stack, planes)]
     columns = [logits[column] for column in combination["columns"]]
     features = stack_features(stack["features"], columns)
     score = features @ np.asarray(combination["coefficients"]) + combination["intercept"]
     return expit(score), combination["threshold"]
+
+
+def combination_of(stack, planes):
+    """The largest set of planes within `planes` that a stack has a regression for.
+
+    Raises:
+        KeyError: it has none.
+    """
+    within = [name for name in stack["combinations"] if set(name.split("+")) <= set(planes)]
+    if not within:
+        raise KeyError("+".join(planes))
+    return max(within, key=lambda name: name.count("+"))
 
 
 class Decision(NamedTuple):

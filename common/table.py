@@ -81,7 +81,8 @@ def means_of(part):
         kept = [k for k in range(scores.shape[1]) if has_both_classes(part, name, k)]
         if kept:
             interval = mean_auc_interval(part.labels[:, kept], scores[:, kept])
-            n = int((~np.isnan(part.labels[:, kept])).any(axis=1).sum())
+            known = ~np.isnan(part.labels[:, kept]) & ~np.isnan(scores[:, kept])
+            n = int(known.any(axis=1).sum())
             means[name] = interval._asdict() | {"findings": len(kept), "n": n}
     return means
 
@@ -142,6 +143,8 @@ def markdown(found, own=None):
     if len(tasks) > 1:
         notes += "; the mean's interval by resampling the exams"
     fewer = {m["findings"] for one in means.values() for m in one.values()} - {len(tasks)}
+    if len({m["n"] for one in means.values() for m in one.values()}) > len(means):
+        notes += "; a plane's figures are of the exams that have it"
     if fewer:
         notes += "; a mean leaves out the findings that have one class only (-)"
     return f"{table}\n\n{notes}. Published figures are those of MRNet's exams.\n", means

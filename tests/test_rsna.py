@@ -17,7 +17,8 @@ from common.errors import InputError
 from common.submission import read_sample, task_of
 from common.table import read_own_labels
 from data.common import exam_name
-from data.rsna.prepare import group_studies, split_groups
+from data.rsna.prepare import count_elsewhere, group_studies, split_groups
+from data.rsna.studies import StudyFolder, identity_of
 from data.rsna.tables import (
     FINDINGS,
     combine_labels,
@@ -381,6 +382,20 @@ def test_scans_are_prepared_as_the_training_exams_were(tree, tmp_path, workers):
     assert not written
 
 
+def test_an_importer_that_is_killed_costs_its_own_studies_only(tree):
+    from common.exams import open_exams
+
+    found = {}
+    with open_exams([tree / "train_series"], log=lambda line: None, workers=2) as exams:
+        exams.importers[1].process.kill()
+        exams.importers[1].process.wait()
+        for exam in exams.each():
+            found[exams.place[exam.key]] = bool(exam.paths), exam.unusable
+        assert "the importer ended with status -9" in exams.fault
+    assert all(found[place][0] for place in (0, 2, 4))
+    assert all("status -9" in found[place][1]["axial"] for place in (1, 3, 5))
+
+
 def test_a_csv_beside_a_folder_is_of_series_only_if_it_says_so(tree, tmp_path):
     from common.exams import is_rsna
 
@@ -666,6 +681,32 @@ def test_both_knees_of_a_patient_are_one_group(tmp_path):
     assert groups[number[0]] == groups[number[1]] and len(set(groups.values())) == 29
     text = "".join(p.read_text() for p in (tmp_path / "out").glob("*.*"))
     assert "ANONYMOUS" not in text and "one" not in text.split()
+
+
+def test_patients_who_went_to_two_scanners_do_not_join_all_scanners():
+    uids = [f"{scanner}.{k}" for scanner in "abcd" for k in range(10)]
+    scanners = {uid: uid[0] for uid in uids}
+    patients = {"a.0": "p", "b.0": "p", "b.1": "q", "c.0": "q", "c.1": "r", "d.0": "r", "d.1": "r"}
+    groups = group_studies(uids, scanners, patients)
+    for number in "pqr":
+        assert len({groups[uid] for uid, patient in patients.items() if patient == number}) == 1
+    assert len(set(groups.values())) == 4 and groups["a.1"] == groups["a.2"] != groups["b.2"]
+    assert groups["c.1"] == groups["d.0"] == groups["d.9"]  # two of three studies
+    assert count_elsewhere(groups, scanners) == 3
+
+
+def test_scanner_and_patient_are_taken_from_the_first_headers_that_have_them(tmp_path):
+    import pydicom
+
+    write_study(tmp_path, 0, scanner="Maker")
+    folders = sorted((tmp_path / "train_series" / uid_of(0)).iterdir())
+    for place, folder in enumerate(folders):
+        for path in folder.iterdir():
+            header = pydicom.dcmread(path)
+            del header["Manufacturer" if place == 0 else "PatientID"]
+            header.save_as(path)
+    study = StudyFolder(uid_of(0), {folder.name: folder for folder in folders}, {})
+    assert identity_of(study) == ("maker|||", "P0")
 
 
 def test_a_split_takes_whole_groups():

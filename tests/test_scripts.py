@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common import engine
 from common.checkpoint import load_model
-from common.results import read_predictions
+from common.results import read_predictions, read_results
 from common.stacking import load_stack
 from dataloader import MRDataset
 
@@ -424,6 +424,14 @@ def test_exams_that_lack_a_plane_go_through_every_script(exams):
     ids, _, scores = read_predictions(models / "acl-predictions.csv")
     assert np.isnan(scores["sagittal"][ids.index("13")])
     assert np.isfinite(scores["stack"]).all() and np.isnan(scores["sagittal"]).sum() == 1
+    results = read_results(models / "acl-results.json")
+    combinations = load_stack(models, "acl")["combinations"]
+    for row, exam_id in enumerate(ids):  # decided as predict.py does
+        planes = "axial+coronal" if exam_id == "13" else "axial+coronal+sagittal"
+        threshold = combinations[planes]["threshold"]
+        assert results.called[row] == (scores["stack"][row] >= threshold)
+    stack = results.rows["stack"]
+    assert stack["tp"] + stack["fp"] == results.called.sum()
     path = models / "acl-predictions.csv"
     done = run_script("tools/compare.py", path, path)
     assert done.returncode == 0 and "+0.0000" in done.stdout

@@ -8,7 +8,7 @@ from conftest import write_exams
 
 from common.errors import InputError
 from common.splits import fingerprints_of, plan_splits, split_exams, tuning_rows, write_folds
-from dataloader import Augmentation, MRDataset
+from dataloader import Augmentation, MRDataset, trainable
 
 
 def labels_of(positives, negatives):
@@ -200,3 +200,28 @@ def test_a_volume_that_is_missing_is_a_fault_unless_the_data_set_says_otherwise(
     (root / "train" / "axial" / "0004.npy").unlink()
     with pytest.raises(InputError, match="0004.npy: no such volume"):
         MRDataset(root, "acl", "axial")
+
+
+def test_a_finding_of_one_class_is_left_out_and_a_faulty_file_is_not(tmp_path):
+    root = write_exams(tmp_path, train=9)
+    for split in ("train", "valid"):
+        text = (root / f"{split}-acl.csv").read_text()
+        (root / f"{split}-other.csv").write_text(text.replace(",1", ","))
+    names, why = trainable(root)
+    assert names == ["acl"] and "train-other.csv: 6 exams of one class only" in why["other"]
+    (root / "train-other.csv").write_text("0,x\n")
+    with pytest.raises(InputError, match="train-other.csv, line 1"):
+        trainable(root)
+
+
+def test_a_plane_that_leaves_one_class_only_is_refused(tmp_path):
+    root = write_exams(tmp_path, train=9)
+    (root / "dataset.json").write_text(
+        json.dumps({"name": "some", "version": "1", "synthetic": True, "orientation": None,
+                    "may_lack_planes": True})
+    )  # fmt: skip
+    for exam_id in (0, 3, 6):
+        (root / "train" / "axial" / f"000{exam_id}.npy").unlink()
+    with pytest.raises(InputError, match="train-acl.csv: one class only among the 6 .* axial"):
+        MRDataset(root, "acl", "axial")
+    assert len(MRDataset(root, "acl", "coronal")) == 9

@@ -12,6 +12,7 @@ from common.checkpoint import save_model
 from common.errors import InputError
 from common.stacking import (
     COMBINATIONS,
+    combination_of,
     combine,
     combine_all,
     decide,
@@ -289,7 +290,7 @@ def test_exams_that_lack_a_plane_are_stacked_from_the_planes_they_have():
     assert there[0] == "coronal+sagittal" and there[3] == "sagittal" and there[9] == "axial+coronal"
     none = np.zeros(len(labels), bool)
     stack = a_stack(combinations=fit_combinations("logit", full, labels, none), features="logit")
-    stacked = combine_all(stack, full)
+    stacked, thresholds = combine_all(stack, full)
     assert np.isfinite(stacked).all()
     for planes in ("axial+coronal+sagittal", "coronal+sagittal", "sagittal"):
         names = planes.split("+")
@@ -298,3 +299,22 @@ def test_exams_that_lack_a_plane_are_stacked_from_the_planes_they_have():
         fitted = LogisticRegression().fit(x[has], labels[has])
         rows = there == planes
         np.testing.assert_allclose(stacked[rows], fitted.predict_proba(x[rows])[:, 1], rtol=1e-12)
+        assert set(thresholds[rows]) == {stack["combinations"][planes]["threshold"]}
+
+
+def test_planes_that_too_few_exams_have_together_are_combined_from_fewer():
+    """Nobody positive has all three planes: such exams get the largest set that was fitted."""
+    labels, logits = some_logits()
+    full = whole(logits)
+    full["sagittal"]["sagittal"][labels == 1] = np.nan
+    full["sagittal"]["sagittal"][:3] = logits["sagittal"][:3]
+    full["axial"]["axial"][:3] = np.nan
+    none = np.zeros(len(labels), bool)
+    combinations = fit_combinations("logit", full, labels, none)
+    assert "axial+coronal+sagittal" not in combinations and "axial+coronal" in combinations
+    stack = a_stack(combinations=combinations, features="logit")
+    assert combination_of(stack, PLANES) in ("axial+coronal", "coronal+sagittal")
+    stacked, _ = combine_all(stack, full)
+    assert np.isfinite(stacked).all()
+    with pytest.raises(KeyError):
+        combination_of(a_stack(combinations={"axial": {}}), ["coronal"])

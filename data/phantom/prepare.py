@@ -21,6 +21,7 @@ knee set of 2026 instead (data/phantom/rsna.py).
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -134,6 +135,8 @@ def main():
     splits = {"train": draw_labels(rng, args.exams), "valid": draw_labels(rng, args.valid)}
     jobs = [(split, labels) for split, rows in splits.items() for labels in rows]
     if args.form == "rsna":
+        for old in args.out.glob("*_series"):  # of a run with other arguments
+            shutil.rmtree(old)
         make = partial(make_study, seed=args.seed, out=args.out, total=len(jobs))
         write_tables(args.out, make_exams(make, jobs, args.workers), args.seed)
         return

@@ -101,12 +101,17 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 # --- groups and splits ----------------------------------------------------------------------------
 
 
-def group_studies(uids, *keys):
-    """Studies that share any key are one group: {uid: number of its group}.
+def group_studies(uids, scanners, *keys):
+    """Studies of one patient, or with the same report, are one case; cases of one scanner are one
+    group: {uid: number of its group}.
+
+    A case that was seen on several scanners belongs to the one that saw most of it. If it joined
+    them, a few such cases would join all scanners to one group.
 
     Args:
         uids: of the studies.
-        keys: dicts {uid: scanner, patient or report; "" if unknown}.
+        scanners: {uid: scanner; "" if unknown}.
+        keys: dicts {uid: patient or report; "" if unknown}.
     """
     parent = {uid: uid for uid in uids}
 
@@ -121,8 +126,24 @@ def group_studies(uids, *keys):
         for uid in uids:
             if key.get(uid):
                 parent[root(uid)] = root(first.setdefault(key[uid], uid))
-    numbers = {}
-    return {uid: numbers.setdefault(root(uid), len(numbers)) for uid in uids}
+    seen = defaultdict(Counter)  # case -> scanners
+    for uid in uids:
+        seen[root(uid)][scanners.get(uid) or ""] += 1
+    group_of, numbers = {}, {}
+    for case, counts in seen.items():
+        counts.pop("", None)
+        scanner = counts.most_common(1)[0][0] if counts else None
+        group_of[case] = ("scanner", scanner) if scanner else ("case", case)
+    return {uid: numbers.setdefault(group_of[root(uid)], len(numbers)) for uid in uids}
+
+
+def count_elsewhere(groups, scanners):
+    """Number of studies that are not of the scanner that most of their group are of."""
+    seen = defaultdict(Counter)
+    for uid, group in groups.items():
+        if scanners[uid]:
+            seen[group][scanners[uid]] += 1
+    return sum(counts.total() - max(counts.values()) for counts in seen.values())
 
 
 def known_patients(patients, report):
@@ -240,6 +261,8 @@ def run(args, choice, report):
     groups = group_studies(uids, scanners, known_patients(patients, report), reports)
     valid = split_groups(groups, args.valid)
     sizes = Counter(groups.values())
+    if elsewhere := count_elsewhere(groups, scanners):
+        report.log(f"studies in the group of another scanner, which saw their patient: {elsewhere}")
     report.log(f"groups by scanner, patient and report: {len(sizes)}, the largest of "
                f"{max(sizes.values())} studies")  # fmt: skip
     register, numbers, todo = number_studies(studies, valid, args.out, args.overwrite)

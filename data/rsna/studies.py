@@ -106,22 +106,25 @@ def digest_of(study):
 
 
 def identity_of(study):
-    """The scanner's fingerprint and the patient's number, from the first header that can be read;
+    """The scanner's fingerprint and the patient's number, each from the first header that has it;
     "" for what is not known. Both identify: never print them."""
     import pydicom
 
+    scanner = patient = ""
     for folder in study.series.values():
         for path in sorted(folder.iterdir())[:2]:
             try:
                 with reading(File(path)):
                     tags = [*SCANNER, "PatientID"]
                     header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
-                    *words, patient = [str(header.get(name) or "").strip(" \0") for name in tags]
+                    *words, number = [str(header.get(name) or "").strip(" \0") for name in tags]
             except InputError:
                 continue
-            if any(words) or patient:
-                return "|".join(words).casefold() if any(words) else "", patient
-    return "", ""
+            scanner = scanner or ("|".join(words).casefold() if any(words) else "")
+            patient = patient or number
+            if scanner and patient:
+                return scanner, patient
+    return scanner, patient
 
 
 def convert(study, reader):
