@@ -1,58 +1,8 @@
-"""What a sceptic would try on the whole pipeline: labels that mean nothing, models and exams that
-change places."""
-
-import csv
-import random
+"""What a sceptic would try: networks and exams that change places after the training."""
 
 import numpy as np
 import pytest
 from conftest import assert_one_line_error, run_script, write_exams
-
-from common.metrics import auc_interval
-from tools.sweep_table import all_rows, read_results
-
-SWEEP = """
-task = "acl"
-planes = ["axial", "coronal", "sagittal"]
-folds = 3
-seeds = 1
-protocol = "article"
-views = 1
-[recipes.article]
-epochs = 5
-lr = 3e-4
-patience = 5
-pretrained = false
-augment = "none"
-select = "last"
-"""
-
-
-def shuffle(path, seed=1):
-    """Give the labels of a CSV to other exams."""
-    with open(path, newline="") as file:
-        ids, labels = zip(*csv.reader(file), strict=True)
-    labels = random.Random(seed).sample(labels, len(labels))
-    path.write_text("".join(f"{i},{label}\n" for i, label in zip(ids, labels, strict=True)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shuffled", [False, True])
-def test_labels_that_mean_nothing_give_no_auc_out_of_fold(tmp_path, shuffled):
-    """Training, tuning, out-of-fold prediction and the stack of 9 networks: with shuffled labels
-    0.5 lies in the stack's interval, with the true ones the same networks find the squares."""
-    data = write_exams(tmp_path / "data", train=60, valid=16)
-    if shuffled:
-        shuffle(data / "train-acl.csv")
-    (tmp_path / "sceptic.toml").write_text(SWEEP)
-    done = run_script("tools/sweep.py", tmp_path / "sceptic.toml", "--data-dir", data, "--out",
-                      tmp_path / "out", "--models-dir", tmp_path / "models", "--jobs", "1",
-                      "--device", "cpu", "--precision", "fp32")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    truth, rows = all_rows(*read_results(tmp_path / "out"), "acl")
-    (stack,) = (row for row in rows if (row.recipe, row.column) == ("article", "stack"))
-    value, low, high = auc_interval(truth, stack.scores[0])
-    assert low < 0.5 < high if shuffled else low > 0.7, (value, low, high)
 
 
 @pytest.fixture
