@@ -90,7 +90,8 @@ def test_mistakes_are_the_worst_first(work):
     assert text.count("data:image/jpeg") == 3 * len(mistakes_of(results))
     threshold = results.rows["stack"]["threshold"]
     labels, scores = np.array([1, 0] * 5), threshold + np.array([-3, 1, -1, 3, -2, 2, 1, -1, 0, 0])
-    others = results._replace(ids=list("abcdefghij"), labels=labels, scores={"stack": scores})
+    others = results._replace(ids=list("abcdefghij"), labels=labels, scores={"stack": scores},
+                              networks=[])  # fmt: skip
     # Exams at the threshold are called positive: i is found, j is a false alarm.
     missed = [(row, "false negative") for row in (0, 4, 2)]
     alarms = [(row, "false positive") for row in (3, 5, 1, 9)]
