@@ -15,9 +15,8 @@ from tabulate import tabulate
 from common.errors import InputError
 from common.metrics import answered, auc_interval, mean_auc_interval
 from common.report import PUBLISHED
+from data.common import OWN_LABELS
 
-OWN_LABELS = "own-labels.csv"
-STACK = "stack"
 ALL, OWN, DERIVED = "", "the set's own labels", "derived labels"
 
 

@@ -36,6 +36,7 @@ ORIENTATION = {
     plane: "".join(LETTERS[direction] for direction in target) for plane, target in TARGET.items()
 }
 DATASET, EXAMS = "dataset.json", "exams.csv"
+OWN_LABELS = "own-labels.csv"  # rows of id, task: labels of the set itself, beside derived ones
 SPLITS = ("train", "valid", "test")
 KEY_BYTES = 32
 SIDE = 256  # px; MRNet's slices

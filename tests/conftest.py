@@ -46,6 +46,12 @@ def write_exams(root, task="acl", train=12, valid=8, size=64, seed=0):
     return root
 
 
+def let_planes_lack(root):
+    """Say in dataset.json that exams may lack planes."""
+    content = {"name": "some", "version": "1", "synthetic": True, "orientation": None}
+    (root / "dataset.json").write_text(json.dumps(content | {"may_lack_planes": True}))
+
+
 @pytest.fixture
 def exams(tmp_path):
     """A fresh data folder for each test, so a test may damage it."""

@@ -189,3 +189,18 @@ def test_all_tasks_are_those_that_can_be_trained(data, capsys):
     assert "effusion" in names and "bakers" not in names
     assert "train-bakers.csv: 0 exams of one class only" in said
     assert len(names) + said.count("left out") == 12
+
+
+@pytest.mark.parametrize("missing", [None, "imagecodecs"])
+def test_what_it_needs_is_said_before_it_draws(tmp_path, monkeypatch, capsys, missing):
+    def find(name):
+        return None if name == missing else object()
+
+    monkeypatch.setattr(prepare.importlib.util, "find_spec", find)
+    argv = ["prepare.py", "--as", "rsna", *(["--out", str(tmp_path / "out")] if missing else [])]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit) as end:
+        prepare.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1
+    assert ("pip install" if missing else "give --out") in said and not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, assert_one_line_error, run_script, write_exams
+from conftest import QUICK, assert_one_line_error, let_planes_lack, run_script, write_exams
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -409,8 +409,7 @@ def test_exams_that_lack_a_plane_go_through_every_script(exams):
     for place in ("train/axial/0003", "train/coronal/0005", "valid/sagittal/0013"):
         (exams / f"{place}.npy").unlink()
     assert_one_line_error(train(exams), "0003.npy", "no such volume")
-    content = {"name": "some", "version": "1", "synthetic": True, "orientation": None}
-    (exams / "dataset.json").write_text(json.dumps(content | {"may_lack_planes": True}))
+    let_planes_lack(exams)
     for plane in ("axial", "coronal", "sagittal"):
         done = train(exams, "--plane", plane, "--folds", "2")
         assert done.returncode == 0, done.stderr

@@ -1,10 +1,8 @@
 """Which exams train, select and report: folds, tuning exams, groups, seeds."""
 
-import json
-
 import numpy as np
 import pytest
-from conftest import write_exams
+from conftest import let_planes_lack, write_exams
 
 from common.errors import InputError
 from common.splits import fingerprints_of, plan_splits, split_exams, tuning_rows, write_folds
@@ -173,10 +171,7 @@ def test_a_patient_is_never_split(tmp_path, protocol):
 
 def test_folds_are_the_same_in_every_plane_whatever_a_plane_lacks(tmp_path):
     root = write_exams(tmp_path, train=60)
-    (root / "dataset.json").write_text(
-        json.dumps({"name": "some", "version": "1", "synthetic": True, "orientation": None,
-                    "may_lack_planes": True})
-    )  # fmt: skip
+    let_planes_lack(root)
     valid = MRDataset(root, "acl", "axial", train=False)
     lacking = {"axial": {"1", "2"}, "coronal": {"2", "7", "9"}, "sagittal": set()}
     fold_of = {}
@@ -216,10 +211,7 @@ def test_a_finding_of_one_class_is_left_out_and_a_faulty_file_is_not(tmp_path):
 
 def test_a_plane_that_leaves_one_class_only_is_refused(tmp_path):
     root = write_exams(tmp_path, train=9)
-    (root / "dataset.json").write_text(
-        json.dumps({"name": "some", "version": "1", "synthetic": True, "orientation": None,
-                    "may_lack_planes": True})
-    )  # fmt: skip
+    let_planes_lack(root)
     for exam_id in (0, 3, 6):
         (root / "train" / "axial" / f"000{exam_id}.npy").unlink()
     with pytest.raises(InputError, match="train-acl.csv: one class only among the 6 .* axial"):

@@ -19,6 +19,7 @@ knee set of 2026 instead (data/phantom/rsna.py).
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -38,7 +39,7 @@ from common.files import write_csv, write_text  # noqa: E402
 from data.common import ORIENTATION, TARGET, write_dataset, write_volume  # noqa: E402
 from data.phantom.exam import draw_exam  # noqa: E402
 from data.phantom.lesions import PREVALENCE, draw_labels  # noqa: E402
-from data.phantom.rsna import TRUTH, make_study, write_tables  # noqa: E402
+from data.phantom.rsna import NEEDS, TRUTH, make_study, write_tables  # noqa: E402
 from data.phantom.scanner import place, scan  # noqa: E402
 
 VERSION = "2"  # of the knees that are drawn; raise it with every change of the pixels
@@ -100,6 +101,14 @@ def parse_arguments():
     for name, least in (("exams", 5), ("valid", 5), ("seed", 0), ("size", 63), ("workers", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}")
+    if args.form == "rsna":
+        if args.out == parser.get_default("out"):
+            parser.error("--as rsna: give --out a folder of its own")
+        if missing := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
+            parser.error(
+                f"--as rsna needs {', '.join(missing)}; "
+                "pip install -r requirements-dicom.txt imagecodecs"
+            )
     held = [
         p for s in SPLITS for form in (f"{s}-*.csv", f"{s}/*/*.npy") for p in args.out.glob(form)
     ]

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from common.errors import InputError
 from common.files import write_csv
 from data.common import TARGET
 from data.phantom.exam import draw_exam
@@ -26,6 +25,7 @@ from data.phantom.scanner import scan
 from data.rsna.tables import FAT, FINDINGS, FLUID, PLANE, REPORT, SERIES, STUDY
 
 TRUTH = "truth.csv"
+NEEDS = ("pydicom", "openjpeg", "imagecodecs")  # modules
 ROOT_UID = "1.2.826.0.1.3680043.10.1445"  # the phantom's own
 STUDIES_OF_A_SCANNER = 16
 LABELLED = 0.10  # share of the training studies with labels of their own
@@ -44,6 +44,7 @@ CONTRASTS = {
     "T1": (0.0, 0.06, 0.66, 0.85, 0.40, 0.45, 0.30, 0.22),
 }
 ECHO = {"PD FS": 36, "PD": 32, "T1": 11}  # ms
+OPTIONAL = frozenset({"PatientID", "EchoTime", "SeriesDescription", "Laterality", "InstanceNumber"})
 SYNTAXES = ("explicit", "implicit", "jpeg lossless", "jpeg 2000")
 
 
@@ -57,7 +58,7 @@ class Scanner(NamedTuple):
     tilt: float  # degrees, SD of the planes' turn
     from_the_end: bool  # slices are stored from the other end
     centred: bool  # knees lie in the middle: their place does not tell the side
-    tags: frozenset  # optional tags that it writes
+    tags: frozenset  # those of OPTIONAL that it writes
     offset: tuple  # rescale slope and intercept
 
 
@@ -80,7 +81,7 @@ def draw_scanner(number, seed):
         (1.5, 3.0)[number % 2],
     )
     centred = bool(rng.random() < 0.2)
-    tags = {"PatientID", "EchoTime", "SeriesDescription", "Laterality", "InstanceNumber"}
+    tags = set(OPTIONAL)
     for tag, share in (("EchoTime", 0.1), ("SeriesDescription", 0.4), ("PatientID", 0.3)):
         if rng.random() < share:
             tags.remove(tag)
@@ -253,10 +254,9 @@ def as_dicom(pixels, header, scanner):
         MRImageStorage,
     )
 
-    optional = {"PatientID", "EchoTime", "SeriesDescription", "Laterality", "InstanceNumber"}
     ds, ds.file_meta = Dataset(), FileMetaDataset()
     for name, value in header.items():
-        if name not in optional or name in scanner.tags:
+        if name not in OPTIONAL or name in scanner.tags:
             setattr(ds, name, value)
     ds.Manufacturer, ds.ManufacturerModelName, ds.SoftwareVersions = scanner.name[:3]
     ds.MagneticFieldStrength = scanner.name[3]
@@ -283,10 +283,8 @@ def as_dicom(pixels, header, scanner):
 
 def ljpeg(pixels):
     """Lossless JPEG (ITU-T T.81, process 14, first-order prediction): bytes."""
-    try:
-        from imagecodecs import ljpeg_encode
-    except ImportError:
-        raise InputError("imagecodecs is missing; pip install imagecodecs") from None
+    from imagecodecs import ljpeg_encode
+
     return ljpeg_encode(pixels)
 
 

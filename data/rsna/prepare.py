@@ -40,6 +40,7 @@ from common.errors import InputError  # noqa: E402
 from common.files import write_csv, write_text  # noqa: E402
 from data.common import (  # noqa: E402
     ORIENTATION,
+    OWN_LABELS,
     TARGET,
     Register,
     Report,
@@ -56,7 +57,6 @@ from data.rsna.tables import FINDINGS, combine_labels, read_labels, read_series 
 
 VERSION = "1"  # of what is written from the same files; raise it with every change of the pixels
 SEED = 0  # of the cut into train and valid
-OWN_LABELS = "own-labels.csv"  # as common/table.py reads it
 OF_A_PATIENT = 20  # studies; a PatientID that more share is a word such as "anonymous"
 
 
