@@ -28,7 +28,10 @@ from torch.utils.data import Dataset
 from common.errors import InputError, one_line
 from model import SMALLEST_SIDE
 
-PLANES = ("axial", "coronal", "sagittal")
+PLANES = ("axial", "coronal", "sagittal")  # MRNet's, each of one fluid-sensitive series
+SEQUENCES = ("t1", "t2", "pd", "stir", "gre", "dess")  # of further series, as in "sagittal-t1"
+# Every name of a plane's folder, in the order in which planes are joined and printed.
+ALL_PLANES = (*PLANES, *(f"{plane}-{name}" for plane in PLANES for name in SEQUENCES))
 SPLITS = ("train", "valid")
 MEAN, STD = 58.09, 49.73  # grey levels of MRNet's volumes; Stanford's released loader
 CHANNELS = ("grey", "neighbours")  # of the network's input
@@ -51,6 +54,22 @@ HOW_TO_GET_DATA = (
     "data/; or make synthetic knees with `python data/phantom/prepare.py` and give "
     "data/phantom as the data folder"
 )
+
+
+def in_order(planes):
+    """Names of planes in the order of ALL_PLANES, each once: list; others are left out."""
+    return [plane for plane in ALL_PLANES if plane in planes]
+
+
+def planes_of(root_dir):
+    """MRNet's planes, and every further one that has a folder in a split of `root_dir`: list."""
+    root = Path(root_dir)
+    return [p for p in ALL_PLANES if p in PLANES or any((root / s / p).is_dir() for s in SPLITS)]
+
+
+def view_of(plane):
+    """The plane of PLANES that a plane's slices lie in: "sagittal" for "sagittal-t1"."""
+    return plane.partition("-")[0]
 
 
 def tasks(root_dir):
@@ -457,7 +476,7 @@ class MRDataset(Dataset):
         root_dir: data folder in MRNet's layout.
         task: any name with train-<task>.csv and valid-<task>.csv in the folder, or a list of them:
             then the exams that have a label of any.
-        plane: "axial", "coronal" or "sagittal".
+        plane: one of ALL_PLANES.
         train: the training split, else the validation split.
         transform: moves float32 (s, H, W) grey levels 0..255, as `Augmentation()` does, whose
             `draw` and `apply` it must have; None to evaluate.

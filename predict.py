@@ -36,13 +36,13 @@ from common.exams import read_planes
 from common.files import atomic, csv_line, from_cell
 from common.stacking import decide
 from common.submission import read_sample, write_submission
-from dataloader import PLANES
+from dataloader import PLANES, in_order
 
+BEFORE = ("exam", "source", "task")  # columns, then one for each plane
 JOINT = "joint"  # probability of networks that join several planes
-COLUMNS = ("exam", "source", "task", *PLANES, JOINT, "stack", "threshold", "decision", "planes")
-COLUMNS += ("missing",)
+AFTER = (JOINT, "stack", "threshold", "decision", "planes", "missing")
 # What could not be used; what the networks were trained on; hashes of models and of the input.
-COLUMNS += ("note", "error", "trained_on", "model", "input")
+AFTER += ("note", "error", "trained_on", "model", "input")
 DIGITS = 8  # of a probability
 
 
@@ -103,9 +103,14 @@ def default_workers():
     return min(8, max(1, (os.cpu_count() or 1) // 2))
 
 
+def columns_for(tasks):
+    """Titles of the columns for some TaskModels: MRNet's planes and any other that they take."""
+    return *BEFORE, *in_order({*PLANES, *(p for models in tasks for p in models.planes)}), *AFTER
+
+
 def predict_exam(exam, tasks, options):
     """Rows of one exam, one a task, and how many slices went through a network."""
-    rows, slices, read = [], 0, {}
+    rows, slices, read, blank = [], 0, {}, dict.fromkeys(columns_for(tasks))
     for models in tasks:
         volumes, unusable = read_planes(exam, models, read)
         logits = models.logits(volumes, options.device, options.precision)
@@ -113,7 +118,8 @@ def predict_exam(exam, tasks, options):
             networks = models.networks[column]
             counts = (len(volumes[p]) for p in networks[0].planes if p in volumes)
             slices += sum(counts) * len(networks)
-        rows.append(make_row(exam, models, Answer(list(volumes), unusable, logits), options))
+        answer = Answer(list(volumes), unusable, logits)
+        rows.append(blank | make_row(exam, models, answer, options))
     return rows, slices
 
 
@@ -126,17 +132,17 @@ class Answer(NamedTuple):
 
 
 def make_row(exam, models, answer, options):
-    """Dict of COLUMNS: floats, strings, lists of planes, None for what there is not."""
+    """Dict of some of the columns: floats, strings, lists of planes, None for what there is not."""
     used, unusable = answer.planes, answer.unusable
-    row = dict.fromkeys(COLUMNS) | {"exam": printable(exam.name), "source": printable(exam.source)}
-    row |= {"task": models.task, "input": exam.input}
+    row = {"exam": printable(exam.name), "source": printable(exam.source), "task": models.task}
+    row["input"] = exam.input
     for planes, columns in models.by_planes.items():
         values = [v for column in columns for v in answer.logits.get(column, ())]
         if values:  # several sets of planes joined in networks are one column
             name = planes[0] if len(planes) == 1 else JOINT
             row[name] = round(float(engine.sigmoid(values).mean()), DIGITS)
     row["planes"] = used
-    row["missing"] = [plane for plane in PLANES if plane not in used]
+    row["missing"] = [p for p in in_order({*PLANES, *models.planes}) if p not in used]
     notes = [f"no {plane} model" for plane in exam.paths if plane not in models.planes]
     absent = [p for p in models.planes if p not in exam.paths and p not in unusable]
     notes += [f"no {plane} volume" for plane in absent]
@@ -173,10 +179,10 @@ def as_text(row, jsonl):
     return csv_line(f"{v:.{DIGITS}f}" if isinstance(v, float) else v for v in cells)
 
 
-def as_row(line):
-    """A line of CSV as a dict of COLUMNS."""
+def as_row(line, columns):
+    """A line of CSV as a dict."""
     (cells,) = csv.reader([line])
-    return dict(zip(COLUMNS, map(from_cell, cells), strict=True))
+    return dict(zip(columns, map(from_cell, cells), strict=True))
 
 
 class Saved(NamedTuple):
@@ -187,10 +193,11 @@ class Saved(NamedTuple):
     end: int
 
 
-def saved_exams(path, tasks, model, jsonl):
+def saved_exams(path, columns, tasks, model, jsonl):
     """What an earlier run has written; its half-written end is cut off.
 
     Args:
+        columns: as `columns_for`.
         tasks: names of the tasks that each exam needs a row of.
         model: expected value of column `model`; rows of other networks or options are ignored.
 
@@ -200,21 +207,21 @@ def saved_exams(path, tasks, model, jsonl):
     Raises:
         InputError: not a file that this command would write; it stays as it is.
     """
-    header = b"" if jsonl else csv_line(COLUMNS).encode()
+    header = b"" if jsonl else csv_line(columns).encode()
     saved, rows, size = {}, [], 0
     try:
         with open(path, "rb+") as file:
             for line in file:
                 if not line.endswith(b"\n"):
-                    check_start(line, header if size == 0 else b"", jsonl)
+                    check_start(line, header if size == 0 else b"", columns, jsonl)
                     break
                 begin, size = size, size + len(line)
                 if begin == 0 and header:
                     if line != header:
                         raise ValueError
                     continue
-                row = json.loads(line) if jsonl else as_row(line.decode())
-                if list(row) != list(COLUMNS):
+                row = json.loads(line) if jsonl else as_row(line.decode(), columns)
+                if list(row) != list(columns):
                     raise ValueError
                 key = row["source"] or "", row["exam"]
                 if rows and rows[0][0] != key:
@@ -234,18 +241,18 @@ def saved_exams(path, tasks, model, jsonl):
     return saved
 
 
-def check_start(line, header, jsonl):
+def check_start(line, header, columns, jsonl):
     """Raise ValueError where a line without an end cannot be the beginning of one of ours."""
     if header:
         if not header.startswith(line):
             raise ValueError
     elif jsonl:
-        start = f'{{"{COLUMNS[0]}": "'.encode()
-        names = [name.encode() for name in COLUMNS]
-        found = re.findall(rb'[{,] ?"([a-z_]+)": ', line)
+        start = f'{{"{columns[0]}": "'.encode()
+        names = [name.encode() for name in columns]
+        found = re.findall(rb'[{,] ?"([a-z0-9_-]+)": ', line)
         if not (line.startswith(start) or start.startswith(line)) or found != names[: len(found)]:
             raise ValueError
-        if line.endswith(b"}") and list(json.loads(line)) != list(COLUMNS):
+        if line.endswith(b"}") and list(json.loads(line)) != list(columns):
             raise ValueError
 
 
@@ -325,10 +332,11 @@ def run(args):
     saved = {}
     if args.resume:
         names = [models.task for models in tasks]
-        saved = saved_exams(args.out, names, model_of(tasks, options), args.jsonl)
+        model = model_of(tasks, options)
+        saved = saved_exams(args.out, columns_for(tasks), names, model, args.jsonl)
     if not to_stdout and args.out.exists() and not (args.resume or args.overwrite):
         raise InputError(f"{args.out}: exists; --resume continues it, --overwrite replaces it")
-    header = "" if args.jsonl else csv_line(COLUMNS)
+    header = "" if args.jsonl else csv_line(columns_for(tasks))
     opened = open_fit_exams(args.exams, args.plane, tasks, args.allow_synthetic, log, args.workers)
     with opened as exams:
         with nullcontext(sys.stdout) if to_stdout else open_output(args.out, args.resume) as file:
@@ -369,7 +377,8 @@ def submit(path, sample, rows, tasks):
     answers = {}
     with open(rows, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            found = [row["stack"]] if row["stack"] else [row[p] for p in (*PLANES, JOINT) if row[p]]
+            planes = [row[name] for name in (*in_order(row), JOINT) if row[name]]
+            found = [row["stack"]] if row["stack"] else planes
             if found:
                 answers[row["exam"], row["task"]] = sum(map(float, found)) / len(found)
     prevalences = {models.task: models.prevalence for models in tasks}

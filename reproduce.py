@@ -32,7 +32,7 @@ from common.jobs import ROOT, Job, Jobs, failures
 from common.report import read_all, write_report
 from common.stacking import start_of_results
 from common.table import markdown, read_own_labels
-from dataloader import PLANES
+from dataloader import planes_of
 
 BYTES_OF_A_JOB = 2e9  # resident, beside its volumes: torch, AlexNet and an exam's activations
 
@@ -112,7 +112,7 @@ def make_jobs(findings, networks, places, recipe):
     """
     jobs = []
     for together in findings:
-        for plane in PLANES:
+        for plane in planes_of(places["data"]):
             size = bytes_of(places["data"], plane)
             for number in range(1, networks + 1):
                 name = "+".join(together)

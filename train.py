@@ -66,7 +66,7 @@ from common.optimization import (
 )
 from common.splits import PROTOCOLS, fingerprints_of, numbered, plan_splits, write_folds
 from common.weights import imagenet_features
-from dataloader import CHANNELS, INTENSITIES, PLANES, grey_levels, is_positive
+from dataloader import ALL_PLANES, CHANNELS, INTENSITIES, PLANES, grey_levels, in_order, is_positive
 from model import BACKBONES, POOLINGS
 
 
@@ -77,9 +77,9 @@ def parse_arguments():
     task = "any NAME with train-NAME.csv in the data folder; MRNet's: abnormal, acl, meniscus. "
     task += "Several, or all: one network for all of them, in the time of one"
     add("--task", required=True, nargs="+", help=task)
-    plane = "the article found sagittal best for ACL; train all three to stack them. Several: one "
-    plane += "network that joins their features"
-    add("--plane", required=True, nargs="+", choices=PLANES, help=plane)
+    plane = "axial, coronal, sagittal or a further series' folder such as sagittal-t1; for ACL the "
+    plane += "article found sagittal best. Several: one network that joins their features"
+    add("--plane", required=True, nargs="+", choices=ALL_PLANES, metavar="PLANE", help=plane)
     add("--data-dir", type=Path, default=Path("data"), help="folder in MRNet's layout")
     raw = "raw gives the network 0-255 as the article did; it learns worse"
     add("--intensity", choices=INTENSITIES, help=raw)
@@ -183,7 +183,7 @@ def run(args):
     check_writable(args.models_dir)
     args.device, args.precision = device.type, precision  # what "auto" became
     args.task = "+".join(all_tasks(args.data_dir) if args.task == ["all"] else args.task)
-    args.plane = "+".join(plane for plane in PLANES if plane in args.plane)
+    args.plane = "+".join(in_order(args.plane))
     provenance = cli.print_start_up(vars(args), device, precision)
     config = Config(**{field.name: getattr(args, field.name) for field in fields(Config)})
     config.check()

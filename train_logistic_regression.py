@@ -22,6 +22,7 @@ PLOS Medicine 2018: logistic regression on the three planes' probabilities. Out-
 Wolpert, "Stacked generalization", Neural Networks 5(2), 1992.
 """
 
+import argparse
 import json
 import statistics
 from datetime import datetime
@@ -48,17 +49,27 @@ from common.files import atomic, write_csv, write_text
 from common.logs import open_writer
 from common.metrics import answered, auc_difference, auc_interval, summary
 from common.stacking import (
-    COMBINATIONS,
     FEATURES,
+    combinations_of,
     combine_all,
     fit_combinations,
+    order_of,
     save_stack,
     stack_name,
     stack_path,
     start_of_results,
     threshold_for,
 )
-from dataloader import CHANNELS, PLANES, SPLITS, MRDataset, MultiPlaneDataset, is_positive
+from dataloader import (
+    CHANNELS,
+    PLANES,
+    SPLITS,
+    MRDataset,
+    MultiPlaneDataset,
+    in_order,
+    is_positive,
+    planes_of,
+)
 
 STACK = "stack"
 STAR = "*"  # beside each threshold: explained below the table
@@ -68,14 +79,14 @@ DECIDED = ("sensitivity", "specificity", "accuracy", "tp", "fp", "tn", "fn")
 
 def parse_arguments():
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--task", default="acl", help="any task whose three planes are trained")
+    parser.add_argument("--task", default="acl", help="any task whose planes are trained")
     parser.add_argument(
         "--planes",
         nargs="+",
-        choices=COMBINATIONS,
-        default=list(PLANES),
+        type=planes_argument,
         metavar="PLANE",
-        help="what train.py had as --plane, joined by + where it was several",
+        help="what train.py had as --plane, joined by + where it was several; default: axial, "
+        "coronal, sagittal and every further plane of the data folder",
     )
     cli.add_recipes_argument(parser)
     parser.add_argument(
@@ -107,9 +118,19 @@ def parse_arguments():
     parser.add_argument("--logs-dir", type=Path, default=Path("logs"), help="for TensorBoard")
     cli.add_machine_arguments(parser)
     args = parser.parse_args()
+    args.planes = args.planes or planes_of(args.data_dir)
     if args.sensitivity is not None and not 0 < args.sensitivity <= 1:
         parser.error("--sensitivity is above 0 and at most 1")
     return args
+
+
+def planes_argument(text):
+    """Value of an option: planes joined by +, in their order whatever the given one."""
+    planes = text.split("+")
+    if len(in_order(planes)) != len(planes):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {', '.join(PLANES)}, sagittal-t1, ... "
+                                         "or several of them joined by +")  # fmt: skip
+    return "+".join(in_order(planes))
 
 
 class BaseModels(NamedTuple):
@@ -164,7 +185,7 @@ def exams_of_any(sets, data_dir, task):
     """{split: MRDataset} of the exams that have any of the planes; `sets` as `load_exams`."""
     if len(sets) == 1 or not any(one.absent for found in sets.values() for one in found.values()):
         return next(iter(sets.values()))  # ids and labels are the same in all of them
-    planes = [plane for plane in PLANES if any(plane in key.split("+") for key in sets)]
+    planes = in_order({plane for key in sets for plane in key.split("+")})
     return {s: MultiPlaneDataset(data_dir, task, planes, train=s == "train") for s in SPLITS}
 
 
@@ -293,7 +314,7 @@ def sets_of_planes(metadata):
     planes = metadata["plane"]
     if not metadata.get("plane_dropout"):
         return [planes]
-    parts = [name for name in COMBINATIONS if set(name.split("+")) < set(planes.split("+"))]
+    parts = combinations_of(planes.split("+"))[:-1]
     return [planes, *parts]
 
 
@@ -536,7 +557,7 @@ def run(args):
     """Predict, fit, report and write everything."""
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    wanted = [planes for planes in COMBINATIONS if planes in args.planes]
+    wanted = sorted(set(args.planes), key=order_of)
     columns = {column_name(planes, r): planes for r in args.recipes for planes in wanted}
     base_models = BaseModels(
         args.models_dir, args.task, columns, args.folds, args.repeat, args.seed

@@ -39,8 +39,7 @@ def open_fit_exams(sources, plane, tasks, allow_synthetic, log=print, workers=1)
     Raises:
         InputError: nothing there, or `exams.refuse_unfit` refuses them.
     """
-    datasets = [dataset for models in tasks for dataset in models.datasets]
-    with open_exams(sources, plane, log, datasets, workers) as exams:
+    with open_exams(sources, plane, log, tasks, workers) as exams:
         for models in tasks:
             refuse_unfit(models, exams.datasets, allow_synthetic)
         yield exams

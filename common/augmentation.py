@@ -11,7 +11,7 @@ import math
 import torch
 
 from data.common import ORIENTATION
-from dataloader import Augmentation
+from dataloader import Augmentation, view_of
 
 AUGMENTATIONS = ("article", "anatomical", "strong", "none")
 SLICES_OF_STRONG = 0.6  # least part of the slices in a step
@@ -32,7 +32,9 @@ def make_augmentation(name, plane, orientation=None):
         return None
     if name == "article":
         return Augmentation()
-    axes = [i for i, letter in enumerate(orientation or ORIENTATION[plane]) if letter in "LR"]
+    axes = [
+        i for i, letter in enumerate(orientation or ORIENTATION[view_of(plane)]) if letter in "LR"
+    ]
     mirror = ("slices", "rows", "columns")[axes[0]]
     return (StrongAugmentation if name == "strong" else Augmentation)(mirror=mirror)
 

@@ -22,7 +22,7 @@ from common.errors import InputError, one_line
 from common.files import write_bytes
 from common.metrics import mean_of
 from common.optimization import steps_with_optimizer
-from dataloader import CHANNELS, INTENSITIES, PLANES, is_dataset
+from dataloader import ALL_PLANES, CHANNELS, INTENSITIES, is_dataset
 from model import POOLINGS, MRNet, MultiPlaneMRNet
 
 FORMAT = "mrnet-model-2"
@@ -262,7 +262,7 @@ def is_metadata(content):
     """Whether a model's description is complete. Raises KeyError or TypeError, too."""
     return (
         all(isinstance(content[name], kind) for name, kind in METADATA.items())
-        and set(content["plane"].split("+")) <= set(PLANES)
+        and set(content["plane"].split("+")) <= set(ALL_PLANES)
         and isinstance(content.get("recipe", ARTICLE), str)
         and content["intensity"] in INTENSITIES
         and content.get("channels", CHANNELS[0]) in CHANNELS

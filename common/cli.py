@@ -21,7 +21,7 @@ from tqdm import tqdm
 from common.config import ARTICLE
 from common.devices import PRECISIONS, device_name
 from common.errors import InputError, Interrupted, RunError, one_line, printable
-from dataloader import PLANES, is_positive
+from dataloader import ALL_PLANES, is_positive
 
 # --- arguments ------------------------------------------------------------------------------------
 
@@ -114,7 +114,10 @@ def add_exam_arguments(parser):
     """--plane, --models-dir, --recipes, --partial, --allow-synthetic: for scripts that answer about
     exams."""
     parser.add_argument(
-        "--plane", choices=PLANES, help="of a single .npy file whose path does not contain it"
+        "--plane",
+        choices=ALL_PLANES,
+        metavar="PLANE",
+        help="of a single .npy file whose path does not contain it",
     )
     parser.add_argument(
         "--models-dir", type=Path, default=Path("models"), help="where train.py wrote"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import InputError, one_line
+from dataloader import SEQUENCES
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ARTICLE = "article"
@@ -45,6 +46,11 @@ def read_recipe(source):
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", path.stem):
         raise InputError(
             f"{path}: a recipe's name becomes part of file names; use letters, digits, . _ and -"
+        )
+    if path.stem.partition("-")[0] in SEQUENCES:
+        raise InputError(
+            f"{path}: a network of it would be named like one of plane sagittal-{path.stem}; "
+            "rename the recipe"
         )
     values = {key.replace("-", "_"): value for key, value in content.items()}
     if path != RECIPES / f"{ARTICLE}.toml" and (unknown := values.keys() - THE_ARTICLES.keys()):

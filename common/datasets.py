@@ -3,7 +3,7 @@
 from common.augmentation import SLICES_OF_STRONG, make_augmentation
 from common.cli import print_exams
 from common.errors import InputError
-from dataloader import MRDataset, MultiPlaneDataset, trainable
+from dataloader import MRDataset, MultiPlaneDataset, trainable, view_of
 from model import BACKBONES
 
 
@@ -46,7 +46,7 @@ def make_exams(config, data_dir, train):
     if train:
         orientation = (exams.description or {}).get("orientation") or {}
         transforms = {
-            plane: make_augmentation(config.augment, plane, orientation.get(plane))
+            plane: make_augmentation(config.augment, plane, orientation.get(view_of(plane)))
             for plane in config.planes
         }
         exams.transform = transforms if len(config.planes) > 1 else transforms[config.plane]

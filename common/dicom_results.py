@@ -7,6 +7,7 @@ Both by highdicom, and both say "research use only". Files only: nothing is sent
 hashes of the input, the networks and this code's version, so the same answer has the same UIDs.
 """
 
+import hashlib
 import json
 import re
 from typing import NamedTuple
@@ -27,6 +28,7 @@ from common.figures import overlay
 from common.files import atomic
 from data.common import ORIENTATION, SIDE
 from data.dicom.files import quiet
+from dataloader import view_of
 
 MAKER, MODEL = "MRNet project", "MRNet"
 SCHEME = "99MRNET"  # designator of our own codes; private ones begin with 99 (PS3.16 8.2)
@@ -195,7 +197,9 @@ def secondary_capture(picture, title, task, origin, number, k):
         software_versions=cli.git_sha(),
         series_description=f"{task} heat map, {title}"[:64],
         pixel_spacing=place["spacing"],
-        patient_orientation=[ORIENTATION[plane][i].translate(FEET_AND_HEAD) for i in (2, 1)],
+        patient_orientation=[
+            ORIENTATION[view_of(plane)][i].translate(FEET_AND_HEAD) for i in (2, 1)
+        ],
         transfer_syntax_uid=ExplicitVRLittleEndian,
     )
     image.Laterality = origin.side  # of a pair, so it must be there, and may be empty
@@ -301,8 +305,11 @@ def make_report(findings, origin, number):
 
 
 def probability_code(name):
-    """Our code of a plane's or of joined planes' probability, 16 characters at most: prob-axi."""
-    return "prob-" + "+".join(plane[:3] for plane in name.split("+"))
+    """Our code of a plane's or of joined planes' probability, 16 characters at most: prob-axi,
+    prob-sag-t1; a hash where that is too long."""
+    parts = (re.sub(r"^(...)[a-z]*", r"\1", plane) for plane in name.split("+"))
+    code = f"prob-{'+'.join(parts)}"
+    return code if len(code) <= 16 else f"prob-{hashlib.sha256(name.encode()).hexdigest()[:11]}"
 
 
 def measured(finding, origin):

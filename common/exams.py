@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from common.errors import InputError
 from common.importer import Importer
-from data.common import ORIENTATION
-from dataloader import PLANES, read_dataset, read_volume
+from data.common import ORIENTATION, T1_PLANES
+from dataloader import ALL_PLANES, PLANES, in_order, read_dataset, read_volume, view_of
 
 ROOT = Path(__file__).parent.parent
 # What the importer makes of any scan.
@@ -88,7 +88,7 @@ class FolderExams:
     def load(self, key, unless=None):
         """The Exam of a (source, name); unchanged if its `input` is `unless`."""
         source, name = key
-        paths = {plane: self.root / source / plane / f"{name}.npy" for plane in PLANES}
+        paths = {plane: self.root / source / plane / f"{name}.npy" for plane in ALL_PLANES}
         return exam_of(name, source, {p: f for p, f in paths.items() if os.path.lexists(f)}, unless)
 
     def each(self, known=None):
@@ -103,7 +103,7 @@ class FolderExams:
 
 
 class FilesExam(FolderExams):
-    """One exam, of one to three .npy files."""
+    """One exam, of one .npy file a plane."""
 
     names = {}  # no folder of plane folders
 
@@ -154,7 +154,7 @@ def read_planes(exam, models, read=None):
         read: {plane: volume}, what was read before; filled.
 
     Returns:
-        {plane: uint8 array (s, H, W)} in the order of PLANES, {plane: why not}.
+        {plane: uint8 array (s, H, W)} in the order of ALL_PLANES, {plane: why not}.
     """
     read = {} if read is None else read
     volumes, unusable = {}, {p: why for p, why in exam.unusable.items() if p in models.planes}
@@ -192,7 +192,7 @@ def refuse_unfit(models, datasets, allow_synthetic):
     for trained_on in models.datasets:
         for given in datasets:
             check_preparation(models.task, trained_on or {}, given)
-            for plane in models.planes:
+            for plane in dict.fromkeys(map(view_of, models.planes)):
                 mine = ((trained_on or {}).get("orientation") or {}).get(plane)
                 theirs = ((given or {}).get("orientation") or {}).get(plane)
                 if mine and theirs and mine != theirs:
@@ -239,6 +239,7 @@ class DicomExams:
         options = ["--mirror" if preparation.get("mirrored") else "--no-mirror"]
         if preparation.get("field_of_view"):
             options += ["--field-of-view", str(preparation["field_of_view"])]
+        options += ["--t1"] if preparation.get("t1") and importer == "rsna" else []
         script = ROOT / "data" / importer / "prepare.py"
         self.importers = []
         for _ in range(workers):
@@ -294,9 +295,7 @@ class DicomExams:
         if reply["fault"]:
             importer.fault = reply["fault"]
             return Exam(name, source, {}, dict.fromkeys(PLANES, importer.fault), reply["input"])
-        paths = {
-            plane: Path(reply["planes"][plane]) for plane in PLANES if plane in reply["planes"]
-        }
+        paths = {plane: Path(reply["planes"][plane]) for plane in in_order(reply["planes"])}
         return Exam(name, source, paths, reply["unusable"], reply["input"], origin=reply["origin"])
 
     def load(self, key):
@@ -329,21 +328,21 @@ def is_rsna(source):
 
 
 def plane_folders(root):
-    """Folders at or below `root` with a folder axial, coronal or sagittal, links followed once."""
+    """Folders at or below `root` with a folder of ALL_PLANES, links followed once."""
     seen = set()
     for folder, below, _ in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         below[:] = sorted(name for name in below if real not in seen and not name.startswith("."))
         seen.add(real)
-        if not set(PLANES).isdisjoint(below):
+        if in_order(below):
             yield Path(folder)
-            below[:] = [name for name in below if name not in PLANES]
+            below[:] = [name for name in below if name not in ALL_PLANES]
 
 
 def exam_names(folder):
     """Names of the exams that have a volume of at least one plane, sorted."""
     names = set()
-    for plane in PLANES:
+    for plane in ALL_PLANES:
         if (folder / plane).is_dir():
             files = (file.name for file in os.scandir(folder / plane))
             # Names that start with a dot are half-written files, or macOS's resource forks.
@@ -351,31 +350,33 @@ def exam_names(folder):
     return sorted(names)
 
 
-def preparation_of(datasets):
+def preparation_of(networks):
     """How exams must be mirrored and cut: as those that networks were trained on.
 
     Args:
-        datasets: of all networks, as TaskModels.datasets.
+        networks: list of stacking.TaskModels.
 
     Returns:
-        {"mirrored", "field_of_view"} as far as they are not the default; where networks differ in
-        it, that of the first (`refuse_unfit` refuses the others).
+        {"mirrored", "field_of_view", "t1"} as far as they are not the default; where networks
+        differ in one of the first two, that of the first (`refuse_unfit` refuses the others).
     """
+    datasets = (dataset for models in networks for dataset in models.datasets)
     first = next((found for found in datasets if found is not None), {})
-    return {name: first[name] for name in PREPARATION if first.get(name)}
+    t1 = {"t1": True} if any(p in T1_PLANES for models in networks for p in models.planes) else {}
+    return {name: first[name] for name in PREPARATION if first.get(name)} | t1
 
 
 @contextmanager
-def open_exams(sources, plane=None, log=print, datasets=(), workers=1):
+def open_exams(sources, plane=None, log=print, networks=None, workers=1):
     """The exams that a user names on the command line.
 
     Args:
         sources: list of one Path, a folder in MRNet's layout, or a folder or zip of DICOM or NIfTI;
-            or of one to three, the .npy files of one exam.
+            or the .npy files of one exam, one a plane.
         plane: of a single .npy file, where its path does not contain it.
         log: prints the DICOM importer's messages about its choice of series.
-        datasets: that the networks which will see them were trained on: scans are mirrored and cut
-            as those exams were.
+        networks: list of stacking.TaskModels that will see them: scans are mirrored and cut as the
+            exams were that they were trained on, and further series are taken if they take them.
         workers: processes that convert RSNA's studies.
 
     Yields:
@@ -406,7 +407,7 @@ def open_exams(sources, plane=None, log=print, datasets=(), workers=1):
             "folder above these, or the files of one exam"
         )
     with tempfile.TemporaryDirectory(prefix="mrnet-") as folder:
-        exams = DicomExams(source, folder, log, preparation_of(datasets), workers)
+        exams = DicomExams(source, folder, log, preparation_of(networks or ()), workers)
         try:
             yield exams
         finally:
@@ -414,7 +415,7 @@ def open_exams(sources, plane=None, log=print, datasets=(), workers=1):
 
 
 def exam_of_files(paths, plane=None):
-    """The name of the exam that one to three .npy files make, and {plane: Path}.
+    """The name of the exam that .npy files make, one a plane, and {plane: Path}.
 
     A file's plane is `plane`, or its folder's name, or part of its own name; the exam's name is
     the rest of it ("knee7-axial.npy" is knee7), or the folder's where nothing is left.
@@ -424,8 +425,9 @@ def exam_of_files(paths, plane=None):
     found, names = {}, {}
     for path in paths:
         folder = path.absolute().parent.name
-        named = [p for p in PLANES if p in path.stem.lower()]
-        if plane or folder in PLANES:
+        named = [p for p in ALL_PLANES if p in path.stem.lower()]
+        named = [p for p in named if not any(p != other and p in other for other in named)]
+        if plane or folder in ALL_PLANES:
             where, name = plane or folder, path.stem
         elif len(named) == 1:
             where = named[0]
@@ -443,4 +445,4 @@ def exam_of_files(paths, plane=None):
             f"{paths[-1]}: not of the same exam as the others ({', '.join(names)}); give the files "
             "of one exam, named alike"
         )
-    return *names, {plane: found[plane] for plane in PLANES if plane in found}
+    return *names, {plane: found[plane] for plane in in_order(found)}

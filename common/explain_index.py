@@ -23,7 +23,7 @@ from common.errors import InputError
 from common.explain_page import as_text, fill, make_page, slice_picture
 from common.explanation import unusable_of
 from common.files import write_bytes, write_text
-from dataloader import PLANES, label_rows
+from dataloader import PLANES, in_order, label_rows
 
 ROWS, INDEX = "exams.jsonl", "index.html"
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 128, 80  # px of each plane in the index
@@ -104,12 +104,13 @@ def thumbnail(explained):
     first = {}  # networks that join planes come after those of one
     for title, one in explained.items():
         first.setdefault(title.split()[0], one)
-    sheet = Image.new("RGB", (THUMBNAIL_SIDE * len(PLANES), THUMBNAIL_SIDE))
+    order = in_order({*PLANES, *first})  # a place for each of the three, so that they line up
+    sheet = Image.new("RGB", (THUMBNAIL_SIDE * len(order), THUMBNAIL_SIDE))
     for plane, one in first.items():
         at = int(np.argmax(one.slice_sums))
         picture = Image.fromarray(slice_picture(one, at))
         picture = ImageOps.contain(picture, (THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-        sheet.paste(picture, (THUMBNAIL_SIDE * PLANES.index(plane), 0))
+        sheet.paste(picture, (THUMBNAIL_SIDE * order.index(plane), 0))
     data = io.BytesIO()
     sheet.save(data, "JPEG", quality=THUMBNAIL_QUALITY)
     return data.getvalue()

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from common import cli
 from common.errors import printable
 from common.figures import OPACITY, heat_colours, overlay
-from dataloader import PLANES
+from dataloader import PLANES, in_order
 from model import BACKBONES
 
 NOTICE = "Research use only, not a medical device."
@@ -87,7 +87,11 @@ def describe_finding(finding):
         "mirrored": models.is_mirrored,
         "trained_on": cli.describe_datasets(models.datasets),
         "thresholds": (models.stack or {}).get("thresholds", ""),
-        "missing": [p for p in PLANES if all(t.split()[0] != p for t in finding.planes)],
+        "missing": [
+            plane
+            for plane in in_order({*PLANES, *models.planes})
+            if all(title.split()[0] != plane for title in finding.planes)
+        ],
         "planes": [
             {
                 "plane": title,

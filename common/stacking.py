@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,22 +29,33 @@ from common.engine import sigmoid
 from common.errors import InputError
 from common.files import write_text
 from common.metrics import choose_threshold
-from dataloader import CHANNELS, PLANES, check_side, preprocess
+from dataloader import ALL_PLANES, CHANNELS, check_side, in_order, preprocess
 from model import BACKBONES
 
 FORMAT = "mrnet-stack-4"
 FORMATS = (FORMAT, "mrnet-stack-3", "mrnet-stack-2", "mrnet-stack-1")  # that can be read
 ROUNDED_LOGITS = "mrnet-stack-1"  # its logits had gone through rounded probabilities
 FEATURES = ("probability", "logit")
-# Each set of planes that an exam may have.
-COMBINATIONS = [
-    "+".join(planes)
-    for size in range(1, len(PLANES) + 1)
-    for planes in itertools.combinations(PLANES, size)
-]
+ANY_PLANE = "|".join(sorted(ALL_PLANES, key=len, reverse=True))  # as a regular expression
 
 
 # --- fit and apply --------------------------------------------------------------------------------
+
+
+def combinations_of(planes):
+    """Each set of planes that an exam may have, joined by +, small ones first: list.
+
+    Args:
+        planes: all of them, container.
+    """
+    ours = in_order(planes)
+    sizes = range(1, len(ours) + 1)
+    return ["+".join(part) for size in sizes for part in itertools.combinations(ours, size)]
+
+
+def is_combination_name(name):
+    """Whether `name` is a set of planes as `combinations_of` writes it."""
+    return name != "" and "+".join(in_order(name.split("+"))) == name
 
 
 def stack_features(kind, logits):
@@ -84,7 +96,7 @@ def fit_combinations(kind, logits, labels, tuning, sensitivity=None):
     """
     combinations, has = {}, planes_of_exams(logits)
     possible = {plane for found in logits.values() for plane in next(iter(found)).split("+")}
-    for name in COMBINATIONS:
+    for name in combinations_of(possible):
         columns = {
             column: found[key]
             for column, found in logits.items()
@@ -93,8 +105,7 @@ def fit_combinations(kind, logits, labels, tuning, sensitivity=None):
         if not columns:
             continue
         x = stack_features(kind, columns.values())
-        needed = possible & set(name.split("+"))
-        there = np.array([needed <= set(planes.split("+")) for planes in has])
+        there = np.array([set(name.split("+")) <= set(planes.split("+")) for planes in has])
         there &= np.isfinite(x).all(axis=1)
         if len(set(labels[there & ~tuning])) < 2:
             continue  # too few exams have all of these planes
@@ -122,7 +133,7 @@ def planes_of_exams(logits):
         for planes in list(found)[1:] or found:
             for row in np.flatnonzero(np.isfinite(found[planes][:, 0])):
                 there[row].update(planes.split("+"))
-    return np.array(["+".join(plane for plane in PLANES if plane in one) for one in there])
+    return np.array(["+".join(in_order(one)) for one in there])
 
 
 def combine_all(stack, logits):
@@ -285,7 +296,7 @@ def is_stack(content):
         content["format"] in FORMATS
         and content["features"] in FEATURES
         and len(content["combinations"]) > 0
-        and content["combinations"].keys() <= set(COMBINATIONS)
+        and all(map(is_combination_name, content["combinations"]))
         and all(is_combination(c, content["base_models"]) for c in content["combinations"].values())
         and isinstance(content["digests"], dict)
         and all(is_file_name(f) for files in content["base_models"].values() for f in files)
@@ -376,9 +387,8 @@ class TaskModels(NamedTuple):
 
     @property
     def planes(self):
-        """The planes that any network takes, in the order of PLANES."""
-        taken = {plane for networks in self.networks.values() for plane in networks[0].planes}
-        return [plane for plane in PLANES if plane in taken]
+        """The planes that any network takes, in the order of ALL_PLANES."""
+        return in_order({p for networks in self.networks.values() for p in networks[0].planes})
 
     @property
     def by_planes(self):
@@ -386,7 +396,7 @@ class TaskModels(NamedTuple):
         found = {}
         for column, networks in self.networks.items():
             found.setdefault(networks[0].planes, {})[column] = networks
-        order = sorted(found, key=lambda planes: (len(planes), PLANES.index(planes[0])))
+        order = sorted(found, key=lambda planes: (len(planes), ALL_PLANES.index(planes[0])))
         return {planes: found[planes] for planes in order}
 
     def check_volume(self, path, volume, plane):
@@ -415,10 +425,9 @@ def saved_tasks(models_dir, recipes=(ARTICLE,)):
     Raises:
         InputError: there is none.
     """
-    folder = Path(models_dir)
-    endings = [f"-{column}.pt" for column in columns_of(recipes)]
-    endings.append(f"-{stack_name(recipes)}.json")
-    names = {p.name.removesuffix(end) for end in endings for p in folder.glob(f"*{end}")}
+    folder, end = Path(models_dir), f"-{stack_name(recipes)}.json"
+    names = {path.name.removesuffix(end) for path in folder.glob(f"*{end}")}
+    names |= saved_columns(folder, recipes).keys()
     if not names:
         of = f" of recipe {' or '.join(recipes)}" if tuple(recipes) != (ARTICLE,) else ""
         raise InputError(
@@ -428,9 +437,23 @@ def saved_tasks(models_dir, recipes=(ARTICLE,)):
     return sorted(names)
 
 
-def columns_of(recipes):
-    """The columns that networks of some recipes may have, of single planes and of several."""
-    return [column_name(planes, recipe) for recipe in recipes for planes in COMBINATIONS]
+def saved_columns(models_dir, recipes):
+    """The networks of some recipes in a folder, but those of folds and seeds: {task: [column]}."""
+    found = {}
+    for recipe in recipes:
+        planes = rf"((?:{ANY_PLANE})(?:\+(?:{ANY_PLANE}))*)"
+        pattern = re.compile(rf"(.+)-{planes}{re.escape(column_name('', recipe))}\.pt")
+        parts = [pattern.fullmatch(path.name) for path in Path(models_dir).glob("*.pt")]
+        parts = [match.groups() for match in parts if match and is_combination_name(match[2])]
+        for task, planes in sorted(parts, key=lambda part: order_of(part[1])):
+            found.setdefault(task, []).append(column_name(planes, recipe))
+    return found
+
+
+def order_of(planes):
+    """Sort key of planes joined by +: single ones first, then as `combinations_of`."""
+    places = [ALL_PLANES.index(plane) for plane in planes.split("+")]
+    return len(places), places
 
 
 def as_network(model, metadata, device):
@@ -468,8 +491,8 @@ def load_task(models_dir, task, device="cpu", recipes=(ARTICLE,)):
             for column, names in stack["base_models"].items()
         }
     else:
-        paths = {column: [model_path(folder, task, column)] for column in columns_of(recipes)}
-        paths = {column: found for column, found in paths.items() if found[0].is_file()}
+        columns = saved_columns(folder, recipes)[task]
+        paths = {column: [model_path(folder, task, column)] for column in columns}
     networks, digests, datasets, prevalences = {}, [], [], []
     for column in paths:
         loaded = [load_model(path, task, column) for path in paths[column]]

@@ -35,6 +35,7 @@ LETTERS = {(0, 1): "L", (0, -1): "R", (1, 1): "P", (1, -1): "A", (2, 1): "S", (2
 ORIENTATION = {
     plane: "".join(LETTERS[direction] for direction in target) for plane, target in TARGET.items()
 }
+T1_PLANES = ("coronal-t1", "sagittal-t1")  # of series that are not fluid-sensitive
 DATASET, EXAMS = "dataset.json", "exams.csv"
 OWN_LABELS = "own-labels.csv"  # rows of id, task: labels of the set itself, beside derived ones
 SPLITS = ("train", "valid", "test")
@@ -159,7 +160,7 @@ def write_dataset(out, **content):
             raise InputError(
                 f"{path}: cannot be read as JSON; correct it or move it away"
             ) from None
-    for name in ("synthetic", "orientation", "patient_key", "mirrored", "field_of_view"):
+    for name in ("synthetic", "orientation", "patient_key", "mirrored", "field_of_view", "t1"):
         # What earlier versions did not write is not mirrored and not cut.
         if there and (there.get(name) or None) != (content.get(name) or None):
             raise InputError(

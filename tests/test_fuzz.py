@@ -29,7 +29,7 @@ from common import stacking
 from common.checkpoint import FORMAT, STATE_FORMAT, load_model, read_checkpoint
 from common.errors import InputError
 from common.files import csv_line
-from common.stacking import COMBINATIONS, load_stack
+from common.stacking import combinations_of, load_stack
 from data.common import Register
 from dataloader import read_dataset, read_groups, read_labels, read_volume
 from model import MRNet
@@ -99,7 +99,7 @@ STACK = {
     "format": stacking.FORMAT,
     "task": "acl",
     "features": "logit",
-    "base_models": {plane: [f"acl-{plane}.pt"] for plane in COMBINATIONS[:3]},
+    "base_models": {plane: [f"acl-{plane}.pt"] for plane in ("axial", "coronal", "sagittal")},
     "digests": {"acl-axial.pt": "00"},
     "combinations": {
         planes: {
@@ -108,7 +108,7 @@ STACK = {
             "intercept": 0.2,
             "threshold": 0.5,
         }
-        for planes in COMBINATIONS
+        for planes in combinations_of(("axial", "coronal", "sagittal"))
     },
 }
 METADATA = (
@@ -207,12 +207,12 @@ READERS = {
     "stack": ([json.dumps(STACK).encode()], read_stack),
     "lesions": ([b'{"7": {"planes": {}, "lesions": []}}'], read_lesions),
     "predictions": (
-        [csv_line(predict.COLUMNS).encode() + b"7,valid,acl,,,,,,,,,,,,m,i\n" * 3],
-        lambda path: predict.saved_exams(path, ["acl"], "m", False),
+        [csv_line(predict.columns_for([])).encode() + b"7,valid,acl,,,,,,,,,,,,m,i\n" * 3],
+        lambda path: predict.saved_exams(path, predict.columns_for([]), ["acl"], "m", False),
     ),
     "json predictions": (
-        [(json.dumps(dict.fromkeys(predict.COLUMNS) | ROW) + "\n").encode() * 3],
-        lambda path: predict.saved_exams(path, ["acl"], "m", True),
+        [(json.dumps(dict.fromkeys(predict.columns_for([])) | ROW) + "\n").encode() * 3],
+        lambda path: predict.saved_exams(path, predict.columns_for([]), ["acl"], "m", True),
     ),
     "data set": ([json.dumps(DATASET).encode()], named("dataset.json", read_dataset)),
     "groups": ([b"0,1\n1,0\n0002,1\n"], named("train-groups.csv", read_groups, "train")),

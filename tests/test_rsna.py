@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,7 +102,8 @@ def volumes(out):
     found = {}
     for path in out.glob("*/*/*.npy"):
         volume = np.load(path)
-        flipped = volume[:, :, ::-1] if path.parent.name != "sagittal" else volume
+        view, _, sequence = path.parent.name.partition("-")
+        flipped = volume if view == "sagittal" else volume[:, :, ::-1]
         for way in (volume, flipped):
             try:
                 code = read_code(way)
@@ -111,8 +113,8 @@ def volumes(out):
         rest, decoy = divmod(code, 4)
         rest, plane = divmod(rest, 3)
         study, left = divmod(rest, 2)
-        assert decoy == 0 and PLANES[plane] == path.parent.name
-        found[study, "RL"[left], PLANES[plane]] = path
+        assert (decoy, PLANES[plane]) == (2 if sequence == "t1" else 0, view)
+        found[study, "RL"[left], path.parent.name] = path
     return found
 
 
@@ -327,8 +329,6 @@ def test_uids_with_spaces_and_studies_that_are_lost_are_said(own, tmp_path):
 
 
 def test_networks_of_mirrored_or_cropped_knees_refuse_others():
-    from types import SimpleNamespace
-
     from common.exams import FROM_DICOM, refuse_unfit
 
     about = FROM_DICOM | {"name": "rsna", "mirrored": True, "field_of_view": 140.0}
@@ -354,6 +354,36 @@ def test_one_folder_holds_exams_of_one_kind(tree, tmp_path):
     assert_one_line_error(done, "dataset.json", "field_of_view")
 
 
+def test_t1_series_are_planes_of_their_own(own, tmp_path):
+    """Of the right study and plane; read from DICOM where a network takes them."""
+    from common.exams import open_exams
+
+    out = tmp_path / "out"
+    assert prepare(own, out, "--no-mirror").returncode == 0 and len(volumes(out)) == 18
+    done = prepare(own, out, "--no-mirror", "--t1")
+    assert_one_line_error(done, "dataset.json", "t1 False, these have True")
+    shutil.rmtree(own / "train_series" / "1.2.826.2" / "1.2.826.2.1.2")  # a coronal one
+    out = tmp_path / "t1"
+    done = prepare(own, out, "--no-mirror", "--t1")
+    assert done.returncode == 1 and "without coronal-t1: 1" in done.stdout, done.stderr
+    problems = (out / "problems.txt").read_text()
+    assert "study 1.2.826.2: coronal-t1 missing: no series of this plane" in problems
+    names = (*PLANES, "coronal-t1", "sagittal-t1")
+    wanted = {(s, "LR"[s % 2], plane) for s in range(6) for plane in names}
+    wanted.remove((2, "L", "coronal-t1"))
+    written = volumes(out)
+    assert set(written) == wanted
+    about = json.loads((out / "dataset.json").read_text())
+    for planes in (names, PLANES):
+        networks = [SimpleNamespace(datasets=[about], planes=planes)]
+        with open_exams([own / "train_series"], networks=networks, log=str) as exams:
+            for study, exam in enumerate(exams.each()):
+                paths = {p: path for (s, _, p), path in written.items() if s == study}
+                assert set(exam.paths) == set(paths) & set(planes)
+                for plane, path in exam.paths.items():
+                    np.testing.assert_array_equal(np.load(path), np.load(paths[plane]))
+
+
 # --- predicting -----------------------------------------------------------------------------------
 
 
@@ -370,7 +400,8 @@ def test_scans_are_prepared_as_the_training_exams_were(tree, tmp_path, workers):
         written[int(path.stem), path.parent.name] = np.load(path)
     with open(tmp_path / "out" / "exams.csv", newline="") as file:
         numbers = {row["exam"]: int(row["id"]) for row in csv.DictReader(file)}
-    with open_exams([tree / "train_series"], datasets=[None, about], workers=workers) as exams:
+    networks = [SimpleNamespace(datasets=[None, about], planes=[*PLANES])]
+    with open_exams([tree / "train_series"], networks=networks, workers=workers) as exams:
         assert exams.datasets[0]["mirrored"] is True and len(exams) == 6
         names = [key[1] for key in exams]
         for exam in exams.each():

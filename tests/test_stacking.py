@@ -11,8 +11,8 @@ from common import stacking
 from common.checkpoint import save_model
 from common.errors import InputError
 from common.stacking import (
-    COMBINATIONS,
     combination_of,
+    combinations_of,
     combine,
     combine_all,
     decide,
@@ -66,15 +66,18 @@ def one_combination(planes, threshold=0.4):
 
 
 def a_stack(**more):
-    combinations = {planes: one_combination(planes) for planes in COMBINATIONS}
+    combinations = {planes: one_combination(planes) for planes in combinations_of(PLANES)}
     return {"task": "acl", "features": "probability", "combinations": combinations,
             "base_models": {plane: [f"acl-{plane}.pt"] for plane in PLANES},
             "digests": {}} | more  # fmt: skip
 
 
 def test_every_set_of_planes():
-    assert COMBINATIONS == ["axial", "coronal", "sagittal", "axial+coronal", "axial+sagittal",
-                            "coronal+sagittal", "axial+coronal+sagittal"]  # fmt: skip
+    assert combinations_of(PLANES) == ["axial", "coronal", "sagittal", "axial+coronal",
+        "axial+sagittal", "coronal+sagittal", "axial+coronal+sagittal"]  # fmt: skip
+    assert combinations_of(["sagittal-t1", "sagittal"]) == [
+        "sagittal", "sagittal-t1", "sagittal+sagittal-t1",
+    ]  # fmt: skip
 
 
 def test_features_are_means_of_probabilities_or_of_logits():
@@ -92,7 +95,7 @@ def test_a_stack_is_scikit_learns_regression_of_the_planes_that_exist(kind):
     nobody = np.zeros(len(labels), bool)
     stack = {"features": kind,
              "combinations": fit_combinations(kind, whole(logits), labels, nobody)}  # fmt: skip
-    assert list(stack["combinations"]) == COMBINATIONS
+    assert list(stack["combinations"]) == combinations_of(PLANES)
     for planes in (["axial", "coronal", "sagittal"], ["axial", "sagittal"], ["coronal"]):
         x = stack_features(kind, [logits[plane] for plane in planes])
         wanted = LogisticRegression().fit(x, labels).predict_proba(x)[:, 1]

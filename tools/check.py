@@ -23,9 +23,11 @@ from tabulate import tabulate
 from common import cli
 from common.errors import InputError
 from dataloader import (
+    ALL_PLANES,
     GROUPS,
     PLANES,
     SPLITS,
+    in_order,
     is_positive,
     label_rows,
     read_dataset,
@@ -145,16 +147,14 @@ def find_volumes(root, labels, may_lack=False):
     """
     places, faults = [], []
     # A set of one plane, as KneeMRI, is sound; a plane that some exams lack is not.
-    present = [p for p in PLANES if any((root / split / p).is_dir() for split in SPLITS)]
+    present = [p for p in ALL_PLANES if any((root / split / p).is_dir() for split in SPLITS)]
     if not present:
         faults.append(f"{root}: no folder train/axial, train/coronal or train/sagittal")
     for split in SPLITS:
         listed = set().union(*(ids[split] for ids in labels.values()))
         planes_of = defaultdict(set)
-        for plane in PLANES:
+        for plane in present:
             folder = root / split / plane
-            if plane not in present:
-                continue
             if not folder.is_dir():
                 faults.append(
                     f"{folder}: no such folder, {plane} exams lie in the other split only"
@@ -249,7 +249,7 @@ def class_counts(labels):
 def volume_counts(volumes):
     """Rows of a table: number, slices and sizes of the volumes of each plane and split."""
     rows = []
-    for plane in PLANES:
+    for plane in in_order({*PLANES, *(volume.plane for volume in volumes)}):
         for split in SPLITS:
             shapes = [v.shape for v in volumes if (v.plane, v.split) == (plane, split) and v.shape]
             slices = [shape[0] for shape in shapes] or [0]

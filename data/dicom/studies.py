@@ -203,6 +203,7 @@ class Choice(NamedTuple):
     square: str  # "pad" or "crop"
     field_of_view: float | None = None  # mm; side of what is kept, None for all
     mirror: bool = False  # right knees to left
+    t1: bool = False  # of RSNA's set also the planes of T1_PLANES
 
     def mirrors(self, side):
         """Whether a knee of this side, L, R or "", is mirrored."""
@@ -216,8 +217,12 @@ class Volumes:
         self.choice, self.kept = choice, {}
         self.taken = {}  # plane -> (Series, axis), of those that could be cut
 
-    def cut(self, series, axis, side):
-        """uint8 (s, 256, 256) of a knee of this side. Raises InputError."""
+    def cut(self, series, axis, side, sequence=""):
+        """uint8 (s, 256, 256) of a knee of this side. Raises InputError.
+
+        Args:
+            sequence: "-t1" where the volume is of plane "sagittal-t1".
+        """
         if series.fault:
             raise InputError(f"{series.name}, {series.fault}")
         if id(series) not in self.kept:
@@ -225,7 +230,7 @@ class Volumes:
         grey, choice = self.kept[id(series)], self.choice
         volume = cut(grey, series, axis, choice.square, choice.field_of_view)
         plane, _ = plane_of(series.directions[axis])
-        self.taken[plane] = series, axis
+        self.taken[plane + sequence] = series, axis
         return mirrored(plane, volume) if choice.mirrors(side) else volume
 
 

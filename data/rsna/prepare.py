@@ -4,6 +4,7 @@
     python data/rsna/prepare.py ~/rsna data/rsna                            # resumable
     python data/rsna/prepare.py ~/rsna data/rsna --labels teacher.csv --unsaid 0.5
     python data/rsna/prepare.py ~/rsna data/rsna --field-of-view 140 --workers 8
+    python data/rsna/prepare.py ~/rsna data/rsna --t1    # planes sagittal-t1 and coronal-t1 as well
 
 Reads train.csv, train_series.csv and train_series/<study>/<series>/*.dcm and writes
 OUT/{train,valid}/<plane>/0000.npy, uint8 (s, 256, 256), the best fluid-sensitive series of each
@@ -41,7 +42,6 @@ from common.files import write_csv, write_text  # noqa: E402
 from data.common import (  # noqa: E402
     ORIENTATION,
     OWN_LABELS,
-    TARGET,
     Register,
     Report,
     add_preparation,
@@ -52,7 +52,7 @@ from data.common import (  # noqa: E402
 from data.dicom.origin import describe  # noqa: E402
 from data.dicom.serve import run_importer, serve  # noqa: E402
 from data.dicom.studies import Choice, Volumes  # noqa: E402
-from data.rsna.studies import convert, digest_of, find_studies, identity_of  # noqa: E402
+from data.rsna.studies import convert, digest_of, find_studies, identity_of, planes_of  # noqa: E402
 from data.rsna.tables import FINDINGS, combine_labels, read_labels, read_series  # noqa: E402
 
 VERSION = "1"  # of what is written from the same files; raise it with every change of the pixels
@@ -79,6 +79,8 @@ def parse(argv):
     add("--gold-weight", type=float, default=1.0, help=gold)
     group = parser.add_argument_group("pictures")
     add_preparation(group, mirror=True)
+    t1 = "also the best series that are not fluid-sensitive, as planes coronal-t1 and sagittal-t1"
+    group.add_argument("--t1", action="store_true", help=t1)
     group = parser.add_argument_group("run")
     valid = "share of the studies to validate on, cut by groups"
     group.add_argument("--valid", type=float, default=0.1, help=valid)
@@ -195,7 +197,7 @@ def write_study(study, number, folder, choice):
         warnings.simplefilter("ignore")
         done = convert(study, Volumes(choice))
     slices = {}
-    for plane in TARGET:
+    for plane in planes_of(choice):
         path = folder / plane / f"{number:04d}.npy"
         if plane in done.volumes:
             write_volume(path, done.volumes[plane])
@@ -211,11 +213,10 @@ def quiet_worker():
     logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)  # it quotes headers
 
 
-def in_parallel(function, items, workers, what):
+def in_parallel(pool, function, items, what):
     """Results of a function of each item's arguments, in order, with a progress bar."""
-    with ProcessPoolExecutor(workers, initializer=quiet_worker) as pool:
-        results = pool.map(function, *zip(*items, strict=True), chunksize=1)
-        yield from tqdm(results, total=len(items), desc=what, unit="study", disable=None)
+    results = pool.map(function, *zip(*items, strict=True), chunksize=1)
+    return tqdm(results, total=len(items), desc=what, unit="study", disable=None)
 
 
 class Summary:
@@ -239,8 +240,8 @@ class Summary:
             self.problems.append(f"study {study.uid}: {plane} missing: {why}")
 
 
-def run(args, choice, report):
-    """Convert the set -> exit status."""
+def run(args, choice, report, pool):
+    """Convert the set, by a pool of processes -> exit status."""
     began = time.perf_counter()
     own = read_labels(args.root / "train.csv")
     others = [read_labels(path, args.unsaid) for path in args.labels]
@@ -255,7 +256,7 @@ def run(args, choice, report):
     if not studies:
         raise InputError(f"{args.root}: no study that train.csv has as well")
     uids = [study.uid for study in studies]
-    found = in_parallel(identity_of, [(study,) for study in studies], args.workers, "scanners")
+    found = in_parallel(pool, identity_of, [(study,) for study in studies], "scanners")
     scanners, patients = (dict(zip(uids, key, strict=True)) for key in zip(*found, strict=True))
     reports = {uid: " ".join(text.casefold().split()) for uid, text in own.reports.items()}
     groups = group_studies(uids, scanners, known_patients(patients, report), reports)
@@ -276,13 +277,14 @@ def run(args, choice, report):
         orientation=ORIENTATION,
         mirrored=args.mirror,
         field_of_view=args.field_of_view,
+        t1=args.t1,
         may_lack_planes=True,
     )
     register.save()
     items = [(study, numbers[study.uid], args.out / split, choice) for study, split in todo]
     summary = Summary()
     if items:
-        outcomes = in_parallel(write_study, items, args.workers, "studies")
+        outcomes = in_parallel(pool, write_study, items, "studies")
         for (study, _), outcome in zip(todo, outcomes, strict=True):
             summary.add(study, outcome)
     usable = {number for number in numbers.values() if register.split_of(number)}
@@ -406,11 +408,12 @@ def serve_studies(root, out, choice, report):
 def main(argv=None):
     args = parse(argv)
     report = Report(collect=args.serve)
-    choice = Choice([], "pad", args.field_of_view, args.mirror)
-    work = partial(run, args, choice, report)
+    choice = Choice([], "pad", args.field_of_view, args.mirror, args.t1)
     if args.serve:
         work = partial(serve_studies, args.root, args.out, choice, report)
-    return run_importer(work, args.out, report, "studies")
+        return run_importer(work, args.out, report, "studies")
+    with ProcessPoolExecutor(args.workers, initializer=quiet_worker) as pool:
+        return run_importer(partial(run, args, choice, report, pool), args.out, report, "studies")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     <root>/train_series/<StudyInstanceUID>/<SeriesInstanceUID>/<SOPInstanceUID>.dcm
 
 What the CSV says of a series is taken where it says something, and the geometry decides where it is
-silent or says another plane; both are counted. Only fluid-sensitive series are taken: a T1 series
-in the place of one would be another picture under the same name.
+silent or says another plane; both are counted. Only fluid-sensitive series are taken for a plane: a
+T1 series in the place of one would be another picture under the same name. Where they are asked
+for, those are planes of their own, "sagittal-t1" and "coronal-t1".
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from common.errors import InputError
-from data.common import TARGET, exam_name
+from data.common import T1_PLANES, TARGET, exam_name
 from data.dicom.files import File, reading
 from data.dicom.knees import split_knees
 from data.dicom.series import Series, read_header
@@ -23,6 +24,7 @@ from data.dicom.studies import series_of
 SCANNER = ["Manufacturer", "ManufacturerModelName", "SoftwareVersions", "MagneticFieldStrength"]
 FLUID_ECHO = 25.0  # ms; a longer echo time is fluid-sensitive, where neither CSV nor words say so
 NO_SERIES = "no fluid-sensitive series of this plane"
+NO_T1 = "no series of this plane that is not fluid-sensitive"
 
 
 class StudyFolder(NamedTuple):
@@ -134,38 +136,56 @@ def convert(study, reader):
         reader: data.dicom.studies.Volumes; the `series` of its choice is not used.
     """
     done = Converted()
-    series = [one for uid in study.series if (one := read_series(study, uid, done))]
+    uids = [uid for uid in study.series if reader.choice.t1 or is_wanted(study.rows.get(uid))]
+    series = [one for uid in uids if (one := read_series(study, uid, done))]
+    series = [one for one in series if one.fluid or reader.choice.t1]
     for uid in study.rows.keys() - study.series.keys():
         done.faults.append(f"study {study.uid}: series {uid} of the CSV is not there")
     knees = split_knees([one.series for one in series], absolute=True) if series else {}
     if len(knees) != 1:
-        why = "no fluid-sensitive series that can be used"
+        why = f"no {'' if reader.choice.t1 else 'fluid-sensitive '}series that can be used"
         if knees:
             why = "it shows both knees, and its labels do not say which they are of"
-        return refuse(done, study, why)
+        return refuse(done, study, reader.choice, why)
     ((done.side, (members, refused)),) = knees.items()
     if refused:
-        return refuse(done, study, refused)
+        return refuse(done, study, reader.choice, refused)
     ours = {id(member) for member in members}
     ranked = sorted((one for one in series if id(one.series) in ours), key=rank, reverse=True)
-    for plane in TARGET:
-        take_plane(plane, [one for one in ranked if one.plane == plane], study, reader, done)
+    for plane in planes_of(reader.choice):
+        take_plane(plane, [one for one in ranked if one.name == plane], study, reader, done)
     done.mirrored = reader.choice.mirrors(done.side)
     return done
 
 
-def refuse(done, study, why):
-    done.missing = dict.fromkeys(TARGET, why)
+def planes_of(choice):
+    """The planes that are taken of each study."""
+    return (*TARGET, *T1_PLANES) if choice.t1 else tuple(TARGET)
+
+
+def is_wanted(row):
+    """Whether a series can be fluid-sensitive, by its row of the CSV or None."""
+    return row is None or row.fluid is not False
+
+
+def refuse(done, study, choice, why):
+    done.missing = dict.fromkeys(planes_of(choice), why)
     done.faults.append(f"study {study.uid}: {why}")
     return done
 
 
 class Candidate(NamedTuple):
-    """A fluid-sensitive series."""
+    """A series that may be taken."""
 
     series: Series
-    plane: str
+    plane: str  # one of TARGET
+    fluid: bool  # fluid-sensitive
     fat: bool  # fat-suppressed
+
+    @property
+    def name(self):
+        """The plane that it can be the volume of."""
+        return self.plane if self.fluid else f"{self.plane}-t1"
 
 
 def rank(candidate):
@@ -176,8 +196,6 @@ def rank(candidate):
 def read_series(study, uid, done):
     """A series folder's headers -> Candidate; None, with a note or a fault, if it is none."""
     row = study.rows.get(uid)
-    if row is not None and row.fluid is False:
-        return None
     headers = []
     for path in sorted(study.series[uid].iterdir()):
         try:
@@ -196,8 +214,8 @@ def read_series(study, uid, done):
     fluid, fat = contrast(found, frames)
     if row is None or row.fluid is None:
         done.notes["fluid-sensitive or not: by the header, the CSV is silent"] += 1
-    elif row.fluid:
-        fluid = True
+    else:
+        fluid = row.fluid
     if row is not None and row.fat is not None:
         fat = row.fat
     plane = plane_of(found.directions[0])[0]
@@ -205,7 +223,7 @@ def read_series(study, uid, done):
         done.notes["plane by the geometry, the CSV is silent"] += 1
     elif row.plane != plane:
         done.notes[f"plane by the geometry: {plane}, the CSV says {row.plane}"] += 1
-    return Candidate(found, plane, fat) if fluid else None
+    return Candidate(found, plane, fluid, fat)
 
 
 def contrast(series, frames):
@@ -221,7 +239,8 @@ def take_plane(plane, ranked, study, reader, done):
     for candidate in ranked:
         series = candidate.series
         try:
-            done.volumes[plane] = reader.cut(series, 0, done.side)
+            sequence = "" if candidate.fluid else "-t1"
+            done.volumes[plane] = reader.cut(series, 0, done.side, sequence)
         except InputError as error:
             passed.append(f"study {study.uid}: {plane}: passed over {error}")
             continue
@@ -230,4 +249,4 @@ def take_plane(plane, ranked, study, reader, done):
         break
     done.faults += passed
     if plane not in done.volumes:
-        done.missing[plane] = passed[0] if passed else NO_SERIES
+        done.missing[plane] = passed[0] if passed else NO_T1 if plane in T1_PLANES else NO_SERIES
