@@ -5,6 +5,7 @@
     python predict.py knee7-axial.npy knee7-sagittal.npy        # one exam's planes, to the terminal
     python predict.py ~/inbox --out inbox.csv --resume          # after studies came, went or broke
     python predict.py ~/rsna/test_series --submission ~/rsna/sample_submission.csv --out mine.csv
+    python predict.py ~/archive --part 2/4 --out part2.csv      # on the second of four machines
 
 One row for each exam and task. An exam's name is the same in every run: a file's name, or for DICOM
 a hash of its study with the knee's side. Planes that were never scanned may be missing: a stack has
@@ -34,6 +35,7 @@ from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, one_line, printable
 from common.exams import read_planes
 from common.files import atomic, csv_line, from_cell
+from common.parts import part_argument, write_part
 from common.stacking import decide
 from common.submission import read_sample, write_submission
 from dataloader import PLANES, in_order
@@ -75,6 +77,9 @@ def parse_arguments():
     )
     submission += "a study without an answer gets the training prevalence and is named"
     files.add_argument("--submission", type=Path, metavar="SAMPLE", help=submission)
+    part = "predict only this part of the exams, on the second of four machines 2/4; python -m "
+    part += "tools.merge puts all parts together and says what is missing"
+    files.add_argument("--part", type=part_argument, metavar="I/N", help=part)
     existing = files.add_mutually_exclusive_group()
     existing.add_argument(
         "--resume",
@@ -94,6 +99,8 @@ def parse_arguments():
     args = parser.parse_args()
     if str(args.out) == "-" and (args.resume or args.overwrite):
         parser.error("--resume and --overwrite need a file as --out")
+    if args.part and (str(args.out) == "-" or args.submission):
+        parser.error("--part needs a file as --out, and no --submission before all are merged")
     if args.submission and (str(args.out) == "-" or args.jsonl or args.task):
         parser.error("--submission needs a file as --out, and neither --jsonl nor --task")
     return args
@@ -339,6 +346,10 @@ def run(args):
     header = "" if args.jsonl else csv_line(columns_for(tasks))
     opened = open_fit_exams(args.exams, args.plane, tasks, args.allow_synthetic, log, args.workers)
     with opened as exams:
+        if args.part:
+            keys = [(printable(source), printable(name)) for source, name in exams]
+            exams.keep(args.part)
+            write_part(args.out, args.part, keys)
         with nullcontext(sys.stdout) if to_stdout else open_output(args.out, args.resume) as file:
             if not to_stdout:
                 cli.print_start_up(vars(args), device, precision)

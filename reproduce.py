@@ -4,6 +4,7 @@
     python reproduce.py --data-dir data/phantom -- --epochs 4 --lr 3e-5
     python reproduce.py --tasks acl -- --protocol held-out --folds 5
     python reproduce.py --together -- --recipe mine         # all findings of a plane in one network
+    python reproduce.py --cluster ray -- --folds 5          # on the machines of a Ray cluster
 
 Every network (a task, a plane, a fold, a seed) is one run of train.py, several side by side, each
 with a log of its own; then train_logistic_regression.py stacks each task. What follows `--` goes
@@ -14,27 +15,27 @@ models/reproduce/results.json, results.md, means.json (mean AUC over the finding
 
 import argparse
 import json
-import math
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import psutil
-
 from common import cli
+from common.checkpoint import column_name, run_suffix
+from common.cluster import Machines
 from common.config import ARTICLE, read_recipe
 from common.datasets import all_tasks
-from common.devices import pick_device
+from common.devices import available_memory
 from common.errors import Interrupted, RunError
 from common.files import write_text
-from common.jobs import ROOT, Job, Jobs, failures
+from common.jobs import ROOT, Job, failures
 from common.report import read_all, write_report
 from common.stacking import start_of_results
 from common.table import markdown, read_own_labels
 from dataloader import planes_of
 
-BYTES_OF_A_JOB = 2e9  # resident, beside its volumes: torch, AlexNet and an exam's activations
+BYTES_OF_A_JOB = 2e9  # resident: torch, AlexNet and an exam's activations
 
 
 def parse_arguments():
@@ -52,9 +53,7 @@ def parse_arguments():
     )
     together = "one network for all findings of a plane, in the time of one, instead of one each"
     parser.add_argument("--together", action="store_true", help=together)
-    jobs = "networks trained side by side, the cores shared out; by default one a core on a CPU, "
-    jobs += "as far as memory allows, and one on a GPU"
-    parser.add_argument("--jobs", type=cli.positive_int, help=jobs)
+    cli.add_jobs_arguments(parser)
     parser.add_argument("recipe", nargs="*", help="after `--`: arguments for train.py")
     return parser.parse_args()
 
@@ -85,8 +84,8 @@ def read_training(recipe):
     """What of train.py's arguments matters here as well.
 
     Returns:
-        the arguments that train_logistic_regression.py needs, the recipe's name, the number of
-        networks of a task and plane, and the device.
+        the arguments that train_logistic_regression.py needs, the recipe's name, the ends of the
+        file names of a task's and plane's networks, and the device.
     """
     names = ("--folds", "--repeat", "--seed", "--device", "--precision")
     parser = argparse.ArgumentParser(add_help=False)
@@ -96,31 +95,49 @@ def read_training(recipe):
     known = vars(parser.parse_known_args(recipe)[0])
     name = read_recipe(known.pop("recipe"))[0]
     words = [word for name, value in known.items() if value for word in (f"--{name}", value)]
-    counts = [known[name] or "1" for name in ("folds", "repeat")]
-    networks = math.prod(int(text) for text in counts if text.isdecimal())  # else train.py objects
-    return [*words, "--recipes", name], name, networks, known["device"] or "auto"
+    given = {key: known[key] or "" for key in ("folds", "repeat", "seed")}
+    folds, repeat, seed = (int(text) if text.isdecimal() else 0 for text in given.values())
+    return (
+        [*words, "--recipes", name],
+        name,
+        endings(folds, repeat, seed),
+        known["device"] or "auto",
+    )
 
 
-def make_jobs(findings, networks, places, recipe):
+def endings(folds, repeat, first):
+    """Ends of the file names of a task's and plane's networks, in train.py's order; what is not a
+    number train.py objects to."""
+    seeds, folds = range(first, first + max(1, repeat)), max(1, folds)
+    return [
+        run_suffix(fold, folds, seed if len(seeds) > 1 else None)
+        for seed in seeds
+        for fold in range(1, folds + 1)
+    ]
+
+
+def make_jobs(findings, suffixes, places, training, recipe):
     """A Job for every network.
 
     Args:
         findings: list of lists of tasks; those of one list share a network.
-        networks: number of them for each task and plane: folds times seeds.
+        suffixes: as `endings`.
         places: {"data", "models", "logs": Path}.
-        recipe: list, arguments of train.py.
+        training: list, arguments of train.py.
+        recipe: its name.
     """
     jobs = []
     for together in findings:
         for plane in planes_of(places["data"]):
             size = bytes_of(places["data"], plane)
-            for number in range(1, networks + 1):
+            for number, suffix in enumerate(suffixes, start=1):
                 name = "+".join(together)
                 arguments = (ROOT / "train.py", "--task", *together, "--plane", plane, "--resume",
-                             *as_arguments(places), "--networks", number, *recipe)  # fmt: skip
+                             *as_arguments(places), "--networks", number, *training)  # fmt: skip
                 log = places["models"] / "output" / f"{name}-{plane}-{number}.txt"
-                title = f"{name}, {plane}" + (f", network {number}" if networks > 1 else "")
-                jobs.append(Job(title, tuple(map(str, arguments)), log, size))
+                title = f"{name}, {plane}" + (f", network {number}" if len(suffixes) > 1 else "")
+                files = f"*-{column_name(plane, recipe)}{suffix}.*"
+                jobs.append(Job(title, tuple(map(str, arguments)), log, size, files))
     return jobs
 
 
@@ -133,25 +150,23 @@ def bytes_of(data_dir, plane):
     return 1 + sum(path.stat().st_size for path in Path(data_dir).glob(f"*/{plane}/*.npy"))
 
 
-def jobs_at_once(device, jobs):
-    """How many networks to train side by side: one a core as far as memory allows; one on a GPU."""
-    if pick_device(device).type != "cpu":
-        return 1
-    room = psutil.virtual_memory().available // (BYTES_OF_A_JOB + max(job.work for job in jobs))
-    return int(max(1, min(psutil.cpu_count() or 1, room, len(jobs))))
+def jobs_at_once(jobs):
+    """How many networks to train side by side on a CPU: one a core as far as memory allows."""
+    return int(max(1, min(os.cpu_count() or 1, available_memory() // BYTES_OF_A_JOB, len(jobs))))
 
 
 def run(args):
     """Train every network, stack each task, write the table."""
     wanted = args.tasks or all_tasks(args.data_dir)
-    words, recipe, networks, device = read_training(args.recipe)
+    words, recipe, suffixes, device = read_training(args.recipe)
     places = {"data": args.data_dir, "models": args.models_dir, "logs": args.logs_dir}
     findings = [wanted] if args.together else [[task] for task in wanted]
-    jobs = make_jobs(findings, networks, places, args.recipe)
-    at_once = Jobs(args.jobs or jobs_at_once(device, jobs))
-    print(f"{len(jobs)} networks, {at_once.at_once} at a time with {at_once.threads} threads each; "
+    jobs = make_jobs(findings, suffixes, places, args.recipe, recipe)
+    options = (args.jobs, args.threads, args.jobs_per_gpu, args.cluster, args.fetch)
+    runner = Machines(*options).pick(device, jobs_at_once(jobs))
+    print(f"{len(jobs)} networks, {runner.at_once} at a time with {runner.threads} threads each; "
           f"what they print: {args.models_dir / 'output'}", flush=True)  # fmt: skip
-    failed = [done.job for done in at_once.run(jobs) if done.status]
+    failed = [done.job for done in runner.run(jobs) if done.status]
     if failed:
         raise RunError(failures(failed, jobs))
     for task in wanted:

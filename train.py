@@ -151,7 +151,7 @@ def parse_arguments():
 
     machine = parser.add_argument_group("machine")
     cli.add_machine_arguments(machine)
-    cache = "where volumes are cached between epochs; auto: the first with room; disk always works"
+    cache = "where volumes lie between epochs; auto: on a GPU with room; disk is as fast on a CPU"
     machine.add_argument("--cache", choices=CACHES, default="auto", help=cache)
     graphs = "replay whole steps as CUDA graphs: for a GPU that waits for Python"
     machine.add_argument("--cuda-graphs", action=switch, help=graphs)

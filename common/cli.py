@@ -110,6 +110,27 @@ def add_machine_arguments(parser):
     )
 
 
+def add_jobs_arguments(parser):
+    """--jobs, --threads, --jobs-per-gpu, --cluster, --fetch: for what trains many networks."""
+    add = parser.add_argument_group("machines").add_argument
+    jobs = (
+        "networks trained side by side; by default one a core on a CPU, as far as memory allows, "
+    )
+    jobs += (
+        "and on GPUs what --jobs-per-gpu says. One thread each is 1.3 times as fast on two cores"
+    )
+    add("--jobs", type=positive_int, help=jobs)
+    threads = "of each network; by default the cores are shared out, and on a cluster one"
+    add("--threads", type=positive_int, help=threads)
+    each = "networks side by side on each GPU"
+    add("--jobs-per-gpu", type=positive_int, default=1, metavar="N", help=each)
+    cluster = "train on the nodes of a Ray cluster, as many networks as it has room for "
+    cluster += "(docs/cluster.md); pip install -r requirements-cluster.txt"
+    add("--cluster", choices=("ray",), help=cluster)
+    fetch = "with --cluster: the nodes share no folder of models, so bring each one's files back"
+    add("--fetch", action="store_true", help=fetch)
+
+
 def add_exam_arguments(parser):
     """--plane, --models-dir, --recipes, --partial, --allow-synthetic: for scripts that answer about
     exams."""
@@ -396,5 +417,5 @@ def status_of(error):
         isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
     )
     if is_memory:
-        return 1, "failed: out of memory; close other programs, or train with --cache disk"
+        return 1, "failed: out of memory; close other programs, or train with --slices 0.5"
     return None

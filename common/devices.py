@@ -11,9 +11,8 @@ from common.errors import InputError
 from dataloader import View
 
 PRECISIONS = ("auto", "fp32", "bf16")
-CACHES = ("auto", "device", "ram", "disk")
-# Bytes to leave free beside cached volumes: what a training step on the largest exam takes.
-DEVICE_ROOM, RAM_ROOM = 2e9, 1.5e9
+CACHES = ("auto", "device", "disk")
+DEVICE_ROOM = 2e9  # bytes to leave free beside volumes: a training step on the largest exam
 
 
 # --- device and precision -------------------------------------------------------------------------
@@ -110,36 +109,35 @@ def cgroup_room(folder, limit, usage, reclaimable):
 
 
 def cache_volumes(data_sets, where, device, progress=iter):
-    """Cache the volumes of all data sets where training reads them fastest, and print where.
+    """Keep the volumes of all data sets on a GPU that has room, and print whether they are there.
+
+    Elsewhere each is read again in every epoch: from the page cache of the operating system, which
+    all processes share, as fast as from memory of its own (docs/speed.md).
 
     Args:
         data_sets: list of MRDataset.
-        where: "device", "ram", "disk" (read again in every epoch), or "auto" for the first of
-            these with room.
+        where: "device", "disk", or "auto" for the first of these with room.
         progress: wraps the iteration over a data set's volumes.
 
     Returns:
-        "device", "ram" or "disk".
+        "device" or "disk".
 
     Raises:
         InputError: no room.
     """
-    needed = sum(exams.nbytes for exams in data_sets)
-    room = {"ram": available_memory() - RAM_ROOM}
+    needed, room = sum(exams.nbytes for exams in data_sets), 0
     if device.type == "cuda":
-        room = {"device": torch.cuda.mem_get_info(device)[0] - DEVICE_ROOM} | room
-    if where == "auto":
-        where = next((place for place in room if needed <= room[place]), "disk")
-    if where == "device" and device.type == "cpu":
-        where = "ram"
-    if where != "disk":
-        if needed > room[where]:
+        room = torch.cuda.mem_get_info(device)[0] - DEVICE_ROOM
+    if where == "auto" or device.type == "cpu":
+        where = "device" if needed <= room else "disk"
+    if where == "device":
+        if needed > room:
             raise InputError(
-                f"--cache {where}: {needed / 1e9:.1f} GB of volumes, room for "
-                f"{max(room[where], 0) / 1e9:.1f} GB; use --cache disk (or auto)"
+                f"--cache device: {needed / 1e9:.1f} GB of volumes, room for "
+                f"{max(room, 0) / 1e9:.1f} GB; use --cache disk (or auto)"
             )
         for exams in data_sets:
-            exams.cache(device if where == "device" else "cpu", progress)
+            exams.cache(device, progress)
     print(f"cache      {where} ({needed / 1e9:.2f} GB of volumes)")
     return where
 

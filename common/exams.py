@@ -85,6 +85,13 @@ class FolderExams:
         """
         raise InputError(f"{self.root}: .npy files belong to no DICOM study; leave out --dicom")
 
+    def keep(self, part):
+        """Leave only a parts.Part of the exams."""
+        ours = set(part.take(list(self)))
+        for folder, names in self.names.items():
+            source = self.source_of(folder)
+            self.names[folder] = [name for name in names if (source, name) in ours]
+
     def load(self, key, unless=None):
         """The Exam of a (source, name); unchanged if its `input` is `unless`."""
         source, name = key
@@ -120,6 +127,9 @@ class FilesExam(FolderExams):
     @property
     def datasets(self):
         return [dataset_of(path.absolute().parent) for path in self.paths.values()]
+
+    def keep(self, part):
+        raise InputError(f"{self.root}: one exam has no parts; leave out --part")
 
     def load(self, key, unless=None):
         return exam_of(self.name, "", self.paths, unless)
@@ -251,8 +261,15 @@ class DicomExams:
         first = self.importers[0].listing
         self.print_lines(first["lines"])
         self.failed = sum(text.startswith("error: ") for _, text in first["lines"])
-        self.listed = [(where, name) for name, where in first["exams"]]
-        self.place = {key: place for place, key in enumerate(self.listed)}
+        self.list([(where, name) for name, where in first["exams"]])
+
+    def list(self, keys):
+        """Have `keys` as exams, shared out over the importers."""
+        self.listed, self.place = keys, {key: place for place, key in enumerate(keys)}
+
+    def keep(self, part):
+        """Leave only a parts.Part of the exams."""
+        self.list(part.take(self.listed))
 
     def __len__(self):
         return len(self.listed)

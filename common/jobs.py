@@ -1,7 +1,12 @@
-"""Independent commands side by side on one machine, each in a process and with a log of its own."""
+"""Independent commands side by side on one machine, each in a process and with a log of its own.
+
+On several machines: common/cluster.py.
+"""
 
 import os
+import queue
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +31,7 @@ class Job(NamedTuple):
     arguments: tuple  # of Python: the script and its arguments
     log: Path  # gets all that it prints
     work: float = 1.0  # how long it takes, in any unit: the longest begin first
+    files: str = ""  # what it writes into its --models-dir, as a glob pattern
 
 
 class Done(NamedTuple):
@@ -44,12 +50,18 @@ class Jobs:
     Args:
         at_once: how many.
         threads: of torch in each; 0 shares the machine's cores out.
+        gpus: names of the GPUs, as CUDA_VISIBLE_DEVICES has them, to which the jobs are shared out
+            evenly; empty where they take none.
     """
 
-    def __init__(self, at_once, threads=0):
+    def __init__(self, at_once, threads=0, gpus=()):
         self.at_once = at_once
         self.threads = threads or max(1, (os.cpu_count() or 1) // at_once)
         self.running, self.stopped_by = {}, 0  # {process: Job}; number of a signal
+        self.gpus = queue.SimpleQueue()  # the free places on them
+        for k in range(at_once if gpus else 0):
+            self.gpus.put(gpus[k % len(gpus)])
+        self.has_gpus = bool(gpus)
 
     def run(self, jobs):
         """Run jobs, those with most work first; yields Done as each ends, and says so.
@@ -65,9 +77,8 @@ class Jobs:
         left = sum(job.work for job in jobs)
         bar = tqdm(total=len(jobs), unit="job", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         try:
-            parallel = Parallel(self.at_once, "threading", return_as="generator_unordered")
             count, done_work = 0, 0.0
-            for done in parallel(delayed(self.run_one)(job) for job in jobs):
+            for done in self.results(jobs):
                 bar.set_description(", ".join(job.name for job in self.running.values()))
                 bar.update()
                 if done is None:
@@ -88,6 +99,11 @@ class Jobs:
                 signal.signal(number, handler)
         if self.stopped_by:
             raise Interrupted(self.stopped_by, "Start it again: what is finished is not repeated")
+
+    def results(self, jobs):
+        """Begin jobs in their order, and yield the Done of each, or None, as it ends."""
+        parallel = Parallel(self.at_once, "threading", return_as="generator_unordered")
+        return parallel(delayed(self.run_one)(job) for job in jobs)
 
     def stop(self, number, frame=None):
         self.stopped_by = number
@@ -110,32 +126,64 @@ class Jobs:
 
     def try_one(self, job):
         """Run a job's process: Done."""
+        began, variables = time.perf_counter(), {}
+        gpu = self.gpus.get() if self.has_gpus else None
+        if gpu is not None:
+            variables["CUDA_VISIBLE_DEVICES"] = gpu
         job.log.parent.mkdir(parents=True, exist_ok=True)
-        began = time.perf_counter()
         with open(job.log, "ab") as log:
-            log.write(f"\n$ python {shlex.join(job.arguments)}\n".encode())
-            log.flush()
-            process = subprocess.Popen(
-                [sys.executable, *job.arguments],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
-                start_new_session=True,  # Ctrl-C reaches it through `stop`, once
-            )
+            process = start(job.arguments, log, self.threads, variables)
             self.running[process] = job
             if self.stopped_by:  # between the question above and now
                 process.send_signal(self.stopped_by)
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
+            done = finish(job, process, began)
             del self.running[process]
-        scale = 1 if sys.platform == "darwin" else 1024  # getrusage(2): KiB on Linux
-        return Done(
-            job,
-            process.returncode,
-            time.perf_counter() - began,
-            usage.ru_utime + usage.ru_stime,
-            usage.ru_maxrss * scale,
-        )
+        if gpu is not None:
+            self.gpus.put(gpu)
+        return done
+
+
+# --- one process ----------------------------------------------------------------------------------
+
+
+def start(arguments, log, threads, variables=None):
+    """Start a Python process that ends with this one, even if this one is killed: Popen.
+
+    Args:
+        log: open file, binary; gets the command and all that it prints.
+        threads: of torch.
+        variables: of the environment, beside those that are there.
+    """
+    log.write(f"\n$ python {shlex.join(arguments)}\n".encode())
+    log.flush()
+    # Linux: the kernel kills what has lost its parent. The lock of its model is free then, and the
+    # next run goes on from its state.
+    prefix = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
+    return subprocess.Popen(
+        [*prefix, sys.executable, *arguments],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)} | (variables or {}),
+        start_new_session=True,  # Ctrl-C reaches it through its owner, once
+    )
+
+
+def finish(job, process, began):
+    """Wait for the end of a job's process: Done.
+
+    Args:
+        began: time.perf_counter() at its start.
+    """
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    scale = 1 if sys.platform == "darwin" else 1024  # getrusage(2): KiB on Linux
+    return Done(
+        job,
+        process.returncode,
+        time.perf_counter() - began,
+        usage.ru_utime + usage.ru_stime,
+        usage.ru_maxrss * scale,
+    )
 
 
 def failures(failed, jobs):

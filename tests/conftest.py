@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 
 from common import cli
@@ -118,6 +119,19 @@ class Finished(NamedTuple):
     returncode: int
     stdout: str
     stderr: str
+
+
+def content_of(path):
+    """All that a saved model holds, weights to the last bit, but the seconds that epochs took."""
+    content = torch.load(path, weights_only=True)
+    for epoch in content["metadata"]["history"]:
+        del epoch["seconds"]
+    weights = {name: w.numpy().tobytes() for name, w in content["model"].items()}
+    return weights, content["metadata"]
+
+
+def contents(folder):
+    return {path.name: content_of(path) for path in folder.glob("*.pt")}
 
 
 def run_script(script, *args):

@@ -64,10 +64,13 @@ def test_an_epoch_is_adam_on_the_weighted_loss_written_out(shared_exams):
 
 def test_caches_give_the_same_numbers(shared_exams, capsys):
     results = []
-    for where in ("disk", "ram", "auto", "device"):
+    for where in ("disk", "memory", "auto", "device"):
         exams = MRDataset(shared_exams, "acl", "axial", transform=Augmentation())
-        devices.cache_volumes([exams], where, CPU)
-        assert (exams.cached[0] is None) == (where == "disk")
+        if where == "memory":
+            exams.cache("cpu")
+        else:
+            devices.cache_volumes([exams], where, CPU)
+        assert (exams.cached[0] is None) == (where != "memory")
         results.append(one_epoch(exams)[1])
     for other in results[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -76,11 +79,11 @@ def test_caches_give_the_same_numbers(shared_exams, capsys):
 
 def test_cache_without_room_is_refused_or_falls_back(shared_exams, monkeypatch, capsys):
     exams = MRDataset(shared_exams, "acl", "axial")
-    room = type("Memory", (), {"available": devices.RAM_ROOM + exams.nbytes - 1})
-    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: room)
-    with pytest.raises(InputError, match="--cache ram.*--cache disk"):
-        devices.cache_volumes([exams], "ram", CPU)
-    devices.cache_volumes([exams], "auto", CPU)
+    room = devices.DEVICE_ROOM + exams.nbytes - 1
+    monkeypatch.setattr(devices.torch.cuda, "mem_get_info", lambda device: (room, room))
+    with pytest.raises(InputError, match="--cache device.*--cache disk"):
+        devices.cache_volumes([exams], "device", torch.device("cuda"))
+    devices.cache_volumes([exams], "auto", torch.device("cuda"))
     assert "cache      disk" in capsys.readouterr().out
 
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,8 +27,10 @@ from conftest import (
 from hospital import KINDS, KNEE, code_of, name_of, write_series, write_study
 from sklearn.linear_model import LogisticRegression
 
+import reproduce
 from common import cli, devices, engine, weights
 from common.checkpoint import load_model, read_checkpoint, write_checkpoint
+from common.jobs import Job
 from common.metrics import choose_threshold
 from common.splits import split_exams
 from common.stacking import Network
@@ -562,10 +565,12 @@ def test_12_memory_is_that_of_the_container(tmp_path, version):
     assert devices.available_memory(tmp_path / "nowhere") > 300_000_000
 
 
-def test_12_cache_auto_reads_from_disk_where_the_container_is_small(exams, monkeypatch):
-    monkeypatch.setattr(devices, "available_memory", lambda: 1.5e9)
-    done = train(exams, "--epochs", "1", "--cache", "auto")
-    assert done.returncode == 0 and "cache      disk" in done.stdout
+def test_12_jobs_are_as_many_as_the_container_has_room_for(monkeypatch):
+    jobs = [Job(str(n), (), Path("log")) for n in range(9)]
+    monkeypatch.setattr(reproduce.os, "cpu_count", lambda: 8)
+    for room, wanted in ((1.5e9, 1), (7e9, 3), (1e12, 8)):
+        monkeypatch.setattr(reproduce, "available_memory", lambda room=room: room)
+        assert reproduce.jobs_at_once(jobs) == wanted
 
 
 # --- 13: see test_benchmark.py --------------------------------------------------------------------

@@ -17,6 +17,7 @@ they have predicted (`--keep-models`). Then it prints tools/sweep_table.py's tab
 """
 
 import json
+import os
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -27,12 +28,13 @@ import torch
 
 from common import cli, engine
 from common.checkpoint import check_writable, column_name, load_model, lock, model_path, run_suffix
+from common.cluster import Machines
 from common.config import ARTICLE, THE_ARTICLES, Config
 from common.datasets import make_exams
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, one_line
 from common.files import write_text
-from common.jobs import ROOT, Job, Jobs, failures
+from common.jobs import ROOT, Job, failures
 from common.stacking import FEATURES
 from tools.sweep_table import dropped_recipes, print_table
 from train_logistic_regression import check_network, load_exams
@@ -48,9 +50,6 @@ def parse_arguments():
     add = parser.add_argument
     add("sweep", type=Path, help="TOML file: which recipes, planes, folds and seeds")
     add("--data-dir", type=Path, default=Path("data"), help="folder in MRNet's layout")
-    jobs = "networks trained side by side, one thread each on two cores: 1.3 times as many exams a "
-    jobs += "second as one with two threads"
-    add("--jobs", type=cli.positive_int, default=2, help=jobs)
     drop = "after each fold leave out the recipes whose AUC is below the best one's so far, with "
     drop += "95 %% certainty for each; the article's stays"
     add("--drop", action="store_true", help=drop)
@@ -58,6 +57,7 @@ def parse_arguments():
     add("--out", type=Path, help=out)
     add("--models-dir", type=Path, help="default models/ and the sweep's name")
     add("--keep-models", action="store_true", help="keep them: 10 MB each")
+    cli.add_jobs_arguments(parser)
     cli.add_machine_arguments(parser)
     return parser.parse_args()
 
@@ -251,43 +251,46 @@ def run(args):
         write_text(setting.models_dir / "recipes" / f"{recipe}.toml", "".join(lines))
     check_writable(setting.out)
     with lock(setting.out / "sweep.json"):
-        run_rounds(sweep, setting, args.jobs, args.drop, about)
+        options = (args.jobs, args.threads, args.jobs_per_gpu, args.cluster, args.fetch)
+        runner = Machines(*options).pick(device.type, os.cpu_count() or 1)
+        run_rounds(sweep, setting, runner, args.drop, about)
     print_table(setting.out)
 
 
-def run_rounds(sweep, setting, at_once, drop, about):
+def run_rounds(sweep, setting, runner, drop, about):
     """Train all networks; with `drop` a fold of all recipes is awaited before the next.
 
     Args:
+        runner: Jobs.
         about: as `cli.print_start_up` returns it.
     """
     results = {recipe: Results(setting.out, sweep, recipe) for recipe in sweep.recipes}
     write_about(sweep, setting)
-    jobs, dropped = Jobs(at_once), set()
+    dropped = set()
     torch.set_num_threads(1)  # the jobs have the cores; waiting threads would slow them tenfold
     provenance = {
         "commit": about["git"],
         "versions": about["versions"],
         "precision": setting.precision,
         "machine": about["machine"],
-        "threads": jobs.threads,
+        "threads": runner.threads,
     }
     todo = [n for n in sweep.networks() if results[n.recipe].get(n) is None]
     rounds = sorted({n.number for n in todo}) if drop else [None]
     for number in rounds:
         networks = [n for n in todo if number in (None, n.number) and n.recipe not in dropped]
-        train_networks(sweep, networks, setting, jobs, results, provenance)
+        train_networks(sweep, networks, setting, runner, results, provenance)
         if drop:
             dropped = dropped_recipes(setting.out)
             print(f"dropped    {', '.join(sorted(dropped)) or 'none'}", flush=True)
 
 
-def train_networks(sweep, networks, setting, jobs, results, provenance):
+def train_networks(sweep, networks, setting, runner, results, provenance):
     """Train some networks and record what they predict.
 
     Args:
         networks: list of Network.
-        jobs: Jobs.
+        runner: Jobs.
         results: {recipe: Results}.
         provenance: dict, recorded with each.
 
@@ -295,12 +298,12 @@ def train_networks(sweep, networks, setting, jobs, results, provenance):
         RunError: some failed; the others were trained all the same.
     """
     waiting, failed = {make_job(sweep, setting, n): n for n in networks}, []
-    for done in jobs.run(waiting):
+    for done in runner.run(waiting):
         network = waiting[done.job]
         result = results[network.recipe]
         result.add_time(network, {"seconds": done.seconds, "cpu_seconds": done.cpu_seconds})
         if done.status:
-            failed += [] if jobs.stopped_by else [done.job]
+            failed += [] if runner.stopped_by else [done.job]
             continue
         found = predict_out_of_fold(sweep, network, setting)
         result.add(network, found | {"peak_memory": done.peak_memory} | provenance)
@@ -324,7 +327,8 @@ def make_job(sweep, setting, network):
                  "--models-dir", folder, "--logs-dir", folder / "logs", "--resume")  # fmt: skip
     title = f"{recipe}, {planes}, seed {seed}, fold {fold}"
     log = folder / "output" / f"{recipe}-{planes}-{number}.txt"
-    return Job(title, tuple(map(str, arguments)), log)
+    files = sweep.model_file(folder, "*", network).with_suffix(".*").name
+    return Job(title, tuple(map(str, arguments)), log, files=files)
 
 
 def predict_out_of_fold(sweep, network, setting):

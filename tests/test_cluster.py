@@ -1,0 +1,144 @@
+"""Jobs on a Ray cluster: two raylets on this machine, nodes of one core each."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+
+import pytest
+from conftest import (
+    QUICK,
+    ROOT,
+    assert_one_line_error,
+    contents,
+    run_process,
+    run_script,
+    write_exams,
+)
+
+from common.jobs import Job
+
+ray = pytest.importorskip("ray", reason="pip install -r requirements-cluster.txt")
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Two nodes; the first has the head. Yields its ray.cluster_utils.Cluster."""
+    from ray.cluster_utils import Cluster
+
+    limits = {"num_cpus": 1, "object_store_memory": 100_000_000, "include_dashboard": False}
+    found = Cluster(initialize_head=True, head_node_args=limits)
+    found.add_node(num_cpus=1, object_store_memory=100_000_000)
+    monkeypatch.setenv("RAY_ADDRESS", found.address)
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    yield found
+    ray.shutdown()
+    found.shutdown()
+
+
+def test_jobs_are_shared_out_over_the_nodes(cluster, tmp_path):
+    from common.cluster import RayJobs
+
+    code = "import os, time; time.sleep(3); print(os.getppid())"
+    jobs = [Job(str(n), ("-c", code), tmp_path / f"{n}.txt") for n in range(4)]
+    bad = Job("bad", ("-c", "import sys; print('tried'); sys.exit(2)"), tmp_path / "bad.txt")
+    runner = RayJobs()
+    assert runner.at_once == 2
+    done = {one.job.name: one for one in runner.run([*jobs, bad])}
+    assert {name: one.status for name, one in done.items()} == {
+        "0": 0, "1": 0, "2": 0, "3": 0, "bad": 2,
+    }  # fmt: skip
+    parents = {job.log.read_text().split()[-1] for job in jobs}
+    assert len(parents) == 2
+    assert (tmp_path / "bad.txt").read_text().count("\ntried") == 1
+    assert all(one.seconds > 3 and one.peak_memory > 1e6 for name, one in done.items()
+               if name != "bad")  # fmt: skip
+
+
+def test_a_lost_nodes_jobs_run_again_elsewhere(cluster, tmp_path):
+    from common.cluster import RayJobs
+
+    code = "import os, time; print('began', flush=True); time.sleep(4)\n"
+    jobs = [Job(str(n), ("-c", code), tmp_path / f"{n}.txt") for n in range(2)]
+    second = cluster.worker_nodes - {cluster.head_node}
+    runner, killed = RayJobs(), []
+
+    def kill():
+        while not all(job.log.exists() and "began" in job.log.read_text() for job in jobs):
+            time.sleep(0.1)
+        (node,) = second
+        node.kill_raylet()  # SIGKILL
+        killed.append(time.time())
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    done = list(runner.run(jobs))
+    thread.join()
+    assert killed and [one.status for one in done] == [0, 0]
+    began = Counter(job.log.read_text().count("\nbegan") for job in jobs)
+    assert began == {1: 1, 2: 1}  # the other node's job was not disturbed
+
+
+def reproduce(work, models, *words):
+    command = ["reproduce.py", "--data-dir", work / "data", "--models-dir", work / models,
+               "--logs-dir", work / "logs", *words]  # fmt: skip
+    command = [sys.executable, *map(str, command), "--", "--precision", "fp32", *QUICK]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
+
+
+def is_finished(path):
+    return not path.with_suffix(".state").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fetch", [(), ("--fetch",)], ids=["shared", "fetched"])
+def test_networks_of_a_cluster_that_loses_a_node_are_those_of_one_machine(cluster, tmp_path, fetch):
+    """Nine networks of the phantom; a node is killed in the middle. The weights are those of a
+    serial run to the last bit, and what was finished is not trained again."""
+    phantom = ("--exams", 40, "--valid", 10, "--size", 64, "--out", tmp_path / "data")
+    assert run_process("data/phantom/prepare.py", *phantom).returncode == 0
+    done = reproduce(tmp_path, "serial", "--jobs", "1", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    serial = contents(tmp_path / "serial")
+    assert len(serial) == 9
+    models, finished = tmp_path / "models", []
+
+    def kill():
+        while len(finished) < 3:
+            time.sleep(0.1)
+            finished[:] = [
+                p.stem for p in models.glob("*.pt") if not p.with_suffix(".state").exists()
+            ]
+        (node,) = cluster.worker_nodes - {cluster.head_node}
+        node.kill_raylet()  # SIGKILL
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    done = reproduce(tmp_path, "models", "--cluster", "ray", *fetch)
+    thread.join()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert contents(models) == serial
+    for name in finished:  # a job that was killed while it ended is asked again, and has finished
+        text = (models / "output" / f"{name}-1.txt").read_text()
+        assert text.count("\n$ python") - text.count("\nfinished before") == 1
+    assert reproduce(tmp_path, "models", "--cluster", "ray", *fetch).returncode == 0
+    texts = [path.read_text() for path in (models / "output").iterdir()]
+    assert len(texts) == 9 and all(text.count("\nfinished before") == 1 for text in texts)
+
+
+def test_no_cluster_and_no_ray_are_said(tmp_path, monkeypatch):
+    write_exams(tmp_path / "data")
+    command = ("reproduce.py", "--data-dir", tmp_path / "data", "--models-dir", tmp_path / "models")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.init", raise_connection_error)
+    done = run_script(*command, "--cluster", "ray")
+    assert_one_line_error(done, "no Ray cluster runs here", "ray start --head")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    done = run_script(*command, "--cluster", "ray")
+    assert_one_line_error(done, "pip install -r requirements-cluster.txt")
+    assert_one_line_error(run_script(*command, "--fetch"), "--fetch is for --cluster")
+
+
+def raise_connection_error(**options):
+    raise ConnectionError

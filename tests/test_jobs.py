@@ -1,0 +1,92 @@
+"""Jobs side by side on one machine: GPUs, and whatever is killed."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import QUICK, ROOT, contents, write_exams
+
+from common.jobs import Job, Jobs
+
+
+def test_gpus_are_shared_out_evenly(tmp_path):
+    code = "import os, time; time.sleep(0.5); print('gpu', os.environ['CUDA_VISIBLE_DEVICES'])"
+    jobs = [Job(str(n), ("-c", code), tmp_path / f"{n}.txt") for n in range(8)]
+    assert all(done.status == 0 for done in Jobs(4, 1, ("0", "3")).run(jobs))
+    assert Counter(job.log.read_text().split()[-1] for job in jobs) == {"0": 4, "3": 4}
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs util-linux's setpriv")
+def test_jobs_end_with_a_driver_that_is_killed(tmp_path):
+    code = f"import time; open({str(tmp_path / 'began')!r}, 'w'); time.sleep(60)"
+    driver = "from pathlib import Path; from common.jobs import Job, Jobs\n"
+    driver += f"list(Jobs(1).run([Job('a', ('-c', {code!r}), Path({str(tmp_path / 'a.txt')!r}))]))"
+    running = subprocess.Popen([sys.executable, "-c", driver], cwd=ROOT)
+    while not (tmp_path / "began").exists():
+        time.sleep(0.05)
+    tasks = Path(f"/proc/{running.pid}/task").iterdir()
+    (child,) = (int(pid) for task in tasks for pid in (task / "children").read_text().split())
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    for _ in range(100):
+        if not is_alive(child):
+            break
+        time.sleep(0.05)
+    assert not is_alive(child)
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return state != "Z"
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_of_jobs_and_drivers_change_nothing(tmp_path):
+    """Thirty tiny networks; jobs and drivers get SIGKILL at random moments. The end result is that
+    of an undisturbed run."""
+    write_exams(tmp_path / "data", train=30)
+    random.seed(0)
+
+    def start(models):
+        command = ["reproduce.py", "--data-dir", tmp_path / "data", "--models-dir",
+                   tmp_path / models, "--logs-dir", tmp_path / "logs", "--", "--folds", "5",
+                   "--repeat", "2", "--precision", "fp32", *QUICK]  # fmt: skip
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, **silent)
+
+    assert start("whole").wait() == 0
+    kills = Counter()
+    running = start("killed")
+    while kills.total() < 100:
+        time.sleep(random.uniform(0.5, 6.0))
+        jobs = [child for child in psutil.Process(running.pid).children() if is_alive(child.pid)]
+        if jobs and random.random() < 0.7:
+            random.choice(jobs).kill()
+            kills["job"] += 1
+        else:
+            running.kill()
+            kills["driver"] += 1
+        if running.poll() is not None or not is_alive(running.pid):
+            running.wait()
+            running = start("killed")
+    for _ in range(3):  # a job that was killed twice has failed, and is trained by the next run
+        if running.wait() == 0:
+            break
+        running = start("killed")
+    print(dict(kills))
+    assert len(contents(tmp_path / "whole")) == 30
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    results = [(tmp_path / models / "results.md").read_text() for models in ("killed", "whole")]
+    assert results[0] == results[1]

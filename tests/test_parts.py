@@ -1,0 +1,167 @@
+"""predict.py --part, and tools/merge.py: every exam exactly once."""
+
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, assert_one_line_error, run_script
+
+from common.parts import Part
+
+
+def predict(work, exams, out, *more):
+    return run_script("predict.py", exams, "--models-dir", work / "models", "--precision", "fp32",
+                      "--out", out, *more)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def parts(trained, tmp_path_factory):
+    """The exams of a data folder in three parts, and in one run: {1, 2, 3, "all": file}."""
+    work, _ = trained
+    folder = tmp_path_factory.mktemp("parts")
+    files = {}
+    for number in (1, 2, 3):
+        files[number] = folder / f"part{number}.csv"
+        done = predict(work, work / "data", files[number], "--part", f"{number}/3")
+        assert done.returncode == 0, done.stderr
+    files["all"] = folder / "all.csv"
+    assert predict(work, work / "data", files["all"]).returncode == 0
+    return files
+
+
+@pytest.fixture
+def own(parts, tmp_path):
+    """Copies that a test may damage."""
+    for path in parts[1].parent.iterdir():
+        shutil.copy(path, tmp_path)
+    return [tmp_path / parts[number].name for number in (1, 2, 3)]
+
+
+def merge(files, out, *more):
+    return run_script("tools/merge.py", *files, "--out", out, *more)
+
+
+def test_parts_share_a_list_out():
+    whole = list(range(11))
+    found = [Part(number, 4).take(whole) for number in range(1, 5)]
+    assert sorted(sum(found, [])) == whole and {len(one) for one in found} == {2, 3}
+
+
+def test_merged_parts_are_one_run(parts, tmp_path):
+    done = merge([parts[3], parts[1], parts[2]], tmp_path / "merged.csv")
+    assert done.returncode == 0, done.stderr
+    assert "30 exams from 3 parts, each once" in done.stdout
+    assert (tmp_path / "merged.csv").read_bytes() == parts["all"].read_bytes()
+    assert_one_line_error(merge([parts[1]], tmp_path / "merged.csv"), "exists; --overwrite")
+
+
+def test_json_lines_are_merged_as_well(trained, tmp_path):
+    work, _ = trained
+    for name, words in (("1", ["--part", "1/2"]), ("2", ["--part", "2/2"]), ("all", [])):
+        done = predict(work, work / "data/valid", tmp_path / name, "--jsonl", *words)
+        assert done.returncode == 0, done.stderr
+    assert merge([tmp_path / "1", tmp_path / "2"], tmp_path / "merged").returncode == 0
+    assert (tmp_path / "merged").read_bytes() == (tmp_path / "all").read_bytes()
+
+
+def test_what_is_missing_or_twice_is_said(own, trained, tmp_path):
+    work, out = trained[0], tmp_path / "merged.csv"
+    assert_one_line_error(merge(own[:2], out), "part 3 of 3 is missing")
+    assert_one_line_error(merge([*own[:2], own[1]], out), "part2.csv: part 2, as", "once")
+    lines = own[1].read_text().splitlines(keepends=True)
+    own[1].write_text("".join(lines[:-1]))
+    done = merge(own, out)
+    assert_one_line_error(done, "part2.csv: 9 of 10 exams; run its part again with --resume")
+    own[1].write_text("".join([*lines[:3], lines[3][:40]]))
+    assert_one_line_error(merge(own, out), "part2.csv: ends in the middle")
+    own[1].write_text("".join([lines[0], lines[2], lines[1], *lines[3:]]))
+    assert_one_line_error(merge(own, out), "other exams than the list has")
+    own[1].write_text("".join([*lines, lines[-1].replace("0", "1", 1)]))
+    assert_one_line_error(merge(own, out), "part2.csv: more exams")
+    assert not out.exists()
+    done = predict(work, work / "data", own[1], "--part", "2/3", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert merge(own, out).returncode == 0
+
+
+def test_parts_of_other_lists_or_networks_are_refused(own, trained, tmp_path):
+    work, out = trained[0], tmp_path / "merged.csv"
+    done = predict(work, work / "data", own[1], "--part", "2/4", "--overwrite")
+    assert done.returncode == 0
+    assert_one_line_error(merge(own, out), "part 2/4 of another list of exams")
+    done = predict(work, work / "data/valid", own[1], "--part", "2/3", "--overwrite")
+    assert_one_line_error(merge(own, out), "of another list of exams", "exams came or went")
+    done = predict(work, work / "data", own[1], "--part", "2/3", "--overwrite", "--partial")
+    assert done.returncode == 0
+    assert_one_line_error(merge(own, out), "part2.csv", "predicted by other networks")
+    (tmp_path / "part2.csv.part.json").write_text('{"number": 2}')
+    assert_one_line_error(merge(own, out), "damaged, or not of a part")
+    (tmp_path / "part2.csv.part.json").unlink()
+    assert_one_line_error(merge(own, out), "part2.csv.part.json: no such file")
+
+
+def test_a_part_needs_a_file_and_several_exams(trained, tmp_path, capsys):
+    work, _ = trained
+    done = predict(work, work / "data", "-", "--part", "1/2")
+    assert done.returncode == 2 and "--part needs a file as --out" in done.stderr
+    done = predict(work, work / "data", tmp_path / "x", "--part", "3/2")
+    assert done.returncode == 2 and "is not a part such as 2/4" in done.stderr
+    one = work / "data/valid/axial/0020.npy"
+    assert_one_line_error(predict(work, one, tmp_path / "x", "--part", "1/2"), "no parts")
+
+
+@pytest.mark.slow
+def test_twenty_thousand_studies_in_four_parts_two_of_them_killed_twice(trained, tmp_path):
+    """The merged rows are a serial run's, and no part's memory grows with the number of exams."""
+    work, n = trained[0], 20_000
+    folder = tmp_path / "exams" / "axial"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for k in range(n):
+        np.save(folder / f"{k:05d}.npy", rng.integers(0, 256, (2, 64, 64), dtype=np.uint8))
+    command = [sys.executable, ROOT / "predict.py", tmp_path / "exams", "--models-dir",
+               work / "models", "--precision", "fp32", "--allow-synthetic"]  # fmt: skip
+    resident = {}
+    for part in (1, 2, 3, 4):
+        out = tmp_path / f"part{part}.csv"
+        for kill in (True, True, False) if part in (2, 3) else (False,):
+            words = ["--part", f"{part}/4", "--out", out, "--resume"]
+            running = subprocess.Popen([*command, *words], stdout=subprocess.DEVNULL)
+            lines, wanted = 0, lines_of(out) + random.randint(200, 1500)
+            while running.poll() is None:
+                time.sleep(0.05)
+                lines = lines_of(out)
+                if lines > 1:
+                    resident.setdefault(part, []).append((lines, resident_of(running.pid)))
+                if kill and lines > wanted:
+                    running.send_signal(signal.SIGKILL)
+            assert running.wait() == (-signal.SIGKILL if kill else 0)
+    whole = tmp_path / "all.csv"
+    subprocess.run([*command, "--out", whole], check=True, stdout=subprocess.DEVNULL)
+    done = merge([tmp_path / f"part{part}.csv" for part in (4, 3, 2, 1)], tmp_path / "merged.csv")
+    assert done.returncode == 0 and f"{n} exams from 4 parts" in done.stdout, done.stderr
+    assert (tmp_path / "merged.csv").read_bytes() == whole.read_bytes()
+    for seen in resident.values():
+        early = max(size for lines, size in seen if lines < 1000)
+        late = max(size for lines, size in seen if lines > 4000)
+        print(f"resident: {early / 1e6:.0f} MB within 1,000 exams, then {late / 1e6:.0f} MB")
+        assert 1e8 < late < early + 30e6
+
+
+def lines_of(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def resident_of(pid):
+    """Bytes; 0 once the process has ended."""
+    try:
+        with open(f"/proc/{pid}/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except (OSError, IndexError):
+        return 0
