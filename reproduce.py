@@ -136,7 +136,9 @@ def make_jobs(findings, suffixes, places, training, recipe):
                              *as_arguments(places), "--networks", number, *training)  # fmt: skip
                 log = places["models"] / "output" / f"{name}-{plane}-{number}.txt"
                 title = f"{name}, {plane}" + (f", network {number}" if len(suffixes) > 1 else "")
-                files = f"*-{column_name(plane, recipe)}{suffix}.*"
+                end = f"-{column_name(plane, recipe)}{suffix}"
+                files = (*(f"{task}{end}.pt" for task in together), f"{name}{end}.state",
+                         f"{name}-folds.csv")  # fmt: skip
                 jobs.append(Job(title, tuple(map(str, arguments)), log, size, files))
     return jobs
 
@@ -166,6 +168,8 @@ def run(args):
     runner = Machines(*options).pick(device, jobs_at_once(jobs))
     print(f"{len(jobs)} networks, {runner.at_once} at a time with {runner.threads} threads each; "
           f"what they print: {args.models_dir / 'output'}", flush=True)  # fmt: skip
+    if args.cluster and "--precision" not in args.recipe:
+        print("note: each machine takes its own precision; `-- --precision fp32` is one for all")
     failed = [done.job for done in runner.run(jobs) if done.status]
     if failed:
         raise RunError(failures(failed, jobs))

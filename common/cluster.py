@@ -5,23 +5,23 @@ what it finds in its --models-dir. That folder is shared by all nodes, or with `
 one of its own, to which its files are sent and from which they come back.
 """
 
+import math
 import os
 import signal
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from common.devices import pick_device
-from common.errors import InputError
+from common.errors import InputError, one_line
 from common.files import write_bytes
 from common.jobs import BAD_INPUT, ROOT, Done, Jobs, finish, start
 
 TRIES = 5  # on other nodes, where one is lost
-LOOK = 0.5  # s between looks at what has ended
+LOOK = 0.5  # s between looks at what has ended, and at the flag
 LOG = ".output"  # name of a job's log among its files
 
 
@@ -30,51 +30,72 @@ class RayJobs(Jobs):
 
     Args:
         threads: cores and torch threads of each job.
-        gpus: of each job, a part of one or 0.
+        jobs_per_gpu: side by side on each GPU; 0 for none on GPUs.
         fetch: bring each job's files to its node and back, where nodes share no folder.
 
     Raises:
         InputError: no Ray, or no cluster.
     """
 
-    def __init__(self, threads=1, gpus=0.0, fetch=False):
+    def __init__(self, threads=1, jobs_per_gpu=0, fetch=False):
         super().__init__(at_once=1, threads=threads)
-        self.ray, self.fetch, self.running = connect(), fetch, {}  # {reference: Job}
-        cluster = self.ray.cluster_resources()
-        gpus = gpus if cluster.get("GPU") else 0.0
-        room = [cluster["CPU"] // threads] + ([cluster["GPU"] // gpus] if gpus else [])
-        self.at_once = int(min(room))
+        self.ray, self.fetch = connect(), fetch
+        self.running, self.sent = {}, {}  # {reference: Job}, {reference: {name: bytes}}
+        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        jobs_per_gpu = jobs_per_gpu if any(node.get("GPU") for node in nodes) else 0
+        self.at_once = sum(room_of(node, threads, jobs_per_gpu) for node in nodes)
         if self.at_once < 1:
-            raise InputError(f"no node of the Ray cluster has {threads} cores; give fewer")
-        options = {"num_cpus": threads, "num_gpus": gpus, "max_retries": TRIES}
+            raise InputError(
+                f"no machine of the Ray cluster has room for a network of {threads} cores; give "
+                "fewer --threads, or start more machines"
+            )
+        # Ray counts in parts of 1/10000: rounded down, so that all fit.
+        share = math.floor(10_000 / jobs_per_gpu) / 10_000 if jobs_per_gpu else 0
+        options = {"num_cpus": threads, "num_gpus": share, "max_retries": TRIES}
         self.remote = self.ray.remote(**options)(run_on_node)
+        self.flag = self.ray.remote(num_cpus=0, max_restarts=-1)(Flag).remote()
 
     def results(self, jobs):
         """Hand all jobs to Ray, and yield the Done of each, or None, as it ends."""
         for job in jobs:
             sent = read_files(models_dir_of(job), job.files) if self.fetch else None
-            self.running[self.remote.remote(job, self.threads, os.getcwd(), sent)] = job
+            reference = self.remote.remote(job, self.threads, os.getcwd(), self.flag, sent)
+            self.running[reference], self.sent[reference] = job, sent
         while self.running:
             ended, _ = self.ray.wait(list(self.running), timeout=LOOK)
             for reference in ended:
-                job = self.running[reference]
+                job, sent = self.running[reference], self.sent.pop(reference)
                 try:
                     done, files = self.ray.get(reference)
-                except self.ray.exceptions.RayError as error:  # lost too often, or cancelled
-                    note(job, f"Ray: {type(error).__name__}")
-                    done, files = Done(job, 1, 0.0, 0.0, 0), {}
-                if LOG in files:
-                    note(job, files.pop(LOG).decode(errors="replace").rstrip())
-                for name, content in files.items():
-                    write_bytes(models_dir_of(job) / name, content)
+                    take_back(job, sent, files)
+                except self.ray.exceptions.RayError as error:  # lost too often, or no such folder
+                    note(job, f"Ray: {one_line(error.__cause__ or error)}")
+                    done = Done(job, 1, 0.0, 0.0, 0)
                 del self.running[reference]
-                yield None if self.stopped_by and done.status else done
+                yield done
 
     def stop(self, number, frame=None):
         self.stopped_by = number
-        for reference in list(self.running):
-            with suppress(self.ray.exceptions.RayError):
-                self.ray.cancel(reference, force=False)
+        self.flag.up.remote()
+
+
+def room_of(node, threads, jobs_per_gpu):
+    """How many jobs a node has room for; `node` as Ray has its resources."""
+    room = int(node.get("CPU", 0) // threads)
+    return min(room, int(node.get("GPU", 0) * jobs_per_gpu)) if jobs_per_gpu else room
+
+
+class Flag:
+    """Says to all nodes that jobs shall stop: an actor of Ray."""
+
+    def __init__(self):
+        self.is_up = False
+
+    def up(self):
+        self.is_up = True
+
+    def look(self):
+        return self.is_up
 
 
 class Machines(NamedTuple):
@@ -97,8 +118,8 @@ class Machines(NamedTuple):
             InputError: as RayJobs, or --fetch without a cluster.
         """
         if self.cluster:
-            share = 0.0 if device == "cpu" else 1 / self.jobs_per_gpu
-            return RayJobs(self.threads or 1, share, self.fetch)
+            per_gpu = 0 if device == "cpu" else self.jobs_per_gpu
+            return RayJobs(self.threads or 1, per_gpu, self.fetch)
         if self.fetch:
             raise InputError("--fetch is for --cluster; leave it out")
         if pick_device(device).type == "cpu":
@@ -144,50 +165,84 @@ def models_dir_of(job):
     return Path(job.arguments[job.arguments.index("--models-dir") + 1])
 
 
-def read_files(folder, pattern="*"):
-    """{name: bytes} of the files in a folder, but the hidden ones."""
-    paths = [path for path in folder.glob(pattern) if path.is_file() and path.name[0] != "."]
-    return {path.name: path.read_bytes() for path in paths}
+def read_files(folder, names):
+    """{name: bytes} of the files that are there."""
+    paths = {name: folder / name for name in names}
+    return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
 
 
-def run_on_node(job, threads, folder, sent=None):
-    """Run a job, on a node of the cluster: Done, and {name: bytes} of what it wrote.
+def take_back(job, sent, files):
+    """Put a job's files into its --models-dir.
+
+    Args:
+        sent: {name: bytes} that it began with; what it has removed is removed. None: shared.
+        files: {name: bytes} of those that it wrote, and its LOG; {} if it never began.
+    """
+    if LOG not in files:
+        return
+    note(job, files.pop(LOG).decode(errors="replace").rstrip())
+    folder = models_dir_of(job)
+    for name, content in files.items():
+        write_bytes(folder / name, content)
+    for name in sent.keys() - files.keys():
+        (folder / name).unlink(missing_ok=True)
+
+
+def run_on_node(job, threads, folder, flag, sent=None):
+    """Run a job, on a node of the cluster: Done, or None if it did not begin; and the files of
+    `take_back`.
 
     Args:
         folder: that the job's paths are relative to.
+        flag: actor of Flag.
         sent: {name: bytes} that it finds in a --models-dir of its own; None where that is shared.
     """
     os.chdir(folder)
     if sent is None:
-        return run_here(job, threads), {}
-    with tempfile.TemporaryDirectory(prefix="mrnet-job-") as folder:
+        return run_here(job, threads, flag), {}
+    shared = job.arguments[job.arguments.index("--models-dir") + 1]
+    with tempfile.TemporaryDirectory(prefix="mrnet-job-") as own:
         for name, content in sent.items():
-            write_bytes(Path(folder) / name, content)
-        words = list(job.arguments)
-        words[words.index("--models-dir") + 1] = folder
+            write_bytes(Path(own) / name, content)
+        words = [own + word[len(shared) :] if is_below(word, shared) else word
+                 for word in job.arguments]  # fmt: skip
         if "--logs-dir" in words:
-            words[words.index("--logs-dir") + 1] = str(Path(folder) / ".logs")
-        here = job._replace(arguments=tuple(words), log=Path(folder) / LOG)
-        done = run_here(here, threads)
-        files = read_files(Path(folder)) | {LOG: here.log.read_bytes()}
-    return done._replace(job=job), files
+            words[words.index("--logs-dir") + 1] = str(Path(own) / "logs")
+        here = job._replace(arguments=tuple(words), log=Path(own) / LOG)
+        done = run_here(here, threads, flag)
+        if done is None:
+            return None, {}
+        return done._replace(job=job), read_files(Path(own), (*job.files, LOG))
 
 
-def run_here(job, threads):
-    """Run a job's process, twice where it fails and its input is not bad: Done.
+def is_below(word, folder):
+    return word == folder or word.startswith(f"{folder}/")
 
-    Ray's way to stop a task is an interrupt; the process then gets a SIGTERM and saves its state.
-    """
+
+def run_here(job, threads, flag):
+    """Run a job's process, twice where it fails and its input is not bad: Done, or None if the flag
+    was up before. When the flag goes up, the process gets a SIGTERM and saves its state."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    for _ in range(2):
-        began = time.perf_counter()
+    done = None
+    while not is_up(flag) and (done is None or done.status not in (0, BAD_INPUT)):
+        again, began, asked = done is not None, time.perf_counter(), False
         with open(job.log, "ab") as log:
             process = start(job.arguments, log, threads)
-            try:
-                done = finish(job, process, began)
-            except KeyboardInterrupt:
-                process.send_signal(signal.SIGTERM)
-                return finish(job, process, began)
-        if done.status in (0, BAD_INPUT):
+            while (done := finish(job, process, began, os.WNOHANG)) is None:
+                time.sleep(LOOK)
+                if not asked and is_up(flag):
+                    process.send_signal(signal.SIGTERM)
+                    asked = True
+        if again or asked:
             break
     return done
+
+
+def is_up(flag):
+    """Whether a Flag is up; one that was lost with its node is not."""
+    import ray
+
+    try:
+        return ray.get(flag.look.remote())
+    except ray.exceptions.RayError:
+        return False

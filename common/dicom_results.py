@@ -161,7 +161,7 @@ def heat_map_series(finding, title, one, origin, number):
     sums = one.slice_sums
     order = np.arange(len(pictures))
     if place["mirrored"]:  # back to the side that the patient has it on
-        if plane == "sagittal":
+        if view_of(plane) == "sagittal":
             order = order[::-1]
         else:
             pictures = pictures[:, :, ::-1]

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from common.errors import InputError
 from common.importer import Importer
 from data.common import ORIENTATION, T1_PLANES
-from dataloader import ALL_PLANES, PLANES, in_order, read_dataset, read_volume, view_of
+from dataloader import ALL_PLANES, PLANES, SEQUENCES, in_order, read_dataset, read_volume, view_of
 
 ROOT = Path(__file__).parent.parent
 # What the importer makes of any scan.
@@ -304,14 +304,14 @@ class DicomExams:
         lines = reply.get("lines", ())
         if "exam" not in reply:
             self.print_lines(lines)
-            return Exam(name, source, {}, dict.fromkeys(PLANES, importer.fault), "")
+            return Exam(name, source, {}, dict.fromkeys(ALL_PLANES, importer.fault), "")
         # predict.py and explain.py print the exam's own error
         self.print_lines(one for one in lines if not one[1].startswith("error: "))
         if "planes" not in reply:
             return Exam(name, source, {}, {}, reply["input"], unchanged=True)
         if reply["fault"]:
             importer.fault = reply["fault"]
-            return Exam(name, source, {}, dict.fromkeys(PLANES, importer.fault), reply["input"])
+            return Exam(name, source, {}, dict.fromkeys(ALL_PLANES, importer.fault), reply["input"])
         paths = {plane: Path(reply["planes"][plane]) for plane in in_order(reply["planes"])}
         return Exam(name, source, paths, reply["unusable"], reply["input"], origin=reply["origin"])
 
@@ -431,6 +431,17 @@ def open_exams(sources, plane=None, log=print, networks=None, workers=1):
             exams.close()
 
 
+def planes_in(name):
+    """The planes that a file's name holds: list; empty where it names a sequence but not behind its
+    plane, as a T1 must not pass for a fluid-sensitive series."""
+    planes = [plane for plane in PLANES if plane in name]
+    sequences = [word for word in re.split("[^a-z0-9]+", name) if word in SEQUENCES]
+    if not sequences:
+        return planes
+    further = [f"{plane}-{word}" for plane in planes for word in sequences]
+    return [plane for plane in further if re.search(rf"{plane}(?![a-z0-9])", name)]
+
+
 def exam_of_files(paths, plane=None):
     """The name of the exam that .npy files make, one a plane, and {plane: Path}.
 
@@ -442,8 +453,7 @@ def exam_of_files(paths, plane=None):
     found, names = {}, {}
     for path in paths:
         folder = path.absolute().parent.name
-        named = [p for p in ALL_PLANES if p in path.stem.lower()]
-        named = [p for p in named if not any(p != other and p in other for other in named)]
+        named = planes_in(path.stem.lower())
         if plane or folder in ALL_PLANES:
             where, name = plane or folder, path.stem
         elif len(named) == 1:

@@ -31,7 +31,7 @@ class Job(NamedTuple):
     arguments: tuple  # of Python: the script and its arguments
     log: Path  # gets all that it prints
     work: float = 1.0  # how long it takes, in any unit: the longest begin first
-    files: str = ""  # what it writes into its --models-dir, as a glob pattern
+    files: tuple = ()  # names of what it reads and writes in its --models-dir
 
 
 class Done(NamedTuple):
@@ -79,7 +79,8 @@ class Jobs:
         try:
             count, done_work = 0, 0.0
             for done in self.results(jobs):
-                bar.set_description(", ".join(job.name for job in self.running.values()))
+                names = [job.name for job in self.running.values()]
+                bar.set_description(", ".join(names[: self.at_once][:4]))
                 bar.update()
                 if done is None:
                     continue
@@ -168,13 +169,15 @@ def start(arguments, log, threads, variables=None):
     )
 
 
-def finish(job, process, began):
-    """Wait for the end of a job's process: Done.
+def finish(job, process, began, options=0):
+    """Wait for the end of a job's process: Done; with os.WNOHANG None where it has not ended.
 
     Args:
         began: time.perf_counter() at its start.
     """
-    _, status, usage = os.wait4(process.pid, 0)
+    pid, status, usage = os.wait4(process.pid, options)
+    if pid == 0:
+        return None
     process.returncode = os.waitstatus_to_exitcode(status)
     scale = 1 if sys.platform == "darwin" else 1024  # getrusage(2): KiB on Linux
     return Done(

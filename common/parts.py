@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import InputError
-from common.files import write_text
+from common.files import from_cell, write_text
+
+FIELDS = ("source", "exam", "task", "model", "error")
 
 
 class Part(NamedTuple):
@@ -50,12 +52,24 @@ def write_part(out, part, keys):
         out: Path of the rows.
         keys: (source, name) of all exams, of every part.
     """
+    if len(set(keys)) < len(keys):
+        raise InputError(f"{out}: two exams of the list have the same name; rename one")
     about = part._asdict() | {"exams": len(keys), "list": digest_of(keys)}
     write_text(beside(out), json.dumps(about) + "\n")
 
 
 def beside(out):
     return Path(f"{out}.part.json")
+
+
+class Exam(NamedTuple):
+    """What a part says of one exam."""
+
+    key: tuple  # (source, name)
+    tasks: tuple
+    model: str  # hash of networks, stacks and options
+    error: str
+    lines: list  # its rows as they are
 
 
 class Rows:
@@ -85,25 +99,29 @@ class Rows:
         self.head = "" if first.startswith("{") else first  # JSON lines have none
 
     def fields(self, line):
-        """A row's source, exam, model and error."""
+        """A row's source, exam, task, model and error."""
         try:
+            if not line.endswith("\n"):
+                raise ValueError
             if self.head:
-                row = dict(zip(*csv.reader([self.head, line]), strict=True))
+                head, cells = csv.reader([self.head, line])
+                row = dict(zip(head, map(from_cell, cells), strict=True))
             else:
                 row = json.loads(line)
-            return tuple(row[name] or "" for name in ("source", "exam", "model", "error"))
+            return tuple(row[name] or "" for name in FIELDS)
         except (ValueError, LookupError, TypeError, csv.Error):
             raise InputError(
                 f"{self.path}: ends in the middle, or is damaged; run its part again with --resume"
             ) from None
 
     def exams(self):
-        """Yields ((source, name), model, error, lines) of each exam."""
+        """Yields an Exam for each."""
         with open(self.path, newline="", encoding="utf-8") as file:
             if self.head:
                 file.readline()
             rows = ((self.fields(line), line) for line in file)
             for key, members in itertools.groupby(rows, key=lambda row: row[0][:2]):
                 members = list(members)
-                error = next((fields[3] for fields, _ in members if fields[3]), "")
-                yield key, members[0][0][2], error, [line for _, line in members]
+                _, _, tasks, models, errors = zip(*(fields for fields, _ in members), strict=True)
+                error = next(filter(None, errors), "")
+                yield Exam(key, tasks, models[0], error, [line for _, line in members])

@@ -1,5 +1,6 @@
 """Jobs on a Ray cluster: two raylets on this machine, nodes of one core each."""
 
+import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from conftest import (
     write_exams,
 )
 
+from common.errors import InputError, Interrupted
 from common.jobs import Job
 
 ray = pytest.importorskip("ray", reason="pip install -r requirements-cluster.txt")
@@ -40,7 +42,7 @@ def cluster(monkeypatch):
 def test_jobs_are_shared_out_over_the_nodes(cluster, tmp_path):
     from common.cluster import RayJobs
 
-    code = "import os, time; time.sleep(3); print(os.getppid())"
+    code = "import os, psutil, time; time.sleep(3); print(psutil.Process(os.getppid()).ppid())"
     jobs = [Job(str(n), ("-c", code), tmp_path / f"{n}.txt") for n in range(4)]
     bad = Job("bad", ("-c", "import sys; print('tried'); sys.exit(2)"), tmp_path / "bad.txt")
     runner = RayJobs()
@@ -49,8 +51,8 @@ def test_jobs_are_shared_out_over_the_nodes(cluster, tmp_path):
     assert {name: one.status for name, one in done.items()} == {
         "0": 0, "1": 0, "2": 0, "3": 0, "bad": 2,
     }  # fmt: skip
-    parents = {job.log.read_text().split()[-1] for job in jobs}
-    assert len(parents) == 2
+    raylets = {job.log.read_text().split()[-1] for job in jobs}  # whose workers they ran in
+    assert len(raylets) == 2
     assert (tmp_path / "bad.txt").read_text().count("\ntried") == 1
     assert all(one.seconds > 3 and one.peak_memory > 1e6 for name, one in done.items()
                if name != "bad")  # fmt: skip
@@ -91,6 +93,49 @@ def is_finished(path):
     return not path.with_suffix(".state").exists()
 
 
+def test_a_signal_reaches_the_nodes(cluster, tmp_path):
+    """What runs gets a SIGTERM, and what it has saved comes back; what waits does not begin."""
+    from common.cluster import RayJobs
+
+    code = "import os, signal, sys, time; from pathlib import Path; folder = Path(sys.argv[-1])\n"
+    code += "def end(*args): (folder / 'a.state').write_text('saved'); sys.exit(143)\n"
+    code += "signal.signal(signal.SIGTERM, end); (folder / 'old.pt').unlink(); print('began')\n"
+    code += f"Path({str(tmp_path)!r}, f'began{{os.getpid()}}').touch(); time.sleep(60)\n"
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "other.pt").write_text("another job's")
+    jobs = []
+    for n in range(3):
+        (models / "old.pt").write_text("old")
+        words, files = ("-c", code, "--models-dir", str(models)), ("a.state", "old.pt")
+        jobs.append(Job(str(n), words, tmp_path / f"{n}.txt", files=files))
+    runner = RayJobs(fetch=True)
+    stopped = []
+
+    def stop():
+        while len(list(tmp_path.glob("began*"))) < 2:
+            time.sleep(0.1)
+        runner.stop(signal.SIGTERM)
+        stopped.append(time.perf_counter())
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(Interrupted):
+        assert all(done.status == 143 for done in runner.run(jobs))
+    assert time.perf_counter() - stopped[0] < 30
+    assert (models / "a.state").read_text() == "saved" and not (models / "old.pt").exists()
+    assert (models / "other.pt").read_text() == "another job's"
+    assert sum("began" in job.log.read_text() for job in jobs if job.log.exists()) == 2
+
+
+def test_what_no_machine_has_room_for_is_refused(cluster):
+    from common.cluster import RayJobs, room_of
+
+    with pytest.raises(InputError, match="no machine of the Ray cluster has room for .* 2 cores"):
+        RayJobs(threads=2)
+    assert [room_of({"CPU": 8.0, "GPU": 2.0}, 1, n) for n in (0, 1, 3)] == [8, 2, 6]
+    assert room_of({"GPU": 1.0}, 1, 5) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fetch", [(), ("--fetch",)], ids=["shared", "fetched"])
 def test_networks_of_a_cluster_that_loses_a_node_are_those_of_one_machine(cluster, tmp_path, fetch):
@@ -124,7 +169,9 @@ def test_networks_of_a_cluster_that_loses_a_node_are_those_of_one_machine(cluste
         assert text.count("\n$ python") - text.count("\nfinished before") == 1
     assert reproduce(tmp_path, "models", "--cluster", "ray", *fetch).returncode == 0
     texts = [path.read_text() for path in (models / "output").iterdir()]
-    assert len(texts) == 9 and all(text.count("\nfinished before") == 1 for text in texts)
+    assert len(texts) == 9
+    assert all("\nfinished before" in text.split("\n$ python")[-1] for text in texts)
+    assert contents(models) == serial and not list(models.glob("*.state"))
 
 
 def test_no_cluster_and_no_ray_are_said(tmp_path, monkeypatch):

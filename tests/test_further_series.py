@@ -11,6 +11,7 @@ from conftest import PLANES, QUICK, assert_one_line_error, run_script, write_exa
 
 from common.augmentation import make_augmentation
 from common.checkpoint import load_model
+from common.errors import InputError
 from common.exams import exam_of_files
 from common.stacking import load_task, saved_columns
 from dataloader import ALL_PLANES, planes_of
@@ -124,6 +125,11 @@ def test_a_name_is_of_a_plane_or_of_a_recipe_never_of_both(work, tmp_path):
 def test_a_file_names_its_series(tmp_path):
     names = [tmp_path / f"knee7-{plane}.npy" for plane in ("sagittal", T1)]
     assert exam_of_files(names) == ("knee7", {"sagittal": names[0], T1: names[1]})
+    for name, plane in (("sagittal-greyscale", "sagittal"), ("k_Sagittal-T1", T1)):
+        assert list(exam_of_files([tmp_path / f"{name}.npy"])[1]) == [plane]
+    for name in ("knee7-sagittal_t1", "knee7-t1-sagittal", "knee7 sagittal t1"):
+        with pytest.raises(InputError, match="which plane is it"):
+            exam_of_files([tmp_path / f"{name}.npy"])
 
 
 def test_left_and_right_are_where_its_plane_has_them():

@@ -1,5 +1,6 @@
 """predict.py --part, and tools/merge.py: every exam exactly once."""
 
+import csv
 import random
 import resource
 import shutil
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, assert_one_line_error, run_script
 
-from common.parts import Part
+from common.errors import InputError
+from common.files import csv_line, from_cell
+from common.parts import Part, write_part
 
 
 def predict(work, exams, out, *more):
@@ -78,8 +81,9 @@ def test_what_is_missing_or_twice_is_said(own, trained, tmp_path):
     own[1].write_text("".join(lines[:-1]))
     done = merge(own, out)
     assert_one_line_error(done, "part2.csv: 9 of 10 exams; run its part again with --resume")
-    own[1].write_text("".join([*lines[:3], lines[3][:40]]))
-    assert_one_line_error(merge(own, out), "part2.csv: ends in the middle")
+    for end in (lines[3][:40], lines[3][:-1], lines[3][:-2]):
+        own[1].write_text("".join([*lines[:3], end]))
+        assert_one_line_error(merge(own, out), "part2.csv: ends in the middle")
     own[1].write_text("".join([lines[0], lines[2], lines[1], *lines[3:]]))
     assert_one_line_error(merge(own, out), "other exams than the list has")
     own[1].write_text("".join([*lines, lines[-1].replace("0", "1", 1)]))
@@ -88,6 +92,33 @@ def test_what_is_missing_or_twice_is_said(own, trained, tmp_path):
     done = predict(work, work / "data", own[1], "--part", "2/3", "--resume")
     assert done.returncode == 0, done.stderr
     assert merge(own, out).returncode == 0
+
+
+def write_part_file(path, part, keys, tasks=("acl", "men"), rows=None):
+    """Rows as predict.py writes them, of its part of `keys`; `rows` of them only."""
+    head = ("exam", "source", "task", "model", "error")
+    lines = [(name, source, task, "m", "") for source, name in part.take(keys) for task in tasks]
+    path.write_text("".join(csv_line(line) for line in [head, *lines[:rows]]))
+    write_part(path, part, keys)
+    return path
+
+
+def test_names_that_a_spreadsheet_would_run_are_merged(tmp_path):
+    keys = [("", "=1"), ("@site", "-knee"), ("", "'q"), ("a,b", 'x"y')]
+    parts = [write_part_file(tmp_path / str(n), Part(n, 2), keys) for n in (1, 2)]
+    done = merge(parts, tmp_path / "all")
+    assert done.returncode == 0 and "4 exams" in done.stdout, done.stderr
+    done = [row["exam"] for row in csv.DictReader((tmp_path / "all").read_text().splitlines())]
+    assert list(map(from_cell, done[::2])) == [name for _, name in keys]
+
+
+def test_a_finding_that_is_missing_is_said(tmp_path):
+    keys = [("", str(n)) for n in range(4)]
+    parts = [write_part_file(tmp_path / str(n), Part(n, 2), keys, rows=rows)
+             for n, rows in ((1, None), (2, 3))]  # fmt: skip
+    assert_one_line_error(merge(parts, tmp_path / "all"), "exam 3 has rows of acl only", "men")
+    with pytest.raises(InputError, match="same name"):
+        write_part(tmp_path / "x", Part(1, 2), [("", "a"), ("", "a")])
 
 
 def test_parts_of_other_lists_or_networks_are_refused(own, trained, tmp_path):

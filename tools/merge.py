@@ -55,29 +55,35 @@ def in_order(found):
 
 
 def merged(parts):
-    """Yields (key, error, lines) of every exam in the order of the list.
+    """Yields the parts.Exam of every exam in the order of the list.
 
     Raises:
-        InputError: a part lacks exams, has others, or was predicted by other networks.
+        InputError: a part lacks exams or rows, has others, or was predicted by other networks.
     """
-    streams, keys, model = [one.exams() for one in parts], [], None
+    streams, keys, first = [one.exams() for one in parts], [], None
     for place in range(parts[0].count):
         part = parts[place % len(parts)]
         try:
-            key, mine, error, lines = next(streams[place % len(parts)])
+            exam = next(streams[place % len(parts)])
         except StopIteration:
             wanted = len(part.part.take(range(part.count)))
             raise InputError(
                 f"{part.path}: {place // len(parts)} of {wanted} exams; run its part again with "
                 "--resume"
             ) from None
-        if mine != (model := model or mine):
+        first = first or exam
+        if exam.tasks != first.tasks:
             raise InputError(
-                f"{part.path}: exam {key[1]} was predicted by other networks, or on another kind "
-                f"of device, than those of {parts[0].path}; run its part again with --resume"
+                f"{part.path}: exam {exam.key[1]} has rows of {', '.join(exam.tasks)} only, not of "
+                f"{', '.join(first.tasks)}; run its part again with --resume"
             )
-        keys.append(key)
-        yield key, error, lines
+        if exam.model != first.model:
+            raise InputError(
+                f"{part.path}: exam {exam.key[1]} was predicted by other networks than those of "
+                f"{parts[0].path}, or on another kind of device; run its part again with --resume"
+            )
+        keys.append(exam.key)
+        yield exam
     for one, stream in zip(parts, streams, strict=True):
         if next(stream, None) is not None:
             raise InputError(f"{one.path}: more exams than the list has; run it with --resume")
@@ -96,9 +102,9 @@ def run(args):
     count, failed = 0, 0
     with atomic(args.out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         file.write(heads.pop())
-        for _, error, lines in merged(parts):
-            file.writelines(lines)
-            count, failed = count + 1, failed + bool(error)
+        for exam in merged(parts):
+            file.writelines(exam.lines)
+            count, failed = count + 1, failed + bool(exam.error)
     print(f"{args.out}: {count} exams from {len(parts)} parts, each once")
     if failed:
         print(f"{failed} of them with an `error`, named there", file=sys.stderr)

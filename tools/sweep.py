@@ -251,6 +251,8 @@ def run(args):
         write_text(setting.models_dir / "recipes" / f"{recipe}.toml", "".join(lines))
     check_writable(setting.out)
     with lock(setting.out / "sweep.json"):
+        if args.cluster and "auto" in (args.device, args.precision):
+            raise InputError("--cluster: machines may differ; give --device and --precision")
         options = (args.jobs, args.threads, args.jobs_per_gpu, args.cluster, args.fetch)
         runner = Machines(*options).pick(device.type, os.cpu_count() or 1)
         run_rounds(sweep, setting, runner, args.drop, about)
@@ -327,7 +329,9 @@ def make_job(sweep, setting, network):
                  "--models-dir", folder, "--logs-dir", folder / "logs", "--resume")  # fmt: skip
     title = f"{recipe}, {planes}, seed {seed}, fold {fold}"
     log = folder / "output" / f"{recipe}-{planes}-{number}.txt"
-    files = sweep.model_file(folder, "*", network).with_suffix(".*").name
+    models = [sweep.model_file(folder, task, network) for task in sweep.task.split("+")]
+    state = sweep.model_file(folder, sweep.task, network).with_suffix(".state")
+    files = (*(path.name for path in (*models, state)), f"recipes/{recipe}.toml")
     return Job(title, tuple(map(str, arguments)), log, files=files)
 
 
