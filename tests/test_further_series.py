@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,3 +139,29 @@ def test_left_and_right_are_where_its_plane_has_them():
         assert make_augmentation("anatomical", plane).mirror == (
             "slices" if view == "sagittal" else "columns"
         )
+
+
+@pytest.mark.parametrize("plane", ["sagittal", T1, "coronal", "coronal-t1"])
+def test_a_mirrored_knee_is_mirrored_back_in_its_own_plane(plane, monkeypatch):
+    """Slices of sagittal series change their order, pictures of the others their columns."""
+    from common import dicom_results
+
+    volume = np.arange(3, dtype=np.uint8)[:, None, None] * 10 + np.zeros((1, 256, 256), np.uint8)
+    volume[:, :, 0] += 1
+    monkeypatch.setattr(dicom_results, "overlay", lambda grey, *_: np.stack([grey] * 3, axis=-1))
+    monkeypatch.setattr(dicom_results, "burn_in", lambda picture, words: picture)
+    monkeypatch.setattr(
+        dicom_results, "secondary_capture", lambda picture, *_: SimpleNamespace(picture=picture)
+    )
+    place = {"positions": [(0, 0, z) for z in range(3)], "mirrored": True}
+    one = SimpleNamespace(volume=volume, maps=None, backbone=None, slice_sums=[0, 1, 2],
+                          probability=0.5)  # fmt: skip
+    finding = SimpleNamespace(task="acl", models=SimpleNamespace(is_synthetic=False))
+    origin = SimpleNamespace(planes={plane: place})
+    images = dicom_results.heat_map_series(finding, plane, one, origin, 1)
+    levels = [image.picture[5, 5, 0] for image in images]
+    column = [bool(image.picture[5, 0, 0] % 10) for image in images]
+    if plane.startswith("sagittal"):
+        assert levels == [20, 10, 0] and all(column)
+    else:
+        assert levels == [0, 10, 20] and not any(column)
