@@ -379,7 +379,7 @@ def test_t1_series_are_planes_of_their_own(own, tmp_path):
         with open_exams([own / "train_series"], networks=networks, log=str) as exams:
             for study, exam in enumerate(exams.each()):
                 paths = {p: path for (s, _, p), path in written.items() if s == study}
-                assert set(exam.paths) == set(paths) & set(planes)
+                assert set(exam.paths) == set(paths) & set(planes) and exam.unusable == {}
                 for plane, path in exam.paths.items():
                     np.testing.assert_array_equal(np.load(path), np.load(paths[plane]))
 
