@@ -67,7 +67,7 @@ $(VENV)/installed: requirements.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/installed-dev: requirements-dev.txt requirements-dicom.txt requirements-export.txt $(VENV)/installed
+$(VENV)/installed-dev: requirements-dev.txt requirements-dicom.txt requirements-export.txt requirements-cluster.txt $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
