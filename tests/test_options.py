@@ -574,10 +574,12 @@ def test_reproducing_with_a_recipe(tmp_path):
     (tmp_path / "quick.toml").write_text('pooling = "mean"\n')
     words = ["--recipe", str(tmp_path / "quick.toml"), "--folds", "3", "--lr", "1"]
     assert reproduce.read_training(words) == (
-        ["--folds", "3", "--recipes", "quick"], "quick", 3, "auto",
+        ["--folds", "3", "--recipes", "quick"], "quick",
+        ["-fold1of3", "-fold2of3", "-fold3of3"], "auto",
     )  # fmt: skip
-    assert reproduce.read_training([]) == (["--recipes", "article"], "article", 1, "auto")
-    assert reproduce.read_training(["--folds", "5", "--repeat", "3"])[2] == 15
+    assert reproduce.read_training([]) == (["--recipes", "article"], "article", [""], "auto")
+    ends = reproduce.read_training(["--folds", "5", "--repeat", "3", "--seed", "7"])[2]
+    assert len(ends) == len(set(ends)) == 15 and ends[5] == "-fold1of5-seed8"
 
 
 def random_options(rng):
