@@ -15,7 +15,6 @@ models/reproduce/results.json, results.md, means.json (mean AUC over the finding
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -26,7 +25,6 @@ from common.checkpoint import column_name, run_suffix
 from common.cluster import Machines
 from common.config import ARTICLE, read_recipe
 from common.datasets import all_tasks
-from common.devices import available_memory
 from common.errors import Interrupted, RunError
 from common.files import write_text
 from common.jobs import ROOT, Job, failures
@@ -34,8 +32,6 @@ from common.report import read_all, write_report
 from common.stacking import start_of_results
 from common.table import markdown, read_own_labels
 from dataloader import planes_of
-
-BYTES_OF_A_JOB = 2e9  # resident: torch, AlexNet and an exam's activations
 
 
 def parse_arguments():
@@ -152,11 +148,6 @@ def bytes_of(data_dir, plane):
     return 1 + sum(path.stat().st_size for path in Path(data_dir).glob(f"*/{plane}/*.npy"))
 
 
-def jobs_at_once(jobs):
-    """How many networks to train side by side on a CPU: one a core as far as memory allows."""
-    return int(max(1, min(os.cpu_count() or 1, available_memory() // BYTES_OF_A_JOB, len(jobs))))
-
-
 def run(args):
     """Train every network, stack each task, write the table."""
     wanted = args.tasks or all_tasks(args.data_dir)
@@ -165,7 +156,7 @@ def run(args):
     findings = [wanted] if args.together else [[task] for task in wanted]
     jobs = make_jobs(findings, suffixes, places, args.recipe, recipe)
     options = (args.jobs, args.threads, args.jobs_per_gpu, args.cluster, args.fetch)
-    runner = Machines(*options).pick(device, jobs_at_once(jobs))
+    runner = Machines(*options).pick(device, len(jobs))
     print(f"{len(jobs)} networks, {runner.at_once} at a time with {runner.threads} threads each; "
           f"what they print: {args.models_dir / 'output'}", flush=True)  # fmt: skip
     if args.cluster and "--precision" not in args.recipe:

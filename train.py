@@ -66,7 +66,7 @@ from common.optimization import (
 )
 from common.splits import PROTOCOLS, fingerprints_of, numbered, plan_splits, write_folds
 from common.weights import imagenet_features
-from dataloader import ALL_PLANES, CHANNELS, INTENSITIES, PLANES, grey_levels, in_order, is_positive
+from dataloader import CHANNELS, INTENSITIES, PLANES, grey_levels, in_order, is_positive
 from model import BACKBONES, POOLINGS
 
 
@@ -79,7 +79,7 @@ def parse_arguments():
     add("--task", required=True, nargs="+", help=task)
     plane = "axial, coronal, sagittal or a further series' folder such as sagittal-t1; for ACL the "
     plane += "article found sagittal best. Several: one network that joins their features"
-    add("--plane", required=True, nargs="+", choices=ALL_PLANES, metavar="PLANE", help=plane)
+    add("--plane", required=True, nargs="+", type=cli.plane_name, metavar="PLANE", help=plane)
     add("--data-dir", type=Path, default=Path("data"), help="folder in MRNet's layout")
     raw = "raw gives the network 0-255 as the article did; it learns worse"
     add("--intensity", choices=INTENSITIES, help=raw)

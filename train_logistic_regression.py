@@ -62,7 +62,6 @@ from common.stacking import (
 )
 from dataloader import (
     CHANNELS,
-    PLANES,
     SPLITS,
     MRDataset,
     MultiPlaneDataset,
@@ -126,10 +125,9 @@ def parse_arguments():
 
 def planes_argument(text):
     """Value of an option: planes joined by +, in their order whatever the given one."""
-    planes = text.split("+")
-    if len(in_order(planes)) != len(planes):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {', '.join(PLANES)}, sagittal-t1, ... "
-                                         "or several of them joined by +")  # fmt: skip
+    planes = [cli.plane_name(plane) for plane in text.split("+")]
+    if len(set(planes)) < len(planes):
+        raise argparse.ArgumentTypeError(f"{text!r} has a plane twice")
     return "+".join(in_order(planes))
 
 

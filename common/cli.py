@@ -21,7 +21,7 @@ from tqdm import tqdm
 from common.config import ARTICLE
 from common.devices import PRECISIONS, device_name
 from common.errors import InputError, Interrupted, RunError, one_line, printable
-from dataloader import ALL_PLANES, is_positive
+from dataloader import ALL_PLANES, PLANES, SEQUENCES, is_positive
 
 # --- arguments ------------------------------------------------------------------------------------
 
@@ -110,15 +110,21 @@ def add_machine_arguments(parser):
     )
 
 
+def plane_name(text):
+    """Value of an option: one of ALL_PLANES."""
+    if text not in ALL_PLANES:
+        raise argparse.ArgumentTypeError(
+            f"invalid choice: {text!r} (choose from {', '.join(PLANES)}, or one of these with "
+            f"-{', -'.join(SEQUENCES)})"
+        )
+    return text
+
+
 def add_jobs_arguments(parser):
     """--jobs, --threads, --jobs-per-gpu, --cluster, --fetch: for what trains many networks."""
     add = parser.add_argument_group("machines").add_argument
-    jobs = (
-        "networks trained side by side; by default one a core on a CPU, as far as memory allows, "
-    )
-    jobs += (
-        "and on GPUs what --jobs-per-gpu says. One thread each is 1.3 times as fast on two cores"
-    )
+    jobs = "networks trained side by side; by default one a core on a CPU, as far as memory "
+    jobs += "allows, and on GPUs what --jobs-per-gpu says"
     add("--jobs", type=positive_int, help=jobs)
     threads = "of each network; by default the cores are shared out, and on a cluster one"
     add("--threads", type=positive_int, help=threads)
@@ -136,7 +142,7 @@ def add_exam_arguments(parser):
     exams."""
     parser.add_argument(
         "--plane",
-        choices=ALL_PLANES,
+        type=plane_name,
         metavar="PLANE",
         help="of a single .npy file whose path does not contain it",
     )

@@ -10,6 +10,7 @@ import os
 import signal
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 from common.devices import pick_device
 from common.errors import InputError, one_line
 from common.files import write_bytes
-from common.jobs import BAD_INPUT, ROOT, Done, Jobs, finish, start
+from common.jobs import ROOT, Done, Jobs, finish, most_at_once, start, tried_twice
 
 TRIES = 5  # on other nodes, where one is lost
 LOOK = 0.5  # s between looks at what has ended, and at the flag
@@ -107,12 +108,12 @@ class Machines(NamedTuple):
     cluster: str | None
     fetch: bool
 
-    def pick(self, device, at_once):
+    def pick(self, device, count):
         """Jobs, of this machine or of a cluster.
 
         Args:
             device: "auto", "cpu" or "cuda".
-            at_once: jobs on this machine's CPU where their number was not given.
+            count: jobs that there are.
 
         Raises:
             InputError: as RayJobs, or --fetch without a cluster.
@@ -123,9 +124,9 @@ class Machines(NamedTuple):
         if self.fetch:
             raise InputError("--fetch is for --cluster; leave it out")
         if pick_device(device).type == "cpu":
-            return Jobs(self.jobs or at_once, self.threads or 0)
-        gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or range(torch.cuda.device_count())
-        gpus = gpus.split(",") if isinstance(gpus, str) else list(map(str, gpus))
+            return Jobs(self.jobs or most_at_once(count), self.threads or 0)
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = named.split(",") if named else list(map(str, range(torch.cuda.device_count())))
         return Jobs(self.jobs or len(gpus) * self.jobs_per_gpu, self.threads or 0, gpus)
 
 
@@ -220,21 +221,21 @@ def is_below(word, folder):
 
 
 def run_here(job, threads, flag):
-    """Run a job's process, twice where it fails and its input is not bad: Done, or None if the flag
-    was up before. When the flag goes up, the process gets a SIGTERM and saves its state."""
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    done = None
-    while not is_up(flag) and (done is None or done.status not in (0, BAD_INPUT)):
-        again, began, asked = done is not None, time.perf_counter(), False
-        with open(job.log, "ab") as log:
-            process = start(job.arguments, log, threads)
-            while (done := finish(job, process, began, os.WNOHANG)) is None:
-                time.sleep(LOOK)
-                if not asked and is_up(flag):
-                    process.send_signal(signal.SIGTERM)
-                    asked = True
-        if again or asked:
-            break
+    """Run a job to its end: Done, or None if the flag was up before."""
+    if is_up(flag):
+        return None
+    return tried_twice(partial(try_here, job, threads, flag), partial(is_up, flag))
+
+
+def try_here(job, threads, flag):
+    """Run a job's process: Done. When the flag goes up, it gets a SIGTERM and saves its state."""
+    began, asked = time.perf_counter(), False
+    process = start(job, threads)
+    while (done := finish(job, process, began, os.WNOHANG)) is None:
+        time.sleep(LOOK)
+        if not asked and is_up(flag):
+            process.send_signal(signal.SIGTERM)
+            asked = True
     return done
 
 

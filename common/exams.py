@@ -55,8 +55,10 @@ class FolderExams:
     failed, fault = 0, None  # as DicomExams has them
 
     def __init__(self, root):
-        self.root = Path(root)
-        self.names = {folder: exam_names(folder) for folder in plane_folders(root)}
+        self.root, self.names, self.planes = Path(root), {}, {}  # of each folder, of each source
+        for folder in plane_folders(root):
+            self.names[folder] = exam_names(folder)
+            self.planes[self.source_of(folder)] = planes_below(folder)
 
     def __len__(self):
         return sum(len(names) for names in self.names.values())
@@ -95,7 +97,8 @@ class FolderExams:
     def load(self, key, unless=None):
         """The Exam of a (source, name); unchanged if its `input` is `unless`."""
         source, name = key
-        paths = {plane: self.root / source / plane / f"{name}.npy" for plane in ALL_PLANES}
+        folder = self.root / source
+        paths = {plane: folder / plane / f"{name}.npy" for plane in self.planes[source]}
         return exam_of(name, source, {p: f for p, f in paths.items() if os.path.lexists(f)}, unless)
 
     def each(self, known=None):
@@ -261,15 +264,15 @@ class DicomExams:
         first = self.importers[0].listing
         self.print_lines(first["lines"])
         self.failed = sum(text.startswith("error: ") for _, text in first["lines"])
-        self.list([(where, name) for name, where in first["exams"]])
+        self.share_out([(where, name) for name, where in first["exams"]])
 
-    def list(self, keys):
+    def share_out(self, keys):
         """Have `keys` as exams, shared out over the importers."""
         self.listed, self.place = keys, {key: place for place, key in enumerate(keys)}
 
     def keep(self, part):
         """Leave only a parts.Part of the exams."""
-        self.list(part.take(self.listed))
+        self.share_out(part.take(self.listed))
 
     def __len__(self):
         return len(self.listed)
@@ -356,14 +359,18 @@ def plane_folders(root):
             below[:] = [name for name in below if name not in ALL_PLANES]
 
 
+def planes_below(folder):
+    """The planes that a folder has a folder of."""
+    return [plane for plane in ALL_PLANES if (folder / plane).is_dir()]
+
+
 def exam_names(folder):
     """Names of the exams that have a volume of at least one plane, sorted."""
     names = set()
-    for plane in ALL_PLANES:
-        if (folder / plane).is_dir():
-            files = (file.name for file in os.scandir(folder / plane))
-            # Names that start with a dot are half-written files, or macOS's resource forks.
-            names |= {f[: -len(".npy")] for f in files if f.endswith(".npy") and f[0] != "."}
+    for plane in planes_below(folder):
+        files = (file.name for file in os.scandir(folder / plane))
+        # Names that start with a dot are half-written files, or macOS's resource forks.
+        names |= {f[: -len(".npy")] for f in files if f.endswith(".npy") and f[0] != "."}
     return sorted(names)
 
 

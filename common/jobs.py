@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +19,11 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from common.cli import catch_signals
+from common.devices import available_memory
 from common.errors import Interrupted
 
 ROOT = Path(__file__).parent.parent
+BYTES_OF_A_JOB = 2e9  # resident: torch, AlexNet and an exam's activations
 BAD_INPUT = 2  # exit status: trying again would not help
 
 
@@ -58,10 +61,9 @@ class Jobs:
         self.at_once = at_once
         self.threads = threads or max(1, (os.cpu_count() or 1) // at_once)
         self.running, self.stopped_by = {}, 0  # {process: Job}; number of a signal
-        self.gpus = queue.SimpleQueue()  # the free places on them
+        self.gpus = queue.SimpleQueue() if gpus else None  # the free places on them
         for k in range(at_once if gpus else 0):
             self.gpus.put(gpus[k % len(gpus)])
-        self.has_gpus = bool(gpus)
 
     def run(self, jobs):
         """Run jobs, those with most work first; yields Done as each ends, and says so.
@@ -115,58 +117,74 @@ class Jobs:
         """Run one job to its end: Done; None if a signal came before it began."""
         if self.stopped_by:
             return None
-        done = self.try_one(job)
-        if done.status in (0, BAD_INPUT) or self.stopped_by:
-            return done
-        again = self.try_one(job)
-        return again._replace(
-            seconds=done.seconds + again.seconds,
-            cpu_seconds=done.cpu_seconds + again.cpu_seconds,
-            peak_memory=max(done.peak_memory, again.peak_memory),
-        )
+        return tried_twice(partial(self.try_one, job), lambda: self.stopped_by)
 
     def try_one(self, job):
         """Run a job's process: Done."""
-        began, variables = time.perf_counter(), {}
-        gpu = self.gpus.get() if self.has_gpus else None
-        if gpu is not None:
-            variables["CUDA_VISIBLE_DEVICES"] = gpu
-        job.log.parent.mkdir(parents=True, exist_ok=True)
-        with open(job.log, "ab") as log:
-            process = start(job.arguments, log, self.threads, variables)
-            self.running[process] = job
-            if self.stopped_by:  # between the question above and now
-                process.send_signal(self.stopped_by)
-            done = finish(job, process, began)
-            del self.running[process]
+        began = time.perf_counter()
+        gpu = self.gpus.get() if self.gpus else None
+        process = start(job, self.threads, gpu)
+        self.running[process] = job
+        if self.stopped_by:  # between the question above and now
+            process.send_signal(self.stopped_by)
+        done = finish(job, process, began)
+        del self.running[process]
         if gpu is not None:
             self.gpus.put(gpu)
         return done
 
 
+def most_at_once(count):
+    """How many of `count` networks to train side by side on a CPU: one a core as far as memory
+    allows."""
+    return int(max(1, min(os.cpu_count() or 1, available_memory() // BYTES_OF_A_JOB, count)))
+
+
+def tried_twice(attempt, is_stopped):
+    """The Done of a job that is tried once more if it fails, unless its input is bad: the status of
+    the second time, and the time of both.
+
+    Args:
+        attempt: function that runs the job's process: Done.
+        is_stopped: function that tells whether jobs shall stop.
+    """
+    done = attempt()
+    if done.status in (0, BAD_INPUT) or is_stopped():
+        return done
+    again = attempt()
+    return again._replace(
+        seconds=done.seconds + again.seconds,
+        cpu_seconds=done.cpu_seconds + again.cpu_seconds,
+        peak_memory=max(done.peak_memory, again.peak_memory),
+    )
+
+
 # --- one process ----------------------------------------------------------------------------------
 
 
-def start(arguments, log, threads, variables=None):
-    """Start a Python process that ends with this one, even if this one is killed: Popen.
+def start(job, threads, gpu=None):
+    """Start a job's process, which ends with this one, even if this one is killed: Popen.
 
     Args:
-        log: open file, binary; gets the command and all that it prints.
         threads: of torch.
-        variables: of the environment, beside those that are there.
+        gpu: the only one that it may see, as CUDA_VISIBLE_DEVICES has it; None for any.
     """
-    log.write(f"\n$ python {shlex.join(arguments)}\n".encode())
-    log.flush()
+    job.log.parent.mkdir(parents=True, exist_ok=True)
     # Linux: the kernel kills what has lost its parent. The lock of its model is free then, and the
     # next run goes on from its state.
     prefix = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
-    return subprocess.Popen(
-        [*prefix, sys.executable, *arguments],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)} | (variables or {}),
-        start_new_session=True,  # Ctrl-C reaches it through its owner, once
-    )
+    variables = {"OMP_NUM_THREADS": str(threads)}
+    variables |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+    with open(job.log, "ab") as log:
+        log.write(f"\n$ python {shlex.join(job.arguments)}\n".encode())
+        log.flush()
+        return subprocess.Popen(
+            [*prefix, sys.executable, *job.arguments],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | variables,
+            start_new_session=True,  # Ctrl-C reaches it through its owner, once
+        )
 
 
 def finish(job, process, began, options=0):

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,10 +26,8 @@ from conftest import (
 from hospital import KINDS, KNEE, code_of, name_of, write_series, write_study
 from sklearn.linear_model import LogisticRegression
 
-import reproduce
-from common import cli, devices, engine, weights
+from common import cli, devices, engine, jobs, weights
 from common.checkpoint import load_model, read_checkpoint, write_checkpoint
-from common.jobs import Job
 from common.metrics import choose_threshold
 from common.splits import split_exams
 from common.stacking import Network
@@ -566,11 +563,10 @@ def test_12_memory_is_that_of_the_container(tmp_path, version):
 
 
 def test_12_jobs_are_as_many_as_the_container_has_room_for(monkeypatch):
-    jobs = [Job(str(n), (), Path("log")) for n in range(9)]
-    monkeypatch.setattr(reproduce.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(jobs.os, "cpu_count", lambda: 8)
     for room, wanted in ((1.5e9, 1), (7e9, 3), (1e12, 8)):
-        monkeypatch.setattr(reproduce, "available_memory", lambda room=room: room)
-        assert reproduce.jobs_at_once(jobs) == wanted
+        monkeypatch.setattr(jobs, "available_memory", lambda room=room: room)
+        assert jobs.most_at_once(9) == wanted
 
 
 # --- 13: see test_benchmark.py --------------------------------------------------------------------

@@ -166,7 +166,7 @@ def test_from_dicom_to_a_submission_by_the_documented_commands(tree, data, tmp_p
     done = run_script("reproduce.py", "--data-dir", data, "--models-dir", models, "--logs-dir",
                       tmp_path / "logs", "--together", "--tasks", "effusion", "contusion", "--",
                       "--epochs", "1", "--no-pretrained", "--slices", "0.1", "--backbone",
-                      "squeezenet1_1")  # fmt: skip
+                      "squeezenet1_1", "--precision", "fp32")  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads((models / "results.json").read_text())
     assert list(results) == ["effusion", "contusion"]
@@ -175,7 +175,8 @@ def test_from_dicom_to_a_submission_by_the_documented_commands(tree, data, tmp_p
     kept = [rows[0].index(name) for name in ("StudyInstanceUID", "Contusion", "Effusion")]
     sample.write_text("".join(",".join(row[k] for k in kept) + "\n" for row in rows))
     done = run_script("predict.py", tree / "test_series", "--submission", sample, "--models-dir",
-                      models, "--allow-synthetic", "--out", tmp_path / "mine.csv")  # fmt: skip
+                      models, "--allow-synthetic", "--precision", "fp32", "--out",
+                      tmp_path / "mine.csv")  # fmt: skip
     assert done.returncode == 0, done.stderr
     head, *found = read_rows(tmp_path / "mine.csv")
     assert head == ["StudyInstanceUID", "Contusion", "Effusion"]

@@ -17,7 +17,6 @@ they have predicted (`--keep-models`). Then it prints tools/sweep_table.py's tab
 """
 
 import json
-import os
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -254,7 +253,7 @@ def run(args):
         if args.cluster and "auto" in (args.device, args.precision):
             raise InputError("--cluster: machines may differ; give --device and --precision")
         options = (args.jobs, args.threads, args.jobs_per_gpu, args.cluster, args.fetch)
-        runner = Machines(*options).pick(device.type, os.cpu_count() or 1)
+        runner = Machines(*options).pick(device.type, len(list(sweep.networks())))
         run_rounds(sweep, setting, runner, args.drop, about)
     print_table(setting.out)
 

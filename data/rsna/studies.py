@@ -239,7 +239,7 @@ def take_plane(plane, ranked, study, reader, done):
     for candidate in ranked:
         series = candidate.series
         try:
-            sequence = "" if candidate.fluid else "-t1"
+            sequence = plane.removeprefix(candidate.plane)
             done.volumes[plane] = reader.cut(series, 0, done.side, sequence)
         except InputError as error:
             passed.append(f"study {study.uid}: {plane}: passed over {error}")
