@@ -26,7 +26,6 @@ import argparse
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, fields
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import cli, engine
+from common import cli, engine, ranks
 from common.augmentation import AUGMENTATIONS, SLICES_OF_STRONG
 from common.checkpoint import (
     ARCHITECTURE,
@@ -54,7 +53,7 @@ from common.config import ARTICLE, THE_ARTICLES, Config, read_recipe
 from common.datasets import all_tasks, load_exams
 from common.devices import CACHES, GraphedSteps, cache_volumes, pick_device, pick_precision
 from common.errors import InputError, Interrupted, RunError
-from common.logs import Epoch, TrainingLog, heads_of_epochs, history_of
+from common.logs import Epoch, TrainingLog, heads_of_epochs, history_of, new_log_dir
 from common.metrics import auc_interval
 from common.optimization import (
     OPTIMIZERS,
@@ -129,7 +128,7 @@ def parse_arguments():
     add("--select", choices=SELECTIONS, help=select)
     weights = "weight positives by negatives/positives, as the article's text asks"
     add("--class-weights", action=switch, help=weights)
-    accumulate = "exams in one step of the optimizer, their losses averaged"
+    accumulate = "exams in one step of the optimizer; torchrun's processes share them out"
     add("--accumulate", type=cli.positive_int, help=accumulate)
     average = "decay of the weights' moving average, which is evaluated and saved, such as 0.999"
     add("--average-weights", type=cli.probability, help=average)
@@ -180,34 +179,36 @@ def run(args):
     """Train every network that the arguments ask for: one, or one for each fold and seed."""
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    check_writable(args.models_dir)
-    args.device, args.precision = device.type, precision  # what "auto" became
-    args.task = "+".join(all_tasks(args.data_dir) if args.task == ["all"] else args.task)
-    args.plane = "+".join(in_order(args.plane))
-    provenance = cli.print_start_up(vars(args), device, precision)
-    config = Config(**{field.name: getattr(args, field.name) for field in fields(Config)})
-    config.check()
-    cli.print_recipe(config)
-    files = Files(args.models_dir, args.logs_dir, args.log_every, args.resume)
-    train_set, valid_set = load_exams(config, args.data_dir)
-    cached = cache_volumes(
-        (train_set, valid_set), args.cache, device, partial(cli.progress, what="reading")
-    )
-    if config.cuda_graphs and (device.type != "cuda" or cached != "device"):
-        raise InputError("--cuda-graphs: needs --device cuda and room for --cache device")
-    for exams in (train_set, valid_set):
-        exams.fingerprint()  # hashes the voxels once, before subsets are taken
-    provenance |= {"dataset": train_set.description, "data_dir": str(args.data_dir)}
-    seeds = range(config.seed, config.seed + config.repeat)
-    splits = plan_splits(train_set, valid_set, config.protocol, config.folds, seeds)
-    write_folds(args.models_dir / f"{config.task}-folds.csv", splits)
-    for number, split in numbered(splits, args.networks):
-        if len(splits) > 1:
-            print(f"\n-- network {number} of {len(splits)}: seed {split.seed}, fold {split.fold}")
-        with ExitStack() as locks:
-            for task in config.tasks:
-                locks.enter_context(lock(path_of(config, split, files, task)))
-            train_network(config, split, files, provenance)
+    with ranks.joined(device, args.accumulate):
+        check_writable(args.models_dir)
+        args.device, args.precision = device.type, precision  # what "auto" became
+        args.task = "+".join(all_tasks(args.data_dir) if args.task == ["all"] else args.task)
+        args.plane = "+".join(in_order(args.plane))
+        provenance = cli.print_start_up(vars(args), device, precision)
+        config = Config(**{field.name: getattr(args, field.name) for field in fields(Config)})
+        config.check()
+        cli.print_recipe(config)
+        files = Files(args.models_dir, args.logs_dir, args.log_every, args.resume)
+        train_set, valid_set = load_exams(config, args.data_dir)
+        cached = cache_volumes(
+            (train_set, valid_set), args.cache, device, partial(cli.progress, what="reading")
+        )
+        if config.cuda_graphs and (device.type != "cuda" or cached != "device"):
+            raise InputError("--cuda-graphs: needs --device cuda and room for --cache device")
+        for exams in (train_set, valid_set):
+            exams.fingerprint()  # hashes the voxels once, before subsets are taken
+        provenance |= {"dataset": train_set.description, "data_dir": str(args.data_dir)}
+        seeds = range(config.seed, config.seed + config.repeat)
+        splits = plan_splits(train_set, valid_set, config.protocol, config.folds, seeds)
+        write_folds(args.models_dir / f"{config.task}-folds.csv", splits)
+        for number, split in numbered(splits, args.networks):
+            if len(splits) > 1:
+                of = f"{number} of {len(splits)}"
+                print(f"\n-- network {of}: seed {split.seed}, fold {split.fold}")
+            with ExitStack() as locks:
+                for task in config.tasks:
+                    locks.enter_context(lock(path_of(config, split, files, task)))
+                train_network(config, split, files, provenance)
 
 
 def path_of(config, split, files, task):
@@ -240,7 +241,9 @@ def train_network(config, split, files, provenance):
         left = state.partial_epoch
         steps = f" and {len(left['logits']) // config.accumulate} steps" if left else ""
         print(f"\nresumed {state_path} after epoch {state.epoch}{steps}")
-    state.log_dir = state.log_dir or new_log_dir(config, split, files)
+    ranks.wait()  # all have read what there was
+    column = column_name(config.plane, config.recipe) + split.suffix
+    state.log_dir = state.log_dir or new_log_dir(files.logs_dir / config.task / column)
     fingerprints = fingerprints_of(split.data_sets)
     save_state = partial(state.save, state_path, asdict(config), fingerprints)
     save_state()  # before the first model: a model without a state beside it is a finished one
@@ -263,15 +266,16 @@ def train_network(config, split, files, provenance):
                 save_state()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(cli.resume_with()) from None
-        if not stop_requested:
+        if not ranks.any_stops(stop_requested):
             if state.bad_epochs >= config.patience:
                 metric = f"{split.selected_on} loss"
                 print(f"stopped: {metric} has not improved for {config.patience} epochs")
             for task, path in paths.items():
                 report_best_model(config, split, path, history_of(task, state.history), log)
             print(f"logs   {state.log_dir}")
-            state_path.unlink(missing_ok=True)
-        if stop_requested:  # perhaps while reporting: another network may be next
+            if ranks.is_first():
+                state_path.unlink(missing_ok=True)
+        if ranks.any_stops(stop_requested):  # perhaps while reporting: another network may be next
             raise Interrupted(stop_requested[0], cli.resume_with())
 
 
@@ -306,7 +310,7 @@ def train_epochs(config, split, state, stop_requested):
         best = state.update(selected)  # steps the schedule, counts for early stopping
         metrics = {"train": train, split.selected_on: selected}
         yield Epoch(state.epoch, lr, steps, metrics, speed, time.perf_counter() - began, best)
-        if stop_requested:
+        if ranks.any_stops(stop_requested):
             return
 
 
@@ -371,7 +375,8 @@ def evaluate_model(model, exams, config, what="evaluate"):
 def start_state(config, split):
     """TrainState before the first epoch: the network, the optimizer and the schedule."""
     torch.manual_seed(split.random_seed())
-    features = imagenet_features(config.backbone) if config.pretrained else None
+    with ranks.first_alone():  # it may have to fetch them
+        features = imagenet_features(config.backbone) if config.pretrained else None
     architecture = {name: getattr(config, name) for name in ARCHITECTURE}
     model = build_model(architecture, config.planes, features, len(config.tasks))
     model = model.to(torch.device(config.device))
@@ -380,11 +385,6 @@ def start_state(config, split):
     scheduler = make_scheduler(config, optimizer, steps)
     average = make_average(model, config.average_weights)
     return TrainState(model, optimizer, scheduler, config.tasks, average, config.select)
-
-
-def new_log_dir(config, split, files):
-    name = column_name(config.plane, config.recipe) + split.suffix
-    return str(files.logs_dir / config.task / name / f"{datetime.now():%Y%m%d-%H%M%S}")
 
 
 def augmented_exam(config, split):

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from common import ranks
 from common.config import ARTICLE, PLANNED, THE_ARTICLES
 from common.errors import InputError, one_line
 from common.files import write_bytes
@@ -94,7 +95,9 @@ def renamed(content, names):
 
 
 def write_checkpoint(path, content):
-    """Write a dict of tensors, numbers and strings atomically."""
+    """Write a dict of tensors, numbers and strings atomically; of several ranks the first does."""
+    if not ranks.is_first():
+        return
     # Serialised in memory first: on a full disk torch.save fails with a RuntimeError of its own.
     serialised = io.BytesIO()
     torch.save(content, serialised)
@@ -104,10 +107,14 @@ def write_checkpoint(path, content):
 @contextmanager
 def lock(path):
     """Hold a saved model's lock, so that no two runs write it; what a killed run left is removed.
+    Of several ranks the first holds it.
 
     Raises:
         InputError: another run holds it.
     """
+    if not ranks.is_first():
+        yield
+        return
     file_lock = FileLock(path.with_name(f".{path.stem}.lock"))
     try:
         file_lock.acquire(timeout=0)
@@ -166,6 +173,8 @@ def digest_of(path):
 
 def check_writable(folder):
     """Raise InputError before the first epoch if models cannot be written to `folder`."""
+    if not ranks.is_first():
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{os.getpid()}"

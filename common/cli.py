@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from common import ranks
 from common.config import ARTICLE
 from common.devices import PRECISIONS, device_name
 from common.errors import InputError, Interrupted, RunError, one_line, printable
@@ -120,19 +121,34 @@ def plane_name(text):
     return text
 
 
-def add_jobs_arguments(parser):
-    """--jobs, --threads, --jobs-per-gpu, --cluster, --fetch: for what trains many networks."""
+def add_machines_arguments(parser, what, by_default):
+    """--jobs, --threads, --jobs-per-gpu, --cluster: for what runs in several processes.
+
+    Args:
+        what: they do, in the plural.
+        by_default: how many without --jobs.
+
+    Returns:
+        the group's add_argument.
+    """
     add = parser.add_argument_group("machines").add_argument
-    jobs = "networks trained side by side; by default one a core on a CPU, as far as memory "
-    jobs += "allows, and on GPUs what --jobs-per-gpu says"
-    add("--jobs", type=positive_int, help=jobs)
-    threads = "of each network; by default the cores are shared out, and on a cluster one"
+    add("--jobs", type=positive_int, help=f"{what} side by side; by default {by_default}")
+    threads = "of each process; by default the cores are shared out, and on a cluster one"
     add("--threads", type=positive_int, help=threads)
-    each = "networks side by side on each GPU"
+    each = f"{what} side by side on each GPU"
     add("--jobs-per-gpu", type=positive_int, default=1, metavar="N", help=each)
-    cluster = "train on the nodes of a Ray cluster, as many networks as it has room for "
+    cluster = f"on the nodes of a Ray cluster, as many {what} as it has room for "
     cluster += "(docs/cluster.md); pip install -r requirements-cluster.txt"
     add("--cluster", choices=("ray",), help=cluster)
+    return add
+
+
+def add_jobs_arguments(parser):
+    """--jobs, --threads, --jobs-per-gpu, --cluster, --fetch: for what trains many networks."""
+    by_default = (
+        "one a core on a CPU, as far as memory allows, and on GPUs what --jobs-per-gpu says"
+    )
+    add = add_machines_arguments(parser, "networks", by_default)
     fetch = "with --cluster: the nodes share no folder of models, so bring each one's files back"
     add("--fetch", action="store_true", help=fetch)
 
@@ -311,13 +327,13 @@ def print_exams(train_set, valid_set):
 
 
 def progress(items, what, total=None):
-    """A progress bar on a terminal, nothing in a file."""
+    """A progress bar on a terminal, nothing in a file; of several ranks, the first one's."""
     return tqdm(
         items,
         desc=what,
         total=total,
         leave=False,
-        disable=not sys.stderr.isatty(),
+        disable=not (sys.stderr.isatty() and ranks.is_first()),
         unit="exam",
         dynamic_ncols=True,
     )
@@ -366,7 +382,10 @@ def catch_signals(handler):
 def resume_with():
     """The message with the command line that resumes this run."""
     words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
-    return "Resume with: " + shlex.join(["python", Path(sys.argv[0]).name, *words, "--resume"])
+    start = (
+        ["torchrun", "--nproc-per-node", str(ranks.count())] if ranks.count() > 1 else ["python"]
+    )
+    return "Resume with: " + shlex.join([*start, Path(sys.argv[0]).name, *words, "--resume"])
 
 
 # --- exit status ----------------------------------------------------------------------------------
@@ -422,6 +441,8 @@ def status_of(error):
     is_memory = isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
     )
+    if isinstance(error, RuntimeError) and "Connection closed by peer" in str(error):
+        return 1, "failed: another rank has ended; its message tells why"
     if is_memory:
         return 1, "failed: out of memory; close other programs, or train with --slices 0.5"
     return None

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from scipy.special import expit
 
+from common import ranks
 from common.cli import progress
 from common.devices import autocast
 from common.metrics import roc_auc
@@ -42,26 +43,26 @@ class TrainingStep:
         Returns:
             logits and weighted losses, float32 (n, tasks) on the device: nothing here waits for it.
         """
-        pairs = zip(rows, views, strict=True)
+        pairs = zip(ranks.share(rows), ranks.share(views), strict=True)
         prepared = (exams.prepare(exams.volume(i), self.device, view) for i, view in pairs)
         return self.on_exams(prepared, targets, weights)
 
     def on_exams(self, prepared, targets, weights):
-        """The same on an iterator of exams as `exams.prepare` returns them."""
+        """The same on an iterator of this rank's exams as `exams.prepare` returns them."""
         n = len(targets)
+        logits, losses = torch.zeros_like(targets), torch.zeros_like(targets)
         self.optimizer.zero_grad(set_to_none=True)
-        # An exam gets no name here, so that `backward` can free it.
-        results = [
-            self.backward(next(prepared), targets[k : k + 1], weights[k : k + 1], n)
-            for k in range(n)
-        ]
+        for k in ranks.share(range(n)):
+            row = slice(k, k + 1)
+            # An exam gets no name here, so that `backward` can free it.
+            logits[row], losses[row] = self.backward(next(prepared), targets[row], weights[row], n)
+        ranks.add_up_step(self.model, [logits, losses])
         if self.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         for function in self.after:
             function()
-        logits, losses = zip(*results, strict=True)
-        return torch.cat(logits), torch.cat(losses)
+        return logits, losses
 
     def backward(self, exam, target, weight, exams_in_step):
         """Forward and backward for one exam; target and weight (1, tasks).
@@ -118,7 +119,7 @@ def train_epoch(step, exams, what="train", partial_epoch=None, stop_requested=()
         what: title of the progress bar.
         partial_epoch: what an interrupted epoch left, to resume it: {"logits", "losses"}, float32
             (k, tasks), and what `random_states` returned.
-        stop_requested: filled from outside to stop after the current step.
+        stop_requested: list that is filled from outside to stop after the current step.
         accumulate: exams in a step; the last step has what is left.
 
     Returns:
@@ -137,6 +138,7 @@ def train_epoch(step, exams, what="train", partial_epoch=None, stop_requested=()
         begin = len(partial_epoch["logits"])
         logits[:begin], losses[:begin] = partial_epoch["logits"], partial_epoch["losses"]
         restore_random_states(partial_epoch, device)
+    ranks.differ(begin)
     end = begin
     for k in progress(range(begin, n, accumulate), what):
         end = min(k + accumulate, n)
@@ -144,7 +146,7 @@ def train_epoch(step, exams, what="train", partial_epoch=None, stop_requested=()
         logits[group], losses[group] = step(
             exams, order[group], views[group], targets[group], weights[group]
         )
-        if stop_requested:
+        if ranks.any_stops(stop_requested):
             break
     return np.array(order), logits[:end].cpu().numpy(), losses[:end].cpu().numpy()
 
@@ -157,10 +159,11 @@ def predict(model, exams, device, precision, what="predict", views=None):
         views: of each exam, as `exams.draw` returns them; by default the whole exam as it is.
     """
     model.eval()
-    logits = torch.empty(exams.labels.shape, device=device)
-    for i in progress(range(len(exams)), what):
+    logits = torch.zeros(exams.labels.shape, device=device)
+    for i in progress(ranks.share(range(len(exams))), what):
         with autocast(device, precision):
             logits[i] = model(exams.exam(i, device, views[i] if views else None))[0]
+    ranks.add_up(logits)
     return logits.cpu().numpy()
 
 

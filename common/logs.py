@@ -1,9 +1,11 @@
 """What TensorBoard shows: the curves, pictures and hyperparameters of a training."""
 
+from datetime import datetime
 from typing import NamedTuple
 
 import numpy as np
 
+from common import ranks
 from common.metrics import mean_of, roc_auc
 from dataloader import is_positive
 
@@ -62,8 +64,14 @@ def heads_of_epochs(selected_on, tasks):
     )
 
 
+def new_log_dir(folder):
+    """Path of a new training's curves within a folder, by the time: str."""
+    return str(folder / f"{datetime.now():%Y%m%d-%H%M%S}")
+
+
 class NoWriter:
-    """Stands in for TensorBoard's SummaryWriter where logs cannot be written."""
+    """Stands in for TensorBoard's SummaryWriter where logs cannot be written, and in all ranks but
+    the first."""
 
     def __getattr__(self, name):
         return lambda *args, **more: None
@@ -77,6 +85,8 @@ class NoWriter:
 
 def open_writer(folder, purge_step=None):
     """TensorBoard's SummaryWriter; where it cannot write, a NoWriter, with a warning."""
+    if not ranks.is_first():
+        return NoWriter()
     # Half a second to import, and predicting does not need it.
     from torch.utils.tensorboard import SummaryWriter
 

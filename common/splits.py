@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
+from common import ranks
 from common.checkpoint import run_suffix
 from common.errors import InputError
 from common.files import write_csv
@@ -192,5 +193,5 @@ def tuning_rows(labels, rows, seed, groups):
 def write_folds(path, splits):
     """CSV of seed,id,fold: which network was not trained on which exam; nothing without folds."""
     rows = [(one.seed, exam_id, one.fold) for one in splits for exam_id in one.out_of_fold]
-    if rows:
+    if rows and ranks.is_first():
         write_csv(path, [("seed", "id", "fold"), *rows])
