@@ -5,6 +5,7 @@
     python predict.py knee7-axial.npy knee7-sagittal.npy        # one exam's planes, to the terminal
     python predict.py ~/inbox --out inbox.csv --resume          # after studies came, went or broke
     python predict.py ~/rsna/test_series --submission ~/rsna/sample_submission.csv --out mine.csv
+    python predict.py ~/archive --jobs 4 --out all.csv          # in four processes
     python predict.py ~/archive --part 2/4 --out part2.csv      # on the second of four machines
 
 One row for each exam and task. An exam's name is the same in every run: a file's name, or for DICOM
@@ -27,15 +28,18 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from common import cli, engine
 from common.answering import Options, load_tasks, model_of, open_fit_exams
+from common.archive import parts_left, predict_in_parts
+from common.cluster import Machines
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, one_line, printable
 from common.exams import read_planes
 from common.files import atomic, csv_line, from_cell
-from common.parts import part_argument, write_part
+from common.parts import beside, check_names, part_argument, write_part
 from common.stacking import decide
 from common.submission import read_sample, write_submission
 from dataloader import PLANES, in_order
@@ -92,13 +96,14 @@ def parse_arguments():
     machine = parser.add_argument_group("machine")
     cli.add_machine_arguments(machine)
     workers = "processes that read and decode RSNA's studies while the networks compute, about 500 "
-    workers += "MB each; default: half the cores, at most 8"
-    machine.add_argument(
-        "--workers", type=cli.positive_int, default=default_workers(), help=workers
-    )
+    workers += "MB each; default: half the cores, at most 8; with --jobs 1"
+    machine.add_argument("--workers", type=cli.positive_int, help=workers)
+    cli.add_machines_arguments(parser, "parts", "one process predicts all")
     args = parser.parse_args()
     if str(args.out) == "-" and (args.resume or args.overwrite):
         parser.error("--resume and --overwrite need a file as --out")
+    if (args.jobs or args.cluster) and (str(args.out) == "-" or args.part):
+        parser.error("--jobs and --cluster need a file as --out, and make the parts themselves")
     if args.part and (str(args.out) == "-" or args.submission):
         parser.error("--part needs a file as --out, and no --submission before all are merged")
     if args.submission and (str(args.out) == "-" or args.jsonl or args.task):
@@ -321,62 +326,104 @@ def predict_all(exams, tasks, saved, file, options, jsonl):
     return counts
 
 
+def write_rows(exams, tasks, options, out, jsonl, saved):
+    """Predict into a file, or to stdout.
+
+    Args:
+        out: Path; - is stdout.
+        jsonl: rows of JSON, not CSV.
+        saved: {(source, name): Saved} to keep of what is there; None to begin anew.
+
+    Returns:
+        Counter as `predict_all`, and seconds.
+    """
+    to_stdout, resume = str(out) == "-", saved is not None
+    saved, header = saved or {}, "" if jsonl else csv_line(columns_for(tasks))
+    with nullcontext(sys.stdout) if to_stdout else open_output(out, resume) as file:
+        if to_stdout or file.tell() == 0:
+            file.write(header)
+        began = time.perf_counter()
+        try:
+            counts = predict_all(exams, tasks, saved, file, options, jsonl)
+        except KeyboardInterrupt:
+            if to_stdout:
+                raise
+            resume = f"{len(saved)} exams are in {out}. {cli.resume_with()}"
+            raise KeyboardInterrupt(resume) from None
+        seconds = time.perf_counter() - began
+    if resume:
+        put_in_order(out, saved, exams, header)
+    return counts, seconds
+
+
+def why_not_all(exams, counts):
+    """What could not be used, one line; "" where all could; `counts` as `predict_all`."""
+    if exams.fault:
+        return f"{exams.fault}; {counts['failed']} exams without an answer, see `error`"
+    if counts["failed"] or exams.failed:
+        files = f"{counts['failed']} exams and {exams.failed} files"
+        return f"{files} could not be used, named above"
+    return ""
+
+
 def run(args):
     """Predict, write the rows, and list what could not be used."""
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
+    in_parts = bool(args.cluster) or (args.jobs or 1) > 1
+    values = vars(args) | {"workers": args.workers or 1}  # of each part
+    if not args.cluster:  # whose machines may differ from this one
+        values |= {"device": device.type, "precision": precision}
     args.device, args.precision = device.type, precision  # what "auto" became
+    args.workers = args.workers or default_workers()
     submission, sample = args.out, None
     if args.submission:
         sample = read_sample(args.submission)
         args.task, args.partial = sample.tasks, True
+        values |= {"task": args.task, "partial": True}
         args.out = args.out.with_name(f"{args.out.stem}-rows.csv")
     options = Options(device, precision, args.partial)
-    # Pipelines get rows and nothing else.
     to_stdout = str(args.out) == "-"
-    log = partial(print, file=sys.stderr if to_stdout else sys.stdout)
-    tasks = load_tasks(args.models_dir, args.task, device, args.recipes)
-    saved = {}
+    where = torch.device("cpu") if in_parts else device
+    tasks = load_tasks(args.models_dir, args.task, where, args.recipes)
+    saved = None
     if args.resume:
-        names = [models.task for models in tasks]
-        model = model_of(tasks, options)
+        if not in_parts and parts_left(args.out):
+            raise InputError(f"{args.out}.parts: of an interrupted run with --jobs; give --jobs 2")
+        names, model = [models.task for models in tasks], model_of(tasks, options)
         saved = saved_exams(args.out, columns_for(tasks), names, model, args.jsonl)
-    if not to_stdout and args.out.exists() and not (args.resume or args.overwrite):
+    elif not to_stdout and args.out.exists() and not args.overwrite:
         raise InputError(f"{args.out}: exists; --resume continues it, --overwrite replaces it")
-    header = "" if args.jsonl else csv_line(columns_for(tasks))
-    opened = open_fit_exams(args.exams, args.plane, tasks, args.allow_synthetic, log, args.workers)
-    with opened as exams:
-        if args.part:
-            keys = [(printable(source), printable(name)) for source, name in exams]
-            exams.keep(args.part)
-            write_part(args.out, args.part, keys)
-        with nullcontext(sys.stdout) if to_stdout else open_output(args.out, args.resume) as file:
-            if not to_stdout:
-                cli.print_start_up(vars(args), device, precision)
-                for models in tasks:
-                    print_models(models)
-            if to_stdout or file.tell() == 0:
-                file.write(header)
-            began = time.perf_counter()
-            try:
-                counts = predict_all(exams, tasks, saved, file, options, args.jsonl)
-            except KeyboardInterrupt:
-                if to_stdout:
-                    raise
-                resume = f"{len(saved)} exams are in {args.out}. {cli.resume_with()}"
-                raise KeyboardInterrupt(resume) from None
-            seconds = time.perf_counter() - began
-        if args.resume:
-            put_in_order(args.out, saved, exams, header)
-    log(summary_line(counts, seconds))
+    if args.part:
+        beside(args.out).unlink(missing_ok=True)
+    if not to_stdout:
+        cli.print_start_up(vars(args), device, precision)
+        for models in tasks:
+            print_models(models)
+    if in_parts:
+        machines = Machines(args.jobs, args.threads, args.jobs_per_gpu, args.cluster, False)
+        runner = machines.pick(device.type, args.jobs)
+        is_whole = predict_in_parts(values, args.out, runner, args.resume)
+        unusable = "" if is_whole else "not all exams or files could be used, named above"
+    else:
+        # Pipelines get rows and nothing else.
+        log = partial(print, file=sys.stderr) if to_stdout else print
+        about = args.exams, args.plane, tasks, args.allow_synthetic, log, args.workers
+        opened = open_fit_exams(*about)
+        with opened as exams:
+            if args.part:
+                keys = [(printable(source), printable(name)) for source, name in exams]
+                check_names(keys)
+                exams.keep(args.part)
+            counts, seconds = write_rows(exams, tasks, options, args.out, args.jsonl, saved)
+            if args.part:
+                write_part(args.out, args.part, keys)
+        log(summary_line(counts, seconds))
+        unusable = why_not_all(exams, counts)
     if sample:
         submit(submission, sample, args.out, tasks)
-    if exams.fault:
-        raise RunError(f"{exams.fault}; {counts['failed']} exams without an answer, see `error`")
-    if counts["failed"] or exams.failed:
-        raise RunError(
-            f"{counts['failed']} exams and {exams.failed} files could not be used, named above"
-        )
+    if unusable:
+        raise RunError(unusable)
 
 
 def submit(path, sample, rows, tasks):

@@ -23,6 +23,7 @@ from common.jobs import ROOT, Done, Jobs, finish, most_at_once, start, tried_twi
 
 TRIES = 5  # on other nodes, where one is lost
 LOOK = 0.5  # s between looks at what has ended, and at the flag
+NEVER_ENDED = -1  # status of a job that was lost with its machine
 LOG = ".output"  # name of a job's log among its files
 
 
@@ -71,7 +72,7 @@ class RayJobs(Jobs):
                     take_back(job, sent, files)
                 except self.ray.exceptions.RayError as error:  # lost too often, or no such folder
                     note(job, f"Ray: {one_line(error.__cause__ or error)}")
-                    done = Done(job, 1, 0.0, 0.0, 0)
+                    done = Done(job, NEVER_ENDED, 0.0, 0.0, 0)
                 del self.running[reference]
                 yield done
 

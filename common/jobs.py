@@ -35,6 +35,7 @@ class Job(NamedTuple):
     log: Path  # gets all that it prints
     work: float = 1.0  # how long it takes, in any unit: the longest begin first
     files: tuple = ()  # names of what it reads and writes in its --models-dir
+    ended: Path | None = None  # a file that is there once it has ended well, if with status 1
 
 
 class Done(NamedTuple):
@@ -45,6 +46,13 @@ class Done(NamedTuple):
     seconds: float  # wall clock
     cpu_seconds: float  # of all its threads: what it would take on one core with nothing beside it
     peak_memory: int  # bytes, resident
+
+    @property
+    def is_fine(self):
+        """Whether there is nothing to try again."""
+        return self.status == 0 or (
+            self.status == 1 and self.job.ended is not None and self.job.ended.exists()
+        )
 
 
 class Jobs:
@@ -88,7 +96,7 @@ class Jobs:
                     continue
                 count, done_work = count + 1, done_work + done.job.work
                 rest = (time.perf_counter() - began) * (left - done_work) / done_work
-                what = "" if done.status == 0 else f", FAILED with status {done.status}"
+                what = "" if done.is_fine else f", FAILED with status {done.status}"
                 tqdm.write(
                     f"{count}/{len(jobs)}  {done.job.name}{what}  {done.seconds:.0f} s"
                     + (f", about {rest / 60:.0f} min left" if count < len(jobs) else "")
@@ -149,7 +157,7 @@ def tried_twice(attempt, is_stopped):
         is_stopped: function that tells whether jobs shall stop.
     """
     done = attempt()
-    if done.status in (0, BAD_INPUT) or is_stopped():
+    if done.is_fine or done.status == BAD_INPUT or is_stopped():
         return done
     again = attempt()
     return again._replace(
@@ -207,12 +215,12 @@ def finish(job, process, began, options=0):
     )
 
 
-def failures(failed, jobs):
+def failures(failed, jobs, what="networks"):
     """One line about the jobs that failed: how many, and why the last did."""
     log = failed[-1].log
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return (
-        f"{len(failed)} of {len(jobs)} networks failed, the last, {failed[-1].name}, with "
-        f"'{lines[-1] if lines else ''}' ({log}); correct that and start again, the others are "
-        "not repeated"
+        f"{len(failed)} of {len(jobs)} {what} failed, the last, {failed[-1].name}, with "
+        f"'{lines[-1] if lines else ''}' ({log}); correct that and start again (predict.py with "
+        "--resume), the others are not repeated"
     )

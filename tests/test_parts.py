@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, assert_one_line_error, run_script
 
+from common.archive import make_jobs
 from common.errors import InputError
 from common.files import csv_line, from_cell
-from common.parts import Part, write_part
+from common.jobs import Done
+from common.parts import Part, check_names, write_part
 
 
 def predict(work, exams, out, *more):
@@ -117,8 +119,8 @@ def test_a_finding_that_is_missing_is_said(tmp_path):
     parts = [write_part_file(tmp_path / str(n), Part(n, 2), keys, rows=rows)
              for n, rows in ((1, None), (2, 3))]  # fmt: skip
     assert_one_line_error(merge(parts, tmp_path / "all"), "exam 3 has rows of acl only", "men")
-    with pytest.raises(InputError, match="same name"):
-        write_part(tmp_path / "x", Part(1, 2), [("", "a"), ("", "a")])
+    with pytest.raises(InputError, match="/a: two exams of the list have this name"):
+        check_names([("", "b"), ("", "a"), ("", "a")])
 
 
 def test_parts_of_other_lists_or_networks_are_refused(own, trained, tmp_path):
@@ -196,3 +198,105 @@ def resident_of(pid):
             return int(file.read().split()[1]) * resource.getpagesize()
     except (OSError, IndexError):
         return 0
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+def test_jobs_predict_what_one_process_predicts(parts, trained, tmp_path):
+    work, out = trained[0], tmp_path / "all.csv"
+    done = predict(work, work / "data", out, "--jobs", 3, "--threads", 1)
+    assert done.returncode == 0, done.stderr
+    assert "30 exams from 3 parts" in done.stdout
+    assert out.read_bytes() == parts["all"].read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["all.csv"]
+    assert_one_line_error(predict(work, work / "data", out, "--jobs", 3), "exists; --resume")
+    lines = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(b"".join(lines[:11]))  # the rows of ten exams stay
+    done = predict(work, work / "data", out, "--jobs", 2, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == parts["all"].read_bytes()
+
+
+def test_jobs_with_bad_input_start_no_process(trained, tmp_path):
+    work = trained[0]
+
+    def jobs(exams, out, *more):
+        return predict(work, exams, out, "--jobs", 2, *more)
+
+    done = jobs(work / "data/valid", "-")
+    assert done.returncode == 2 and "--jobs and --cluster need a file" in done.stderr
+    assert_one_line_error(jobs(tmp_path / "none", tmp_path / "x.csv"), "none: no such file")
+    one = work / "data/valid/axial/0020.npy"
+    assert_one_line_error(jobs(one, tmp_path / "x.csv"), "one exam has no parts; leave out --jobs")
+    for out in (tmp_path / "none/x.csv", tmp_path / "folder"):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        assert_one_line_error(jobs(work / "data", out, "--overwrite"), f"{out}: cannot be written")
+    (tmp_path / "y.csv.parts").write_text("a file of that name")
+    assert_one_line_error(jobs(work / "data", tmp_path / "y.csv"), "y.csv: cannot be written")
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "y.csv.parts"}
+
+
+def test_jobs_with_other_options_go_on_after_a_signal(trained, tmp_path):
+    """Options reach every process; an interrupted run leaves its parts, which --resume takes, in
+    the same number; what else lies in their folder stays."""
+    work, out = trained[0], tmp_path / "all.jsonl"
+    exams = shutil.copytree(work / "data", tmp_path / "exams")
+    options = ("--jsonl", "--task", "acl", "--partial", "--recipes", "article")
+    whole = tmp_path / "whole.jsonl"
+    assert predict(work, exams, whole, *options).returncode == 0
+    words = [exams, "--models-dir", work / "models", "--precision", "fp32", "--out", out, *options]
+    command = [sys.executable, ROOT / "predict.py", *words, "--jobs", "2"]
+    running = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "all.jsonl.parts"
+    while not list(folder.glob("*.txt")):
+        assert running.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.5)
+    running.send_signal(signal.SIGTERM)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 143 and "Resume with: python predict.py" in said
+    assert not out.exists() and folder.is_dir()
+    (folder / "mine.txt").touch()
+    assert_one_line_error(predict(work, exams, out, *options, "--jobs", 2), "--resume continues")
+    assert_one_line_error(predict(work, exams, out, *options, "--resume"), "give --jobs 2")
+    done = predict(work, exams, out, *options, "--jobs", 3, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "from 2 parts" in done.stdout
+    assert out.read_bytes() == whole.read_bytes()
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+
+
+def test_jobs_name_what_cannot_be_used_and_keep_the_logs(trained, tmp_path):
+    work, out = trained[0], tmp_path / "all.csv"
+    exams = shutil.copytree(work / "data" / "valid", tmp_path / "exams")
+    (exams / "axial" / "0021.npy").write_bytes(b"no volume")
+    done = predict(work, exams, out, "--jobs", 4, "--allow-synthetic")
+    assert done.returncode == 1 and "10 exams from 4 parts" in done.stdout
+    first, last = done.stderr.splitlines()
+    assert first.startswith("error: 0021: ") and "0021.npy" in first and "named above" in last
+    logs = "".join(path.read_text() for path in (tmp_path / "all.csv.parts").glob("*.txt"))
+    assert logs.count("$ python") == 4 and "FAILED" not in done.stdout  # none was tried again
+    whole = tmp_path / "whole.csv"
+    assert predict(work, exams, whole, "--allow-synthetic").returncode == 1
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_part_that_dies_with_status_1_is_not_a_part_that_ended(trained, tmp_path):
+    """A run has ended well when it says so: old rows of an exam that has changed are not merged."""
+    work, ended = trained[0], tmp_path / "part1of2.rows.part.json"
+    job = make_jobs({"exams": [tmp_path]}, tmp_path, 2)[0]
+    assert job.ended == ended
+    statuses = (0, 1, 2, -9)
+    assert [Done(job, n, 0, 0, 0).is_fine for n in statuses] == [True, False, False, False]
+    ended.touch()
+    assert [Done(job, n, 0, 0, 0).is_fine for n in statuses] == [True, True, False, False]
+    for number, broken in ((1, False), (2, True)):
+        words = ("--part", f"{number}/2", "--resume")
+        assert predict(work, work / "data", tmp_path / f"{number}.csv", *words).returncode == 0
+        if broken:  # its next run dies while it lists the exams
+            exams = shutil.copytree(work / "data", tmp_path / "exams")
+            (exams / "dataset.json").write_text("{")
+            assert predict(work, exams, tmp_path / "2.csv", *words).returncode == 2
+    done = merge([tmp_path / "1.csv", tmp_path / "2.csv"], tmp_path / "all.csv")
+    assert_one_line_error(done, "2.csv.part.json: no such file", "after its run has ended")
