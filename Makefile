@@ -44,7 +44,7 @@ reproduce: $(VENV:%=%/installed) $(if $(filter $(PHANTOM),$(DATA)),$(PHANTOM)/va
 
 # Two processes with one thread each: two threads gain little on the tests' small exams.
 test: $(VENV:%=%/installed-dev)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal --durations=15 --durations-min=5
 
 lint: $(VENV:%=%/installed-dev)
 	$(PY) -m ruff check .

@@ -82,6 +82,16 @@ def test_a_lost_nodes_jobs_run_again_elsewhere(cluster, tmp_path):
     assert began == {1: 1, 2: 1}  # the other node's job was not disturbed
 
 
+def test_an_archive_is_predicted_on_the_nodes(cluster, trained, tmp_path):
+    work = trained[0]
+    words = ("predict.py", work / "data", "--models-dir", work / "models", "--precision", "fp32")
+    done = run_script(*words, "--out", tmp_path / "rows.csv", "--cluster", "ray")
+    assert done.returncode == 0, done.stderr
+    assert "30 exams from 2 parts" in done.stdout
+    assert run_script(*words, "--out", tmp_path / "one.csv").returncode == 0
+    assert (tmp_path / "rows.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
+
+
 def reproduce(work, models, *words):
     command = ["reproduce.py", "--data-dir", work / "data", "--models-dir", work / models,
                "--logs-dir", work / "logs", *words]  # fmt: skip
