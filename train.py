@@ -130,7 +130,7 @@ def parse_arguments():
     add("--class-weights", action=switch, help=weights)
     accumulate = "exams in one step of the optimizer; torchrun's processes share them out"
     add("--accumulate", type=cli.positive_int, help=accumulate)
-    average = "decay of the weights' moving average, which is evaluated and saved, such as 0.999"
+    average = "decay of the weights' moving average, which is saved: 0.999; 0.99 below 5,000 steps"
     add("--average-weights", type=cli.probability, help=average)
     clip = "largest norm of the gradient, such as 1; 0: any"
     add("--clip", type=cli.nonnegative_float, help=clip)
