@@ -1,6 +1,7 @@
 # make demo | test | reproduce | bench | lint | pictures | mutants
 # Everything installs into .venv first; `make demo VENV=` uses the python that is active instead
-# and installs nothing. `make reproduce DATA=data/phantom ARGS="--epochs 4 --lr 3e-5"`.
+# and installs nothing. `make reproduce DATA=data/phantom` takes one network for all findings of a plane
+# and recipes/phantom.toml; ARGS="--epochs 8" is for train.py.
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -40,7 +41,7 @@ bench: $(VENV:%=%/installed)
 	$(PY) -m tools.benchmark --growth
 
 reproduce: $(VENV:%=%/installed) $(if $(filter $(PHANTOM),$(DATA)),$(PHANTOM)/valid-acl.csv)
-	$(PY) reproduce.py --data-dir $(DATA) $(if $(ARGS),-- $(ARGS))
+	$(PY) reproduce.py --data-dir $(DATA) $(if $(filter $(PHANTOM),$(DATA)),--together -- --recipe phantom $(ARGS),$(if $(ARGS),-- $(ARGS)))
 
 # Two processes with one thread each: two threads gain little on the tests' small exams.
 test: $(VENV:%=%/installed-dev)

@@ -92,6 +92,21 @@ def test_prevalences_are_mrnets(n):
     assert all(row["abnormal"] for row in rows if row["acl"] or row["meniscus"])
 
 
+def test_a_quarter_of_the_meniscal_tears_is_a_thin_line_and_nothing_else():
+    rng = np.random.default_rng(0)
+    drawn = [draw_lesions(rng, {"abnormal": 1, "acl": 1, "meniscus": 1}) for _ in range(2000)]
+    subtle = [one for one in drawn if one["meniscus"]["width"] < 1]
+    assert len(subtle) / len(drawn) == pytest.approx(0.25, abs=0.03)  # three standard errors
+    for one in subtle:
+        assert max(one["extrusion"].values()) <= 1.5 and one["cyst"] is None
+        assert one["meniscus"]["handle"] is None and not one["meniscus"]["displaced"]
+    others = [one for one in drawn if one["meniscus"]["width"] > 1]
+    assert np.mean([one["cyst"] is not None for one in others]) == pytest.approx(0.40, abs=0.04)
+    small = [one for one in drawn if max(one["acl"]["radii"]) < 5.5]
+    assert len(small) / len(drawn) == pytest.approx(0.08, abs=0.02)
+    assert np.mean([one["acl"]["partial"] for one in drawn]) == pytest.approx(0.43, abs=0.035)
+
+
 def test_lesions_are_those_of_the_labels(knees, places):
     for split in ("train", "valid"):
         for task in ("acl", "meniscus"):

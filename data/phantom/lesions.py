@@ -8,11 +8,15 @@ TASK_OF = {"acl": "acl", "meniscus": "meniscus", "extrusion": "meniscus", "fragm
 # The anterior cruciate ligament
 PARTIAL_TEARS = 0.35  # share of torn ACLs that are partial: smaller, darker, some fibres left
 PARTIAL_SIZE, PARTIAL_SIGNAL = 0.75, 0.75  # of a complete tear's
+SUBTLE_ACL = 0.08  # share of torn ACLs of which hardly anything shows
+SUBTLE_SIZE, SUBTLE_SIGNAL = 0.40, 0.40  # of a complete tear's
 TEAR_RADIUS = (7.0, 13.0)  # mm; half length of the bright mass in place of torn fibres
 TEAR_SIGNAL = (0.55, 1.00)  # of that mass; fluid is 0.95, muscle 0.38
 # The menisci
 CLEFT_WIDTH = (2.4, 4.4)  # mm; a meniscal tear's bright line
 CLEFT_SIGNAL = (0.70, 1.00)  # of fluid's
+SUBTLE_TEARS = 0.25  # share of meniscal tears that are a short thin line and nothing else
+SUBTLE_WIDTH, SUBTLE_CLEFT = (0.4, 0.8), (0.20, 0.40)  # mm; of fluid's signal
 CLEFT_HALF_ANGLE = (0.45, 0.90)  # rad round the meniscus; 15 mm each
 DISPLACED_TEARS = 0.50  # share of meniscal tears whose free edge is gone, with fluid in its place
 BUCKET_HANDLES = 0.25  # share of medial tears whose free edge lies in the notch
@@ -57,38 +61,9 @@ def draw_lesions(rng, labels):
     lesions |= {"oedema": [], "effusion": 0.0}
     lesions["extrusion"] = {side: rng.uniform(*NO_EXTRUSION) for side in (-1, 1)}
     if labels["acl"]:
-        partial_tear = bool(rng.random() < PARTIAL_TEARS)
-        size = rng.uniform(*TEAR_RADIUS) * (PARTIAL_SIZE if partial_tear else 1)
-        place = rng.choice([0.30, 0.50, 0.72], p=[0.35, 0.5, 0.15])  # proximal, middle, distal
-        lesions["acl"] = {
-            "at": place + rng.uniform(-0.07, 0.07),
-            "radii": (size * rng.uniform(0.6, 0.8), size, size * rng.uniform(0.8, 1.05)),
-            "signal": rng.uniform(*TEAR_SIGNAL) * (PARTIAL_SIGNAL if partial_tear else 1),
-            "partial": partial_tear,
-            "sag": rng.uniform(1, 5),  # mm
-        }
+        lesions["acl"] = draw_acl_tear(rng)
     if labels["meniscus"]:
-        place = rng.choice([1.35, 0.2, -1.2], p=[0.65, 0.2, 0.15])  # posterior, body, anterior
-        side = -1 if rng.random() < 0.7 else 1
-        handle = side < 0 and rng.random() < BUCKET_HANDLES
-        angle = 0.3 if handle else place + rng.uniform(-0.25, 0.25)
-        lesions["meniscus"] = {
-            "side": side,
-            "angle": angle,
-            "half_angle": 1.4 if handle else rng.uniform(*CLEFT_HALF_ANGLE),
-            "kind": rng.choice(["horizontal", "vertical", "complex"], p=[0.45, 0.3, 0.25]),
-            "slant": rng.uniform(-1, 1),
-            "width": rng.uniform(*CLEFT_WIDTH),
-            "signal": rng.uniform(*CLEFT_SIGNAL),
-            "displaced": bool(rng.random() < DISPLACED_TEARS),
-            "handle": rng.normal(0, 0.6, (2, 3)) if handle else None,  # mm, off its usual place
-        }
-        if rng.random() < EXTRUDED:
-            lesions["extrusion"][side] = rng.uniform(*EXTRUSION)
-        if rng.random() < CYSTS:
-            radius = rng.uniform(*CYST_RADIUS)
-            phases = rng.uniform(0, 6.3, 3)
-            lesions["cyst"] = {"side": side, "angle": angle, "radius": radius, "phases": phases}
+        lesions |= draw_meniscal_tear(rng, lesions["extrusion"])
     harmless = group == "normal"
     if with_oedema:
         radii = HARMLESS_RADIUS if harmless else OEDEMA_RADIUS
@@ -101,3 +76,52 @@ def draw_lesions(rng, labels):
     if with_effusion:
         lesions["effusion"] = rng.uniform(*(HARMLESS_EFFUSION if harmless else EFFUSION_SIZE))
     return lesions
+
+
+def draw_acl_tear(rng):
+    """Where and how the ACL is torn: an argument of paint_acl."""
+    kind = rng.choice(["subtle", "partial", "complete"], p=[
+        SUBTLE_ACL, PARTIAL_TEARS, 1 - SUBTLE_ACL - PARTIAL_TEARS
+    ])  # fmt: skip
+    size = {"subtle": SUBTLE_SIZE, "partial": PARTIAL_SIZE, "complete": 1}[kind]
+    signal = {"subtle": SUBTLE_SIGNAL, "partial": PARTIAL_SIGNAL, "complete": 1}[kind]
+    size *= rng.uniform(*TEAR_RADIUS)
+    place = rng.choice([0.30, 0.50, 0.72], p=[0.35, 0.5, 0.15])  # proximal, middle, distal
+    return {
+        "at": place + rng.uniform(-0.07, 0.07),
+        "radii": (size * rng.uniform(0.6, 0.8), size, size * rng.uniform(0.8, 1.05)),
+        "signal": rng.uniform(*TEAR_SIGNAL) * signal,
+        "partial": kind != "complete",
+        "sag": rng.uniform(1, 5),  # mm
+    }
+
+
+def draw_meniscal_tear(rng, extrusion):
+    """Where and how a meniscus is torn, and what comes with it: meniscus, extrusion, cyst.
+
+    Args:
+        extrusion: {side: mm} of intact menisci.
+    """
+    subtle = rng.random() < SUBTLE_TEARS
+    place = rng.choice([1.35, 0.2, -1.2], p=[0.65, 0.2, 0.15])  # posterior, body, anterior
+    side = -1 if rng.random() < 0.7 else 1
+    handle = not subtle and side < 0 and rng.random() < BUCKET_HANDLES
+    angle = 0.3 if handle else place + rng.uniform(-0.25, 0.25)
+    tear = {
+        "side": side,
+        "angle": angle,
+        "half_angle": 1.4 if handle else rng.uniform(*CLEFT_HALF_ANGLE),
+        "kind": rng.choice(["horizontal", "vertical", "complex"], p=[0.45, 0.3, 0.25]),
+        "slant": rng.uniform(-1, 1),
+        "width": rng.uniform(*(SUBTLE_WIDTH if subtle else CLEFT_WIDTH)),
+        "signal": rng.uniform(*(SUBTLE_CLEFT if subtle else CLEFT_SIGNAL)),
+        "displaced": bool(not subtle and rng.random() < DISPLACED_TEARS),
+        "handle": rng.normal(0, 0.6, (2, 3)) if handle else None,  # mm, off its usual place
+    }
+    cyst = None
+    if not subtle and rng.random() < EXTRUDED:
+        extrusion = extrusion | {side: rng.uniform(*EXTRUSION)}
+    if not subtle and rng.random() < CYSTS:
+        radius = rng.uniform(*CYST_RADIUS)
+        cyst = {"side": side, "angle": angle, "radius": radius, "phases": rng.uniform(0, 6.3, 3)}
+    return {"meniscus": tear, "extrusion": extrusion, "cyst": cyst}
