@@ -40,7 +40,7 @@ from common.errors import InputError, RunError, one_line, printable
 from common.exams import read_planes
 from common.files import atomic, csv_line, from_cell
 from common.parts import beside, check_names, part_argument, write_part
-from common.stacking import decide
+from common.stacking import DIGITS, decide
 from common.submission import read_sample, write_submission
 from dataloader import PLANES, in_order
 
@@ -49,7 +49,6 @@ JOINT = "joint"  # probability of networks that join several planes
 AFTER = (JOINT, "stack", "threshold", "decision", "planes", "missing")
 # What could not be used; what the networks were trained on; hashes of models and of the input.
 AFTER += ("note", "error", "trained_on", "model", "input")
-DIGITS = 8  # of a probability
 
 
 def parse_arguments():

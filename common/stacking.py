@@ -36,6 +36,7 @@ FORMAT = "mrnet-stack-4"
 FORMATS = (FORMAT, "mrnet-stack-3", "mrnet-stack-2", "mrnet-stack-1")  # that can be read
 ROUNDED_LOGITS = "mrnet-stack-1"  # its logits had gone through rounded probabilities
 FEATURES = ("probability", "logit")
+DIGITS = 8  # of a probability, where it is written
 ANY_PLANE = "|".join(sorted(ALL_PLANES, key=len, reverse=True))  # as a regular expression
 
 
@@ -224,7 +225,10 @@ def decide(stack, planes, logits):
         (stacked,), threshold = combine(stack, planes, columns)
     except KeyError:
         return None
-    return Decision(float(stacked), threshold, "positive" if stacked >= threshold else "negative")
+    # As they are written: a threshold is often one exam's own probability, which another run gives
+    # with another last bit.
+    is_positive = round(float(stacked), DIGITS) >= round(threshold, DIGITS)
+    return Decision(float(stacked), threshold, "positive" if is_positive else "negative")
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -147,7 +147,8 @@ def test_decisions():
     assert two.probability == pytest.approx(1 / (1 + math.exp(-1)))
     at = a_stack(features="logit")
     at["combinations"]["axial"] |= {"intercept": 0, "threshold": 0.5}
-    assert decide(at, ["axial"], {"axial": [0.0]}).label == "positive"  # at the threshold
+    for value in (0.0, -1e-9):  # at the threshold, and there but for the last bit
+        assert decide(at, ["axial"], {"axial": [value]}).label == "positive"
     del at["combinations"]["axial"]
     assert decide(at, ["axial"], {"axial": [0.0]}) is None
 
