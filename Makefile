@@ -27,7 +27,7 @@ demo: $(VENV:%=%/installed) $(PHANTOM)/valid-acl.csv
 	@$(PY) train_logistic_regression.py --task $(TASK) --data-dir $(PHANTOM)
 	@echo; echo "Next:"
 	@echo "  $(BIN)tensorboard --logdir logs                 # curves, slices, ROC"
-	@echo "  $(PY) train.py --task meniscus --plane coronal $(DEMO)"
+	@echo "  make reproduce DATA=$(PHANTOM)              # every finding, in half an hour"
 	@echo "  $(PY) explain.py $(PHANTOM) --exam valid/0237 --task acl     # where in the exam?"
 	@echo "  $(PY) explain.py $(PHANTOM) --all --task acl --out pages     # every exam, to sort by error"
 	@echo "  less data/README.md                            # MRNet itself, or your own exams"

@@ -95,9 +95,9 @@ def parse_arguments():
     machine = parser.add_argument_group("machine")
     cli.add_machine_arguments(machine)
     workers = "processes that read and decode RSNA's studies while the networks compute, about 500 "
-    workers += "MB each; default: half the cores, at most 8; with --jobs 1"
+    workers += "MB each; default: half the cores, at most 8; one for each of --jobs"
     machine.add_argument("--workers", type=cli.positive_int, help=workers)
-    cli.add_machines_arguments(parser, "parts", "one process predicts all")
+    cli.add_parallel_arguments(parser, "parts", "one process predicts all")
     args = parser.parse_args()
     if str(args.out) == "-" and (args.resume or args.overwrite):
         parser.error("--resume and --overwrite need a file as --out")
@@ -347,8 +347,8 @@ def write_rows(exams, tasks, options, out, jsonl, saved):
         except KeyboardInterrupt:
             if to_stdout:
                 raise
-            resume = f"{len(saved)} exams are in {out}. {cli.resume_with()}"
-            raise KeyboardInterrupt(resume) from None
+            message = f"{len(saved)} exams are in {out}. {cli.resume_with()}"
+            raise KeyboardInterrupt(message) from None
         seconds = time.perf_counter() - began
     if resume:
         put_in_order(out, saved, exams, header)
@@ -388,7 +388,8 @@ def run(args):
     saved = None
     if args.resume:
         if not in_parts and parts_left(args.out):
-            raise InputError(f"{args.out}.parts: of an interrupted run with --jobs; give --jobs 2")
+            raise InputError(f"{args.out}.parts: of an interrupted run with --jobs; give --jobs "
+                             f"{parts_left(args.out)}")  # fmt: skip
         names, model = [models.task for models in tasks], model_of(tasks, options)
         saved = saved_exams(args.out, columns_for(tasks), names, model, args.jsonl)
     elif not to_stdout and args.out.exists() and not args.overwrite:
@@ -400,8 +401,7 @@ def run(args):
         for models in tasks:
             print_models(models)
     if in_parts:
-        machines = Machines(args.jobs, args.threads, args.jobs_per_gpu, args.cluster, False)
-        runner = machines.pick(device.type, args.jobs)
+        runner = Machines.of(values).pick(device.type, args.jobs)
         is_whole = predict_in_parts(values, args.out, runner, args.resume)
         unusable = "" if is_whole else "not all exams or files could be used, named above"
     else:

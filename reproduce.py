@@ -155,8 +155,7 @@ def run(args):
     places = {"data": args.data_dir, "models": args.models_dir, "logs": args.logs_dir}
     findings = [wanted] if args.together else [[task] for task in wanted]
     jobs = make_jobs(findings, suffixes, places, args.recipe, recipe)
-    options = (args.jobs, args.threads, args.jobs_per_gpu, args.cluster, args.fetch)
-    runner = Machines(*options).pick(device, len(jobs))
+    runner = Machines.of(vars(args)).pick(device, len(jobs))
     print(f"{len(jobs)} networks, {runner.at_once} at a time with {runner.threads} threads each; "
           f"what they print: {args.models_dir / 'output'}", flush=True)  # fmt: skip
     if args.cluster and "--precision" not in args.recipe:

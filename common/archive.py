@@ -4,6 +4,8 @@ Each process is `predict.py --part` (common/parts.py) with rows and a log of its
 where it goes on after an interruption; at the end the rows are put together.
 """
 
+import errno
+import os
 import re
 import shutil
 import sys
@@ -14,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from common import cli
 from common.errors import InputError, Interrupted, RunError
+from common.exams import check_there
 from common.jobs import ROOT, Job, failures
 from common.parts import beside, merge
 
@@ -47,13 +50,13 @@ def words_of(values):
 
 def make_jobs(values, folder, count):
     """A Job for each of `count` parts, whose rows and log are in `folder`."""
-    jobs = []
+    jobs, words = [], words_of(values)
+    exams = [str(path) for path in values["exams"]]
     for number in range(1, count + 1):
         rows = folder / f"part{number}of{count}.rows"
         own = (f"--part={number}/{count}", f"--out={rows}", "--resume")
-        words = (*words_of(values), *own, "--", *map(str, values["exams"]))
-        log = folder / f"part{number}of{count}.txt"
-        arguments = (str(ROOT / "predict.py"), *words)
+        arguments = (str(ROOT / "predict.py"), *words, *own, "--", *exams)
+        log = rows.with_suffix(".txt")
         jobs.append(Job(f"part {number}", arguments, log, ended=beside(rows)))
     return jobs
 
@@ -84,8 +87,8 @@ def opened_folder(out):
     """
     folder = folder_of(out)
     try:
-        if out.is_dir() or not out.parent.is_dir():
-            raise NotADirectoryError(0, "is a folder" if out.is_dir() else "no such folder")
+        if out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         folder.mkdir(exist_ok=True)
         lock = FileLock(folder / ".lock")
         lock.acquire(timeout=0)
@@ -148,9 +151,8 @@ def predict_in_parts(values, out, runner, resume):
         RunError: a part failed.
         Interrupted: by a signal.
     """
+    check_there(values["exams"])
     for path in values["exams"]:
-        if not path.exists():
-            raise InputError(f"{path}: no such file or folder; give a data folder or an archive")
         if path.suffix == ".npy":
             raise InputError(f"{path}: one exam has no parts; leave out --jobs and --cluster")
     left = parts_left(out)
@@ -166,7 +168,7 @@ def predict_in_parts(values, out, runner, resume):
         except Interrupted as error:
             raise Interrupted(error.number, cli.resume_with()) from None
         if failed := [done.job for done in ended if not done.is_fine]:
-            raise RunError(failures(failed, jobs, "parts"))
+            raise RunError(failures(failed, jobs, "parts", "start again with --resume"))
         merge([rows_of(job) for job in jobs], out)
         said = dict.fromkeys(line for job in jobs for line in errors_in(job.log))  # each once
         print("".join(f"{line}\n" for line in said), end="", file=sys.stderr)

@@ -121,7 +121,7 @@ def plane_name(text):
     return text
 
 
-def add_machines_arguments(parser, what, by_default):
+def add_parallel_arguments(parser, what, by_default):
     """--jobs, --threads, --jobs-per-gpu, --cluster: for what runs in several processes.
 
     Args:
@@ -131,7 +131,7 @@ def add_machines_arguments(parser, what, by_default):
     Returns:
         the group's add_argument.
     """
-    add = parser.add_argument_group("machines").add_argument
+    add = parser.add_argument_group("side by side").add_argument
     add("--jobs", type=positive_int, help=f"{what} side by side; by default {by_default}")
     threads = "of each process; by default the cores are shared out, and on a cluster one"
     add("--threads", type=positive_int, help=threads)
@@ -148,7 +148,7 @@ def add_jobs_arguments(parser):
     by_default = (
         "one a core on a CPU, as far as memory allows, and on GPUs what --jobs-per-gpu says"
     )
-    add = add_machines_arguments(parser, "networks", by_default)
+    add = add_parallel_arguments(parser, "networks", by_default)
     fetch = "with --cluster: the nodes share no folder of models, so bring each one's files back"
     add("--fetch", action="store_true", help=fetch)
 

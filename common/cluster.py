@@ -101,13 +101,18 @@ class Flag:
 
 
 class Machines(NamedTuple):
-    """Where jobs run: the values of `cli.add_jobs_arguments`."""
+    """Where jobs run: the values of `cli.add_parallel_arguments` and of --fetch."""
 
     jobs: int | None
     threads: int | None
     jobs_per_gpu: int
     cluster: str | None
-    fetch: bool
+    fetch: bool = False
+
+    @classmethod
+    def of(cls, values):
+        """Machines of {name: value} as argparse has them, others among them."""
+        return cls(**{name: values[name] for name in cls._fields if name in values})
 
     def pick(self, device, count):
         """Jobs, of this machine or of a cluster.

@@ -410,9 +410,7 @@ def open_exams(sources, plane=None, log=print, networks=None, workers=1):
     Raises:
         InputError: nothing there, or nothing that can be used.
     """
-    for source in sources:
-        if not source.exists():
-            raise InputError(f"{source}: no such file or folder; give an exam or a data folder")
+    check_there(sources)
     if all(source.suffix == ".npy" for source in sources):
         yield FilesExam(sources, plane)
         return
@@ -436,6 +434,13 @@ def open_exams(sources, plane=None, log=print, networks=None, workers=1):
             yield exams
         finally:
             exams.close()
+
+
+def check_there(sources):
+    """Raise InputError where a file or folder that a user names is not there."""
+    for source in sources:
+        if not source.exists():
+            raise InputError(f"{source}: no such file or folder; give an exam or a data folder")
 
 
 def planes_in(name):

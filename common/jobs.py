@@ -215,12 +215,12 @@ def finish(job, process, began, options=0):
     )
 
 
-def failures(failed, jobs, what="networks"):
-    """One line about the jobs that failed: how many, and why the last did."""
+def failures(failed, jobs, what="networks", again="start again"):
+    """One line about the jobs that failed: how many, why the last did, and what to do."""
     log = failed[-1].log
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return (
         f"{len(failed)} of {len(jobs)} {what} failed, the last, {failed[-1].name}, with "
-        f"'{lines[-1] if lines else ''}' ({log}); correct that and start again (predict.py with "
-        "--resume), the others are not repeated"
+        f"'{lines[-1] if lines else ''}' ({log}); correct that and {again}, the "
+        "others are not repeated"
     )

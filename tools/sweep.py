@@ -252,8 +252,7 @@ def run(args):
     with lock(setting.out / "sweep.json"):
         if args.cluster and "auto" in (args.device, args.precision):
             raise InputError("--cluster: machines may differ; give --device and --precision")
-        options = (args.jobs, args.threads, args.jobs_per_gpu, args.cluster, args.fetch)
-        runner = Machines(*options).pick(device.type, len(list(sweep.networks())))
+        runner = Machines.of(vars(args)).pick(device.type, len(list(sweep.networks())))
         run_rounds(sweep, setting, runner, args.drop, about)
     print_table(setting.out)
 

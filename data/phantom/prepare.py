@@ -1,6 +1,6 @@
 """Synthetic knee MRI exams in MRNet's layout: the data that a fresh clone trains on.
 
-    python data/phantom/prepare.py                                 # 200 + 60 exams, about 3 minutes
+    python data/phantom/prepare.py                                 # 200 + 60 exams, 3 to 6 minutes
     python data/phantom/prepare.py --exams 1130 --valid 120 --out /tmp/phantom
     python data/phantom/prepare.py --as rsna --out /tmp/rsna        # see docs/rsna.md
     python train.py --task acl --plane sagittal --data-dir data/phantom
