@@ -403,11 +403,13 @@ class Augmentation:
     with probability 0.5, composed into one bilinear resampling; what comes from outside is black.
 
     What a data set needs of a transform: `draw(n)` gives the random numbers for n exams, `apply`
-    moves one exam by its row of them.
+    moves one exam by its row of them, which is on the exam's device if `on_device` is True.
 
     Args:
         mirror: axis that the flip turns round: "columns" as in the article, "rows" or "slices".
     """
+
+    on_device = True
 
     def __init__(self, rotation=MAX_ROTATION, shift=MAX_SHIFT, flip=FLIP, mirror="columns"):
         self.rotation, self.shift, self.flip, self.mirror = rotation, shift, flip, mirror
@@ -467,6 +469,25 @@ class View(NamedTuple):
 
     drawn: torch.Tensor | None  # the transform's; None leaves the exam as it is
     rows: torch.Tensor | None  # int64 (k,), the slices; None is all of them
+
+
+def views_on(device, transform, drawn, slices):
+    """Views of n exams on a device, in two copies: one for each step would wait for a GPU.
+
+    Args:
+        transform: whose `draw` gave `drawn`, or None.
+        drawn: n tensors or None.
+        slices: n tensors or None, as MRDataset.draw_slices returns them.
+    """
+
+    def moved(tensors):
+        if device is None or device.type == "cpu" or not tensors or tensors[0] is None:
+            return tensors
+        return torch.cat(tensors).to(device).split([len(one) for one in tensors])
+
+    if getattr(transform, "on_device", False):
+        drawn = moved(list(drawn))
+    return [View(*pair) for pair in zip(drawn, moved(slices), strict=True)]
 
 
 class MRDataset(Dataset):
@@ -568,11 +589,11 @@ class MRDataset(Dataset):
         target, weight = torch.from_numpy(self.targets[i]), torch.from_numpy(self.weights[i])
         return self.exam(i, view=self.draw([i])[0]), target, weight
 
-    def draw(self, rows):
-        """Random views of some exams: list of View."""
+    def draw(self, rows, device=None):
+        """Random views of some exams: list of View, on `device`."""
         drawn = [None] * len(rows) if self.transform is None else self.transform.draw(len(rows))
-        pairs = zip(drawn, rows, strict=True)
-        return [View(one, self.draw_slices(self.shapes[i][0])) for one, i in pairs]
+        slices = [self.draw_slices(self.shapes[i][0]) for i in rows]
+        return views_on(device, self.transform, drawn, slices)
 
     def draw_slices(self, count):
         """A random part of `count` slices in their order, int64 (k,); None for all."""
@@ -774,24 +795,25 @@ class MultiPlaneDataset(MRDataset):
         for i, _ in enumerate(progress(self.paths)):
             self.cached[i] = {p: volume.to(device) for p, volume in self.volume(i).items()}
 
-    def draw(self, rows):
+    def draw(self, rows, device=None):
         """Random views of some exams, each plane with its own: list of {plane: View}."""
         drawn = {
             plane: transform.draw(len(rows))
             for plane, transform in (self.transform or {}).items()
             if transform is not None
         }
-        views = []
-        for k, i in enumerate(rows):
-            planes = self.draw_planes(list(self.shapes[i]))
-            views.append(
-                {
-                    p: View(
-                        drawn[p][k] if p in drawn else None, self.draw_slices(self.shapes[i][p][0])
-                    )
-                    for p in planes
-                }
-            )
+        slices = [
+            {p: self.draw_slices(self.shapes[i][p][0]) for p in self.draw_planes([*self.shapes[i]])}
+            for i in rows
+        ]
+        views = [{} for _ in rows]
+        for plane in self.plane:
+            here = [k for k in range(len(rows)) if plane in slices[k]]
+            transform = (self.transform or {}).get(plane)
+            own = [drawn[plane][k] if plane in drawn else None for k in here]
+            moved = views_on(device, transform, own, [slices[k][plane] for k in here])
+            for k, view in zip(here, moved, strict=True):
+                views[k][plane] = view
         return views
 
     def draw_planes(self, planes):

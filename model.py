@@ -15,6 +15,7 @@ neural networks", arXiv:1404.5997 (this AlexNet); torchvision.models (the backbo
 et al., "Attention-based deep multiple instance learning", ICML 2018 (gated attention).
 """
 
+import math
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -29,7 +30,9 @@ ATTENTION_SIZE = 128  # hidden units of the gated attention; Ilse et al. 2018
 SMALLEST_SIDE = 63  # px; below it AlexNet's third pooling has nothing left to pool
 # Values that a training step keeps at once for backward, 3.6 GB in fp32; beyond it slices go
 # through the backbone in chunks and backward computes each chunk again: 61 slices fit in 8 GB.
+# On a GPU, a quarter of its memory.
 MOST_ACTIVATIONS = 900e6
+GPU_SHARE = 0.25
 
 
 class Backbone(NamedTuple):
@@ -133,23 +136,38 @@ def alexnet_features():
 
     Layer for layer torchvision's `alexnet().features`, written out because importing torchvision
     takes 170 MB of memory and more than a second. Only the order of ReLU and pooling differs: they
-    commute, with the same gradient, and ReLU has a quarter of the values left to work on.
+    commute, with the same gradient, and ReLU has a quarter of the values left to work on. Pooling
+    does both; the layers' numbers are torchvision's.
     """
     return nn.Sequential(
         GreyConv2d(3, 64, kernel_size=11, stride=4, padding=2),
-        nn.MaxPool2d(kernel_size=3, stride=2),
-        nn.ReLU(inplace=True),
+        MaxPoolReLU(),
+        nn.Identity(),
         nn.Conv2d(64, 192, kernel_size=5, padding=2),
-        nn.MaxPool2d(kernel_size=3, stride=2),
-        nn.ReLU(inplace=True),
+        MaxPoolReLU(),
+        nn.Identity(),
         nn.Conv2d(192, 384, kernel_size=3, padding=1),
         nn.ReLU(inplace=True),
         nn.Conv2d(384, 256, kernel_size=3, padding=1),
         nn.ReLU(inplace=True),
         nn.Conv2d(256, 256, kernel_size=3, padding=1),
-        nn.MaxPool2d(kernel_size=3, stride=2),
-        nn.ReLU(inplace=True),
+        MaxPoolReLU(),
     )
+
+
+class MaxPoolReLU(nn.MaxPool2d):
+    """The maximum of 3 x 3 windows, two apart, then ReLU."""
+
+    def __init__(self):
+        super().__init__(kernel_size=3, stride=2)
+
+    def forward(self, x):
+        """(s, c, H, W) -> (s, c, h, w)."""
+        if x.is_cuda:
+            from common.kernels import max_pool_relu  # Triton: 70 MB that a CPU does not need
+
+            return max_pool_relu(x)
+        return F.relu(super().forward(x))
 
 
 class MRNet(nn.Module):
@@ -177,6 +195,10 @@ class MRNet(nn.Module):
         if pooling == "attention":
             self.attention = GatedAttention(channels)
         self.classifier = nn.Linear(channels, tasks)
+        expected, is_plain = BACKBONES[backbone], BACKBONES[backbone].offset == (0.0, 0.0, 0.0)
+        for name in ("scale", "offset"):
+            values = None if is_plain else torch.tensor(getattr(expected, name))[:, None, None]
+            self.register_buffer(name, values, persistent=False)
         self.to(memory_format=torch.channels_last)  # the layout that convolutions run fastest in
 
     def train(self, mode=True):
@@ -213,20 +235,24 @@ class MRNet(nn.Module):
 
     def feature_maps(self, x):
         """Last feature maps of each slice: (s, 1 or 3, H, W) -> (s, 256, h, w)."""
-        backbone = BACKBONES[self.backbone]
-        if backbone.offset != (0.0, 0.0, 0.0):
-            scale, offset = (x.new_tensor(values)[:, None, None] for values in
-                             (backbone.scale, backbone.offset))  # fmt: skip
-            x = x * scale + offset  # one channel becomes three that differ
-        values = x.shape[0] * x.shape[2] * x.shape[3] * backbone.activations
-        if values <= MOST_ACTIVATIONS:
+        if self.scale is not None:
+            x = x * self.scale + self.offset  # one channel becomes three that differ
+        chunks = self.chunks((x.shape[0], *x.shape[2:]), x.device)
+        if chunks == 1:
             return self.pretrained_model(x)
-        chunks = x.chunk(int(-(-values // MOST_ACTIVATIONS)))
+        chunks = x.chunk(chunks)
         if not torch.is_grad_enabled():
             return torch.cat([self.pretrained_model(chunk) for chunk in chunks])
         return torch.cat(
             [checkpoint(self.pretrained_model, chunk, use_reentrant=False) for chunk in chunks]
         )
+
+    def chunks(self, shape, device):
+        """Parts that the slices of an exam (s, H, W) go through the backbone in, to fit memory."""
+        most = MOST_ACTIVATIONS
+        if device.type == "cuda":  # 4 bytes each
+            most = GPU_SHARE * torch.cuda.get_device_properties(device).total_memory / 4
+        return math.ceil(math.prod(shape) * BACKBONES[self.backbone].activations / most)
 
     def slice_features(self, maps):
         """Global average of feature maps, in fp32: (s, 256, h, w) -> (s, 256)."""
@@ -382,14 +408,50 @@ class GreyConv2d(nn.Conv2d):
 
     def forward(self, x):
         """(s, 3 or 1, H, W) -> (s, out, h, w)."""
+        has_large_stride = self.stride[0] >= 4  # AlexNet's, ConvNeXt's
+        if has_large_stride and x.is_cuda:
+            return convolution_of_patches(x, self)
         if x.shape[1] == self.in_channels:
             return super().forward(x)
-        if self.stride[0] >= 4:
+        if has_large_stride:
             return first_convolution_of_grey(x, self)
         # As one channel that lies last: torch then keeps the layout of what follows.
         x = x.squeeze(1)[..., None].permute(0, 3, 1, 2)  # (s, 1, H, W), strides of (s, H, W, 1)
         weight = self.weight.sum(dim=1)[..., None].permute(0, 3, 1, 2)  # -> (out, 1, k, k)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+def convolution_of_patches(x, conv):
+    """A first convolution as one matrix product, for a GPU.
+
+    Its input has so few channels that cuDNN takes the gradient of its weights in one block of
+    threads, for a quarter of AlexNet's training step (docs/speed.md). The bias is one more column.
+
+    Args:
+        x: float (s, 1 or 3, H, W); one channel is taken as three equal ones.
+        conv: Conv2d with square kernel, stride and padding.
+
+    Returns:
+        (s, out, h, w), in channels_last.
+    """
+    kernel, stride = conv.kernel_size[0], conv.stride[0]
+    weight = conv.weight
+    if x.shape[1] != conv.in_channels:
+        weight = weight.sum(dim=1, keepdim=True)
+    columns = [weight.flatten(1)] + ([] if conv.bias is None else [conv.bias[:, None]])
+    weight = torch.cat(columns, dim=1)
+    size = weight.shape[1]
+    weight = F.pad(weight, (0, -size % 8))  # rows of whole 16 bytes, for tensor cores
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    windows = F.pad(x, [conv.padding[0]] * 4).unfold(2, kernel, stride).unfold(3, kernel, stride)
+    windows = windows.permute(0, 2, 3, 1, 4, 5)  # (s, h, w, c, k, k)
+    values = windows[0, 0, 0].numel()
+    patches = x.new_empty(*windows.shape[:3], weight.shape[1])
+    patches[..., :values].unflatten(-1, windows.shape[3:]).copy_(windows)
+    patches[..., values:size] = 1.0  # what the bias is multiplied by
+    patches[..., size:] = 0.0
+    return F.linear(patches, weight).permute(0, 3, 1, 2)
 
 
 def first_convolution_of_grey(x, conv):

@@ -25,7 +25,7 @@ run -> train_network (one network) -> train_epochs (its epochs) -> train_model a
 import argparse
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -51,8 +51,9 @@ from common.checkpoint import (
 )
 from common.config import ARTICLE, THE_ARTICLES, Config, read_recipe
 from common.datasets import all_tasks, load_exams
-from common.devices import CACHES, GraphedSteps, cache_volumes, pick_device, pick_precision
-from common.errors import InputError, Interrupted, RunError
+from common.devices import CACHES, cache_volumes, pick_device, pick_precision
+from common.errors import Interrupted, RunError
+from common.graphs import GraphedStep, use_graphs
 from common.logs import Epoch, TrainingLog, heads_of_epochs, history_of, new_log_dir
 from common.metrics import auc_interval
 from common.optimization import (
@@ -152,7 +153,8 @@ def parse_arguments():
     cli.add_machine_arguments(machine)
     cache = "where volumes lie between epochs; auto: on a GPU with room; disk is as fast on a CPU"
     machine.add_argument("--cache", choices=CACHES, default="auto", help=cache)
-    graphs = "replay whole steps as CUDA graphs: for a GPU that waits for Python"
+    graphs = "steps as CUDA graphs; default where volumes are on a GPU (not with several planes, "
+    graphs += "--augment strong, --lr-scheduler one-cycle)"
     machine.add_argument("--cuda-graphs", action=switch, help=graphs)
 
     add = parser.add_argument_group("files").add_argument
@@ -162,7 +164,7 @@ def parse_arguments():
     resume = "skip trainings that are finished, continue one that was interrupted"
     add("--resume", action="store_true", help=resume)
     parser.set_defaults(**{f.name: f.default for f in fields(Config) if f.name in THE_ARTICLES})
-    parser.set_defaults(seed=0, protocol="article", folds=1, repeat=1, cuda_graphs=False)
+    parser.set_defaults(seed=0, protocol="article", folds=1, repeat=1)
     return cli.parse_with_recipe(parser, read_recipe, ["--task", "acl", "--plane", PLANES[0]])
 
 
@@ -193,8 +195,8 @@ def run(args):
         cached = cache_volumes(
             (train_set, valid_set), args.cache, device, partial(cli.progress, what="reading")
         )
-        if config.cuda_graphs and (device.type != "cuda" or cached != "device"):
-            raise InputError("--cuda-graphs: needs --device cuda and room for --cache device")
+        config = replace(config, cuda_graphs=use_graphs(args.cuda_graphs, config, device, cached))
+        print(f"steps      {'CUDA graphs' if config.cuda_graphs else 'eager'}")
         for exams in (train_set, valid_set):
             exams.fingerprint()  # hashes the voxels once, before subsets are taken
         provenance |= {"dataset": train_set.description, "data_dir": str(args.data_dir)}
@@ -289,10 +291,8 @@ def train_epochs(config, split, state, stop_requested):
     if state.average:
         after.append(partial(state.average.update_parameters, state.model))
     auxiliary = config.plane_weight if len(config.planes) > 1 else 0.0
-    step = engine.TrainingStep(
-        state.model, state.optimizer, config.precision, config.clip, auxiliary, after
-    )
-    step = GraphedSteps(step) if config.cuda_graphs else step
+    kind = GraphedStep if config.cuda_graphs else engine.TrainingStep
+    step = kind(state.model, state.optimizer, config.precision, config.clip, auxiliary, after)
     print(heads_of_epochs(split.selected_on, config.tasks), flush=True)
     while state.epoch < config.epochs and state.bad_epochs < config.patience:
         began, lr = time.perf_counter(), state.lr
@@ -321,7 +321,7 @@ def train_model(state, step, exams, what, stop_requested=(), accumulate=1):
 
     Args:
         state: TrainState; its `epoch` or, if a stop was requested, its `partial_epoch` is updated.
-        step: engine.TrainingStep, or GraphedSteps.
+        step: engine.TrainingStep.
         exams: MRDataset.
         what: title of the progress bar.
         accumulate: exams in a step.

@@ -51,6 +51,7 @@ class StrongAugmentation(Augmentation):
     BLUR, NOISE = (0.4 / 256, 1.2 / 256), 12.0  # of the side; grey levels
     CUTOUTS, CUTOUT_SIDE = 3, (0.08, 0.25)
     POSE = 4  # numbers of a pose
+    on_device = False  # `apply` reads what `draw` gave
 
     def draw(self, n):
         """float32 (n, 27): the pose, five numbers that switch, and what each of the five needs."""

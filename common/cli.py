@@ -432,7 +432,7 @@ def status_of(error):
         case KeyboardInterrupt():
             return 130, f"interrupted. {error}".strip()
         case torch.OutOfMemoryError():
-            return 1, "failed: out of device memory; try --cache disk, --precision bf16"
+            return 1, "failed: out of device memory; try --cache disk, --no-cuda-graphs, bf16"
         case BrokenPipeError():  # the reader of our output has ended, as `| head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1, "failed: the output pipe was closed"

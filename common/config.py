@@ -142,22 +142,3 @@ class Config:
         ):  # fmt: skip
             if is_wrong:
                 raise InputError(reason)
-        if self.cuda_graphs:
-            self.check_graphs()
-
-    def check_graphs(self):
-        """Refuse what a CUDA graph of a whole step on slices of one plane cannot hold."""
-        allowed = {"backbone": "alexnet", "pooling": "max", "channels": "grey", "slices": 1.0,
-                   "accumulate": 1, "clip": 0.0, "average_weights": 0.0}  # fmt: skip
-        other = [name for name, value in allowed.items() if getattr(self, name) != value]
-        if self.augment == "strong":
-            other.append("augment")
-        if self.lr_scheduler in PLANNED or self.warmup:
-            other.append("lr_scheduler")
-        if len(self.planes) > 1:
-            other.append("plane")
-        if other:
-            options = ", ".join(
-                f"--{name.replace('_', '-')} {getattr(self, name)}" for name in other
-            )
-            raise InputError(f"--cuda-graphs: not with {options}; leave one of them out")

@@ -1,4 +1,4 @@
-"""Where networks run: device, precision, where volumes are cached, CUDA graphs."""
+"""Where networks run: device, precision, where volumes are cached."""
 
 import math
 import platform
@@ -8,22 +8,28 @@ import psutil
 import torch
 
 from common.errors import InputError
-from dataloader import View
+from model import GPU_SHARE
 
 PRECISIONS = ("auto", "fp32", "bf16")
 CACHES = ("auto", "device", "disk")
-DEVICE_ROOM = 2e9  # bytes to leave free beside volumes: a training step on the largest exam
+DEVICE_ROOM = 2e9  # least bytes to leave free beside volumes: a training step on the largest exam
 
 
 # --- device and precision -------------------------------------------------------------------------
 
 
 def pick_device(name):
-    """ "auto", "cpu" or "cuda" -> torch.device. Raises InputError where there is no such device."""
+    """ "auto", "cpu" or "cuda" -> torch.device; makes a GPU's convolutions exact and repeatable.
+
+    Raises:
+        InputError: no such device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device here; use --device cpu (or auto)")
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32; who wants speed has bf16
+    torch.backends.cudnn.deterministic = True  # to the last digit, in the same time
     return torch.device(name)
 
 
@@ -127,7 +133,8 @@ def cache_volumes(data_sets, where, device, progress=iter):
     """
     needed, room = sum(exams.nbytes for exams in data_sets), 0
     if device.type == "cuda":
-        room = torch.cuda.mem_get_info(device)[0] - DEVICE_ROOM
+        free, total = torch.cuda.mem_get_info(device)
+        room = free - max(DEVICE_ROOM, 1.5 * GPU_SHARE * total)
     if where == "auto" or device.type == "cpu":
         where = "device" if needed <= room else "disk"
     if where == "device":
@@ -140,86 +147,3 @@ def cache_volumes(data_sets, where, device, progress=iter):
             exams.cache(device, progress)
     print(f"cache      {where} ({needed / 1e9:.2f} GB of volumes)")
     return where
-
-
-# --- CUDA graphs ----------------------------------------------------------------------------------
-
-
-def fill_bucket(volume, buffer):
-    """Copy (s, H, W) into (b, H, W), b >= s, repeating the last slice.
-
-    Repeated slices change neither the maximum over slices nor the sum of its gradients.
-    """
-    s = len(volume)
-    buffer[:s].copy_(volume, non_blocking=True)
-    buffer[s:].copy_(volume[-1:].expand_as(buffer[s:]), non_blocking=True)
-
-
-class GraphedSteps:
-    """Whole training steps as CUDA graphs, one for each bucket of slice counts.
-
-    An eager step of this small network waits for the launch of some hundred kernels; replaying a
-    graph is one launch. The graph holds augmentation, forward, backward and update; the optimizer
-    must be capturable with its learning rate in a tensor.
-
-    Args:
-        step: engine.TrainingStep of single exams, the step that is captured.
-    """
-
-    BUCKET = 4  # slices; at most 3 are repeated
-    EAGER = 3  # steps before the first capture: the optimizer's state and the libraries' must exist
-
-    def __init__(self, step):
-        self.step, self.model, self.device = step, step.model, step.device
-        self.graphs, self.pool, self.stream = {}, None, torch.cuda.Stream()
-        self.eager_left = self.EAGER
-
-    def __call__(self, exams, rows, views, targets, weights):
-        """One step on one exam, as TrainingStep: logits and losses, valid until the next call."""
-        (i,), ((pose, _),) = rows, views
-        volume = exams.volume(i)
-        bucket = -(-len(volume) // self.BUCKET) * self.BUCKET
-        key = (bucket, *volume.shape[1:], pose is None, targets.shape[1])
-        if self.eager_left:
-            self.eager_left -= 1
-            buffers = self.make_buffers(key, volume.device)
-            self.fill(buffers, volume, pose, targets, weights)
-            with torch.cuda.stream(self.stream):
-                self.stream.wait_stream(torch.cuda.default_stream())
-                results = self.on_buffers(exams, *buffers)
-            torch.cuda.default_stream().wait_stream(self.stream)
-            return results
-        if key not in self.graphs:
-            self.graphs[key] = self.capture(exams, key, volume.device)
-        graph, buffers, results = self.graphs[key]
-        self.fill(buffers, volume, pose, targets, weights)
-        graph.replay()
-        return results
-
-    def make_buffers(self, key, device):
-        """What a graph reads: volume uint8 (b, H, W), pose (4,) or None, target and weight
-        (1, tasks)."""
-        volume = torch.zeros(key[:3], dtype=torch.uint8, device=device)
-        pose = None if key[3] else torch.zeros(4, device=device)
-        return volume, pose, *(torch.zeros(1, key[4], device=device) for _ in range(2))
-
-    def fill(self, buffers, volume, pose, target, weight):
-        """Copy one exam into the buffers that a graph reads."""
-        fill_bucket(volume, buffers[0])
-        for buffer, value in zip(buffers[1:], (pose, target, weight), strict=True):
-            if buffer is not None:
-                buffer.copy_(value)
-
-    def capture(self, exams, key, device):
-        """Record one step: graph, its buffers, and the tensors that hold its results."""
-        buffers = self.make_buffers(key, device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            results = self.on_buffers(exams, *buffers)
-        self.pool = self.pool or graph.pool()
-        return graph, buffers, results
-
-    def on_buffers(self, exams, volume, pose, target, weight):
-        """The step on what buffers hold."""
-        exam = exams.prepare(volume, self.device, View(pose, None))
-        return self.step.on_exams(iter([exam]), target, weight)

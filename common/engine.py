@@ -28,6 +28,8 @@ class TrainingStep:
         self.precision, self.clip, self.plane_weight = precision, clip, plane_weight
         self.after = after
 
+    FREES_GRADIENTS = True  # between steps
+
     def __call__(self, exams, rows, views, targets, weights):
         """Forward, class-weighted binary cross-entropy, backward, update.
 
@@ -43,34 +45,29 @@ class TrainingStep:
         Returns:
             logits and weighted losses, float32 (n, tasks) on the device: nothing here waits for it.
         """
-        pairs = zip(ranks.share(rows), ranks.share(views), strict=True)
-        prepared = (exams.prepare(exams.volume(i), self.device, view) for i, view in pairs)
-        return self.on_exams(prepared, targets, weights)
-
-    def on_exams(self, prepared, targets, weights):
-        """The same on an iterator of this rank's exams as `exams.prepare` returns them."""
-        n = len(targets)
         logits, losses = torch.zeros_like(targets), torch.zeros_like(targets)
-        self.optimizer.zero_grad(set_to_none=True)
-        for k in ranks.share(range(n)):
+        for k in ranks.share(range(len(rows))):
             row = slice(k, k + 1)
-            # An exam gets no name here, so that `backward` can free it.
-            logits[row], losses[row] = self.backward(next(prepared), targets[row], weights[row], n)
+            logits[row], losses[row] = self.backward(
+                exams, exams.volume(rows[k]), views[k], targets[row], weights[row], len(rows)
+            )
         ranks.add_up_step(self.model, [logits, losses])
-        if self.clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        self.optimizer.step()
+        self.update()
         for function in self.after:
             function()
         return logits, losses
 
-    def backward(self, exam, target, weight, exams_in_step):
-        """Forward and backward for one exam; target and weight (1, tasks).
+    def backward(self, exams, volume, view, target, weight, exams_in_step):
+        """Forward and backward for one exam; gradients are added up.
+
+        Args:
+            volume: as `exams.volume` returns it.
+            target, weight: float32 (1, tasks).
 
         Returns:
             logits and weighted losses (1, tasks).
         """
-        planes = None
+        exam, planes = exams.prepare(volume, self.device, view), None
         with autocast(self.device, self.precision):
             if self.plane_weight:
                 logit = self.model.all_logits(exam)  # (1 + planes, tasks)
@@ -85,6 +82,13 @@ class TrainingStep:
             loss = loss + self.plane_weight * each.mean()
         (loss / exams_in_step if exams_in_step > 1 else loss).backward()
         return logit.detach(), losses.detach()
+
+    def update(self):
+        """Step the optimizer by the gradients that were added up, and start them anew."""
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=self.FREES_GRADIENTS)
 
 
 def weighted_losses(logits, targets, weights):
@@ -114,7 +118,7 @@ def train_epoch(step, exams, what="train", partial_epoch=None, stop_requested=()
     the same wherever training was resumed.
 
     Args:
-        step: TrainingStep, or GraphedSteps for volumes cached on a CUDA device.
+        step: TrainingStep.
         exams: MRDataset.
         what: title of the progress bar.
         partial_epoch: what an interrupted epoch left, to resume it: {"logits", "losses"}, float32
@@ -129,7 +133,7 @@ def train_epoch(step, exams, what="train", partial_epoch=None, stop_requested=()
     step.model.train()
     n, device = len(exams), step.device
     order = torch.randperm(n).tolist()
-    views = exams.draw(order)
+    views = exams.draw(order, device)
     targets = torch.from_numpy(exams.targets[order]).to(device)
     weights = torch.from_numpy(exams.weights[order]).to(device)
     logits, losses = torch.empty_like(targets), torch.empty_like(targets)

@@ -84,8 +84,20 @@ def steps_with_optimizer(scheduler):
     return isinstance(scheduler, lr_scheduler.LambdaLR | lr_scheduler.OneCycleLR)
 
 
+class Average(AveragedModel):
+    """The moving average of a model's weights: torch's, whose own update waits for a GPU."""
+
+    @torch.no_grad()
+    def update_parameters(self, model):
+        """After a step of the optimizer; the first is copied."""
+        mine, theirs = list(self.module.parameters()), list(model.parameters())
+        if self.n_averaged == 0:  # a tensor on the CPU
+            torch._foreach_copy_(mine, theirs)
+        else:
+            self.multi_avg_fn(mine, theirs, self.n_averaged)
+        self.n_averaged += 1
+
+
 def make_average(model, decay):
-    """The moving average of a model's weights: torch's AveragedModel, or None for a decay of 0."""
-    if decay == 0:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    """The Average of a model's weights, or None for a decay of 0."""
+    return Average(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None

@@ -249,10 +249,11 @@ def test_folds_of_several_findings_hold_both_classes_of_each():
 
 def gradient_of(step, exams, rows):
     """The gradient that a step on some exams takes, without the update."""
-    step.optimizer.step = lambda: None
+    found = []
+    step.optimizer.step = lambda: found.extend(p.grad for p in step.model.parameters())
     targets, weights = (torch.from_numpy(x[rows]) for x in (exams.targets, exams.weights))
     step(exams, rows, exams.draw(rows), targets, weights)
-    return torch.cat([p.grad.flatten() for p in step.model.parameters()])
+    return torch.cat([gradient.flatten() for gradient in found])
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -385,7 +386,7 @@ def test_the_moving_average():
 
 def stop_at_step(monkeypatch, number):
     """Send SIGTERM in a step of the optimizer; returns a list that grows with each step."""
-    real, steps = engine.TrainingStep.on_exams, []
+    real, steps = engine.TrainingStep.__call__, []
 
     def step(self, *args):
         steps.append(1)
@@ -393,7 +394,7 @@ def stop_at_step(monkeypatch, number):
             signal.raise_signal(signal.SIGTERM)
         return real(self, *args)
 
-    monkeypatch.setattr(engine.TrainingStep, "on_exams", step)
+    monkeypatch.setattr(engine.TrainingStep, "__call__", step)
     return steps
 
 
@@ -471,7 +472,7 @@ def test_the_models_of_several_findings_are_the_one_network(tmp_path, monkeypatc
     for name, (model, row) in seen.items():
         saved = load_model(tmp_path / "models" / f"{name}.pt")[0]
         with torch.no_grad():
-            torch.testing.assert_close(saved(x)[0, 0], model.eval()(x)[0, row])
+            torch.testing.assert_close(saved(x)[0, 0], model.cpu().eval()(x)[0, row])
 
 
 @pytest.fixture(scope="module")
@@ -668,12 +669,9 @@ def test_what_the_configuration_refuses(shared_exams):
         ({"share_backbone": True}, "--share-backbone: needs several planes"),
         ({"plane_dropout": 0.1}, "--plane-dropout: needs several planes"),
         ({"warmup": 0.1}, "--warmup: not with --lr-scheduler plateau"),
-        ({"cuda_graphs": True, "pooling": "mean"}, "--cuda-graphs: not with --pooling mean"),
-        ({"cuda_graphs": True, "plane": "axial+coronal"}, "--plane axial.coronal"),
     ):
         with pytest.raises(InputError, match=fault):
             config(**more).check()
-    config(cuda_graphs=True).check()
     for exams in load_exams(config(augment="strong", slices=0.5), shared_exams):
         assert exams.slices == (0.3, 0.5)
     assert isinstance(exams.transform, Augmentation | None)

@@ -168,7 +168,7 @@ def signals_heard():
 def test_a_signal_finishes_the_step_and_saves(work, monkeypatch, number, status):
     """Sent to the process in the seventh of twelve steps of the second epoch."""
     assert run_script("train.py", *arguments(work, "--epochs", 3, models="whole")).returncode == 0
-    steps, real = [], engine.TrainingStep.backward
+    steps, real = [], engine.TrainingStep.__call__
 
     def step(*args):
         steps.append(1)
@@ -176,7 +176,7 @@ def test_a_signal_finishes_the_step_and_saves(work, monkeypatch, number, status)
             os.kill(os.getpid(), number)
         return real(*args)
 
-    monkeypatch.setattr(engine.TrainingStep, "backward", step)
+    monkeypatch.setattr(engine.TrainingStep, "__call__", step)
     done = run_script("train.py", *arguments(work, "--epochs", 3))
     assert done.returncode == status and len(steps) == 19
     assert "--epochs 3 --resume" in done.stderr.splitlines()[-1]
@@ -332,7 +332,7 @@ def test_two_runs_of_one_model(work):
 
 @pytest.mark.parametrize("everything", [False, True])
 def test_data_that_disappear_while_training(work, monkeypatch, everything):
-    steps, real = [], engine.TrainingStep.backward
+    steps, real = [], engine.TrainingStep.__call__
 
     def step(*args):
         steps.append(1)
@@ -341,7 +341,7 @@ def test_data_that_disappear_while_training(work, monkeypatch, everything):
             shutil.rmtree(folder) if everything else (folder / "0005.npy").unlink()
         return real(*args)
 
-    monkeypatch.setattr(engine.TrainingStep, "backward", step)
+    monkeypatch.setattr(engine.TrainingStep, "__call__", step)
     done = run_script("train.py", *arguments(work, "--epochs", 3, "--cache", "disk"))
     assert_one_line_error(done, ".npy", "no such volume")
     assert load_model(work / "models" / "acl-axial.pt")[1]["epoch"] == 1

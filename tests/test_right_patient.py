@@ -633,14 +633,6 @@ def test_14_the_last_exam_has_a_label(shared_exams):
         exams[len(exams)]
 
 
-def test_14_a_graph_drops_no_transform():
-    from common.config import Config
-    from common.errors import InputError
-
-    with pytest.raises(InputError, match="--cuda-graphs: not with --augment strong"):
-        Config("acl", "axial", augment="strong", cuda_graphs=True).check()
-
-
 def test_14_the_state_within_an_epoch_has_the_devices_generator(monkeypatch):
     import torch
 

@@ -50,7 +50,7 @@ def test_the_default_recipe_is_the_articles(monkeypatch):
         "average_weights": 0.0, "lr_scheduler": "plateau", "warmup": 0.0, "epochs": 50,
         "patience": 5, "select": "auc", "seed": 0, "protocol": "article", "folds": 1,
         "repeat": 1, "networks": None,
-        "device": "auto", "precision": "auto", "cuda_graphs": False,
+        "device": "auto", "precision": "auto", "cuda_graphs": None,
     }  # fmt: skip
     files = {"data_dir": Path("data"), "models_dir": Path("models"), "logs_dir": Path("logs"),
              "log_every": 100, "resume": False, "cache": "auto"}  # fmt: skip
@@ -270,7 +270,7 @@ def test_a_whole_run(tmp_path):
         "train.py", "--task", "acl", "--plane", "axial", "--data-dir", exams, "--models-dir",
         tmp_path / "models", "--logs-dir", tmp_path / "logs", "--precision", "fp32", "--seed", "3",
         "--no-pretrained", "--epochs", "3", "--lr", "1e-3", "--log-every", "5",
-        "--lr-scheduler", "step", "--patience", "9",
+        "--lr-scheduler", "step", "--patience", "9", "--device", "cpu",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     path = tmp_path / "models" / "acl-axial.pt"
@@ -436,7 +436,13 @@ def test_cuda_graphs_get_their_settings(split, monkeypatch):
     assert group["capturable"] is True and torch.is_tensor(group["lr"])
     assert state.lr == pytest.approx(3e-4)
     steps = []
-    monkeypatch.setattr(train, "GraphedSteps", lambda step: steps.append(step) or step)
+
+    class Step(engine.TrainingStep):
+        def __init__(self, *args):
+            super().__init__(*args)
+            steps.append(self)
+
+    monkeypatch.setattr(train, "GraphedStep", Step)
     state = train.start_state(config(), split)
     assert len(list(train.train_epochs(wanted, split, state, []))) == len(steps) == 1
     assert steps[0].precision == "fp32"

@@ -5,6 +5,7 @@
     python -m tools.benchmark --growth                 # time against slices and exams
     python -m tools.benchmark --whole-run --exams 1130 --valid 120   # train.py: start-up, memory
     python -m tools.benchmark --backbones --runs 3 --exams 4 --valid 1      # every backbone
+    python -m tools.benchmark --at-once 1 2 4 --exams 100    # networks an hour, side by side
 
 Makes random volumes of MRNet's size in a temporary folder, runs every variant once a round so that
 a machine that slows down slows all of them, and prints medians over the rounds with their spread.
@@ -14,6 +15,8 @@ The slow row is the article's loop (tools/article_loop.py).
 """
 
 import copy
+import multiprocessing
+import queue
 import re
 import resource
 import statistics
@@ -21,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -32,17 +36,10 @@ from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import cli, engine
-from common.devices import (
-    CACHES,
-    GraphedSteps,
-    cache_volumes,
-    device_name,
-    has_bf16,
-    pick_device,
-    pick_precision,
-)
+from common.devices import CACHES, cache_volumes, device_name, has_bf16, pick_device, pick_precision
 from common.errors import InputError, RunError
 from common.files import write_csv
+from common.graphs import GraphedStep
 from dataloader import PLANES, Augmentation, MRDataset, resample
 from model import (
     BACKBONES,
@@ -58,6 +55,7 @@ SIDE = 256
 # MRNet's slices an exam: 17 to 61, mean about 30 (Bien et al. 2018 and the data set's volumes).
 FEWEST, MOST = 17, 61
 OURS, ARTICLE = "ours", "the article's loop"
+AUTOTUNE = "max-autotune-no-cudagraphs"  # the graphs are ours
 
 
 def parse_arguments():
@@ -84,6 +82,13 @@ def parse_arguments():
         metavar="NAME",
         help="every backbone (or those named) beside torchvision's plain three-channel fp32 loop, "
         "and the memory of an exam of 30 and of 61 slices",
+    )
+    parser.add_argument(
+        "--at-once",
+        nargs="+",
+        type=cli.positive_int,
+        metavar="N",
+        help="networks an hour when N processes share the device (training epochs only)",
     )
     parser.add_argument(
         "--whole-run",
@@ -130,26 +135,25 @@ def mrnet_slices(rng):
 class Ours:
     """One epoch of engine.py, the loop that train.py runs."""
 
-    def __init__(
-        self, sets, device, precision="auto", network=MRNet, augmentation=Augmentation, graphs=True
-    ):
+    def __init__(self, sets, device, precision="auto", network=MRNet, augmentation=Augmentation,
+                 **options):  # fmt: skip
         train_set, self.valid_set = sets
         self.train_set = copy.copy(train_set)
         self.train_set.transform = augmentation()
         self.device, self.precision = device, pick_precision(precision, device)
         self.model = network().to(device)
         cuda = device.type == "cuda"
-        graphs = graphs and cuda and train_set.cached[0] is not None and train_set.cached[0].is_cuda
+        on_gpu = train_set.cached[0] is not None and train_set.cached[0].is_cuda
         self.optimizer = torch.optim.Adam(
             self.model.parameters(),
             lr=torch.tensor(1e-5, device=device),
             weight_decay=0.1,
-            fused=True,
+            fused=options.get("fused", True),
             capturable=cuda,
         )
-        self.step = engine.TrainingStep(self.model, self.optimizer, self.precision)
-        if graphs:
-            self.step = GraphedSteps(self.step)
+        kind = GraphedStep if options.get("graphs", True) and on_gpu else engine.TrainingStep
+        self.step = kind(self.model, self.optimizer, self.precision)
+        if kind is GraphedStep:
             self.train()  # captures the graphs: once a run, not once an epoch
 
     def train(self):
@@ -157,6 +161,16 @@ class Ours:
 
     def evaluate(self):
         engine.predict(self.model, self.valid_set, self.device, self.precision)
+
+
+class OnDisk(Ours):
+    """--cache disk: every volume is read and copied to the GPU in every epoch, steps are eager."""
+
+    def __init__(self, sets, device):
+        sets = [copy.copy(exams) for exams in sets]
+        for exams in sets:
+            exams.cached = [None] * len(exams)
+        super().__init__(sets, device)
 
 
 class HalfTheSlices(Ours):
@@ -185,7 +199,7 @@ def with_findings(exams, n):
 
 class ThreeChannels(MRNet):
     def forward(self, x):
-        return super().forward(x.expand(-1, -1, 3, -1, -1).contiguous())
+        return super().forward(x.expand(-1, 3, -1, -1).contiguous())
 
 
 class SummedConv2d(GreyConv2d):
@@ -212,6 +226,35 @@ class WithoutChannelsLast(MRNet):
         return self.pretrained_model[1:](x)
 
 
+class CudnnConv2d(GreyConv2d):
+    """The first convolution as a CPU has it: 4 x 4 blocks, and cuDNN's convolution of them."""
+
+    def forward(self, x):
+        return first_convolution_of_grey(x, self)
+
+
+class WithoutPatches(MRNet):
+    def __init__(self):
+        super().__init__()
+        self.pretrained_model[0].__class__ = CudnnConv2d
+
+
+class WithTorchsPooling(MRNet):
+    def __init__(self):
+        super().__init__()
+        for i in (1, 4, 11):
+            self.pretrained_model[i] = torch.nn.Sequential(
+                torch.nn.MaxPool2d(3, 2), torch.nn.ReLU(inplace=True)
+            )
+
+
+def compiled(mode):
+    """Network whose convolutional part torch.compile takes, once for all slice counts."""
+    network = WithTorchsPooling()
+    network.pretrained_model.compile(dynamic=True, mode=mode)
+    return network
+
+
 class TwoResamplings(Augmentation):
     def apply(self, grey, pose):
         still = torch.zeros_like(pose)
@@ -227,17 +270,25 @@ def variants(device, workers, folder):
         "- bf16 (fp32)": partial(Ours, precision="fp32"),
         "- channels_last": partial(Ours, network=WithoutChannelsLast),
         "- one channel (3 copies)": partial(Ours, network=ThreeChannels),
-        "- 4x4 blocks": partial(Ours, network=WithoutBlocks),
         "- one resampling (2)": partial(Ours, augmentation=TwoResamplings),
-        "- CUDA graphs": partial(Ours, graphs=False),
         "three findings in one": ThreeFindings,
         "half of the slices": HalfTheSlices,
-        ARTICLE: partial(ArticlesLoop, workers=workers, folder=folder),
     }
     if not has_bf16(device):
         del made["- bf16 (fp32)"]
-    del made["- CUDA graphs" if device.type == "cpu" else "half of the slices"]
-    return made
+    if device.type == "cpu":
+        made["- 4x4 blocks"] = partial(Ours, network=WithoutBlocks)
+    else:
+        made |= {
+            "- CUDA graphs": partial(Ours, graphs=False),
+            "- first convolution as product": partial(Ours, network=WithoutPatches),
+            "- pooling kernel": partial(Ours, network=WithTorchsPooling),
+            "- fused Adam": partial(Ours, fused=False),
+            "- volumes on the GPU, graphs": OnDisk,
+            "torch.compile": partial(Ours, network=partial(compiled, "default")),
+            "torch.compile, max-autotune": partial(Ours, network=partial(compiled, AUTOTUNE)),
+        }
+    return made | {ARTICLE: partial(ArticlesLoop, workers=workers, folder=folder)}
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -285,6 +336,13 @@ def memory(device):
     return psutil.Process().memory_info().rss
 
 
+def torchs_defaults():
+    """Within it cuDNN has torch's defaults, which others' loops run with: TF32, any algorithm."""
+    return torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=False, allow_tf32=True
+    )
+
+
 def measure(makers, root, device, cache, runs):
     """Time every variant in every round.
 
@@ -305,8 +363,10 @@ def measure(makers, root, device, cache, runs):
             print(f"round {round_} of {runs}: {name:<33}", end="\r", file=sys.stderr)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            loop = make(sets if name == ARTICLE else cached, device)
-            measured = seconds(loop.train, device), seconds(loop.evaluate, device), memory(device)
+            with torchs_defaults() if name == ARTICLE else nullcontext():
+                loop = make(sets if name == ARTICLE else cached, device)
+                took = seconds(loop.train, device), seconds(loop.evaluate, device)
+            measured = *took, memory(device)
             if round_:
                 for kept, value in zip(times[name], measured, strict=True):
                     kept.append(value)
@@ -370,6 +430,50 @@ def growth(device, runs):
     return rows
 
 
+def train_one(root, device, epochs, together, spans):
+    """One of several networks that train at once, in a process of its own.
+
+    Args:
+        together: multiprocessing.Barrier; all begin when all are ready.
+        spans: queue that gets begin and end of the epochs, s.
+    """
+    exams, device = MRDataset(root, "acl", PLANES[0]), torch.device(device)
+    cache_volumes([exams], "auto", device)
+    loop = Ours((exams, exams), device)
+    loop.train()
+    together.wait(timeout=600)
+    began = time.perf_counter()
+    seconds(lambda: [loop.train() for _ in range(epochs)], device)
+    spans.put((began, time.perf_counter()))
+
+
+def next_span(spans, processes):
+    """What the next of some processes puts into the queue; RunError where one of them failed."""
+    while True:
+        try:
+            return spans.get(timeout=5)
+        except queue.Empty:
+            if any(process.exitcode for process in processes):
+                raise RunError(f"one of {len(processes)} networks at once failed") from None
+
+
+def at_once(counts, root, device, epochs):
+    """Networks an hour when several processes share the device: a row for each number of them."""
+    context, rows = multiprocessing.get_context("spawn"), []
+    for n in counts:
+        together, spans = context.Barrier(n), context.Queue()
+        work = (root, device.type, epochs, together, spans)
+        processes = [context.Process(target=train_one, args=work, daemon=True) for _ in range(n)]
+        for process in processes:
+            process.start()
+        begun, ended = zip(*(next_span(spans, processes) for _ in processes), strict=True)
+        epoch = (max(ended) - min(begun)) / epochs
+        rows.append({"networks at once": n, "s an epoch": epoch,
+                     "networks of 10 epochs an hour": n * 360 / epoch})  # fmt: skip
+        print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
 class PlainLoop:
     """The plain loop for a backbone: torchvision's own network on three equal channels, eager,
     fp32, contiguous; one exam a step."""
@@ -404,14 +508,15 @@ class PlainLoop:
 def backbone_row(backbone, exams, device, runs):
     """One backbone: parameters, ms a slice of ours and of the plain loop, round by round."""
     loops = {
-        "ours": partial(Ours, network=partial(MRNet, backbone=backbone), graphs=False),
+        "ours": partial(Ours, network=partial(MRNet, backbone=backbone)),
         "plain": lambda sets, device: PlainLoop(backbone, sets[0], device),
     }
     loops = {name: make((exams, exams), device) for name, make in loops.items()}
     times = {(name, what): [] for name in loops for what in ("train", "evaluate")}
     for round_ in range(runs + 1):  # the first round warms up
         for name, what in times:
-            took = 1e3 * seconds(getattr(loops[name], what), device) / sum(exams.slice_counts)
+            with torchs_defaults() if name == "plain" else nullcontext():
+                took = 1e3 * seconds(getattr(loops[name], what), device) / sum(exams.slice_counts)
             times[name, what] += [took] if round_ else []
     middle = statistics.median
     row = {"backbone": backbone}
@@ -434,8 +539,10 @@ def peak_memory(backbone, slices, device):
         f"model = MRNet(backbone='{backbone}').to('{device.type}').train()\n"
         "step = TrainingStep(model, torch.optim.Adam(model.parameters()), 'fp32')\n"
         "one = torch.ones(1, 1, device=step.device)\n"
-        f"make = lambda: iter([torch.rand({slices}, 1, {SIDE}, {SIDE}, device=step.device)])\n"
-        "[step.on_exams(make(), one, one) for _ in range(2)]\n"
+        "class Exams:\n"
+        f"    volume = lambda self, i: torch.rand({slices}, 1, {SIDE}, {SIDE})\n"
+        "    prepare = lambda self, volume, device, view: volume.to(device)\n"
+        "[step(Exams(), [0], [None], one, one) for _ in range(2)]\n"
         "if step.device.type == 'cuda':\n"
         "    print(torch.cuda.max_memory_allocated())\n"
         "else:\n"  # getrusage would count what the parent had before exec
@@ -507,6 +614,9 @@ def run(args):
             if args.backbones is not None:
                 rows = backbones(args.backbones, Path(folder), device, args.runs)
                 what = "backbones"
+            elif args.at_once:
+                rows = at_once(args.at_once, Path(folder), device, args.runs)
+                what = "at-once"
             elif args.whole_run:
                 rows, what = [whole_run(Path(folder), device, args.cache)], "run"
             else:
