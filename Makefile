@@ -1,4 +1,4 @@
-# make demo | test | reproduce | bench | lint | pictures | mutants
+# make demo | test | test-whole | reproduce | bench | lint | pictures | mutants
 # Everything installs into .venv first; `make demo VENV=` uses the python that is active instead
 # and installs nothing. `make reproduce DATA=data/phantom` takes one network for all findings of a plane
 # and recipes/phantom.toml; ARGS="--epochs 8" is for train.py.
@@ -16,7 +16,7 @@ TASK := acl
 # a third epoch a plane alone reaches 0.99, and the stack would have nothing left to show.
 DEMO := --data-dir $(PHANTOM) --epochs 2 --lr 3e-5
 
-.PHONY: demo reproduce bench test lint pictures mutants clean
+.PHONY: demo reproduce bench test test-whole lint pictures mutants clean
 
 demo: $(VENV:%=%/installed) $(PHANTOM)/valid-acl.csv
 	@for plane in $(PLANES); do \
@@ -46,6 +46,10 @@ reproduce: $(VENV:%=%/installed) $(if $(filter $(PHANTOM),$(DATA)),$(PHANTOM)/va
 # Two processes with one thread each: two threads gain little on the tests' small exams.
 test: $(VENV:%=%/installed-dev)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal --durations=15 --durations-min=5
+
+# The commands as a user gives them: several processes, clusters, kills.
+test-whole: $(VENV:%=%/installed-dev)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal --durations=15 --durations-min=30 -m "whole and not slow"
 
 lint: $(VENV:%=%/installed-dev)
 	$(PY) -m ruff check .

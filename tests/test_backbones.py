@@ -82,6 +82,7 @@ def test_smallest_side(name):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "convnext_tiny"])
+@pytest.mark.whole
 def test_chunks_with_recomputation_change_nothing(name, monkeypatch):
     torch.manual_seed(0)
     network = MRNet(backbone=name).double().train()
@@ -244,6 +245,7 @@ def test_several_planes_in_one_network():
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
+@pytest.mark.whole
 def test_weights_as_torchvisions_host_has_them(name, monkeypatch):
     """A whole classifier's state dict, Inception's with its auxiliary branch, DenseNet's with the
     names of its first release."""

@@ -45,6 +45,7 @@ def test_13_the_floor_counts_what_is_done():
     assert training == pytest.approx(2 * (sum(macs) + backward), rel=3e-3)
 
 
+@pytest.mark.whole
 def test_table_of_two_variants(tmp_path):
     names = [benchmark.OURS, benchmark.ARTICLE]
     done = run_script("tools/benchmark.py", "--exams", 2, "--valid", 2, "--runs", 1, "--workers", 0,

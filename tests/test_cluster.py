@@ -22,6 +22,7 @@ from common.errors import InputError, Interrupted
 from common.jobs import Job
 
 ray = pytest.importorskip("ray", reason="pip install -r requirements-cluster.txt")
+pytestmark = pytest.mark.whole
 
 
 @pytest.fixture

@@ -118,6 +118,7 @@ def sources(scan):
     return {str(one.SOPInstanceUID): one for one in found}
 
 
+@pytest.mark.whole
 def test_heat_maps_belong_to_the_study(scan, results):
     folder, said = results
     theirs = sources(scan)
@@ -160,6 +161,7 @@ def shown_by(theirs, image):
 
 
 @pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.whole
 def test_each_pixel_shows_the_patients_own_place(trained, scan, tmp_path, mirror):
     """Also where the networks look at right knees as left ones."""
     models = tmp_path / "models"
@@ -216,6 +218,7 @@ def without_time(dataset, element):
         element.value = None
 
 
+@pytest.mark.whole
 def test_made_twice_the_same_but_for_the_time(trained, scan, results, tmp_path):
     assert explain(scan, trained[0] / "models", tmp_path).returncode == 0
     files = sorted(p.relative_to(results[0]) for p in results[0].rglob("*.dcm"))

@@ -245,6 +245,7 @@ def write_dicom(data, exam_id, out):
     return out
 
 
+@pytest.mark.whole
 def test_readmes_commands_from_dicom_to_the_page(trained, tmp_path):
     scan = write_dicom(trained[0] / "data", 20, tmp_path / "knee7")
     models = ("--models-dir", trained[0] / "models", "--allow-synthetic")

@@ -26,6 +26,7 @@ def exams_of(work, row):
     return {plane: np.load(path) for plane, path in paths.items()}
 
 
+@pytest.mark.whole
 def test_onnxruntime_answers_as_the_stack_does(trained, tmp_path):
     work, _ = trained
     done = export_to(tmp_path / "acl", work / "models/acl-stack.json", "onnx")

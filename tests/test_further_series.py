@@ -18,6 +18,7 @@ from common.stacking import load_task, saved_columns
 from dataloader import ALL_PLANES, planes_of
 
 T1 = "sagittal-t1"
+pytestmark = pytest.mark.whole
 
 
 def files(work):

@@ -60,6 +60,7 @@ def change(scans, pool, rng):
     ("studies", "rounds", "changes"),
     [(10, 3, 6), pytest.param(60, 100, 10, marks=pytest.mark.slow)],
 )
+@pytest.mark.whole
 def test_a_resumed_file_is_a_fresh_one(predict, tmp_path, studies, rounds, changes):
     rng = np.random.default_rng(0)
     pool, scans = tmp_path / "pool", tmp_path / "scans"

@@ -185,6 +185,7 @@ def test_coverage_at_120_exams(positives, auc):
 
 
 @pytest.mark.parametrize("positives", [24, 60])
+@pytest.mark.whole
 def test_closer_to_the_exact_interval_than_ten_thousand_resamples(positives):
     """The exact bounds are the true AUCs for which the one seen is a 2.5 % event on either side.
 

@@ -417,6 +417,7 @@ MORE = ("--augment", "strong", "--slices", "0.7", "--accumulate", "5", "--head-l
     ],
     ids=["cosine", "one-cycle"],
 )
+@pytest.mark.whole
 def test_a_resumed_run_goes_on_to_the_last_digit(work, monkeypatch, options):
     words = ("--task", "acl", "--plane", "axial", "--epochs", "2", *options)
     train_quickly(work, *words)
@@ -432,6 +433,7 @@ def test_a_resumed_run_goes_on_to_the_last_digit(work, monkeypatch, options):
     assert all(torch.equal(value, again[name]) for name, value in model.items())
 
 
+@pytest.mark.whole
 def test_several_findings_in_one_network(tmp_path, capsys):
     write_findings(tmp_path / "data")
     done = train_quickly(tmp_path, "--task", "all", "--plane", "axial", "--lr", "1e-4")
@@ -501,6 +503,7 @@ def predict(work, *words, recipes=("article",)):
     return list(csv.DictReader(done.stdout.splitlines()))
 
 
+@pytest.mark.whole
 def test_joined_planes_are_predicted_and_explained(joined):
     written = joined / "models" / "acl-predictions.csv"
     with open(written, newline="") as file:
@@ -524,6 +527,7 @@ def test_joined_planes_are_predicted_and_explained(joined):
     assert "alexnet, maximum over slices" in data["planes"][0]["of"]
 
 
+@pytest.mark.whole
 def test_a_plane_may_lack_where_training_dropped_planes(joined):
     folder = joined / "data" / "valid"
     files = [folder / plane / "0012.npy" for plane in ("axial", "sagittal")]
@@ -547,6 +551,7 @@ def test_a_missing_plane_is_refused_or_allowed(work):
     train_quickly(work, *words, "--plane-dropout", "0.2")
 
 
+@pytest.mark.whole
 def test_recipes_are_stacked_together(work):
     (work / "mean.toml").write_text('pooling = "mean"\nchannels = "neighbours"\n')
     (work / "squeeze.toml").write_text('backbone = "squeezenet1_1"\npooling = "attention"\n')
@@ -611,6 +616,7 @@ def random_options(rng):
 
 
 @pytest.mark.parametrize("count", [12, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.whole
 def test_random_combinations_train_or_are_refused(tmp_path, count):
     root = write_findings(tmp_path / "data")
     for split in ("train", "valid"):

@@ -180,6 +180,7 @@ def test_pose_goes_there_and_back():
     np.testing.assert_allclose(pose.to_knee(pose.to_patient(points)), points, atol=1e-3)
 
 
+@pytest.mark.whole
 def test_an_interrupted_run_leaves_no_csv(knees, tmp_path, monkeypatch):
     make(tmp_path, "--workers", 1, exams=5)
 

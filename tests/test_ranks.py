@@ -18,6 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common import ranks
 
+pytestmark = pytest.mark.whole
+
 TRAIN = ("--plane", "sagittal", "--no-pretrained", "--lr", "1e-4", "--accumulate", "4",
          "--precision", "fp32", "--device", "cpu")  # fmt: skip
 

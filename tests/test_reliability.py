@@ -112,6 +112,7 @@ def epochs_said(text):
 @pytest.mark.parametrize(
     "kills_wanted, epochs", [(4, 6), pytest.param(50, 40, marks=pytest.mark.slow)]
 )
+@pytest.mark.whole
 def test_kills_lose_nothing(work, launcher, kills_wanted, epochs):
     """SIGKILL at random moments, within epochs and while files are written, then to the end."""
     assert (
@@ -249,6 +250,7 @@ def test_networks_side_by_side_are_those_of_one_after_the_other(work):
         assert_same_training(one, three)
 
 
+@pytest.mark.whole
 def test_a_failed_network_is_named_and_the_others_are_trained(work):
     (work / "data" / "train" / "coronal" / "0003.npy").write_bytes(b"no volume")
     done = run_script("reproduce.py", "--data-dir", work / "data", "--models-dir",

@@ -94,6 +94,7 @@ def test_1_a_name_does_not_depend_on_what_lies_beside_it(trained, tmp_path):
     }
 
 
+@pytest.mark.whole
 def test_1_no_page_replaces_another_exams(trained, tmp_path):
     args = ("--task", "acl", "--models-dir", trained[0] / "models", "--out", tmp_path / "report",
             "--allow-synthetic", "--precision", "fp32")  # fmt: skip
@@ -406,6 +407,7 @@ def predictions(exams, split):
     return {row["id"]: row for row in rows if row["split"] == split}
 
 
+@pytest.mark.whole
 def test_8_thresholds_come_from_exams_that_no_network_were_trained_on(tmp_path):
     exams = write_exams(tmp_path / "data", train=60)
     for plane in PLANES:
@@ -467,6 +469,7 @@ def test_9_logits_stay_as_they_are(trained, tmp_path):
     np.testing.assert_allclose(found, reference.coef_[0], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.whole
 def test_9_the_page_is_true_for_several_networks(exams):
     for plane in PLANES:
         assert train(exams, "--folds", "2", "--epochs", "1", plane=plane).returncode == 0
@@ -642,6 +645,7 @@ def test_14_the_state_within_an_epoch_has_the_devices_generator(monkeypatch):
     assert "device_random" not in engine.random_states(torch.device("cpu"))
 
 
+@pytest.mark.whole
 def test_14_closing_the_terminal_ends_the_training(tmp_path):
     import signal
     import time
@@ -731,6 +735,7 @@ def logits_of(exams, fold):
     return data, logits, data.rows_of(metadata["out_of_fold"])
 
 
+@pytest.mark.whole
 def test_15a_a_network_has_not_learnt_its_own_fold(memorised):
     from sklearn.metrics import roc_auc_score
 

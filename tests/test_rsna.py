@@ -354,6 +354,7 @@ def test_one_folder_holds_exams_of_one_kind(tree, tmp_path):
     assert_one_line_error(done, "dataset.json", "field_of_view")
 
 
+@pytest.mark.whole
 def test_t1_series_are_planes_of_their_own(own, tmp_path):
     """Of the right study and plane; read from DICOM where a network takes them."""
     from common.exams import open_exams
@@ -456,6 +457,7 @@ def test_the_dicom_importer_mirrors_and_cuts_likewise(tree, tmp_path):
     assert_one_line_error(done, "dataset.json", "mirrored")
 
 
+@pytest.mark.whole
 def test_a_submission_has_every_study_of_the_sample_in_its_order(tree, tmp_path):
     out, models = tmp_path / "out", tmp_path / "models"
     assert prepare(tree, out, "--field-of-view", "140").returncode == 0

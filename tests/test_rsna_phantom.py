@@ -20,6 +20,7 @@ from data.phantom.rsna import FINDINGS, draw_scanner, findings_of, make_study, r
 from data.rsna.tables import read_labels, read_series
 
 PLANES = ("axial", "coronal", "sagittal")
+pytestmark = pytest.mark.whole
 
 
 @pytest.fixture(scope="module")

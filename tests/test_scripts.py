@@ -339,6 +339,7 @@ def test_held_out_protocol_keeps_the_validation_exams_for_the_end(tmp_path):
     assert all(torch.equal(two["model"][k], v) for k, v in saved(exams)["model"].items())
 
 
+@pytest.mark.whole
 def test_folds_and_seeds_stack_out_of_fold(exams):
     more = ("--folds", "2", "--repeat", "2")
     files = ("--data-dir", exams, "--models-dir", exams.parent / "models", "--logs-dir",
@@ -404,6 +405,7 @@ def test_compare_two_runs(trained, tmp_path):
     assert_one_line_error(run_script("tools/compare.py", first, second), "p.csv", "predictions")
 
 
+@pytest.mark.whole
 def test_exams_that_lack_a_plane_go_through_every_script(exams):
     """Training, the stack, the checks and a comparison, with planes missing in both splits."""
     for place in ("train/axial/0003", "train/coronal/0005", "valid/sagittal/0013"):

@@ -140,6 +140,7 @@ def swept(tmp_path_factory):
     return work, run_sweep(work)
 
 
+@pytest.mark.whole
 def test_a_sweep_predicts_every_exam_out_of_fold(swept):
     work, done = swept
     assert done.returncode == 0, done.stderr
@@ -165,6 +166,7 @@ def test_a_sweep_predicts_every_exam_out_of_fold(swept):
     assert not list((work / "models").glob("*.pt"))
 
 
+@pytest.mark.whole
 def test_nothing_is_repeated(swept):
     work, _ = swept
     path = work / "out" / "faster.json"
@@ -178,6 +180,7 @@ def test_nothing_is_repeated(swept):
     assert again["logits"] == json.loads(before)["networks"]["axial 2"]["logits"]
 
 
+@pytest.mark.whole
 def test_another_recipe_under_the_same_name_is_refused(swept, tmp_path):
     work, _ = swept
     path = sweep_file(tmp_path, HEAD + RECIPES.replace("lr = 1e-3", "lr = 1e-4"))
@@ -196,6 +199,7 @@ def test_damaged_results_are_named(tmp_path, text):
         Results(tmp_path, sweep, "article")
 
 
+@pytest.mark.whole
 def test_failures_are_named_and_the_others_go_on(tmp_path):
     write_exams(tmp_path / "data", train=18)
     (tmp_path / "data" / "train" / "coronal" / "0003.npy").write_bytes(b"no volume")
@@ -207,6 +211,7 @@ def test_failures_are_named_and_the_others_go_on(tmp_path):
     assert len(json.loads((tmp_path / "out" / "article.json").read_text())["networks"]) == 2
 
 
+@pytest.mark.whole
 def test_a_signal_stops_after_the_step_and_the_time_is_kept(tmp_path):
     write_exams(tmp_path / "data", train=18)
     text = (HEAD + RECIPES).replace("epochs = 1", "epochs = 500")
