@@ -1,4 +1,4 @@
-# make demo | test | test-whole | reproduce | bench | lint | pictures | mutants
+# make demo | test | test-whole | reproduce | bench | bench-gpu | lint | pictures | mutants
 # Everything installs into .venv first; `make demo VENV=` uses the python that is active instead
 # and installs nothing. `make reproduce DATA=data/phantom` takes one network for all findings of a plane
 # and recipes/phantom.toml; ARGS="--epochs 8" is for train.py.
@@ -16,7 +16,7 @@ TASK := acl
 # a third epoch a plane alone reaches 0.99, and the stack would have nothing left to show.
 DEMO := --data-dir $(PHANTOM) --epochs 2 --lr 3e-5
 
-.PHONY: demo reproduce bench test test-whole lint pictures mutants clean
+.PHONY: demo reproduce bench bench-gpu test test-whole lint pictures mutants clean
 
 demo: $(VENV:%=%/installed) $(PHANTOM)/valid-acl.csv
 	@for plane in $(PLANES); do \
@@ -39,6 +39,13 @@ $(PHANTOM)/valid-acl.csv: | $(VENV:%=%/installed)
 bench: $(VENV:%=%/installed)
 	$(PY) -m tools.benchmark
 	$(PY) -m tools.benchmark --growth
+
+# On a machine with a GPU: is it right, how fast is it?
+bench-gpu: $(VENV:%=%/installed-dev)
+	$(PY) -m pytest tests/test_gpu.py
+	$(PY) -m tools.benchmark --device cuda --exams 1130 --valid 120
+	$(PY) -m tools.benchmark --device cuda --backbones --runs 3 --exams 12 --valid 2
+	$(PY) -m tools.benchmark --device cuda --at-once 1 2 4 8 --exams 300 --runs 3
 
 reproduce: $(VENV:%=%/installed) $(if $(filter $(PHANTOM),$(DATA)),$(PHANTOM)/valid-acl.csv)
 	$(PY) reproduce.py --data-dir $(DATA) $(if $(filter $(PHANTOM),$(DATA)),--together -- --recipe phantom $(ARGS),$(if $(ARGS),-- $(ARGS)))

@@ -55,6 +55,7 @@ SIDE = 256
 # MRNet's slices an exam: 17 to 61, mean about 30 (Bien et al. 2018 and the data set's volumes).
 FEWEST, MOST = 17, 61
 OURS, ARTICLE = "ours", "the article's loop"
+COMPILED = "torch.compile"  # minutes: only if --only names it
 AUTOTUNE = "max-autotune-no-cudagraphs"  # the graphs are ours
 
 
@@ -154,6 +155,7 @@ class Ours:
         kind = GraphedStep if options.get("graphs", True) and on_gpu else engine.TrainingStep
         self.step = kind(self.model, self.optimizer, self.precision)
         if kind is GraphedStep:
+            self.step.eager_left = options.get("eager", GraphedStep.EAGER)
             self.train()  # captures the graphs: once a run, not once an epoch
 
     def train(self):
@@ -248,11 +250,18 @@ class WithTorchsPooling(MRNet):
             )
 
 
-def compiled(mode):
-    """Network whose convolutional part torch.compile takes, once for all slice counts."""
-    network = WithTorchsPooling()
-    network.pretrained_model.compile(dynamic=True, mode=mode)
-    return network
+class Compiled(Ours):
+    """torch.compile of the convolutional part, once for all slice counts."""
+
+    def __init__(self, mode, sets, device):
+        def network():
+            made = WithTorchsPooling()
+            made.pretrained_model.compile(dynamic=True, mode=mode)
+            return made
+
+        # Nothing may be left to compile while a graph is captured.
+        super().__init__(sets, device, network=network, eager=len(sets[0]))
+        self.train()
 
 
 class TwoResamplings(Augmentation):
@@ -285,8 +294,8 @@ def variants(device, workers, folder):
             "- pooling kernel": partial(Ours, network=WithTorchsPooling),
             "- fused Adam": partial(Ours, fused=False),
             "- volumes on the GPU, graphs": OnDisk,
-            "torch.compile": partial(Ours, network=partial(compiled, "default")),
-            "torch.compile, max-autotune": partial(Ours, network=partial(compiled, AUTOTUNE)),
+            COMPILED: partial(Compiled, "default"),
+            f"{COMPILED}, max-autotune": partial(Compiled, AUTOTUNE),
         }
     return made | {ARTICLE: partial(ArticlesLoop, workers=workers, folder=folder)}
 
@@ -627,7 +636,8 @@ def run(args):
                         f"--only {', '.join(sorted(unknown))}: no such variant on this device; "
                         f"there are {', '.join(makers)}"
                     )
-                makers = {name: makers[name] for name in args.only or makers}
+                quick = [name for name in makers if not name.startswith(COMPILED)]
+                makers = {name: makers[name] for name in args.only or quick}
                 times, slices = measure(makers, Path(folder), device, args.cache, args.runs)
                 rows, what = table(times, slices, device, precision), "epoch"
                 print(
