@@ -48,6 +48,7 @@ def pooled_by_torchvision(network, x):
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
+@pytest.mark.whole
 def test_features_are_those_of_torchvisions_own_forward(name):
     network, x = torchvisions(name), torch.randn(2, 3, 96, 96)
     ours = MRNet(backbone=name).eval()
@@ -193,6 +194,7 @@ def without_functional(monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.whole
 def test_cells_lie_where_their_receptive_fields_do(name, monkeypatch):
     without_functional(monkeypatch)
     backbone, side = BACKBONES[name], 480

@@ -299,6 +299,7 @@ def test_two_knees_of_a_study_share_no_uid(trained, tmp_path):
     assert left and right and left.isdisjoint(right)
 
 
+@pytest.mark.whole
 def test_all_exams_go_on_where_dicom_is_missing(trained, scan, tmp_path):
     """A run without --dicom first; and an exam that belongs to no study."""
     models, inbox = trained[0] / "models", tmp_path / "inbox"

@@ -19,6 +19,8 @@ from common.files import csv_line, from_cell
 from common.jobs import Done
 from common.parts import Part, check_names, write_part
 
+pytestmark = pytest.mark.whole
+
 
 def predict(work, exams, out, *more):
     return run_script("predict.py", exams, "--models-dir", work / "models", "--precision", "fp32",
@@ -58,7 +60,6 @@ def test_parts_share_a_list_out():
     assert sorted(sum(found, [])) == whole and {len(one) for one in found} == {2, 3}
 
 
-@pytest.mark.whole
 def test_merged_parts_are_one_run(parts, tmp_path):
     done = merge([parts[3], parts[1], parts[2]], tmp_path / "merged.csv")
     assert done.returncode == 0, done.stderr
@@ -76,7 +77,6 @@ def test_json_lines_are_merged_as_well(trained, tmp_path):
     assert (tmp_path / "merged").read_bytes() == (tmp_path / "all").read_bytes()
 
 
-@pytest.mark.whole
 def test_what_is_missing_or_twice_is_said(own, trained, tmp_path):
     work, out = trained[0], tmp_path / "merged.csv"
     assert_one_line_error(merge(own[:2], out), "part 3 of 3 is missing")
@@ -125,7 +125,6 @@ def test_a_finding_that_is_missing_is_said(tmp_path):
         check_names([("", "b"), ("", "a"), ("", "a")])
 
 
-@pytest.mark.whole
 def test_parts_of_other_lists_or_networks_are_refused(own, trained, tmp_path):
     work, out = trained[0], tmp_path / "merged.csv"
     done = predict(work, work / "data", own[1], "--part", "2/4", "--overwrite")
@@ -206,7 +205,6 @@ def resident_of(pid):
 # --- several processes ----------------------------------------------------------------------------
 
 
-@pytest.mark.whole
 def test_jobs_predict_what_one_process_predicts(parts, trained, tmp_path):
     work, out = trained[0], tmp_path / "all.csv"
     done = predict(work, work / "data", out, "--jobs", 3, "--threads", 1)

@@ -188,6 +188,7 @@ def test_a_signal_finishes_the_step_and_saves(work, monkeypatch, number, status)
     assert_same_training(model_of(work), model_of(work, "whole"))
 
 
+@pytest.mark.whole
 def test_a_second_signal_stops_at_once(work, launcher):
     child = launcher.start(work / "out.txt", arguments(work, "--epochs", 10_000))
     deadline = time.monotonic() + 60

@@ -747,6 +747,7 @@ def test_15a_a_network_has_not_learnt_its_own_fold(memorised):
         assert roc_auc_score(data.labels[out], logits[out]) < 0.85
 
 
+@pytest.mark.whole
 def test_15b_out_of_fold_predictions_are_each_exams_own_networks(memorised):
     assert stack(memorised, "--folds", "2").returncode == 0
     written = predictions(memorised, "train")
