@@ -131,9 +131,10 @@ def any_stops(stop_requested):
     Args:
         stop_requested: list of signals' numbers; one that reached another rank is added.
     """
-    if count() > 1:
-        number = torch.tensor(stop_requested[0] if stop_requested else 0)
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-        if number and not stop_requested:
-            stop_requested.append(int(number))
-    return bool(stop_requested)
+    if count() == 1:
+        return bool(stop_requested)
+    number = torch.tensor(stop_requested[0] if stop_requested else 0)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    if number and not stop_requested:
+        stop_requested.append(int(number))
+    return bool(number)  # a signal that came in the meantime is one that the others do not know of

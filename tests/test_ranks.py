@@ -139,3 +139,13 @@ def test_one_process_is_all_of_its_ranks():
     assert ranks.share([3, 4, 5]) == [3, 4, 5]
     stop = []
     assert not ranks.any_stops(stop) and ranks.any_stops([15])
+
+
+def test_a_signal_while_ranks_compare_is_for_the_next_time(monkeypatch):
+    """Otherwise this rank stops and the others go on, without it."""
+    stop = []
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks.dist, "all_reduce", lambda number, how: stop.append(15))
+    assert not ranks.any_stops(stop)
+    monkeypatch.setattr(ranks.dist, "all_reduce", lambda number, how: None)
+    assert ranks.any_stops(stop)
