@@ -223,7 +223,7 @@ def explain_all(exams, tasks, output, options):
     began, out, model = time.perf_counter(), output.folder, model_of(tasks, options)
     labels = labels_beside(exams, tasks)
     rows = Rows(out, [models.task for models in tasks], model, output.overwrite)
-    known, new, failed = rows.inputs, 0, 0
+    known, new, explained, failed = rows.inputs, 0, 0, 0
     if output.dicom:  # explained before is not yet written there
         report = dicom_results().REPORT
         known = {key: i for key, i in known.items() if (output.dicom / key[1] / report).exists()}
@@ -243,6 +243,7 @@ def explain_all(exams, tasks, output, options):
                 except InputError as error:
                     row = row._replace(error="; ".join(filter(None, [row.error, str(error)])))
             rows.add(row)
+            explained += row.page is not None
             if row.error:
                 failed += 1
                 name = "/".join(exam.key).lstrip("/")
@@ -253,9 +254,11 @@ def explain_all(exams, tasks, output, options):
     finally:
         done = rows.finish(exams)
         write_text(out / INDEX, make_index(done, tasks, labels, len(exams) - len(done)))
-    kept = f", {len(done) - new} were there" if len(done) > new else ""
+    words = f"{explained} exams explained"
+    words += f", {new - explained} not" if new > explained else ""
+    words += f", {len(done) - new} were there" if len(done) > new else ""
     seconds = time.perf_counter() - began
-    print(f"index      {out / INDEX}  {new} exams explained{kept}, {seconds:.1f} s\n{NOTICE}")
+    print(f"index      {out / INDEX}  {words}, {seconds:.1f} s\n{NOTICE}")
     if exams.fault:
         raise RunError(f"{exams.fault}; {failed} exams without an answer")
     if failed or exams.failed:

@@ -67,6 +67,29 @@ def parse_arguments():
 
     cli.add_exam_arguments(parser)
 
+    add_file_arguments(parser)
+    machine = parser.add_argument_group("machine")
+    cli.add_machine_arguments(machine)
+    workers = "processes that read and decode RSNA's studies while the networks compute, about 500 "
+    workers += "MB each; default: half the cores, at most 8; one for each of --jobs"
+    machine.add_argument("--workers", type=cli.positive_int, help=workers)
+    cli.add_parallel_arguments(parser, "parts", "one process predicts all")
+    args = parser.parse_args()
+    if str(args.out) == "-" and (args.resume or args.overwrite):
+        parser.error("--resume and --overwrite need a file as --out")
+    if (args.jobs or args.cluster) and (str(args.out) == "-" or args.part):
+        parser.error("--jobs and --cluster need a file as --out, and make the parts themselves")
+    if (args.threads or args.jobs_per_gpu > 1) and not (args.jobs or args.cluster):
+        parser.error("--threads and --jobs-per-gpu are for the processes of --jobs or --cluster")
+    if args.part and (str(args.out) == "-" or args.submission):
+        parser.error("--part needs a file as --out, and no --submission before all are merged")
+    if args.submission and (str(args.out) == "-" or args.jsonl or args.task):
+        parser.error("--submission needs a file as --out, and neither --jsonl nor --task")
+    return args
+
+
+def add_file_arguments(parser):
+    """--out, --jsonl, --submission, --part, --resume, --overwrite."""
     files = parser.add_argument_group("files")
     files.add_argument("--out", type=Path, default=Path("-"), help="file to write; - is stdout")
     files.add_argument(
@@ -91,23 +114,6 @@ def parse_arguments():
         "the file ends as a run from the start would leave it",
     )
     existing.add_argument("--overwrite", action="store_true", help="replace --out")
-
-    machine = parser.add_argument_group("machine")
-    cli.add_machine_arguments(machine)
-    workers = "processes that read and decode RSNA's studies while the networks compute, about 500 "
-    workers += "MB each; default: half the cores, at most 8; one for each of --jobs"
-    machine.add_argument("--workers", type=cli.positive_int, help=workers)
-    cli.add_parallel_arguments(parser, "parts", "one process predicts all")
-    args = parser.parse_args()
-    if str(args.out) == "-" and (args.resume or args.overwrite):
-        parser.error("--resume and --overwrite need a file as --out")
-    if (args.jobs or args.cluster) and (str(args.out) == "-" or args.part):
-        parser.error("--jobs and --cluster need a file as --out, and make the parts themselves")
-    if args.part and (str(args.out) == "-" or args.submission):
-        parser.error("--part needs a file as --out, and no --submission before all are merged")
-    if args.submission and (str(args.out) == "-" or args.jsonl or args.task):
-        parser.error("--submission needs a file as --out, and neither --jsonl nor --task")
-    return args
 
 
 def default_workers():

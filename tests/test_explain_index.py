@@ -146,13 +146,14 @@ def test_a_faulty_exam_is_named_and_the_others_go_on(work, tmp_path):
     (tmp_path / "models").symlink_to(work / "models")
     done = explain(tmp_path, "--task", "acl")
     assert done.returncode == 1 and "error: train/bad?[2J: " in done.stderr
+    assert "5 exams explained, 1 not, " in done.stdout
     assert "1 exams and 0 files" in done.stderr and "\x1b" not in done.stdout + done.stderr
     rows = content_of(tmp_path / "report" / "index.html")["rows"]
     (bad,) = [row for row in rows if row["exam"] == "bad\x1b[2J"]
     assert bad["page"] is None and "bad" in bad["error"] and len(rows) == 6
     # It is tried again, the others are not.
     done = explain(tmp_path, "--task", "acl")
-    assert done.returncode == 1 and "1 exams explained, 5 were there" in done.stdout
+    assert done.returncode == 1 and "0 exams explained, 1 not, 5 were there" in done.stdout
     (tmp_path / "data" / "valid-acl.csv").write_text("7,yes\n")
     assert_one_line_error(explain(tmp_path, "--task", "acl"), "valid-acl.csv", "yes")
 
