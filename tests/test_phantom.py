@@ -7,11 +7,12 @@ import sys
 import numpy as np
 import pytest
 from conftest import assert_one_line_error, run_script
+from scipy import ndimage
 
 from data.phantom import knee, prepare
 from data.phantom.anatomy import draw_knee
 from data.phantom.lesions import draw_labels, draw_lesions
-from data.phantom.scanner import Pose, place, scan
+from data.phantom.scanner import Pose, interpolate, place, scan
 
 SCRIPT = "data/phantom/prepare.py"
 PLANES = ("axial", "coronal", "sagittal")
@@ -172,6 +173,15 @@ def fibula_is_left_in_the_picture(side):
 def test_left_and_right_knees_are_mirrored():
     assert not fibula_is_left_in_the_picture(side=1)  # a left knee: lateral is the patient's left
     assert fibula_is_left_in_the_picture(side=-1)
+
+
+def test_interpolation_is_scipys():
+    rng = np.random.default_rng(0)
+    volume = rng.random((5, 7, 6), np.float32)
+    where = rng.uniform(-2, 8, (3, 40, 50))  # also beyond its ends
+    where[:, 0, :8] = np.arange(8)  # and on the voxels
+    wanted = ndimage.map_coordinates(volume, where, order=1, mode="nearest")
+    assert np.array_equal(interpolate(volume, where), wanted)
 
 
 def test_pose_goes_there_and_back():
