@@ -76,10 +76,10 @@ def small_file_system(folder, size):
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def run_process(script, *args):
+def run_process(script, *args, timeout=300):
     """Run a script of the project as a process of its own, text output."""
     command = [sys.executable, str(ROOT / script), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
 QUICK = ("--no-pretrained", "--epochs", "2", "--lr", "1e-4", "--log-every", "5")
