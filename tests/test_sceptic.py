@@ -67,18 +67,9 @@ def test_shuffled_labels_teach_nothing(tmp_path):
     for split in ("train", "valid"):
         shuffle_labels(rng, data, split, tasks)
     folders = ("--data-dir", data, "--models-dir", models, "--logs-dir", tmp_path / "logs")
-    training = (
-        "--recipe",
-        "best",
-        "--average-weights",
-        0.99,
-        "--folds",
-        5,
-        "--protocol",
-        "held-out",
-    )
-    done = run_process("reproduce.py", *folders, "--together", "--", *training,
-                       "--protocol", "held-out", timeout=3600)  # fmt: skip
+    recipe, protocol = ("--recipe", "best", "--average-weights", 0.99), ("--protocol", "held-out")
+    done = run_process("reproduce.py", *folders, "--together", "--", *recipe, *protocol, "--folds",
+                       5, timeout=3600)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     for task in tasks:
         rows = json.loads((models / f"{task}-best-results.json").read_text())["valid"]
