@@ -66,8 +66,8 @@ def parse_arguments():
     )
 
     cli.add_exam_arguments(parser)
-
     add_file_arguments(parser)
+
     machine = parser.add_argument_group("machine")
     cli.add_machine_arguments(machine)
     workers = "processes that read and decode RSNA's studies while the networks compute, about 500 "
