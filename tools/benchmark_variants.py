@@ -42,7 +42,17 @@ class Ours:
         self.step = kind(self.model, self.optimizer, self.precision)
         if kind is GraphedStep:
             self.step.eager_left = options.get("eager", GraphedStep.EAGER)
-            self.train()  # captures the graphs: once a run, not once an epoch
+            self.capture()
+
+    def capture(self):
+        """Capture the graphs, a step for each slice count: once a run, not once an epoch."""
+        counts = self.train_set.slice_counts
+        rows = [*{count: i for i, count in enumerate(counts)}.values()]
+        rows = rows[:1] * GraphedStep.EAGER + rows
+        views = self.train_set.draw(rows, self.device)
+        one = torch.ones(1, self.train_set.targets.shape[1], device=self.device)
+        for k, row in enumerate(rows):
+            self.step(self.train_set, [row], views[k : k + 1], one, one)
 
     def train(self):
         engine.train_epoch(self.step, self.train_set)
@@ -64,9 +74,10 @@ class OnDisk(Ours):
 class HalfTheSlices(Ours):
     """--slices 0.5"""
 
-    def train(self):
-        self.train_set.slices = (0.5, 0.5)
-        super().train()
+    def __init__(self, sets, device):
+        half = copy.copy(sets[0])
+        half.slices = (0.5, 0.5)
+        super().__init__([half, sets[1]], device)
 
 
 class ThreeFindings(Ours):
@@ -146,8 +157,9 @@ class Compiled(Ours):
             return made
 
         # Nothing may be left to compile while a graph is captured.
-        super().__init__(sets, device, network=network, eager=len(sets[0]))
-        self.train()
+        super().__init__(sets, device, network=network, eager=len(sets[0]) + GraphedStep.EAGER)
+        self.step.eager_left = 0
+        self.capture()
 
 
 class TwoResamplings(Augmentation):
