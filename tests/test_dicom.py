@@ -29,6 +29,7 @@ from pydicom.uid import (
 )
 
 from data.dicom import files, prepare
+from dataloader import MRDataset
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "data/dicom/prepare.py"
@@ -782,6 +783,19 @@ def test_nifti_that_cannot_be_used(convert, tmp_path):
         assert word in err
     assert len(err.splitlines()) == 4
     assert len(list((tmp_path / "out/valid/axial").iterdir())) == 1  # 4-D with one volume
+
+
+def test_a_study_without_a_plane_is_left_out_of_this_planes_networks(convert, tmp_path):
+    for k in range(3):
+        write_exam(tmp_path / f"scans/{k}", study=f"1.2.3.{k}")
+    shutil.rmtree(tmp_path / "scans/2/coronal")
+    status, _, err = convert(tmp_path / "scans", "--split", "train")
+    assert status == 0, err
+    for split in ("train", "valid"):
+        (tmp_path / f"out/{split}-acl.csv").write_text("0,1\n1,0\n2,0\n")
+    for plane, absent in (("axial", 0), ("coronal", 1)):
+        exams = MRDataset(tmp_path / "out", "acl", plane)
+        assert exams.absent == absent and len(exams) == 3 - absent
 
 
 def run_without(tmp_path, missing, source):

@@ -162,6 +162,7 @@ def run(args, choice, report):
         patient_key=hashlib.sha256(key).hexdigest()[:8],
         mirrored=args.mirror,
         field_of_view=args.field_of_view,
+        may_lack_planes=True,
     )
     register.save()  # first, so that an interrupted run goes on under the same numbers
     slices, full = {}, None
