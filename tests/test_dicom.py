@@ -806,7 +806,7 @@ def run_without(tmp_path, missing, source):
         (fakes / f"{name}.py").write_text(f"raise ImportError('no {name}', name='{name}')")
     return subprocess.run(
         [sys.executable, SCRIPT, source, tmp_path / "out"],
-        env={**os.environ, "PYTHONPATH": str(fakes)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(fakes), *sys.path[1:]])},
         capture_output=True,
         text=True,
     )
