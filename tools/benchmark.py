@@ -40,7 +40,7 @@ from common import cli
 from common.devices import CACHES, cache_volumes, device_name, pick_device, pick_precision
 from common.errors import InputError, RunError
 from common.files import write_csv
-from dataloader import PLANES, MRDataset
+from dataloader import PLANES, MRDataset, planes_of, tasks
 from model import BACKBONES, MRNet, convolutional_part, torchvision_network
 from tools.benchmark_variants import ARTICLE, COMPILED, OURS, Ours, variants
 
@@ -56,6 +56,11 @@ def parse_arguments():
         "--exams", type=int, default=40, help="training exams per epoch; MRNet 1130"
     )
     parser.add_argument("--valid", type=int, default=10, help="validation exams; MRNet 120")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        help="the first exams of this folder instead of random ones; for the table of an epoch",
+    )
     parser.add_argument("--runs", type=int, default=5, help="rounds; the median of each is shown")
     parser.add_argument(
         "--workers",
@@ -116,6 +121,12 @@ def write_exams(root, counts, slices):
         first += n
 
 
+def both_splits(root):
+    """MRDataset to train on and to validate on: one plane and finding of a folder."""
+    plane, task = planes_of(root)[0], tasks(root)[0]
+    return [MRDataset(root, task, plane, train) for train in (True, False)]
+
+
 def mrnet_slices(rng):
     """A slice count as MRNet's: 17 to 61 with mean 30, drawn from a beta distribution."""
     return round(FEWEST + (MOST - FEWEST) * rng.beta(2.2, 5.2))
@@ -173,12 +184,12 @@ def torchs_defaults():
     )
 
 
-def measure(makers, root, device, cache, runs):
+def measure(makers, sets, device, cache, runs):
     """Time every variant in every round.
 
     Args:
         makers: {name: maker}, as `variants` returns them.
-        root: folder of the exams.
+        sets: MRDataset to train on and to validate on.
         cache: as train.py's --cache.
 
     Yields:
@@ -186,7 +197,6 @@ def measure(makers, root, device, cache, runs):
         either data set.
     """
     times = {name: ([], [], []) for name in makers}
-    sets = [MRDataset(root, "acl", PLANES[0], train=train) for train in (True, False)]
     cached = [copy.deepcopy(exams) for exams in sets]
     cache_volumes(cached, cache, device)
     slices = [sum(exams.slice_counts) for exams in sets]
@@ -429,7 +439,7 @@ def whole_run(root, device, cache):
     if child.returncode:
         raise RunError(f"train.py ended with status {child.returncode}")
     (one, after_one), (two, after_two) = epochs
-    data_sets = [MRDataset(root, "acl", PLANES[0], train) for train in (True, False)]
+    data_sets = both_splits(root)
     volumes = sum(exams.nbytes for exams in data_sets)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # Linux counts in KiB
     return {
@@ -445,11 +455,29 @@ def whole_run(root, device, cache):
     }
 
 
+def chosen(makers, only):
+    """The makers that `only` names, None for all that take no minutes to compile.
+
+    Raises:
+        InputError: there is no such variant.
+    """
+    if unknown := set(only or ()) - set(makers):
+        raise InputError(
+            f"--only {', '.join(sorted(unknown))}: no such variant on this device; "
+            f"there are {', '.join(makers)}"
+        )
+    names = only or [name for name in makers if not name.startswith(COMPILED)]
+    return {name: makers[name] for name in names}
+
+
 def run(args):
     """Measure, print the table and write it."""
     device = pick_device(args.device)
     precision = pick_precision("auto", device)
     cli.print_start_up(vars(args), device, precision)
+    other = args.growth or args.at_once or args.whole_run or args.backbones is not None
+    if args.data_dir and other:
+        raise InputError("--data-dir: for the table of an epoch only; leave the other option out")
     if args.growth:
         rows, what = growth(device, args.runs), "growth"
     else:
@@ -464,22 +492,18 @@ def run(args):
             elif args.whole_run:
                 rows, what = [whole_run(Path(folder), device, args.cache)], "run"
             else:
-                makers = variants(device, args.workers, Path(folder) / "logs")
-                if unknown := set(args.only or ()) - set(makers):
-                    raise InputError(
-                        f"--only {', '.join(sorted(unknown))}: no such variant on this device; "
-                        f"there are {', '.join(makers)}"
-                    )
-                quick = [name for name in makers if not name.startswith(COMPILED)]
-                makers = {name: makers[name] for name in args.only or quick}
                 what = "epoch"
-                for measured in measure(makers, Path(folder), device, args.cache, args.runs):
-                    rows = table(*measured, device, precision)
+                makers = chosen(variants(device, args.workers, Path(folder) / "logs"), args.only)
+                both = zip(
+                    (args.exams, args.valid), both_splits(args.data_dir or folder), strict=True
+                )
+                sets = [exams.subset(range(min(n, len(exams)))) for n, exams in both]
+                for times, slices in measure(makers, sets, device, args.cache, args.runs):
+                    rows = table(times, slices, device, precision)
                     save(rows, what, device, args.out)  # so an interruption leaves some rounds
-                slices = measured[1]
                 print(
-                    f"an epoch: {args.exams} exams with {slices[0]} slices, and {args.valid} with "
-                    f"{slices[1]} to validate; medians of {args.runs} rounds after a warm-up"
+                    f"an epoch: {len(sets[0])} exams with {slices[0]} slices, and {len(sets[1])} "
+                    f"with {slices[1]} to validate; medians of {args.runs} rounds after a warm-up"
                 )
     print("\n" + tabulate(rows, headers="keys", floatfmt=".2f"))
     print(f"\nwritten  {save(rows, what, device, args.out)}")
