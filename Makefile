@@ -42,7 +42,7 @@ bench: $(VENV:%=%/installed)
 
 # On a machine with a GPU: is it right, how fast is it?
 bench-gpu: $(VENV:%=%/installed-dev)
-	$(PY) -m pytest tests/test_gpu.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_gpu.py -m ""
 	$(PY) -m tools.benchmark --device cuda --exams 1130 --valid 120
 	$(PY) -m tools.benchmark --device cuda --backbones --runs 3 --exams 12 --valid 2
 	$(PY) -m tools.benchmark --device cuda --at-once 1 2 4 8 --exams 300 --runs 3

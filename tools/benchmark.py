@@ -181,16 +181,17 @@ def measure(makers, root, device, cache, runs):
         root: folder of the exams.
         cache: as train.py's --cache.
 
-    Returns:
-        {name: ([train seconds], [evaluation seconds], [bytes])}, and slices of either data set.
+    Yields:
+        after each round {name: ([train seconds], [evaluation seconds], [bytes])}, and slices of
+        either data set.
     """
     times = {name: ([], [], []) for name in makers}
     sets = [MRDataset(root, "acl", PLANES[0], train=train) for train in (True, False)]
     cached = [copy.deepcopy(exams) for exams in sets]
     cache_volumes(cached, cache, device)
+    slices = [sum(exams.slice_counts) for exams in sets]
     for round_ in range(runs + 1):  # the first round, of a few exams, warms up and is thrown away
         for name, make in makers.items():
-            print(f"round {round_} of {runs}: {name:<33}", end="\r", file=sys.stderr)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             asked = sets if name == ARTICLE else cached
@@ -199,11 +200,14 @@ def measure(makers, root, device, cache, runs):
             with torchs_defaults() if name == ARTICLE else nullcontext():
                 loop = make(asked, device)
                 took = seconds(loop.train, device), seconds(loop.evaluate, device)
+            about = f"round {round_} of {runs}: {name:<33} {sum(took):6.2f} s"
+            print(about, file=sys.stderr, flush=True)
             measured = *took, memory(device)
             if round_:
                 for kept, value in zip(times[name], measured, strict=True):
                     kept.append(value)
-    return times, [sum(exams.slice_counts) for exams in sets]
+        if round_:
+            yield times, slices
 
 
 def table(times, slices, device, precision):
@@ -237,13 +241,15 @@ def table(times, slices, device, precision):
     return [*rows, {"variant": floor, "train ms/slice": floors[0], "evaluate ms/slice": floors[1]}]
 
 
-def save(rows, path):
-    """Write the rows as CSV."""
+def save(rows, what, device, folder):
+    """Write the rows as CSV: its path."""
+    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    path = folder / f"{what}-{name}-torch-{torch.__version__.split('+')[0]}.csv"
     columns = list(rows[0])
     cells = [[row.get(name, "") for name in columns] for row in rows]
     cells = [[f"{v:.4g}" if isinstance(v, float) else v for v in line] for line in cells]
     write_csv(path, [columns, *cells])
-    print(f"\nwritten  {path}")
+    return path
 
 
 def growth(device, runs):
@@ -466,15 +472,17 @@ def run(args):
                     )
                 quick = [name for name in makers if not name.startswith(COMPILED)]
                 makers = {name: makers[name] for name in args.only or quick}
-                times, slices = measure(makers, Path(folder), device, args.cache, args.runs)
-                rows, what = table(times, slices, device, precision), "epoch"
+                what = "epoch"
+                for measured in measure(makers, Path(folder), device, args.cache, args.runs):
+                    rows = table(*measured, device, precision)
+                    save(rows, what, device, args.out)  # so an interruption leaves some rounds
+                slices = measured[1]
                 print(
                     f"an epoch: {args.exams} exams with {slices[0]} slices, and {args.valid} with "
                     f"{slices[1]} to validate; medians of {args.runs} rounds after a warm-up"
                 )
     print("\n" + tabulate(rows, headers="keys", floatfmt=".2f"))
-    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    save(rows, args.out / f"{what}-{name}-torch-{torch.__version__.split('+')[0]}.csv")
+    print(f"\nwritten  {save(rows, what, device, args.out)}")
 
 
 if __name__ == "__main__":

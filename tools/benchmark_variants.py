@@ -163,11 +163,11 @@ class Compiled(Ours):
 
 
 class TwoResamplings(Augmentation):
-    def apply(self, grey, pose):
-        still = torch.zeros_like(pose)
+    def apply(self, grey, drawn):
+        still = torch.zeros_like(drawn)
         still[3] = 1.0
-        turned = torch.cat([pose[:1], still[1:3], pose[3:]])
-        return resample(resample(grey, turned), torch.cat([still[:1], pose[1:3], still[3:]]))
+        turned = torch.cat([drawn[:1], still[1:3], drawn[3:]])
+        return resample(resample(grey, turned), torch.cat([still[:1], drawn[1:3], still[3:]]))
 
 
 def variants(device, workers, folder):
