@@ -12,7 +12,7 @@ from scipy import ndimage
 from data.phantom import knee, prepare
 from data.phantom.anatomy import draw_knee
 from data.phantom.lesions import draw_labels, draw_lesions
-from data.phantom.scanner import Pose, interpolate, place, scan
+from data.phantom.scanner import Pose, averaged, place, scan
 
 SCRIPT = "data/phantom/prepare.py"
 PLANES = ("axial", "coronal", "sagittal")
@@ -94,10 +94,14 @@ def test_prevalences_are_mrnets(n):
 
 
 def test_a_quarter_of_the_meniscal_tears_is_a_thin_line_and_nothing_else():
+    for n, share in ((60, 6 / 22), (1130, 104 / 418), (4000, 0.25)):  # exact but for rounding
+        rows = draw_labels(np.random.default_rng(0), n)
+        assert sum(row["subtle_tear"] for row in rows) == share * sum(r["meniscus"] for r in rows)
+        assert all(row["meniscus"] for row in rows if row["subtle_tear"])
     rng = np.random.default_rng(0)
-    drawn = [draw_lesions(rng, {"abnormal": 1, "acl": 1, "meniscus": 1}) for _ in range(2000)]
+    drawn = [draw_lesions(rng, row | {"acl": 1}) for row in rows if row["meniscus"]]
     subtle = [one for one in drawn if one["meniscus"]["width"] < 1]
-    assert len(subtle) / len(drawn) == pytest.approx(0.25, abs=0.03)  # three standard errors
+    assert len(subtle) == 0.25 * len(drawn)
     for one in subtle:
         assert max(one["extrusion"].values()) <= 1.5 and one["cyst"] is None
         assert one["meniscus"]["handle"] is None and not one["meniscus"]["displaced"]
@@ -106,6 +110,20 @@ def test_a_quarter_of_the_meniscal_tears_is_a_thin_line_and_nothing_else():
     small = [one for one in drawn if max(one["acl"]["radii"]) < 5.5]
     assert len(small) / len(drawn) == pytest.approx(0.08, abs=0.02)
     assert np.mean([one["acl"]["partial"] for one in drawn]) == pytest.approx(0.43, abs=0.035)
+
+
+@pytest.mark.parametrize("thickness, n", [(0.4, 1), (2.2, 3), (3.7, 3), (4.4, 5), (5.5, 5)])
+def test_a_thick_slice_is_the_mean_of_some_voxels(thickness, n):
+    volume = np.random.default_rng(0).random((9, 12, 7), np.float32)
+    for axis in range(3):
+        wanted = ndimage.uniform_filter1d(volume, n, axis)
+        inner = tuple(slice(n // 2, -(n // 2) or None) if k == axis else slice(None)
+                      for k in range(3))  # fmt: skip
+        found = averaged(volume, axis, thickness)
+        np.testing.assert_allclose(found[inner], wanted[inner], atol=1e-6)
+        assert found.shape == volume.shape and np.array_equal(
+            np.take(found, [0, -1], axis), np.take(volume, [0, -1], axis)
+        )
 
 
 def test_lesions_are_those_of_the_labels(knees, places):
@@ -173,15 +191,6 @@ def fibula_is_left_in_the_picture(side):
 def test_left_and_right_knees_are_mirrored():
     assert not fibula_is_left_in_the_picture(side=1)  # a left knee: lateral is the patient's left
     assert fibula_is_left_in_the_picture(side=-1)
-
-
-def test_interpolation_is_scipys():
-    rng = np.random.default_rng(0)
-    volume = rng.random((5, 7, 6), np.float32)
-    where = rng.uniform(-2, 8, (3, 40, 50))  # also beyond its ends
-    where[:, 0, :8] = np.arange(8)  # and on the voxels
-    wanted = ndimage.map_coordinates(volume, where, order=1, mode="nearest")
-    assert np.array_equal(interpolate(volume, where), wanted)
 
 
 def test_pose_goes_there_and_back():

@@ -8,11 +8,12 @@ import numpy as np
 from scipy import ndimage
 
 from data.phantom.lesions import TASK_OF
-from data.phantom.shapes import capsule, inside
+from data.phantom.shapes import capsule, double, inside
 
 GRID = 0.8  # mm; the 3-D knee is drawn at this step
 HALF = (67.2, 80.0, 88.0)  # mm; it reaches so far in u, v, w; twice GRID divides it
 AIR = 0.0  # signal
+COARSE = 1.75  # voxels; noise of this grain and more is interpolated
 
 
 class Knee:
@@ -74,9 +75,17 @@ class Knee:
                 self.lesions.append((kind, TASK_OF[kind], found * self.grid + corner))
 
     def cloud(self, where, step):
-        """Smooth noise of mean 0 and SD about 1 over a box; `step` mm is its grain."""
+        """Smooth noise of mean 0 and SD about 1 over a box; `step` mm is its grain.
+
+        A grain of some voxels is drawn at half the resolution and interpolated.
+        """
         shape = [s.stop - s.start for s in where]
+        coarse = step / self.grid >= COARSE
+        drawn = [-(-n // 2) for n in shape] if coarse else shape
+        grain = step / self.grid / (2 if coarse else 1)
         field = ndimage.gaussian_filter(
-            self.rng.standard_normal(shape, np.float32), step / self.grid, truncate=2.5
+            self.rng.standard_normal(drawn, np.float32), grain, truncate=2.5
         )
+        if coarse:
+            field = double(field)[tuple(map(slice, shape))]
         return field / (field.std() + 1e-6)

@@ -35,14 +35,22 @@ HARMLESS_RADIUS, HARMLESS_SIGNAL = (5.0, 8.0), (0.26, 0.42)
 
 
 def draw_labels(rng, n):
-    """Labels of n exams with MRNet's prevalences, exact but for rounding: list of n dicts."""
+    """Labels of n exams with MRNet's prevalences, exact but for rounding.
+
+    Returns:
+        list of n dicts: 0 or 1 for each task, and whether a torn meniscus is a subtle tear, whose
+        share is exact too: by chance 6 of 44 had been subtle where 11 were meant.
+    """
     counts = {task: min(max(round(share * n), 1), n - 1) for task, share in PREVALENCE.items()}
     acl = rng.permutation(np.arange(n) < counts["acl"])
     meniscus = rng.permutation(np.arange(n) < counts["meniscus"])
     abnormal = acl | meniscus
     missing = max(counts["abnormal"] - abnormal.sum(), 0)
     abnormal[rng.permutation(np.flatnonzero(~abnormal))[:missing]] = True
-    columns = {"abnormal": abnormal, "acl": acl, "meniscus": meniscus}
+    torn = np.flatnonzero(meniscus)
+    subtle = np.zeros(n, bool)
+    subtle[rng.spawn(1)[0].permutation(torn)[: round(SUBTLE_TEARS * len(torn))]] = True
+    columns = {"abnormal": abnormal, "acl": acl, "meniscus": meniscus, "subtle_tear": subtle}
     return [{task: int(column[i]) for task, column in columns.items()} for i in range(n)]
 
 
@@ -50,7 +58,7 @@ def draw_lesions(rng, labels):
     """What is wrong with one knee: arguments for the painters.
 
     Args:
-        labels: {"abnormal": 0 or 1, "acl": 0 or 1, "meniscus": 0 or 1}.
+        labels: {"abnormal": 0 or 1, "acl": 0 or 1, "meniscus": 0 or 1, "subtle_tear": 0 or 1}.
     """
     group = next((task for task in ("acl", "meniscus") if labels[task]), None)
     group = group or ("other" if labels["abnormal"] else "normal")
@@ -63,7 +71,7 @@ def draw_lesions(rng, labels):
     if labels["acl"]:
         lesions["acl"] = draw_acl_tear(rng)
     if labels["meniscus"]:
-        lesions |= draw_meniscal_tear(rng, lesions["extrusion"])
+        lesions |= draw_meniscal_tear(rng, labels["subtle_tear"], lesions["extrusion"])
     harmless = group == "normal"
     if with_oedema:
         radii = HARMLESS_RADIUS if harmless else OEDEMA_RADIUS
@@ -96,13 +104,13 @@ def draw_acl_tear(rng):
     }
 
 
-def draw_meniscal_tear(rng, extrusion):
+def draw_meniscal_tear(rng, subtle, extrusion):
     """Where and how a meniscus is torn, and what comes with it: meniscus, extrusion, cyst.
 
     Args:
+        subtle: whether it is a thin, faint line and nothing else.
         extrusion: {side: mm} of intact menisci.
     """
-    subtle = rng.random() < SUBTLE_TEARS
     place = rng.choice([1.35, 0.2, -1.2], p=[0.65, 0.2, 0.15])  # posterior, body, anterior
     side = -1 if rng.random() < 0.7 else 1
     handle = not subtle and side < 0 and rng.random() < BUCKET_HANDLES
