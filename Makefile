@@ -12,8 +12,8 @@ PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 PHANTOM := data/phantom
 PLANES := axial coronal sagittal
 TASK := acl
-# A phantom of 200 exams is a sixth of MRNet: fewer steps an epoch want a higher learning rate. After
-# a third epoch a plane alone reaches 0.99, and the stack would have nothing left to show.
+# A phantom of 200 exams is a sixth of MRNet: fewer steps an epoch want a higher learning rate. Two
+# epochs fit into ten minutes.
 DEMO := --data-dir $(PHANTOM) --epochs 2 --lr 3e-5
 
 .PHONY: demo reproduce bench bench-gpu test test-whole lint pictures mutants clean

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -74,11 +75,14 @@ def test_a_variant_that_is_not_there():
 
 
 def test_exams_of_ones_own(exams, tmp_path):
+    for split in ("train", "valid"):
+        for plane in ("axial", "coronal"):
+            shutil.rmtree(exams / split / plane)
     words = ("tools/benchmark.py", "--data-dir", exams, "--exams", 3, "--valid", 100, "--runs", 1,
              "--only", benchmark.OURS, "--out", tmp_path / "out")  # fmt: skip
     done = run_script(*words)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "an epoch: 3 exams" in done.stdout and "and 8 with" in done.stdout
+    assert "an epoch of sagittal: 3 exams" in done.stdout and "and 8 with" in done.stdout
     assert_one_line_error(run_script(*words, "--growth"), "--data-dir: for the table of an epoch")
 
 

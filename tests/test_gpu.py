@@ -69,15 +69,16 @@ def test_every_backbone_equals_the_cpu(backbone):
     torch.manual_seed(0)
     devices.pick_device("cuda")  # fp32 without TF32
     # In double precision: where a maximum or a rectifier turns over in the last digit of fp32, the
-    # gradient of a deep network jumps by more than rounding.
+    # gradient of a deep network jumps by more than rounding (on a CPU alone fp32 is 8e-4 from it).
     model, x = MRNet(backbone=backbone).double(), torch.randn(3, 1, 96, 96, dtype=torch.float64)
     if backbone in ("efficientnet_b0", "convnext_tiny"):  # stochastic depth
         model.pretrained_model.requires_grad_(True).eval()
         model.train = lambda mode=True: model
     cpu, gpu = gradients(model, x, CPU), gradients(model, x, CUDA)
-    assert distance(gpu[0], cpu[0]) < 1e-6 and distance(gpu[1], cpu[1]) < 1e-6
+    assert distance(gpu[0], cpu[0]) < 1e-8 and distance(gpu[1], cpu[1]) < 1e-8
     gpu = gradients(model.float(), x.float(), CUDA)
-    assert distance(gpu[0], cpu[0]) < 1e-4 and distance(gpu[1], cpu[1]) < 1e-2
+    jumps = backbone in ("vgg11", "vgg16", "resnet34", "densenet121")  # 5e-5 to 8e-4 on a CPU
+    assert distance(gpu[0], cpu[0]) < 1e-4 and distance(gpu[1], cpu[1]) < (1e-2 if jumps else 1e-3)
 
 
 @needs_cuda

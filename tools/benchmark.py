@@ -40,7 +40,7 @@ from common import cli
 from common.devices import CACHES, cache_volumes, device_name, pick_device, pick_precision
 from common.errors import InputError, RunError
 from common.files import write_csv
-from dataloader import PLANES, MRDataset, planes_of, tasks
+from dataloader import PLANES, SPLITS, MRDataset, planes_of, trainable
 from model import BACKBONES, MRNet, convolutional_part, torchvision_network
 from tools.benchmark_variants import ARTICLE, COMPILED, OURS, Ours, variants
 
@@ -122,9 +122,12 @@ def write_exams(root, counts, slices):
 
 
 def both_splits(root):
-    """MRDataset to train on and to validate on: one plane and finding of a folder."""
-    plane, task = planes_of(root)[0], tasks(root)[0]
-    return [MRDataset(root, task, plane, train) for train in (True, False)]
+    """MRDataset to train on and to validate on: the first plane and finding of a folder."""
+    there = [p for p in planes_of(root) if all((Path(root) / s / p).is_dir() for s in SPLITS)]
+    if not there:
+        raise InputError(f"{root}: no plane with a folder in train and valid; give --data-dir")
+    task = trainable(root)[0][0]
+    return [MRDataset(root, task, there[0], train) for train in (True, False)]
 
 
 def mrnet_slices(rng):
@@ -411,8 +414,8 @@ def backbones(names, root, device, runs):
         rows.append(backbone_row(name, exams, device, runs))
         print(rows[-1], file=sys.stderr, flush=True)
     measured = [(row["backbone"], slices) for row in rows for slices in (30, 61)]
-    # On a GPU a process is mostly its start, so some run beside each other.
-    with ThreadPoolExecutor(4 if device.type == "cuda" else 1) as pool:
+    # On a GPU a process is mostly its start, so two run beside each other.
+    with ThreadPoolExecutor(2 if device.type == "cuda" else 1) as pool:
         sizes = pool.map(lambda one: peak_memory(*one, device), measured)
     for k, size in enumerate(sizes):
         rows[k // 2][f"GB at {measured[k][1]}"] = size
@@ -482,7 +485,9 @@ def run(args):
         rows, what = growth(device, args.runs), "growth"
     else:
         with tempfile.TemporaryDirectory() as folder:
-            write_exams(Path(folder), {"train": args.exams, "valid": args.valid}, mrnet_slices)
+            if not args.data_dir:
+                counts = {"train": args.exams, "valid": args.valid}
+                write_exams(Path(folder), counts, mrnet_slices)
             if args.backbones is not None:
                 rows = backbones(args.backbones, Path(folder), device, args.runs)
                 what = "backbones"
@@ -492,7 +497,7 @@ def run(args):
             elif args.whole_run:
                 rows, what = [whole_run(Path(folder), device, args.cache)], "run"
             else:
-                what = "epoch"
+                what = "own-exams" if args.data_dir else "epoch"
                 makers = chosen(variants(device, args.workers, Path(folder) / "logs"), args.only)
                 both = zip(
                     (args.exams, args.valid), both_splits(args.data_dir or folder), strict=True
@@ -502,8 +507,9 @@ def run(args):
                     rows = table(times, slices, device, precision)
                     save(rows, what, device, args.out)  # so an interruption leaves some rounds
                 print(
-                    f"an epoch: {len(sets[0])} exams with {slices[0]} slices, and {len(sets[1])} "
-                    f"with {slices[1]} to validate; medians of {args.runs} rounds after a warm-up"
+                    f"an epoch of {sets[0].plane}: {len(sets[0])} exams with {slices[0]} slices, "
+                    f"and {len(sets[1])} with {slices[1]} to validate; medians of {args.runs} "
+                    "rounds after a warm-up"
                 )
     print("\n" + tabulate(rows, headers="keys", floatfmt=".2f"))
     print(f"\nwritten  {save(rows, what, device, args.out)}")

@@ -45,9 +45,10 @@ class Ours:
             self.capture()
 
     def capture(self):
-        """Capture the graphs, a step for each slice count: once a run, not once an epoch."""
-        counts = self.train_set.slice_counts
-        rows = [*{count: i for i, count in enumerate(counts)}.values()]
+        """Capture the graphs, a step for each shape of an exam: once a run, not once an epoch."""
+        self.model.train()
+        shapes = self.train_set.shapes
+        rows = [*{tuple(shape): i for i, shape in enumerate(shapes)}.values()]
         rows = rows[:1] * GraphedStep.EAGER + rows
         views = self.train_set.draw(rows, self.device)
         one = torch.ones(1, self.train_set.targets.shape[1], device=self.device)

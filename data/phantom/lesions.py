@@ -38,8 +38,8 @@ def draw_labels(rng, n):
     """Labels of n exams with MRNet's prevalences, exact but for rounding.
 
     Returns:
-        list of n dicts: 0 or 1 for each task, and whether a torn meniscus is a subtle tear, whose
-        share is exact too: by chance 6 of 44 had been subtle where 11 were meant.
+        list of n dicts: 0 or 1 for each task and for subtle_tear, SUBTLE_TEARS of the torn menisci,
+        exact but for rounding, since a few positive exams leave much to chance.
     """
     counts = {task: min(max(round(share * n), 1), n - 1) for task, share in PREVALENCE.items()}
     acl = rng.permutation(np.arange(n) < counts["acl"])

@@ -13,7 +13,7 @@ from data.phantom.knee import HALF
 FIELD_OF_VIEW = 160.0  # mm; a slice's side
 COVER = {"axial": (-50, 60), "coronal": (-56, 46), "sagittal": (-46, 46)}  # mm along z, y, x
 SPACING = {"axial": (4.0, 5.4), "coronal": (3.8, 5.2), "sagittal": (3.5, 4.8)}  # mm, slice to slice
-THICKNESS = 0.85  # of the spacing, hence 3 to 4.6 mm; the rest is the gap between slices
+THICKNESS = 0.85  # of the spacing, nominally; drawn as 3 or 5 voxels of the knee, 2.4 or 4 mm
 NODE = 5.0  # mm; the way from slice to knee is smooth, computed at these steps and interpolated
 VISIBLE_AREA = 5.0  # mm2; a lesion with a smaller section is not called visible in that slice
 NOISE = (0.015, 0.035)  # standard deviation of the Rician noise; fluid is 0.95
@@ -95,7 +95,7 @@ def averaged(volume, axis, thickness):
 
     Args:
         volume: float32 (a, b, c).
-        thickness: voxels; the next odd number of them is averaged. The ends stay as they are.
+        thickness: voxels; the nearest odd number is averaged. The ends stay as they are.
     """
     reach = max(round((thickness - 1) / 2), 0)
     mean = np.moveaxis(volume.copy(), axis, 0)
