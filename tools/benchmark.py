@@ -123,10 +123,10 @@ def write_exams(root, counts, slices):
 
 def both_splits(root):
     """MRDataset to train on and to validate on: the first plane and finding of a folder."""
+    task = trainable(root)[0][0]
     there = [p for p in planes_of(root) if all((Path(root) / s / p).is_dir() for s in SPLITS)]
     if not there:
-        raise InputError(f"{root}: no plane with a folder in train and valid; give --data-dir")
-    task = trainable(root)[0][0]
+        raise InputError(f"{root}: no plane has a folder in train and in valid; add its volumes")
     return [MRDataset(root, task, there[0], train) for train in (True, False)]
 
 
