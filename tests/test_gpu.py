@@ -77,7 +77,7 @@ def test_every_backbone_equals_the_cpu(backbone):
     cpu, gpu = gradients(model, x, CPU), gradients(model, x, CUDA)
     assert distance(gpu[0], cpu[0]) < 1e-8 and distance(gpu[1], cpu[1]) < 1e-8
     gpu = gradients(model.float(), x.float(), CUDA)
-    jumps = backbone in ("vgg11", "vgg16", "resnet34", "densenet121")  # 5e-5 to 8e-4 on a CPU
+    jumps = backbone in ("vgg16", "resnet34")  # 8e-4 and 5e-4 on a CPU, above 1e-3 on a GPU
     assert distance(gpu[0], cpu[0]) < 1e-4 and distance(gpu[1], cpu[1]) < (1e-2 if jumps else 1e-3)
 
 

@@ -26,7 +26,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +160,7 @@ def product_rate(device, precision, side=2048, runs=15):
     return 2 * side**3 / statistics.median(seconds(lambda: a @ b, device) for _ in range(runs))
 
 
+@lru_cache
 def flops_a_slice(device, slices=30):
     """Floating point operations a slice of 256 x 256 for one training step and one evaluation.
 
@@ -413,13 +414,15 @@ def backbones(names, root, device, runs):
     for name in names or BACKBONES:
         rows.append(backbone_row(name, exams, device, runs))
         print(rows[-1], file=sys.stderr, flush=True)
-    measured = [(row["backbone"], slices) for row in rows for slices in (30, 61)]
+
+    def add_memory(row):
+        for slices in (30, 61):
+            row[f"GB at {slices}"] = peak_memory(row["backbone"], slices, device)
+        return row
+
     # On a GPU a process is mostly its start, so two run beside each other.
     with ThreadPoolExecutor(2 if device.type == "cuda" else 1) as pool:
-        sizes = pool.map(lambda one: peak_memory(*one, device), measured)
-    for k, size in enumerate(sizes):
-        rows[k // 2][f"GB at {measured[k][1]}"] = size
-    return rows
+        return list(pool.map(add_memory, rows))
 
 
 def whole_run(root, device, cache):

@@ -5,10 +5,9 @@ the joint line.
 """
 
 import numpy as np
-from scipy import ndimage
 
 from data.phantom.lesions import TASK_OF
-from data.phantom.shapes import capsule, double, inside
+from data.phantom.shapes import capsule, double, inside, smooth_noise
 
 GRID = 0.8  # mm; the 3-D knee is drawn at this step
 HALF = (67.2, 80.0, 88.0)  # mm; it reaches so far in u, v, w; twice GRID divides it
@@ -80,12 +79,9 @@ class Knee:
         A grain of some voxels is drawn at half the resolution and interpolated.
         """
         shape = [s.stop - s.start for s in where]
-        coarse = step / self.grid >= COARSE
-        drawn = [-(-n // 2) for n in shape] if coarse else shape
-        grain = step / self.grid / (2 if coarse else 1)
-        field = ndimage.gaussian_filter(
-            self.rng.standard_normal(drawn, np.float32), grain, truncate=2.5
-        )
-        if coarse:
+        grain = step / self.grid  # voxels
+        factor = 2 if grain >= COARSE else 1
+        field = smooth_noise(self.rng, [-(-n // factor) for n in shape], grain / factor)
+        if factor == 2:
             field = double(field)[tuple(map(slice, shape))]
         return field / (field.std() + 1e-6)

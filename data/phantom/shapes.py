@@ -88,6 +88,11 @@ def double(field):
     return np.ascontiguousarray(field)
 
 
+def smooth_noise(rng, shape, sigma):
+    """Normal noise smoothed by `sigma` voxels, along all axes or each: float32 of that shape."""
+    return ndimage.gaussian_filter(rng.standard_normal(shape, np.float32), sigma, truncate=2.5)
+
+
 def coarse_noise(rng, shape, sigma):
-    field = ndimage.gaussian_filter(rng.standard_normal(shape, np.float32), sigma, truncate=2.5)
+    field = smooth_noise(rng, shape, sigma)
     return field / field.std()
