@@ -93,15 +93,15 @@ def test_prevalences_are_mrnets(n):
     assert all(row["abnormal"] for row in rows if row["acl"] or row["meniscus"])
 
 
-def test_a_quarter_of_the_meniscal_tears_is_a_thin_line_and_nothing_else():
-    for n, share in ((60, 6 / 22), (1130, 104 / 418), (4000, 0.25)):  # exact but for rounding
+def test_a_third_of_the_meniscal_tears_is_a_thin_line_and_nothing_else():
+    for n, share in ((60, 7 / 22), (1130, 139 / 418), (6000, 740 / 2220)):  # exact but for rounding
         rows = draw_labels(np.random.default_rng(0), n)
         assert sum(row["subtle_tear"] for row in rows) == share * sum(r["meniscus"] for r in rows)
         assert all(row["meniscus"] for row in rows if row["subtle_tear"])
     rng = np.random.default_rng(0)
     drawn = [draw_lesions(rng, row | {"acl": 1}) for row in rows if row["meniscus"]]
     subtle = [one for one in drawn if one["meniscus"]["width"] < 1]
-    assert len(subtle) == 0.25 * len(drawn)
+    assert 3 * len(subtle) == len(drawn)
     for one in subtle:
         assert max(one["extrusion"].values()) <= 1.5 and one["cyst"] is None
         assert one["meniscus"]["handle"] is None and not one["meniscus"]["displaced"]

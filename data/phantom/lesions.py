@@ -15,7 +15,7 @@ TEAR_SIGNAL = (0.55, 1.00)  # of that mass; fluid is 0.95, muscle 0.38
 # The menisci
 CLEFT_WIDTH = (2.4, 4.4)  # mm; a meniscal tear's bright line
 CLEFT_SIGNAL = (0.70, 1.00)  # of fluid's
-SUBTLE_TEARS = 0.25  # share of meniscal tears that are a thin, faint line and nothing else
+SUBTLE_TEARS = 1 / 3  # share of meniscal tears that are a thin, faint line and nothing else
 SUBTLE_WIDTH, SUBTLE_CLEFT = (0.4, 0.8), (0.20, 0.40)  # mm; of fluid's signal
 CLEFT_HALF_ANGLE = (0.45, 0.90)  # rad round the meniscus; 15 mm each
 DISPLACED_TEARS = 0.50  # share of meniscal tears whose free edge is gone, with fluid in its place
