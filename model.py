@@ -221,9 +221,12 @@ class MRNet(nn.Module):
         Returns:
             float32 (1, tasks).
         """
-        exam = self.exam_features(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return self.classifier(self.dropout(exam))  # (1, 256) -> (1, tasks)
+        return self.classify(self.exam_features(x))
+
+    def classify(self, features):
+        """Features of an exam (1, channels) -> one logit a finding, float32 (1, tasks)."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.classifier(self.dropout(features))
 
     def exam_features(self, x):
         """One exam -> its features, `x` as in `forward`: float32 (1, channels)."""
@@ -345,22 +348,34 @@ class MultiPlaneMRNet(nn.Module):
         Returns:
             float32 (1, tasks).
         """
-        return self.all_logits(exam)[:1]
+        return self.classify(self.exam_features(exam))
+
+    classify = MRNet.classify
+
+    def exam_features(self, exam):
+        """The planes' features side by side, `exam` as in `forward`: float32 (1, all channels)."""
+        return self.join(self.plane_features(exam))
+
+    def plane_features(self, exam):
+        """{plane: float32 (1, channels)} of the planes there are."""
+        return {p: self.networks[p].exam_features(exam[p]) for p in self.networks if p in exam}
+
+    def join(self, found):
+        """`plane_features` in a row, 0 for a plane that is missing: (1, 768) of three AlexNets."""
+        like = next(iter(found.values()))
+        return torch.cat(
+            [
+                found[plane] if plane in found else like.new_zeros(1, net.classifier.in_features)
+                for plane, net in self.networks.items()
+            ],
+            dim=1,
+        )
 
     def all_logits(self, exam):
         """The joint logits, then those of each plane there is: float32 (1 + planes, tasks)."""
-        features, logits = [], []
-        for plane, network in self.networks.items():
-            if plane in exam:
-                features.append(network.exam_features(exam[plane]))
-                with torch.autocast(features[-1].device.type, enabled=False):
-                    logits.append(network.classifier(network.dropout(features[-1])))
-            else:
-                weight = network.classifier.weight
-                features.append(weight.new_zeros(1, weight.shape[1]))
-        joint = torch.cat(features, dim=1)  # (1, 768) for three planes of AlexNet
-        with torch.autocast(joint.device.type, enabled=False):
-            return torch.cat([self.classifier(self.dropout(joint)), *logits])
+        found = self.plane_features(exam)
+        each = [self.networks[plane].classify(features) for plane, features in found.items()]
+        return torch.cat([self.classify(self.join(found)), *each])
 
     @torch.inference_mode()
     def heat_maps(self, exam):

@@ -127,17 +127,14 @@ def columns_for(tasks):
 
 def predict_exam(exam, tasks, options):
     """Rows of one exam, one a task, and how many slices went through a network."""
-    rows, slices, read, blank = [], 0, {}, dict.fromkeys(columns_for(tasks))
+    rows, read, blank = [], {}, dict.fromkeys(columns_for(tasks))
+    known = {}  # features that networks of several tasks have in common
     for models in tasks:
         volumes, unusable = read_planes(exam, models, read)
-        logits = models.logits(volumes, options.device, options.precision)
-        for column in logits:
-            networks = models.networks[column]
-            counts = (len(volumes[p]) for p in networks[0].planes if p in volumes)
-            slices += sum(counts) * len(networks)
+        logits = models.logits(volumes, options.device, options.precision, known)
         answer = Answer(list(volumes), unusable, logits)
         rows.append(blank | make_row(exam, models, answer, options))
-    return rows, slices
+    return rows, sum(len(read[plane]) for body in known for plane in body.planes)
 
 
 class Answer(NamedTuple):

@@ -163,8 +163,7 @@ def run(args):
     failed = [done.job for done in runner.run(jobs) if done.status]
     if failed:
         raise RunError(failures(failed, jobs))
-    for task in wanted:
-        call("train_logistic_regression.py", "--task", task, *as_arguments(places), *words)
+    call("train_logistic_regression.py", "--task", *wanted, *as_arguments(places), *words)
     starts = [start_of_results(args.models_dir, task, [recipe]) for task in wanted]
     found = read_all(f"{start}-results.json" for start in starts)
     table, means = markdown(found, read_own_labels(args.data_dir))

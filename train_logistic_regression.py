@@ -1,7 +1,8 @@
-"""Combine the three planes' networks of one task: logistic regression on their predictions.
+"""Combine the three planes' networks of a task: logistic regression on their predictions.
 
     python train_logistic_regression.py                        # task acl, MRNet under data/
     python train_logistic_regression.py --task meniscus --data-dir data/phantom
+    python train_logistic_regression.py --task abnormal acl meniscus           # one after the other
     python train_logistic_regression.py --folds 5 --repeat 3   # what train.py made with these
     python train_logistic_regression.py --recipes article vgg16                # planes x recipes
     python train_logistic_regression.py --planes sagittal axial+coronal        # networks that join
@@ -28,29 +29,28 @@ import statistics
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tabulate import tabulate
 
 from common import cli, engine
-from common.checkpoint import (
-    column_name,
-    digest_of,
-    load_model,
-    model_path,
-    run_suffix,
-    unfinished_states,
-)
+from common.checkpoint import column_name, digest_of
+from common.datasets import all_tasks
 from common.devices import pick_device, pick_precision
-from common.errors import InputError
 from common.figures import reliability_figure, roc_figure
 from common.files import atomic, write_csv, write_text
 from common.logs import open_writer
 from common.metrics import answered, auc_difference, auc_interval, summary
+from common.predictions import (
+    BaseModels,
+    Predictor,
+    check_base_models,
+    exams_of_any,
+    load_exams,
+    predict_columns,
+)
 from common.stacking import (
     FEATURES,
-    combinations_of,
     combine_all,
     fit_combinations,
     order_of,
@@ -60,15 +60,7 @@ from common.stacking import (
     start_of_results,
     threshold_for,
 )
-from dataloader import (
-    CHANNELS,
-    SPLITS,
-    MRDataset,
-    MultiPlaneDataset,
-    in_order,
-    is_positive,
-    planes_of,
-)
+from dataloader import SPLITS, in_order, is_positive, planes_of
 
 STACK = "stack"
 STAR = "*"  # beside each threshold: explained below the table
@@ -78,7 +70,13 @@ DECIDED = ("sensitivity", "specificity", "accuracy", "tp", "fp", "tn", "fn")
 
 def parse_arguments():
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--task", default="acl", help="any task whose planes are trained")
+    parser.add_argument(
+        "--task",
+        nargs="+",
+        default=["acl"],
+        help="any tasks whose planes are trained, or all of the data folder: a stack each, and the "
+        "networks of train.py --task with several of them are asked once",
+    )
     parser.add_argument(
         "--planes",
         nargs="+",
@@ -131,191 +129,6 @@ def planes_argument(text):
     return "+".join(in_order(planes))
 
 
-class BaseModels(NamedTuple):
-    """The networks that a stack combines: what train.py wrote with these arguments."""
-
-    models_dir: Path
-    task: str
-    columns: dict  # {column of the stack: planes that its networks take, joined by +}
-    folds: int
-    repeat: int
-    first_seed: int
-
-    @property
-    def seeds(self):
-        return range(self.first_seed, self.first_seed + self.repeat)
-
-    def paths(self, column, seed):
-        """Files of one column's networks for one seed: one, or one per fold."""
-        named = seed if self.repeat > 1 else None
-        folds = range(1, self.folds + 1) if self.folds > 1 else [0]
-        return [
-            model_path(self.models_dir, self.task, column, run_suffix(fold, self.folds, named))
-            for fold in folds
-        ]
-
-    def all_paths(self, column):
-        return [path for seed in self.seeds for path in self.paths(column, seed)]
-
-
-def check_base_models(base_models, data_dir):
-    """Raise InputError for a plane that is not trained, with the command that trains it."""
-    for column, planes in base_models.columns.items():
-        for path in base_models.all_paths(column):
-            unfinished = unfinished_states(path, base_models.task)
-            if unfinished or not path.is_file():
-                folds, repeat = base_models.folds, base_models.repeat
-                more = f" --folds {folds}" if folds > 1 else ""
-                more += f" --repeat {repeat}" if repeat > 1 else ""
-                recipe = column.removeprefix(planes).removeprefix("-")
-                more += f" --recipe {recipe}" if recipe else ""
-                plane = planes.replace("+", " ")
-                raise InputError(
-                    f"{path}: the {column} plane of {base_models.task} is not trained"
-                    f"{' to its end' if unfinished else ''}. Run python train.py --task "
-                    f"{base_models.task} --plane {plane} --data-dir {data_dir} --models-dir "
-                    f"{base_models.models_dir} --seed {base_models.first_seed}{more} --resume, "
-                    "with the recipe of the other planes"
-                )
-
-
-def exams_of_any(sets, data_dir, task):
-    """{split: MRDataset} of the exams that have any of the planes; `sets` as `load_exams`."""
-    if len(sets) == 1 or not any(one.absent for found in sets.values() for one in found.values()):
-        return next(iter(sets.values()))  # ids and labels are the same in all of them
-    planes = in_order({plane for key in sets for plane in key.split("+")})
-    return {s: MultiPlaneDataset(data_dir, task, planes, train=s == "train") for s in SPLITS}
-
-
-def check_network(path, metadata, sets, expected):
-    """Refuse a network that was trained on other exams, another fold or another seed.
-
-    Args:
-        metadata: of the model at `path`.
-        sets: {split: MRDataset} of its plane.
-        expected: {"seed", "fold", "folds": int}.
-
-    Raises:
-        InputError: with what it was trained on.
-    """
-    found = {"folds": metadata.get("arguments", {}).get("folds", expected["folds"])}
-    found |= {name: metadata.get(name, expected[name]) for name in ("seed", "fold")}
-    other = [f"{name} {found[name]}" for name in expected if found[name] != expected[name]]
-    if other:
-        raise InputError(
-            f"{path}: was trained with {', '.join(other)}; give --seed, --folds and --repeat as "
-            "train.py had them, or train it again"
-        )
-    splits = {"valid": sets["valid"]}
-    # Earlier versions did not record which exams selected the epoch.
-    if "tuning" in metadata or metadata["protocol"] == "article":
-        unused = {*metadata["out_of_fold"], *metadata.get("tuning", ())}
-        ids = sets["train"].ids
-        rows = [row for row, exam_id in enumerate(ids) if exam_id not in unused]
-        splits["train"] = sets["train"].subset(rows)
-    for split, exams in splits.items():
-        if not exams.has_fingerprint(metadata["data"].get(split, "")):
-            kind = {"valid": "validation", "train": "training"}[split]
-            raise InputError(
-                f"{path}: its {kind} exams differ from those in {sets[split].root}; give the "
-                "--data-dir that it was trained on, or train it again"
-            )
-
-
-def load_exams(data_dir, task, wanted):
-    """{planes: {split: MRDataset}} of a task; `wanted` are single planes, or joined by +."""
-    sets = {}
-    for planes in dict.fromkeys(wanted):
-        kind, plane = (MultiPlaneDataset, planes.split("+")) if "+" in planes else (
-            MRDataset, planes)  # fmt: skip
-        sets[planes] = {s: kind(data_dir, task, plane, train=s == "train") for s in SPLITS}
-    return sets
-
-
-class ColumnLogits(NamedTuple):
-    """Predictions of one column's networks of one seed, from all their planes first, then from
-    those sets of planes that they can also do with. NaN for exams that lack these planes."""
-
-    # {planes: float64 (n, 1)}; with folds, of the network that was not trained on the exam
-    train: dict
-    valid: dict  # {planes: float64 (m, networks)}
-    protocols: set
-    tuning: list  # ids of the exams that selected the epoch, where it is one network
-
-
-def predict_column(base_models, column, seed, sets, device, precision):
-    """One column's logits for one seed: ColumnLogits.
-
-    With folds, training exams are predicted out-of-fold, by the network that was not trained on
-    them, else by the only network; validation exams by all networks.
-    """
-    paths, folds, protocols, tuning = base_models.paths(column, seed), base_models.folds, set(), []
-    train, valid = {}, {}
-    for number, path in enumerate(paths, start=1):
-        model, metadata = load_model(path, base_models.task, column)
-        expected = {"seed": seed, "fold": number if folds > 1 else 0, "folds": folds}
-        check_network(path, metadata, sets, expected)
-        for exams in sets.values():
-            exams.intensity = metadata["intensity"]
-            exams.channels = metadata.get("channels", CHANNELS[0])
-        out = metadata["out_of_fold"] if folds > 1 else sets["train"].ids
-        rows, model = sets["train"].rows_of(out), model.to(device)
-        for planes in sets_of_planes(metadata):
-            for exams in sets.values():
-                exams.taken = planes.split("+")
-            ask = partial(predict_rows, model, device, precision, path.stem)
-            logits = train.setdefault(planes, np.full((len(sets["train"]), 1), np.nan))
-            logits[rows] = ask(sets["train"].subset(rows))
-            valid.setdefault(planes, []).append(ask(sets["valid"]))
-        protocols.add(metadata["protocol"])
-        tuning = metadata.get("tuning", []) if folds == 1 else []
-    if np.isnan(next(iter(train.values()))).any():
-        raise InputError(f"{paths[0]}: its folds leave training exams out; train all folds again")
-    valid = {key: np.concatenate(ones, axis=1).astype(np.float64) for key, ones in valid.items()}
-    return ColumnLogits(train, valid, protocols, tuning)
-
-
-def predict_rows(model, device, precision, what, exams):
-    """`engine.predict` of the exams that have all planes that are taken of them, or that a network
-    of all its planes is asked about: float64 (n, 1), NaN for the others."""
-    logits = np.full((len(exams), 1), np.nan)
-    rows = range(len(exams))
-    if isinstance(exams, MultiPlaneDataset) and exams.taken != list(exams.plane):
-        rows = [row for row in rows if set(exams.taken) <= exams.paths[row].keys()]
-    if rows:
-        part = exams if len(rows) == len(exams) else exams.subset(rows)
-        logits[rows] = engine.predict(model, part, device, precision, what)
-    return logits
-
-
-def spread(found, sets, exams):
-    """A ColumnLogits of the exams in `sets` as one of all `exams`, NaN for those without planes.
-
-    Args:
-        sets, exams: {split: MRDataset}.
-    """
-
-    def rows_of_all(split, logits):
-        full = np.full((len(exams[split]), logits.shape[1]), np.nan)
-        full[exams[split].rows_of(sets[split].ids)] = logits
-        return full
-
-    train, valid = (
-        {planes: rows_of_all(split, logits) for planes, logits in by_planes.items()}
-        for split, by_planes in (("train", found.train), ("valid", found.valid))
-    )
-    return found._replace(train=train, valid=valid)
-
-
-def sets_of_planes(metadata):
-    """The planes that a network takes, joined by +; with plane dropout, then each part of them."""
-    planes = metadata["plane"]
-    if not metadata.get("plane_dropout"):
-        return [planes]
-    parts = combinations_of(planes.split("+"))[:-1]
-    return [planes, *parts]
-
-
 def make_stack(task, kind, logits, labels, tuning, sensitivity=None):
     """Fit and apply one stack.
 
@@ -355,7 +168,7 @@ def tuning_mask(train_set, found):
     them, and what is applied later is these very networks.
 
     Args:
-        found: {column: [ColumnLogits, one per seed]}.
+        found: as `predict_columns` returns it.
     """
     tuning = np.zeros(len(train_set), bool)
     if max(len(ones) for ones in found.values()) > 1:
@@ -552,60 +365,70 @@ def labels_of(exams):
 
 
 def run(args):
-    """Predict, fit, report and write everything."""
+    """Predict, fit, report and write everything, of one finding after the other."""
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     wanted = sorted(set(args.planes), key=order_of)
     columns = {column_name(planes, r): planes for r in args.recipes for planes in wanted}
-    base_models = BaseModels(
-        args.models_dir, args.task, columns, args.folds, args.repeat, args.seed
-    )
-    sets = load_exams(args.data_dir, args.task, wanted)
-    exams = exams_of_any(sets, args.data_dir, args.task)
-    labels = {split: labels_of(exams[split]) for split in SPLITS}
-    check_base_models(base_models, args.data_dir)
-    about = cli.print_start_up(vars(args), device, precision)
+    tasks = all_tasks(args.data_dir) if args.task == ["all"] else dict.fromkeys(args.task)
+    findings = [
+        BaseModels(args.models_dir, task, columns, args.folds, args.repeat, args.seed)
+        for task in tasks
+    ]
+    for base_models in findings:
+        check_base_models(base_models, args.data_dir)
+    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    about = {"folds": args.folds, "recipes": args.recipes}
+    about |= cli.print_start_up(vars(args), device, precision)
+    predict = Predictor(device, precision)
+    for base_models in findings:
+        task = base_models.task
+        sets = load_exams(args.data_dir, task, wanted)
+        exams = exams_of_any(sets, args.data_dir, task)
+        fit = partial(make_stack, task, args.features, sensitivity=args.sensitivity)
+        found = predict_columns(base_models, sets, exams, predict)
+        about |= {"arguments": arguments | {"task": task}}
+        stack_finding(base_models, exams, found, fit, about, args.logs_dir)
 
-    found = {  # column -> [ColumnLogits, one per seed]
-        column: [
-            spread(
-                predict_column(base_models, column, seed, sets[planes], device, precision),
-                sets[planes],
-                exams,
-            )
-            for seed in base_models.seeds
-        ]
-        for column, planes in columns.items()
-    }
+
+def stack_finding(base_models, exams, found, fit, about, logs_dir):
+    """Fit a finding's stack, print what it is worth and write it.
+
+    Args:
+        exams: {split: MRDataset}.
+        found: as `predict_columns` returns it.
+        fit: function of logits, labels and tuning, `make_stack` with the rest of its arguments.
+        about: dict, written beside the figures: "folds", "recipes", "arguments" and more.
+    """
+    labels = {split: labels_of(exams[split]) for split in SPLITS}
     protocols = set().union(*(one.protocols for ones in found.values() for one in ones))
     # One optimistic network makes the stack optimistic.
     protocol = "article" if "article" in protocols else protocols.pop()
-    fit = partial(make_stack, args.task, args.features, labels=labels, sensitivity=args.sensitivity)
-    aucs = seeds_aucs(found, exams, fit) if args.repeat > 1 else None
+    fit = partial(fit, labels=labels)
+    folds, repeat = base_models.folds, base_models.repeat
+    aucs = seeds_aucs(found, exams, fit) if repeat > 1 else None
     tuning = tuning_mask(exams["train"], found)
     stack, scores, thresholds, own = fit(logits=join_seeds(found), tuning=tuning)
-    chosen = threshold_source(tuning, args.folds, args.repeat)
+    chosen = threshold_source(tuning, folds, repeat)
     rows = evaluate_scores(labels, scores, thresholds, own)
-    report = {
+    report = about | {
         "protocol": protocol,
-        "folds": args.folds,
-        "recipes": args.recipes,
         "thresholds": chosen,
-        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "data": {split: exams[split].fingerprint() for split in SPLITS},
-    } | about
-    caveats = list_caveats(protocol, args.folds, chosen, scores["valid"])
-    title = f"{args.task}: protocol {protocol}, folds {args.folds}, stacked on {args.features}"
-    training_auc = "out-of-fold AUC" if args.folds > 1 else "train AUC"
+    }
+    caveats = list_caveats(protocol, folds, chosen, scores["valid"])
+    task, kind = base_models.task, stack["features"]
+    title = f"{task}: protocol {protocol}, folds {folds}, stacked on {kind}"
+    training_auc = "out-of-fold AUC" if folds > 1 else "train AUC"
     print_report(title, labels, rows, training_auc, caveats)
-    results = {"task": args.task, "valid": rows, "caveats": caveats} | report
+    results = {"task": task, "valid": rows, "caveats": caveats} | report
     if aucs is not None:
         results["stack_auc_of_seeds"] = aucs
     write_stack(base_models, stack | report)
-    write_results(base_models, args.logs_dir, args.recipes, results, exams, scores)
+    write_results(base_models, logs_dir, results, exams, scores)
 
 
-def write_results(base_models, logs_dir, recipes, results, exams, scores):
+def write_results(base_models, logs_dir, results, exams, scores):
     """Write results, predictions and figures, and print where they are.
 
     Args:
@@ -613,7 +436,7 @@ def write_results(base_models, logs_dir, recipes, results, exams, scores):
         exams: {split: MRDataset}.
         scores: as `make_stack` returns them.
     """
-    models_dir, task = base_models.models_dir, base_models.task
+    models_dir, task, recipes = base_models.models_dir, base_models.task, results["recipes"]
     name = stack_name(recipes)
     start = start_of_results(models_dir, task, recipes)
     write_text(f"{start}-results.json", json.dumps(results, indent=2) + "\n")

@@ -189,6 +189,22 @@ def check_writable(folder):
 # --- models ---------------------------------------------------------------------------------------
 
 
+def body_digest(model):
+    """SHA-256 of all that an exam's features come from, hexadecimal: of all but the classifiers.
+
+    The findings of one training that chose the same epoch have it in common.
+
+    Args:
+        model: MRNet or MultiPlaneMRNet.
+    """
+    found = hashlib.sha256(f"{type(model).__name__} {model.backbone} {model.pooling}".encode())
+    for name, tensor in model.state_dict().items():
+        if "classifier" not in name.split("."):
+            found.update(name.encode())
+            found.update(tensor.cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
 def save_model(path, model, metadata, finding=0):
     """Write a model of one finding (AlexNet: about 10 MB) with its description.
 

@@ -171,6 +171,17 @@ def predict(model, exams, device, precision, what="predict", views=None):
     return logits.cpu().numpy()
 
 
+@torch.inference_mode()
+def exam_features(model, exams, device, precision, what="predict"):
+    """What the classifier of a network is given of each exam: list of float32 (1, channels)."""
+    model.eval()
+    found = []
+    for i in progress(range(len(exams)), what):
+        with autocast(device, precision):
+            found.append(model.exam_features(exams.exam(i, device)))
+    return found
+
+
 def exam_losses(targets, weights, logits):
     """`weighted_losses` of arrays: three float32 (n, tasks) -> float32 (n, tasks)."""
     return weighted_losses(*(torch.from_numpy(x) for x in (logits, targets, weights))).numpy()

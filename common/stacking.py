@@ -22,7 +22,7 @@ import torch
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
-from common.checkpoint import column_name, digest_of, load_model, model_path
+from common.checkpoint import body_digest, column_name, digest_of, load_model, model_path
 from common.config import ARTICLE
 from common.devices import autocast
 from common.engine import sigmoid
@@ -325,6 +325,15 @@ def is_file_name(name):
 # --- everything of a task -------------------------------------------------------------------------
 
 
+class Body(NamedTuple):
+    """What the features of an exam depend on, beside the exam."""
+
+    digest: str  # `body_digest`
+    planes: tuple  # that went through it
+    intensity: str
+    channels: str
+
+
 class Network(NamedTuple):
     """A saved network, ready to answer."""
 
@@ -333,6 +342,7 @@ class Network(NamedTuple):
     intensity: str
     channels: str
     may_lack: bool  # it was trained with plane dropout, so a plane may be missing
+    body: str  # `body_digest` of the model
 
     @property
     def bias(self):
@@ -355,11 +365,20 @@ class Network(NamedTuple):
         return exam if len(self.planes) > 1 else exam[self.planes[0]]
 
     @torch.inference_mode()
-    def logit(self, volumes, device, precision):
-        """The logit of one exam, float; `volumes` as `prepare` takes them."""
-        exam = self.prepare(volumes, device)
+    def logit(self, volumes, device, precision, known):
+        """The logit of one exam, float.
+
+        Args:
+            volumes: as `prepare` takes them.
+            known: {Body: features} of this exam, brought up to date: networks that differ in their
+                classifiers alone share the rest.
+        """
+        planes = tuple(plane for plane in self.planes if plane in volumes)
+        body = Body(self.body, planes, self.intensity, self.channels)
         with autocast(device, precision):
-            return self.model(exam).item()
+            if body not in known:
+                known[body] = self.model.exam_features(self.prepare(volumes, device))
+            return self.model.classify(known[body]).item()
 
     def heat_maps(self, volumes, device, precision):
         """{plane: float32 array (s, h, w)}, as `MRNet.heat_maps`, and the logit."""
@@ -410,14 +429,15 @@ class TaskModels(NamedTuple):
             if plane in networks[0].planes:
                 check_side(path, volume.shape, BACKBONES[backbone].smallest_side, backbone)
 
-    def logits(self, volumes, device, precision):
+    def logits(self, volumes, device, precision, known):
         """{column: [float, one for each network]} of the columns that can do with the planes.
 
         Args:
             volumes: {plane: uint8 array (s, H, W)}.
+            known: as `Network.logit` takes it.
         """
         return {
-            column: [network.logit(volumes, device, precision) for network in networks]
+            column: [network.logit(volumes, device, precision, known) for network in networks]
             for column, networks in self.networks.items()
             if networks[0].takes(volumes)
         }
@@ -462,12 +482,14 @@ def order_of(planes):
 
 def as_network(model, metadata, device):
     """A loaded model and its metadata as a Network on `device`."""
+    body = body_digest(model)
     return Network(
         model.to(device),
         tuple(metadata["plane"].split("+")),
         metadata["intensity"],
         metadata.get("channels", CHANNELS[0]),
         metadata.get("plane_dropout", 0) > 0,
+        body,
     )
 
 

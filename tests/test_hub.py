@@ -62,7 +62,7 @@ def test_preprocessing_is_the_scripts(trained, channels, intensity):
     volume = np.random.default_rng(0).integers(0, 256, (5, 70, 80), dtype=np.uint8)
     cpu = torch.device("cpu")
     network = as_network(network, metadata, cpu)
-    logit = network.logit({"axial": volume}, cpu, "fp32")
+    logit = network.logit({"axial": volume}, cpu, "fp32", {})
     with torch.inference_mode():
         probability = ExamModel("acl", network)(torch.from_numpy(volume)).item()
     assert probability == pytest.approx(1 / (1 + np.exp(-logit)), abs=1e-6)

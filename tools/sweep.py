@@ -34,9 +34,9 @@ from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, one_line
 from common.files import write_text
 from common.jobs import ROOT, Job, failures
+from common.predictions import check_network, load_exams
 from common.stacking import FEATURES
 from tools.sweep_table import dropped_recipes, print_table
-from train_logistic_regression import check_network, load_exams
 
 SETTINGS = {"task": str, "planes": list, "folds": int, "seeds": int, "protocol": str,
             "views": int}  # fmt: skip

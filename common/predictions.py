@@ -1,0 +1,245 @@
+"""What findings' saved networks say about the labelled exams: the columns of their stacks."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from common import engine
+from common.checkpoint import body_digest, load_model, model_path, run_suffix, unfinished_states
+from common.errors import InputError
+from common.stacking import combinations_of
+from dataloader import CHANNELS, SPLITS, MRDataset, MultiPlaneDataset, in_order
+
+
+class BaseModels(NamedTuple):
+    """The networks that a stack combines: what train.py wrote with these arguments."""
+
+    models_dir: Path
+    task: str
+    columns: dict  # {column of the stack: planes that its networks take, joined by +}
+    folds: int
+    repeat: int
+    first_seed: int
+
+    @property
+    def seeds(self):
+        return range(self.first_seed, self.first_seed + self.repeat)
+
+    def paths(self, column, seed):
+        """Files of one column's networks for one seed: one, or one per fold."""
+        named = seed if self.repeat > 1 else None
+        folds = range(1, self.folds + 1) if self.folds > 1 else [0]
+        return [
+            model_path(self.models_dir, self.task, column, run_suffix(fold, self.folds, named))
+            for fold in folds
+        ]
+
+    def all_paths(self, column):
+        return [path for seed in self.seeds for path in self.paths(column, seed)]
+
+
+def check_base_models(base_models, data_dir):
+    """Raise InputError for a plane that is not trained, with the command that trains it."""
+    for column, planes in base_models.columns.items():
+        for path in base_models.all_paths(column):
+            unfinished = unfinished_states(path, base_models.task)
+            if unfinished or not path.is_file():
+                folds, repeat = base_models.folds, base_models.repeat
+                more = f" --folds {folds}" if folds > 1 else ""
+                more += f" --repeat {repeat}" if repeat > 1 else ""
+                recipe = column.removeprefix(planes).removeprefix("-")
+                more += f" --recipe {recipe}" if recipe else ""
+                plane = planes.replace("+", " ")
+                raise InputError(
+                    f"{path}: the {column} plane of {base_models.task} is not trained"
+                    f"{' to its end' if unfinished else ''}. Run python train.py --task "
+                    f"{base_models.task} --plane {plane} --data-dir {data_dir} --models-dir "
+                    f"{base_models.models_dir} --seed {base_models.first_seed}{more} --resume, "
+                    "with the recipe of the other planes"
+                )
+
+
+def exams_of_any(sets, data_dir, task):
+    """{split: MRDataset} of the exams that have any of the planes; `sets` as `load_exams`."""
+    if len(sets) == 1 or not any(one.absent for found in sets.values() for one in found.values()):
+        return next(iter(sets.values()))  # ids and labels are the same in all of them
+    planes = in_order({plane for key in sets for plane in key.split("+")})
+    return {s: MultiPlaneDataset(data_dir, task, planes, train=s == "train") for s in SPLITS}
+
+
+def check_network(path, metadata, sets, expected):
+    """Refuse a network that was trained on other exams, another fold or another seed.
+
+    Args:
+        metadata: of the model at `path`.
+        sets: {split: MRDataset} of its plane.
+        expected: {"seed", "fold", "folds": int}.
+
+    Raises:
+        InputError: with what it was trained on.
+    """
+    found = {"folds": metadata.get("arguments", {}).get("folds", expected["folds"])}
+    found |= {name: metadata.get(name, expected[name]) for name in ("seed", "fold")}
+    other = [f"{name} {found[name]}" for name in expected if found[name] != expected[name]]
+    if other:
+        raise InputError(
+            f"{path}: was trained with {', '.join(other)}; give --seed, --folds and --repeat as "
+            "train.py had them, or train it again"
+        )
+    splits = {"valid": sets["valid"]}
+    # Earlier versions did not record which exams selected the epoch.
+    if "tuning" in metadata or metadata["protocol"] == "article":
+        unused = {*metadata["out_of_fold"], *metadata.get("tuning", ())}
+        ids = sets["train"].ids
+        rows = [row for row, exam_id in enumerate(ids) if exam_id not in unused]
+        splits["train"] = sets["train"].subset(rows)
+    for split, exams in splits.items():
+        if not exams.has_fingerprint(metadata["data"].get(split, "")):
+            kind = {"valid": "validation", "train": "training"}[split]
+            raise InputError(
+                f"{path}: its {kind} exams differ from those in {sets[split].root}; give the "
+                "--data-dir that it was trained on, or train it again"
+            )
+
+
+def load_exams(data_dir, task, wanted):
+    """{planes: {split: MRDataset}} of a task; `wanted` are single planes, or joined by +."""
+    sets = {}
+    for planes in dict.fromkeys(wanted):
+        kind, plane = (MultiPlaneDataset, planes.split("+")) if "+" in planes else (
+            MRDataset, planes)  # fmt: skip
+        sets[planes] = {s: kind(data_dir, task, plane, train=s == "train") for s in SPLITS}
+    return sets
+
+
+class ColumnLogits(NamedTuple):
+    """Predictions of one column's networks of one seed, from all their planes first, then from
+    those sets of planes that they can also do with. NaN for exams that lack these planes."""
+
+    # {planes: float64 (n, 1)}; with folds, of the network that was not trained on the exam
+    train: dict
+    valid: dict  # {planes: float64 (m, networks)}
+    protocols: set
+    tuning: list  # ids of the exams that selected the epoch, where it is one network
+
+
+class Predictor:
+    """Predicts exams with one network after the other.
+
+    Those that differ in their classifiers alone, as the findings of one training that chose the
+    same epoch, share the rest: an exam goes through it once.
+    """
+
+    def __init__(self, device, precision):
+        self.device, self.precision = device, precision
+        self.features = {}  # {what they depend on beside the exam: {exam id: (1, channels)}}
+
+    def __call__(self, model, exams, what):
+        """`engine.predict` of the exams that have all planes that are taken of them, or that a
+        network of all its planes is asked about: float64 (n, 1), NaN for the others."""
+        logits = np.full((len(exams), 1), np.nan)
+        rows = range(len(exams))
+        if isinstance(exams, MultiPlaneDataset) and exams.taken != list(exams.plane):
+            rows = [row for row in rows if set(exams.taken) <= exams.paths[row].keys()]
+        known = self.known(model, exams)
+        missing = [row for row in rows if exams.ids[row] not in known]
+        if missing:
+            part = exams if len(missing) == len(exams) else exams.subset(missing)
+            found = engine.exam_features(model, part, self.device, self.precision, what)
+            known.update(zip(part.ids, found, strict=True))
+        with torch.inference_mode():
+            for row in rows:
+                logits[row] = model.classify(known[exams.ids[row]]).item()
+        return logits
+
+    def known(self, model, exams):
+        """{exam id: features} that a network with the same body found of such exams before."""
+        planes = "+".join(exams.taken)
+        key = body_digest(model), exams.split, planes, exams.intensity, exams.channels
+        return self.features.setdefault(key, {})
+
+
+def predict_column(base_models, column, seed, sets, predict):
+    """One column's logits for one seed: ColumnLogits.
+
+    With folds, training exams are predicted out-of-fold, by the network that was not trained on
+    them, else by the only network; validation exams by all networks.
+
+    Args:
+        sets: {split: MRDataset} of its planes.
+        predict: Predictor.
+    """
+    paths, folds, protocols, tuning = base_models.paths(column, seed), base_models.folds, set(), []
+    train, valid = {}, {}
+    for number, path in enumerate(paths, start=1):
+        model, metadata = load_model(path, base_models.task, column)
+        expected = {"seed": seed, "fold": number if folds > 1 else 0, "folds": folds}
+        check_network(path, metadata, sets, expected)
+        for exams in sets.values():
+            exams.intensity = metadata["intensity"]
+            exams.channels = metadata.get("channels", CHANNELS[0])
+        out = metadata["out_of_fold"] if folds > 1 else sets["train"].ids
+        rows, model = sets["train"].rows_of(out), model.to(predict.device)
+        for planes in sets_of_planes(metadata):
+            for exams in sets.values():
+                exams.taken = planes.split("+")
+            logits = train.setdefault(planes, np.full((len(sets["train"]), 1), np.nan))
+            logits[rows] = predict(model, sets["train"].subset(rows), path.stem)
+            valid.setdefault(planes, []).append(predict(model, sets["valid"], path.stem))
+        protocols.add(metadata["protocol"])
+        tuning = metadata.get("tuning", []) if folds == 1 else []
+    if np.isnan(next(iter(train.values()))).any():
+        raise InputError(f"{paths[0]}: its folds leave training exams out; train all folds again")
+    valid = {key: np.concatenate(ones, axis=1).astype(np.float64) for key, ones in valid.items()}
+    return ColumnLogits(train, valid, protocols, tuning)
+
+
+def predict_columns(base_models, sets, exams, predict):
+    """{column: [ColumnLogits of all `exams`, one per seed]}.
+
+    Args:
+        sets: as `load_exams` returns them.
+        exams: {split: MRDataset}.
+        predict: Predictor.
+    """
+    return {
+        column: [
+            spread(
+                predict_column(base_models, column, seed, sets[planes], predict),
+                sets[planes],
+                exams,
+            )
+            for seed in base_models.seeds
+        ]
+        for column, planes in base_models.columns.items()
+    }
+
+
+def spread(found, sets, exams):
+    """A ColumnLogits of the exams in `sets` as one of all `exams`, NaN for those without planes.
+
+    Args:
+        sets, exams: {split: MRDataset}.
+    """
+
+    def rows_of_all(split, logits):
+        full = np.full((len(exams[split]), logits.shape[1]), np.nan)
+        full[exams[split].rows_of(sets[split].ids)] = logits
+        return full
+
+    train, valid = (
+        {planes: rows_of_all(split, logits) for planes, logits in by_planes.items()}
+        for split, by_planes in (("train", found.train), ("valid", found.valid))
+    )
+    return found._replace(train=train, valid=valid)
+
+
+def sets_of_planes(metadata):
+    """The planes that a network takes, joined by +; with plane dropout, then each part of them."""
+    planes = metadata["plane"]
+    if not metadata.get("plane_dropout"):
+        return [planes]
+    parts = combinations_of(planes.split("+"))[:-1]
+    return [planes, *parts]

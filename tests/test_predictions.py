@@ -1,0 +1,181 @@
+"""Predictions of saved networks: those that differ in their classifiers alone share the rest."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import PLANES, run_script, write_exams
+from test_options import files, train_quickly, write_findings
+
+from common import engine
+from common.checkpoint import body_digest, load_model, save_model
+from common.predictions import Predictor
+from dataloader import MRDataset, MultiPlaneDataset
+from model import MRNet, MultiPlaneMRNet
+
+CPU = torch.device("cpu")
+
+
+def findings_of(network, folder):
+    """A network of several findings as it is saved and read: one model each."""
+    metadata = {"plane": "axial", "intensity": "raw", "protocol": "article", "epoch": 1,
+                "out_of_fold": [], "data": {"valid": ""}, "metrics": {},
+                "architecture": {"pooling": network.pooling}}  # fmt: skip
+    for finding in range(network.classifier.out_features):
+        save_model(folder / f"{finding}.pt", network, metadata | {"task": "acl"}, finding)
+        yield load_model(folder / f"{finding}.pt")[0]
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The number of slices of each exam that went through a backbone."""
+    seen, real = [], MRNet.feature_maps
+
+    def count(network, x):
+        seen.append(len(x))
+        return real(network, x)
+
+    monkeypatch.setattr(MRNet, "feature_maps", count)
+    return seen
+
+
+def exams_of(root, task="acl", planes="axial", train=False):
+    kind = MultiPlaneDataset if isinstance(planes, list) else MRDataset
+    exams = kind(root, task, planes, train)
+    exams.taken = planes if isinstance(planes, list) else [planes]
+    return exams
+
+
+@pytest.mark.parametrize("pooling", ["max", "mean", "attention"])
+def test_an_exam_goes_through_a_shared_body_once(tmp_path, passes, pooling):
+    torch.manual_seed(0)
+    first, second, third = findings_of(MRNet(pooling=pooling, tasks=3), tmp_path)
+    exams = exams_of(write_exams(tmp_path / "data"))
+    wanted = [engine.predict(model, exams, CPU, "bf16") for model in (first, second, third)]
+    passes.clear()
+    predict = Predictor(CPU, "bf16")
+    for model, logits in zip((first, second, third), wanted, strict=True):
+        assert np.array_equal(predict(model, exams, "predict"), logits)
+    assert len(passes) == len(exams)
+    assert len({logits.tobytes() for logits in wanted}) == 3
+
+
+def test_what_an_exams_features_depend_on_is_told_apart(tmp_path, passes):
+    write_findings(tmp_path / "data")
+    (model, other) = findings_of(MRNet(tasks=2), tmp_path)
+    predict, exams = Predictor(CPU, "fp32"), exams_of(tmp_path / "data")
+    predict(model, exams, "predict")
+    passes.clear()
+
+    def found(model, exams):
+        passes.clear()
+        assert np.array_equal(
+            predict(model, exams, "predict"), engine.predict(model, exams, CPU, "fp32")
+        )
+        return len(passes) - len(exams)  # those of the second are not shared
+
+    assert found(other, exams) == 0
+    for name, value in (("intensity", "slice"), ("channels", "neighbours")):
+        before = getattr(exams, name)
+        setattr(exams, name, value)
+        assert found(other, exams) == len(exams), name
+        setattr(exams, name, before)
+    train = exams_of(tmp_path / "data", train=True)
+    train.ids[:8] = exams.ids  # the same names in the other split
+    assert found(other, train) == len(train)
+    some = exams_of(tmp_path / "data", "some")  # another finding, fewer exams
+    assert len(some) == 6 and found(model, some) == 0
+    with torch.no_grad():
+        other.pretrained_model[3].bias[7] += 1e-3  # another epoch
+    assert found(other, exams) == len(exams)
+
+
+def test_networks_of_several_planes_share_too(tmp_path, passes):
+    torch.manual_seed(0)
+    networks = {plane: MRNet(tasks=2) for plane in PLANES}
+    both = MultiPlaneMRNet(networks).eval()
+    exams = exams_of(write_exams(tmp_path / "data"), planes=list(PLANES))
+    predict, logits = Predictor(CPU, "fp32"), []
+    for finding in range(2):
+        one = MultiPlaneMRNet({plane: MRNet() for plane in PLANES}).eval()
+        state = both.state_dict()
+        for name in state:
+            if "classifier" in name:
+                state[name] = state[name][finding : finding + 1]
+        one.load_state_dict(state)
+        with torch.inference_mode():
+            expected = [both(exams.exam(i, CPU))[0, finding].item() for i in range(len(exams))]
+        passes.clear()
+        logits.append(predict(one, exams, "predict")[:, 0])
+        assert len(passes) == (0 if finding else 3 * len(exams))
+        assert logits[-1] == pytest.approx(expected, rel=1e-5)
+    exams.taken = ["axial", "coronal"]  # with plane dropout
+    predict(one, exams, "predict")
+    assert len(passes) == 2 * len(exams)
+
+
+def test_a_body_is_all_but_the_classifiers():
+    torch.manual_seed(0)
+    plain, other = MRNet(), MRNet(pooling="attention")
+    other.load_state_dict(plain.state_dict(), strict=False)
+    digest = body_digest(plain)
+    assert len({digest, body_digest(other), body_digest(MRNet())}) == 3
+    torch.nn.init.zeros_(plain.classifier.weight)
+    assert body_digest(plain) == digest
+    for name, value in other.state_dict().items():
+        before = body_digest(other)
+        value[(0,) * value.dim()] += 1
+        assert (body_digest(other) == before) == name.startswith("classifier."), name
+
+
+@pytest.mark.whole
+def test_findings_together_have_the_stacks_and_rows_of_each_alone(tmp_path):
+    write_findings(tmp_path / "data")
+    (tmp_path / "last.toml").write_text('select = "last"\nlr = 1e-4\n')
+    for plane in PLANES:
+        train_quickly(
+            tmp_path, "--task", "all", "--plane", plane, "--recipe", tmp_path / "last.toml"
+        )
+    words = ("train_logistic_regression.py", *files(tmp_path), "--recipes", "last", "--task")
+    wanted = {}
+    for task in ("acl", "soft", "some"):
+        done = run_script(*words, task)
+        assert done.returncode == 0, done.stderr
+        wanted |= written(tmp_path / "models", task)
+    for task in ("acl", "soft", "some"):
+        for path in (tmp_path / "models").glob(f"{task}-*last*.[jc]s*"):
+            path.unlink()
+    done = run_script(*words, "all")
+    assert done.returncode == 0, done.stderr
+    found = [written(tmp_path / "models", task) for task in ("acl", "soft", "some")]
+    assert found[0] | found[1] | found[2] == wanted and len(wanted) == 9
+
+    words = ("predict.py", tmp_path / "data/valid", "--models-dir", tmp_path / "models",
+             "--precision", "fp32", "--recipes", "last")  # fmt: skip
+    together = run_script(*words)
+    each = [run_script(*words, "--task", task) for task in ("acl", "soft", "some")]
+    assert {done.returncode for done in (together, *each)} == {0}
+    rows = [row for done in each for row in rows_of(done)]
+    assert sorted(map(str, rows_of(together))) == sorted(map(str, rows))
+    slices = {done.stderr.split(" slices in")[0].split()[-1] for done in (together, *each)}
+    assert len(slices) == 1  # of one network, whatever the number of findings
+
+
+def written(folder, task):
+    """What a finding's stack is, without what tells runs apart: {file: content}."""
+    found = {}
+    for path in folder.glob(f"{task}-*last*.json"):
+        content = json.loads(path.read_text())
+        assert content.pop("arguments")["task"] == task
+        found[path.name] = content
+    (path,) = folder.glob(f"{task}-last-predictions.csv")
+    return found | {path.name: path.read_text()}
+
+
+def rows_of(done):
+    rows = list(csv.DictReader(done.stdout.splitlines()))
+    for row in rows:
+        del row["model"]  # a hash of all networks asked
+    return rows
