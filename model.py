@@ -348,20 +348,18 @@ class MultiPlaneMRNet(nn.Module):
         Returns:
             float32 (1, tasks).
         """
-        return self.classify(self.exam_features(exam))
+        return self.all_logits(exam)[:1]
 
     classify = MRNet.classify
 
     def exam_features(self, exam):
         """The planes' features side by side, `exam` as in `forward`: float32 (1, all channels)."""
-        return self.join(self.plane_features(exam))
-
-    def plane_features(self, exam):
-        """{plane: float32 (1, channels)} of the planes there are."""
-        return {p: self.networks[p].exam_features(exam[p]) for p in self.networks if p in exam}
+        networks = self.networks
+        return self.join({p: networks[p].exam_features(exam[p]) for p in networks if p in exam})
 
     def join(self, found):
-        """`plane_features` in a row, 0 for a plane that is missing: (1, 768) of three AlexNets."""
+        """Side by side, 0 for a plane that is missing: {plane: (1, channels)} -> (1, channels of
+        all planes), 768 of three AlexNets."""
         like = next(iter(found.values()))
         return torch.cat(
             [
@@ -373,9 +371,12 @@ class MultiPlaneMRNet(nn.Module):
 
     def all_logits(self, exam):
         """The joint logits, then those of each plane there is: float32 (1 + planes, tasks)."""
-        found = self.plane_features(exam)
-        each = [self.networks[plane].classify(features) for plane, features in found.items()]
-        return torch.cat([self.classify(self.join(found)), *each])
+        found, logits = {}, []
+        for plane, network in self.networks.items():
+            if plane in exam:
+                found[plane] = network.exam_features(exam[plane])
+                logits.append(network.classify(found[plane]))
+        return torch.cat([self.classify(self.join(found)), *logits])
 
     @torch.inference_mode()
     def heat_maps(self, exam):

@@ -43,7 +43,6 @@ from common.logs import open_writer
 from common.metrics import answered, auc_difference, auc_interval, summary
 from common.predictions import (
     BaseModels,
-    Predictor,
     check_base_models,
     exams_of_any,
     load_exams,
@@ -74,8 +73,8 @@ def parse_arguments():
         "--task",
         nargs="+",
         default=["acl"],
-        help="any tasks whose planes are trained, or all of the data folder: a stack each, and the "
-        "networks of train.py --task with several of them are asked once",
+        help="tasks whose planes are trained, or all: a stack each, and networks that differ in "
+        "their last layer alone (of train.py with several tasks, of one epoch) are asked once",
     )
     parser.add_argument(
         "--planes",
@@ -168,7 +167,7 @@ def tuning_mask(train_set, found):
     them, and what is applied later is these very networks.
 
     Args:
-        found: as `predict_columns` returns it.
+        found: {column: [ColumnLogits, one per seed]}.
     """
     tuning = np.zeros(len(train_set), bool)
     if max(len(ones) for ones in found.values()) > 1:
@@ -375,20 +374,19 @@ def run(args):
         BaseModels(args.models_dir, task, columns, args.folds, args.repeat, args.seed)
         for task in tasks
     ]
-    for base_models in findings:
-        check_base_models(base_models, args.data_dir)
+    sets = {one.task: load_exams(args.data_dir, one.task, wanted) for one in findings}
+    exams = {task: exams_of_any(found, args.data_dir, task) for task, found in sets.items()}
+    for one in findings:
+        check_base_models(one, args.data_dir)
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     about = {"folds": args.folds, "recipes": args.recipes}
     about |= cli.print_start_up(vars(args), device, precision)
-    predict = Predictor(device, precision)
-    for base_models in findings:
-        task = base_models.task
-        sets = load_exams(args.data_dir, task, wanted)
-        exams = exams_of_any(sets, args.data_dir, task)
+    found = predict_columns(findings, sets, exams, device, precision)
+    for one in findings:
+        task = one.task
         fit = partial(make_stack, task, args.features, sensitivity=args.sensitivity)
-        found = predict_columns(base_models, sets, exams, predict)
         about |= {"arguments": arguments | {"task": task}}
-        stack_finding(base_models, exams, found, fit, about, args.logs_dir)
+        stack_finding(one, exams[task], found[task], fit, about, args.logs_dir)
 
 
 def stack_finding(base_models, exams, found, fit, about, logs_dir):
@@ -396,7 +394,7 @@ def stack_finding(base_models, exams, found, fit, about, logs_dir):
 
     Args:
         exams: {split: MRDataset}.
-        found: as `predict_columns` returns it.
+        found: {column: [ColumnLogits, one per seed]}.
         fit: function of logits, labels and tuning, `make_stack` with the rest of its arguments.
         about: dict, written beside the figures: "folds", "recipes", "arguments" and more.
     """

@@ -9,7 +9,7 @@ import torch
 from common import engine
 from common.checkpoint import body_digest, load_model, model_path, run_suffix, unfinished_states
 from common.errors import InputError
-from common.stacking import combinations_of
+from common.stacking import Body, combinations_of
 from dataloader import CHANNELS, SPLITS, MRDataset, MultiPlaneDataset, in_order
 
 
@@ -126,24 +126,29 @@ class ColumnLogits(NamedTuple):
 
 
 class Predictor:
-    """Predicts exams with one network after the other.
+    """Predicts exams of one data folder with one network after the other.
 
     Those that differ in their classifiers alone, as the findings of one training that chose the
-    same epoch, share the rest: an exam goes through it once.
+    same epoch, share the rest: an exam goes through it once. Keeps its features, 1 KB of AlexNet.
     """
 
     def __init__(self, device, precision):
         self.device, self.precision = device, precision
-        self.features = {}  # {what they depend on beside the exam: {exam id: (1, channels)}}
+        self.features = {}  # {(split, Body): {exam id: float32 (1, channels)}}
 
     def __call__(self, model, exams, what):
         """`engine.predict` of the exams that have all planes that are taken of them, or that a
-        network of all its planes is asked about: float64 (n, 1), NaN for the others."""
+        network of all its planes is asked about: float64 (n, 1), NaN for the others.
+
+        Args:
+            exams: MRDataset whose `taken` is set.
+        """
         logits = np.full((len(exams), 1), np.nan)
         rows = range(len(exams))
         if isinstance(exams, MultiPlaneDataset) and exams.taken != list(exams.plane):
             rows = [row for row in rows if set(exams.taken) <= exams.paths[row].keys()]
-        known = self.known(model, exams)
+        body = Body(body_digest(model), tuple(exams.taken), exams.intensity, exams.channels)
+        known = self.features.setdefault((exams.split, body), {})
         missing = [row for row in rows if exams.ids[row] not in known]
         if missing:
             part = exams if len(missing) == len(exams) else exams.subset(missing)
@@ -153,12 +158,6 @@ class Predictor:
             for row in rows:
                 logits[row] = model.classify(known[exams.ids[row]]).item()
         return logits
-
-    def known(self, model, exams):
-        """{exam id: features} that a network with the same body found of such exams before."""
-        planes = "+".join(exams.taken)
-        key = body_digest(model), exams.split, planes, exams.intensity, exams.channels
-        return self.features.setdefault(key, {})
 
 
 def predict_column(base_models, column, seed, sets, predict):
@@ -196,25 +195,23 @@ def predict_column(base_models, column, seed, sets, predict):
     return ColumnLogits(train, valid, protocols, tuning)
 
 
-def predict_columns(base_models, sets, exams, predict):
-    """{column: [ColumnLogits of all `exams`, one per seed]}.
+def predict_columns(findings, sets, exams, device, precision):
+    """What the networks of findings say: {task: {column: [ColumnLogits of all exams, one a seed]}}.
 
     Args:
-        sets: as `load_exams` returns them.
-        exams: {split: MRDataset}.
-        predict: Predictor.
+        findings: list of BaseModels, of the same columns, folds and seeds.
+        sets: {task: what `load_exams` returns}.
+        exams: {task: {split: MRDataset}}.
     """
-    return {
-        column: [
-            spread(
-                predict_column(base_models, column, seed, sets[planes], predict),
-                sets[planes],
-                exams,
-            )
-            for seed in base_models.seeds
-        ]
-        for column, planes in base_models.columns.items()
-    }
+    found = {one.task: {column: [] for column in one.columns} for one in findings}
+    for column, planes in findings[0].columns.items():
+        for seed in findings[0].seeds:
+            predict = Predictor(device, precision)  # its features are of this column and seed only
+            for one in findings:
+                ours = sets[one.task][planes]
+                logits = predict_column(one, column, seed, ours, predict)
+                found[one.task][column].append(spread(logits, ours, exams[one.task]))
+    return found
 
 
 def spread(found, sets, exams):

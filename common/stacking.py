@@ -326,7 +326,7 @@ def is_file_name(name):
 
 
 class Body(NamedTuple):
-    """What the features of an exam depend on, beside the exam."""
+    """What the features of an exam depend on, beside the exam, the device and the precision."""
 
     digest: str  # `body_digest`
     planes: tuple  # that went through it
@@ -342,7 +342,7 @@ class Network(NamedTuple):
     intensity: str
     channels: str
     may_lack: bool  # it was trained with plane dropout, so a plane may be missing
-    body: str  # `body_digest` of the model
+    body_digest: str  # of the model
 
     @property
     def bias(self):
@@ -370,11 +370,11 @@ class Network(NamedTuple):
 
         Args:
             volumes: as `prepare` takes them.
-            known: {Body: features} of this exam, brought up to date: networks that differ in their
-                classifiers alone share the rest.
+            known: {Body: features} of this exam on this device in this precision, brought up to
+                date: networks that differ in their classifiers alone share the rest.
         """
         planes = tuple(plane for plane in self.planes if plane in volumes)
-        body = Body(self.body, planes, self.intensity, self.channels)
+        body = Body(self.body_digest, planes, self.intensity, self.channels)
         with autocast(device, precision):
             if body not in known:
                 known[body] = self.model.exam_features(self.prepare(volumes, device))
@@ -482,14 +482,14 @@ def order_of(planes):
 
 def as_network(model, metadata, device):
     """A loaded model and its metadata as a Network on `device`."""
-    body = body_digest(model)
+    digest = body_digest(model)
     return Network(
         model.to(device),
         tuple(metadata["plane"].split("+")),
         metadata["intensity"],
         metadata.get("channels", CHANNELS[0]),
         metadata.get("plane_dropout", 0) > 0,
-        body,
+        digest,
     )
 
 

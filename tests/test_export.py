@@ -66,7 +66,7 @@ def test_onnxruntime_answers_as_the_stack_does(trained, tmp_path):
 def test_every_backbone_pooling_and_number_of_planes(tmp_path, backbone, pooling, channels, planes):
     torch.manual_seed(0)
     model = build_model({"backbone": backbone, "pooling": pooling}, list(planes)).eval()
-    network = Network(model, planes, "standardized", channels, False)
+    network = Network(model, planes, "standardized", channels, False, "")
     difference = export.to_onnx(ExamModel("acl", network).eval(), tmp_path / "model.onnx")
     assert difference < export.TOLERANCE  # to_onnx compares at five sizes
 

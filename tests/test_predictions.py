@@ -1,17 +1,19 @@
 """Predictions of saved networks: those that differ in their classifiers alone share the rest."""
 
+import copy
 import csv
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import PLANES, run_script, write_exams
+from conftest import PLANES, assert_one_line_error, run_script, write_exams
 from test_options import files, train_quickly, write_findings
 
 from common import engine
 from common.checkpoint import body_digest, load_model, save_model
 from common.predictions import Predictor
+from common.stacking import as_network
 from dataloader import MRDataset, MultiPlaneDataset
 from model import MRNet, MultiPlaneMRNet
 
@@ -121,13 +123,51 @@ def test_a_body_is_all_but_the_classifiers():
     plain, other = MRNet(), MRNet(pooling="attention")
     other.load_state_dict(plain.state_dict(), strict=False)
     digest = body_digest(plain)
-    assert len({digest, body_digest(other), body_digest(MRNet())}) == 3
+    mean = MRNet(pooling="mean")
+    mean.load_state_dict(plain.state_dict())
+    assert len({digest, body_digest(mean), body_digest(other), body_digest(MRNet())}) == 4
     torch.nn.init.zeros_(plain.classifier.weight)
     assert body_digest(plain) == digest
     for name, value in other.state_dict().items():
         before = body_digest(other)
         value[(0,) * value.dim()] += 1
         assert (body_digest(other) == before) == name.startswith("classifier."), name
+
+
+def test_a_networks_features_of_one_exam_are_told_apart():
+    torch.manual_seed(0)
+    model = MultiPlaneMRNet({"axial": MRNet(), "coronal": MRNet()}).eval()
+    rng = np.random.default_rng(0)
+    both = {p: rng.integers(0, 255, (3, 64, 64), np.uint8) for p in ("axial", "coronal")}
+    network = as_network(model, {"plane": "axial+coronal", "intensity": "raw"}, CPU)
+    other = as_network(copy.deepcopy(model), {"plane": "axial+coronal", "intensity": "raw"}, CPU)
+    torch.nn.init.ones_(other.model.classifier.weight)
+    others = [
+        (network, both),
+        (other, both),
+        (network, {"axial": both["axial"]}),
+        (network._replace(intensity="standardized"), both),
+        (network._replace(channels="neighbours"), both),
+    ]
+    known, logits = {}, []
+    for one, volumes in others:
+        logits.append(one.logit(volumes, CPU, "fp32", known))
+        assert logits[-1] == one.logit(volumes, CPU, "fp32", {})
+    assert len(set(logits)) == 5 and len(known) == 4  # the second shares the first's
+
+
+@pytest.mark.whole
+def test_nothing_is_written_before_all_findings_can_be(tmp_path):
+    write_findings(tmp_path / "data")
+    for plane in PLANES:
+        train_quickly(tmp_path, "--task", "acl", "some", "--plane", plane)
+    words = ("train_logistic_regression.py", *files(tmp_path), "--task", "acl")
+    before = {path.name for path in (tmp_path / "models").iterdir()}
+    (tmp_path / "data" / "valid-some.csv").write_text("12,two\n")
+    assert_one_line_error(run_script(*words, "some"), "valid-some.csv")
+    assert_one_line_error(run_script(*words, "soft"), "soft-axial.pt", "is not trained")
+    assert_one_line_error(run_script(*words, "typo"), "typo", "tasks here: acl, soft, some")
+    assert {path.name for path in (tmp_path / "models").iterdir()} == before
 
 
 @pytest.mark.whole
