@@ -142,8 +142,14 @@ def test_a_networks_features_of_one_exam_are_told_apart():
     network = as_network(model, {"plane": "axial+coronal", "intensity": "raw"}, CPU)
     other = as_network(copy.deepcopy(model), {"plane": "axial+coronal", "intensity": "raw"}, CPU)
     torch.nn.init.ones_(other.model.classifier.weight)
+    another = as_network(
+        MultiPlaneMRNet({"axial": MRNet(), "coronal": MRNet()}).eval(),
+        {"plane": "axial+coronal", "intensity": "raw"},
+        CPU,
+    )
     others = [
         (network, both),
+        (another, both),
         (other, both),
         (network, {"axial": both["axial"]}),
         (network._replace(intensity="standardized"), both),
@@ -153,7 +159,7 @@ def test_a_networks_features_of_one_exam_are_told_apart():
     for one, volumes in others:
         logits.append(one.logit(volumes, CPU, "fp32", known))
         assert logits[-1] == one.logit(volumes, CPU, "fp32", {})
-    assert len(set(logits)) == 5 and len(known) == 4  # the second shares the first's
+    assert len(set(logits)) == 6 and len(known) == 5  # `other` shares what `network` found
 
 
 @pytest.mark.whole
