@@ -49,7 +49,7 @@ def read_code(volume):
     return sum(int(bit) << k for k, bit in enumerate(bits[0, 1:-1]))
 
 
-def predict_code(network, volumes, device, precision):
+def predict_code(network, volumes, device, precision, known):
     """Stands in for stacking.Network.logit: the code as a logit of two decimals."""
     return read_code(volumes[network.planes[0]]) / 1000 - 1
 
