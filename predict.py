@@ -40,8 +40,8 @@ from common.errors import InputError, RunError, one_line, printable
 from common.exams import read_planes
 from common.files import atomic, csv_line, from_cell
 from common.parts import beside, check_names, part_argument, write_part
-from common.stacking import DIGITS, decide
-from common.submission import read_sample, write_submission
+from common.stacking import DIGITS, decide, saved_tasks
+from common.submission import UNTRAINED, read_sample, write_submission
 from dataloader import PLANES, in_order
 
 BEFORE = ("exam", "source", "task")  # columns, then one for each plane
@@ -101,7 +101,8 @@ def add_file_arguments(parser):
     submission += (
         "probability each; the usual rows lie beside it (OUT-rows.csv). Sets --partial, and "
     )
-    submission += "a study without an answer gets the training prevalence and is named"
+    submission += "what has no answer is named: a study gets the training prevalence, a finding "
+    submission += "without models 0.5"
     files.add_argument("--submission", type=Path, metavar="SAMPLE", help=submission)
     part = "predict only this part of the exams, on the second of four machines 2/4; python -m "
     part += "tools.merge puts all parts together and says what is missing"
@@ -381,7 +382,9 @@ def run(args):
     submission, sample = args.out, None
     if args.submission:
         sample = read_sample(args.submission)
-        args.task, args.partial = sample.tasks, True
+        trained = saved_tasks(args.models_dir, args.recipes)
+        args.task = [task for task in sample.tasks if task in trained] or sample.tasks
+        args.partial = True
         values |= {"task": args.task, "partial": True}
         args.out = args.out.with_name(f"{args.out.stem}-rows.csv")
     options = Options(device, precision, args.partial)
@@ -429,10 +432,11 @@ def run(args):
 
 
 def submit(path, sample, rows, tasks):
-    """Write a submission from a file of rows, and name the studies that it has no answer for.
+    """Write a submission from a file of rows, and name what it has no answer for.
 
     Raises:
-        RunError: there are such; they have the training prevalence.
+        RunError: there are findings without models, which have UNTRAINED, or studies without an
+            answer, which have the training prevalence.
     """
     answers = {}
     with open(rows, newline="", encoding="utf-8") as file:
@@ -442,15 +446,19 @@ def submit(path, sample, rows, tasks):
             if found:
                 answers[row["exam"], row["task"]] = sum(map(float, found)) / len(found)
     prevalences = {models.task: models.prevalence for models in tasks}
+    untrained = [task for task in sample.tasks if task not in prevalences]
+    for task in untrained:
+        print(f"error: {task}: no models, {UNTRAINED} for every study instead", file=sys.stderr)
     lacking = write_submission(path, sample, answers, prevalences)
     for uid, names in lacking.items():
         print(f"error: study {uid}: no answer, the prevalence of {', '.join(names)} instead",
               file=sys.stderr)  # fmt: skip
     print(f"written  {path}: {len(sample.studies)} studies, {len(sample.tasks)} findings")
+    why = [f"{len(untrained)} of {len(sample.tasks)} findings have no models"] if untrained else []
     if lacking:
-        raise RunError(
-            f"{len(lacking)} of {len(sample.studies)} studies have no answer, named above"
-        )
+        why.append(f"{len(lacking)} of {len(sample.studies)} studies have no answer")
+    if why:
+        raise RunError(f"{' and '.join(why)}, named above")
 
 
 def summary_line(counts, seconds):

@@ -9,6 +9,7 @@ from common.files import write_csv
 from data.common import exam_name
 
 DIGITS = 6  # of a probability
+UNTRAINED = 0.5  # probability of a finding that there are no networks for
 SIDES = ("", "L", "R")  # an exam's name ends in its knee's side where that is known
 
 
@@ -55,10 +56,11 @@ def write_submission(path, sample, answers, prevalences):
 
     Args:
         answers: {(exam's name, task): probability}.
-        prevalences: {task: probability} for a study without an answer.
+        prevalences: {task: probability} for a study without an answer; a task that is not there
+            is UNTRAINED.
 
     Returns:
-        {study UID: tasks without an answer}, of the studies that have such.
+        {study UID: tasks of `prevalences` without an answer}, of the studies that have such.
     """
     rows, lacking = [sample.head], {}
     for uid in sample.studies:
@@ -66,7 +68,9 @@ def write_submission(path, sample, answers, prevalences):
         for task in sample.tasks:
             keys = [(exam_name(uid, side), task) for side in SIDES]
             found = [answers[key] for key in keys if key in answers]
-            if len(found) != 1:  # none; or two knees, and nothing says which is asked for
+            if task not in prevalences:
+                found = [UNTRAINED]
+            elif len(found) != 1:  # none; or two knees, and nothing says which is asked for
                 lacking.setdefault(uid, []).append(task)
                 found = [prevalences[task]]
             cells.append(f"{found[0]:.{DIGITS}f}")

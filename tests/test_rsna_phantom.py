@@ -160,7 +160,7 @@ def test_scanners_differ():
 
 
 def test_from_dicom_to_a_submission_by_the_documented_commands(tree, data, tmp_path):
-    """docs/rsna.md with the smallest training; findings that no exam has a label of stay out."""
+    """docs/rsna.md with the smallest training; findings without labels are named, and get 0.5."""
     models = tmp_path / "models"
     content = json.loads((data / "dataset.json").read_text())
     assert content["mirrored"] and content["may_lack_planes"]
@@ -171,18 +171,21 @@ def test_from_dicom_to_a_submission_by_the_documented_commands(tree, data, tmp_p
     assert done.returncode == 0, done.stderr
     results = json.loads((models / "results.json").read_text())
     assert list(results) == ["effusion", "contusion"]
-    sample = tmp_path / "sample.csv"
-    rows = read_rows(tree / "sample_submission.csv")
-    kept = [rows[0].index(name) for name in ("StudyInstanceUID", "Contusion", "Effusion")]
-    sample.write_text("".join(",".join(row[k] for k in kept) + "\n" for row in rows))
+    sample = tree / "sample_submission.csv"
+    rows = read_rows(sample)
     done = run_script("predict.py", tree / "test_series", "--submission", sample, "--models-dir",
                       models, "--allow-synthetic", "--precision", "fp32", "--out",
                       tmp_path / "mine.csv")  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1 and "10 of 12 findings have no models" in done.stderr
+    assert "error: bakers: no models, 0.5 for every study instead" in done.stderr
+    assert "no answer" not in done.stderr
     head, *found = read_rows(tmp_path / "mine.csv")
-    assert head == ["StudyInstanceUID", "Contusion", "Effusion"]
+    assert head == rows[0] and len(head) == 13
     assert [row[0] for row in found] == [row[0] for row in rows[1:]] and len(found) == 5
-    assert len({cell for row in found for cell in row[1:]}) == 10
+    trained = [head.index(name) for name in ("Contusion", "Effusion")]
+    assert len({row[k] for row in found for k in trained}) == 10
+    others = {row[k] for row in found for k in range(1, 13) if k not in trained}
+    assert others == {"0.500000"}
 
 
 def test_all_tasks_are_those_that_can_be_trained(data, capsys):
