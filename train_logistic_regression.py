@@ -385,8 +385,8 @@ def run(args):
     for one in findings:
         task = one.task
         fit = partial(make_stack, task, args.features, sensitivity=args.sensitivity)
-        about |= {"arguments": arguments | {"task": task}}
-        stack_finding(one, exams[task], found[task], fit, about, args.logs_dir)
+        ours = about | {"arguments": arguments | {"task": task}}
+        stack_finding(one, exams[task], found[task], fit, ours, args.logs_dir)
 
 
 def stack_finding(base_models, exams, found, fit, about, logs_dir):
