@@ -129,7 +129,8 @@ class Predictor:
     """Predicts exams of one data folder with one network after the other.
 
     Those that differ in their classifiers alone, as the findings of one training that chose the
-    same epoch, share the rest: an exam goes through it once. Keeps the features, 1 KB an exam of AlexNet.
+    same epoch, share the rest: an exam goes through it once. Keeps what each exam's classifiers are
+    given, 1 KB with AlexNet.
     """
 
     def __init__(self, device, precision):
