@@ -357,6 +357,22 @@ def test_recipes_in_part_are_compared_on_the_exams_of_both(tmp_path):
     assert found["part"].gain.value == pytest.approx(wanted)
 
 
+def test_a_seed_that_has_only_begun_waits(tmp_path):
+    folder = write_results(tmp_path / "out", {"article": 1.0, "better": 1.5}, seeds=2)
+    _, whole = lines(folder)
+    for name in ("article", "better"):
+        path = folder / f"{name}.json"
+        content = json.loads(path.read_text())
+        del content["networks"]["axial 4"]  # seed 1, fold 2
+        path.write_text(json.dumps(content))
+    _, found = lines(folder)
+    assert found["better"].aucs == whole["better"].aucs[:1]
+    gain = whole["better"].aucs[0] - whole["article"].aucs[0]
+    assert found["better"].gain.value == pytest.approx(gain)  # on all exams, not on half of them
+    done = run_script("tools/sweep_table.py", folder)
+    assert "left out: better, axial, seed 1: 200 exams of 400 so far" in done.stdout, done.stderr
+
+
 def test_a_stack_never_sees_the_labels_of_its_own_fold(tmp_path):
     folder = write_results(tmp_path / "out", {"article": 1.0, "other": 1.0})
     labels, stacks, recipes = read_results(folder)

@@ -65,10 +65,20 @@ class Row(NamedTuple):
     peak_memory: float  # bytes
 
     @property
+    def known(self):
+        """Of how many exams each seed has predictions: int (seeds,)."""
+        return (~np.isnan(self.scores)).sum(axis=1)
+
+    @property
+    def complete(self):
+        """The seeds that have as many predictions as the fullest, bool (seeds,): with others that
+        have just begun, seeds would be compared on the few exams that all have predicted."""
+        return (self.known > 0) & (self.known == self.known.max())
+
+    @property
     def runs(self):
-        """The seeds that have predictions: float64 (runs, n), int (runs, n) folds."""
-        there = ~np.isnan(self.scores).all(axis=1)
-        return self.scores[there], self.folds[there]
+        """The complete seeds: float64 (runs, n), int (runs, n) folds."""
+        return self.scores[self.complete], self.folds[self.complete]
 
 
 class Line(NamedTuple):
@@ -229,15 +239,14 @@ def differences(truth, rows, bases):
 
 
 def runs_of(row, base):
-    """The runs of two Rows on the exams that all of both have predicted.
+    """The runs that both of two Rows have, on the exams that all of them have predicted.
 
     Returns:
         scores (runs, m), scores of the base (runs, m), bool (n,). Where one has a single run (of
         averaged seeds) it stands beside each of the other.
     """
-    both = ~np.isnan(row.scores).all(axis=1)
     if len(row.scores) == len(base.scores):
-        both = both & ~np.isnan(base.scores).all(axis=1)
+        both = row.complete & base.complete
         a, b = row.scores[both], base.scores[both]
     else:
         a, b = np.broadcast_arrays(row.runs[0], base.runs[0])
@@ -329,6 +338,16 @@ def leave_out(rows, ids, without):
     return rows, out
 
 
+def begun(rows):
+    """A line for each Row with seeds that are left out because they have only begun."""
+    for row in rows:
+        for seed in np.flatnonzero((row.known > 0) & ~row.complete):
+            yield (
+                f"left out: {row.recipe}, {row.column}, seed {seed}: {row.known[seed]} exams of "
+                f"{row.known.max()} so far"
+            )
+
+
 def print_table(folder, plot=None, without=None):
     """Print the table of each finding, and draw AUC against time."""
     labels, stacks, recipes = read_results(folder)
@@ -342,6 +361,8 @@ def print_table(folder, plot=None, without=None):
             print(f"\nwithout {out.sum()} exams that {without} has predicted")
         print(f"\n{task}: {left.sum()} exams, {truth[left].sum()} positive; {networks} networks")
         lines = lines_of(truth, rows)
+        for words in begun(rows):
+            print(words)
         cells = [line.cells() for line in lines]
         print(tabulate(cells, HEADS, tablefmt="pipe", disable_numparse=True))
         if plot:
