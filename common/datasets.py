@@ -3,6 +3,7 @@
 from common.augmentation import SLICES_OF_STRONG, make_augmentation
 from common.cli import print_exams
 from common.errors import InputError
+from common.optimization import average_advice
 from dataloader import MRDataset, MultiPlaneDataset, trainable, view_of
 from model import BACKBONES
 
@@ -34,6 +35,8 @@ def load_exams(config, data_dir):
     print_exams(*sets)
     if not config.pretrained:
         print("weights    RANDOM (--no-pretrained): no ImageNet features")
+    if advice := average_advice(config, len(sets[0])):
+        print(advice)
     return sets
 
 

@@ -15,6 +15,7 @@ PLATEAU_PATIENCE, PLATEAU_FACTOR, PLATEAU_THRESHOLD = 3, 0.3, 1e-4  # the articl
 STEP_EPOCHS, STEP_FACTOR = 3, 0.5  # the article's
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SCHEDULERS = ("plateau", "step", "cosine", "one-cycle", "none")
+STALE = 0.01  # share of an average that may still be its start
 ONE_CYCLE_WARMUP = 0.3  # of all steps, where --warmup is 0; torch's and fastai's
 
 
@@ -101,3 +102,24 @@ class Average(AveragedModel):
 def make_average(model, decay):
     """The Average of a model's weights, or None for a decay of 0."""
     return Average(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
+
+
+def average_advice(config, exams):
+    """A line on a moving average that is too slow for its few steps, or "".
+
+    After n steps decay ** n of the average are still the weights of the first one, with a
+    classifier that has learnt nothing (docs/improvements.md, "Few exams").
+
+    Args:
+        config: Config.
+        exams: int, to train on.
+    """
+    steps = -(-exams // config.accumulate) * config.epochs
+    stale = config.average_weights**steps
+    if stale < STALE:
+        return ""
+    faster = next((decay for decay in (0.99, 0.9) if decay**steps < STALE), 0)
+    return (
+        f"average    after {steps} steps {stale:.0%} of the averaged weights are still those of "
+        f"the first; --average-weights {faster} forgets them"
+    )

@@ -24,7 +24,13 @@ from common.checkpoint import TrainState, load_model
 from common.config import Config, read_recipe
 from common.datasets import load_exams
 from common.errors import InputError
-from common.optimization import make_average, make_optimizer, make_scheduler, steps_with_optimizer
+from common.optimization import (
+    average_advice,
+    make_average,
+    make_optimizer,
+    make_scheduler,
+    steps_with_optimizer,
+)
 from common.splits import plan_splits, split_exams
 from dataloader import Augmentation, MRDataset, MultiPlaneDataset, preprocess
 from model import BACKBONES, MRNet
@@ -379,6 +385,26 @@ def test_the_moving_average():
         wanted = wanted if i == 0 else 0.9 * wanted + 0.1 * value
     assert average.module.weight.item() == pytest.approx(wanted)
     assert make_average(model, 0.0) is None
+
+
+@pytest.mark.parametrize(
+    "decay, exams, accumulate, words",
+    [
+        (0.999, 200, 1, "after 1600 steps 20% of"),  # 0.999 ** 1600 = exp(-1600 / 999.5) = 0.2017
+        (0.999, 201, 2, "after 808 steps 45% of"),  # 101 steps an epoch, exp(-808 / 999.5) = 0.4455
+        (0.999, 1000, 1, ""),  # 0.0003
+        (0.99, 57, 1, "--average-weights 0.9 "),  # 456 steps: exp(-456 / 99.5) = 0.0102
+        (0.99, 58, 1, ""),  # 464: 0.0094
+        (0.9, 2, 1, "--average-weights 0 "),
+        (0.0, 2, 1, ""),
+    ],
+)
+def test_an_average_too_slow_for_its_steps_is_said(decay, exams, accumulate, words):
+    asked = config(average_weights=decay, epochs=8, accumulate=accumulate)
+    advice = average_advice(asked, exams)
+    assert words in advice and bool(advice) == bool(words)
+    if decay == 0.999 and advice:
+        assert "--average-weights 0.99 " in advice
 
 
 # --- end to end -----------------------------------------------------------------------------------
