@@ -426,7 +426,8 @@ def run(args):
         log(summary_line(counts, seconds))
         unusable = why_not_all(exams, counts)
     if sample:
-        submit(submission, sample, args.out, tasks)
+        lacking = submit(submission, sample, args.out, tasks)
+        unusable = "; ".join(filter(None, (unusable, lacking)))
     if unusable:
         raise RunError(unusable)
 
@@ -434,9 +435,9 @@ def run(args):
 def submit(path, sample, rows, tasks):
     """Write a submission from a file of rows, and name what it has no answer for.
 
-    Raises:
-        RunError: there are findings without models, which have UNTRAINED, or studies without an
-            answer, which have the training prevalence.
+    Returns:
+        One line on findings without models, which have UNTRAINED, and on studies without an
+        answer, which have the training prevalence; "" where there are none.
     """
     answers = {}
     with open(rows, newline="", encoding="utf-8") as file:
@@ -457,8 +458,7 @@ def submit(path, sample, rows, tasks):
     why = [f"{len(untrained)} of {len(sample.tasks)} findings have no models"] if untrained else []
     if lacking:
         why.append(f"{len(lacking)} of {len(sample.studies)} studies have no answer")
-    if why:
-        raise RunError(f"{' and '.join(why)}, named above")
+    return f"{' and '.join(why)}, named above" if why else ""
 
 
 def summary_line(counts, seconds):
