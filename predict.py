@@ -378,8 +378,7 @@ def run(args):
     if not args.cluster:  # whose machines may differ from this one
         values |= {"device": device.type, "precision": precision}
     args.device, args.precision = device.type, precision  # what "auto" became
-    args.workers = args.workers or default_workers()
-    submission, sample = args.out, None
+    args.workers, submission, sample = args.workers or default_workers(), args.out, None
     if args.submission:
         sample = read_sample(args.submission)
         trained = saved_tasks(args.models_dir, args.recipes)
@@ -426,8 +425,8 @@ def run(args):
         log(summary_line(counts, seconds))
         unusable = why_not_all(exams, counts)
     if sample:
-        lacking = submit(submission, sample, args.out, tasks)
-        unusable = "; ".join(filter(None, (unusable, lacking)))
+        why = unusable, submit(submission, sample, args.out, tasks)
+        unusable = "; ".join(filter(None, why))
     if unusable:
         raise RunError(unusable)
 

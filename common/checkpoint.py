@@ -9,6 +9,7 @@ They load with `weights_only=True`, so nothing in them can run, and are written 
 import glob
 import hashlib
 import io
+import math
 import os
 import pickle
 from contextlib import contextmanager
@@ -342,8 +343,8 @@ class TrainState:
             selected: {finding: {"loss", "auc"}} on the exams that select the epoch.
 
         Returns:
-            the findings whose AUC is the best so far, each of them selects its own epoch; all of
-            them where the last epoch is selected.
+            the findings whose AUC (or loss, where these exams have one class) is the best so far:
+            each of them selects its own epoch. All of them where the last epoch is selected.
         """
         loss = mean_of(selected)["loss"]
         if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -354,8 +355,13 @@ class TrainState:
             self.best_loss, self.bad_epochs = loss, 0
         else:
             self.bad_epochs += 1
-        best = [task for task, one in selected.items() if one["auc"] > self.best_auc[task]]
-        self.best_auc |= {task: selected[task]["auc"] for task in best}
+        # Exams of one class have no AUC, whatever the epoch: their loss decides.
+        score = {
+            task: -one["loss"] if math.isnan(one["auc"]) else one["auc"]
+            for task, one in selected.items()
+        }
+        best = [task for task in score if score[task] > self.best_auc[task]]
+        self.best_auc |= {task: score[task] for task in best}
         return list(selected) if self.select == "last" else best
 
     def save(self, path, config, data):
@@ -467,7 +473,8 @@ def restore_state(path, state, config, data_sets):
         # A resumed training may have more epochs than before, if its schedule is not planned for
         # their number.
         earlier = content["config"], content["data"]
-        ignore = [] if config["lr_scheduler"] in PLANNED else ["epochs"]
+        is_planned = config["lr_scheduler"] in PLANNED or config["warmup"] > 0
+        ignore = [] if is_planned else ["epochs"]
         check_same(path, config, data_sets, earlier, ignore)
         state.restore(content["training"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError):

@@ -24,7 +24,6 @@ from common.errors import MetricError, OneClassError
 
 RESAMPLES = 2000  # of the bootstrap: the default of pROC (Robin et al. 2011)
 ECE_BINS = 10
-MOST_DRAWS = 100  # times that resamples are drawn until enough have both classes
 CHUNK = 4_000_000  # counts held at once while resampling, 32 MB, whatever the number of exams
 
 
@@ -128,11 +127,15 @@ def auc_interval(labels, scores, level=0.95, method="delong", resamples=RESAMPLE
     return Interval(auc, min(float(low), auc), max(float(high), auc))
 
 
-def mean_auc_interval(labels, scores, level=0.95, resamples=RESAMPLES, seed=0):
-    """Mean AUC over several findings of the same exams, an Interval by resampling the exams.
+def mean_auc_interval(labels, scores, level=0.95):
+    """Mean AUC over several findings of the same exams, an Interval.
 
-    Percentiles of the bootstrap: an exam is drawn with all its findings, so what they share widens
-    the interval as it should. A resample in which a finding has one class only is drawn again.
+    Each finding's own limits (`auc_interval`'s, which hold with few positives and at AUC 1) are
+    put together by the correlation of the AUCs: the mean is below its estimate by d'Rd under the
+    square root, over the number of findings, where d are the distances of the lower limits and R
+    the correlations from DeLong's covariance (MOVER: Zou & Donner, Stat. Med. 2008). Exams are
+    shared, so findings that err on the same ones widen the interval. A correlation that cannot be
+    estimated, of a finding without a variance, is taken as 1.
 
     Args:
         labels: (n, findings), 0 or 1, NaN where unknown.
@@ -142,63 +145,36 @@ def mean_auc_interval(labels, scores, level=0.95, resamples=RESAMPLES, seed=0):
     """
     _check_level(level)
     labels, scores = np.asarray(labels, np.float64), np.asarray(scores, np.float64)
-    if labels.shape != scores.shape or labels.ndim != 2:
+    if labels.shape != scores.shape or labels.ndim != 2 or not labels.shape[1]:
         raise MetricError(f"labels {labels.shape} and scores {scores.shape} are not (n, findings)")
     known = ~(np.isnan(labels) | np.isnan(scores))
-    findings = [
-        (np.flatnonzero(rows), *_checked(label[rows], score[rows], both_classes=True))
-        for rows, label, score in zip(known.T, labels.T, scores.T, strict=True)
-    ]
-    mean = float(np.mean([roc_auc_score(positive, score) for _, positive, score in findings]))
-    rng, means = np.random.default_rng(seed), []
-    for _ in range(MOST_DRAWS):
-        counts = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), resamples)
-        aucs = [_resampled_auc(counts[:, rows], *pair) for rows, *pair in findings]
-        drawn = np.mean(aucs, axis=0)
-        means.extend(drawn[np.isfinite(drawn)])
-        if len(means) >= resamples:
-            break
-    if not means:
-        raise MetricError("too few exams of a class: no resample has both of every finding")
-    low, high = np.quantile(means[:resamples], [(1 - level) / 2, (1 + level) / 2])
-    return Interval(mean, min(float(low), mean), max(float(high), mean))
+    influences, intervals = np.zeros(labels.shape), []
+    for k, rows in enumerate(known.T):
+        positive, of_finding = _checked(labels[rows, k], scores[rows, k], both_classes=True)
+        placements = _placements(positive, of_finding)
+        intervals.append(_delong_interval(*placements, level))
+        rows = np.flatnonzero(rows)
+        influences[rows[positive], k], influences[rows[~positive], k] = _influences(*placements)
+    covariance = influences.T @ influences
+    deviations = np.sqrt(np.diag(covariance))
+    correlation = np.ones(covariance.shape)
+    there = np.outer(deviations, deviations) > 0
+    correlation[there] = (covariance / np.outer(deviations, deviations).clip(1e-300))[there]
+    value, low, high = np.array(intervals).T
+    below, above = (
+        math.sqrt(distance @ correlation @ distance) / len(intervals)
+        for distance in (value - low, high - value)
+    )
+    mean = float(value.mean())
+    return Interval(mean, max(mean - below, 0.0), min(mean + above, 1.0))
 
 
 def auc_difference(labels, scores_a, scores_b, level=0.95):
     """AUC of a minus AUC of b on the same exams: DeLong's paired test (Biometrics 1988).
 
-    Scores that rank the exams alike give difference 0, z 0, p 1. Where DeLong's variance of the
-    difference is 0 although the rankings differ (two perfect models), or undefined (one exam in
-    a class), the interval and p come from the two AUCs' own intervals, combined as if independent
-    (Newcombe, Stat. Med. 1998, method 10; Zou & Donner, Stat. Med. 2008).
-
-    Raises MetricError for bad arrays or arguments, OneClassError when the AUC is undefined.
+    The `mean_auc_difference` of one run each.
     """
-    _check_level(level)
-    positive, scores_a, scores_b = _checked(labels, scores_a, scores_b, both_classes=True)
-    if np.array_equal(rankdata(scores_a), rankdata(scores_b)):
-        return Difference(0.0, 0.0, 0.0, 0.0, 1.0)
-    positives_a, negatives_a = _placements(positive, scores_a)
-    positives_b, negatives_b = _placements(positive, scores_b)
-    difference = _mean_auc(positives_a, negatives_a) - _mean_auc(positives_b, negatives_b)
-    variance = _delong_variance(positives_a - positives_b, negatives_a - negatives_b)
-    quantile = float(norm.ppf((1 + level) / 2))
-    if variance > 0:
-        below = above = quantile * math.sqrt(variance)
-    else:
-        _, low_a, high_a = _delong_interval(positives_a, negatives_a, level)
-        _, low_b, high_b = _delong_interval(positives_b, negatives_b, level)
-        auc_a, auc_b = _mean_auc(positives_a, negatives_a), _mean_auc(positives_b, negatives_b)
-        below = math.hypot(auc_a - low_a, high_b - auc_b)
-        above = math.hypot(high_a - auc_a, auc_b - low_b)
-    z = quantile * difference / (below if difference > 0 else above)  # the side where 0 lies
-    return Difference(
-        difference,
-        max(difference - below, -1.0),
-        min(difference + above, 1.0),
-        z,
-        float(2 * norm.sf(abs(z))),
-    )
+    return mean_auc_difference(labels, [scores_a], [scores_b], level=level)
 
 
 def mean_auc_difference(labels, runs_a, runs_b, run_variance=0.0, level=0.95):
@@ -209,6 +185,11 @@ def mean_auc_difference(labels, runs_a, runs_b, run_variance=0.0, level=0.95):
     `run_variance` divided by the number of runs, added: cautious, because a part of it is in
     DeLong's variance already.
 
+    Scores that rank the exams alike give difference 0, z 0, p 1. Where DeLong's variance of the
+    difference is 0 although the rankings differ (two perfect models), or undefined (one exam in
+    a class), the interval and p come from the two AUCs' own intervals, combined as if independent
+    (Newcombe, Stat. Med. 1998, method 10; Zou & Donner, Stat. Med. 2008).
+
     Args:
         runs_a, runs_b: scores (runs, n).
         run_variance: variance of the difference from run to run.
@@ -217,19 +198,23 @@ def mean_auc_difference(labels, runs_a, runs_b, run_variance=0.0, level=0.95):
     """
     _check_level(level)
     positive, *scores = _checked(labels, *runs_a, *runs_b, both_classes=True)
-    signs = [1.0] * len(runs_a) + [-1.0] * len(runs_b)
-    parts = [_placements(positive, one) for one in scores]
-    beaten, beating = (
-        sum(sign * part[side] for sign, part in zip(signs, parts, strict=True)) / len(runs_a)
-        for side in (0, 1)
-    )
-    difference = _mean_auc(beaten, beating)
-    variance = _delong_variance(beaten, beating) + run_variance / len(runs_a)
-    if variance == 0:
-        return Difference(difference, difference, difference, 0.0, 1.0)
-    width = float(norm.ppf((1 + level) / 2)) * math.sqrt(variance)
-    z = difference / math.sqrt(variance)
-    low, high = max(difference - width, -1.0), min(difference + width, 1.0)
+    count = len(runs_a)
+    scores = scores[:count], scores[count:]
+    placements = [[_placements(positive, one) for one in runs] for runs in scores]
+    a, b = ([sum(side) for side in zip(*runs, strict=True)] for runs in placements)  # exact
+    variance = _delong_variance(a[0] - b[0], a[1] - b[1]) / count**2
+    a, b = ([side / count for side in both] for both in (a, b))
+    difference = _mean_auc(*a) - _mean_auc(*b)
+    quantile = float(norm.ppf((1 + level) / 2))
+    below = above = quantile * math.sqrt(variance)
+    alike = all(np.array_equal(rankdata(x), rankdata(y)) for x, y in zip(*scores, strict=True))
+    if variance == 0 and not alike:
+        below, above = _independent_distances(a, b, level)
+    of_runs = quantile * math.sqrt(run_variance / count)
+    below, above = math.hypot(below, of_runs), math.hypot(above, of_runs)
+    to_zero = below if difference > 0 else above  # the side where 0 lies
+    z = quantile * difference / to_zero if to_zero else 0.0
+    low, high = max(difference - below, -1.0), min(difference + above, 1.0)
     return Difference(difference, low, high, z, float(2 * norm.sf(abs(z))))
 
 
@@ -477,6 +462,16 @@ def _delong_variance(beaten, beating):
     return float(beaten.var(ddof=1) / (m * n**2) + beating.var(ddof=1) / (n * m**2))
 
 
+def _influences(beaten, beating):
+    """What each positive, (m,), and each negative, (n,), adds to an AUC's deviation: the sum of
+    their squares is DeLong's variance; 0 where that is undefined."""
+    m, n = len(beaten), len(beating)
+    if min(m, n) < 2:
+        return np.zeros(m), np.zeros(n)
+    of_positives = (beaten - beaten.mean()) / (n * math.sqrt(m * (m - 1)))
+    return of_positives, (beating - beating.mean()) / (m * math.sqrt(n * (n - 1)))
+
+
 def _delong_interval(beaten, beating, level):
     """auc_interval's default, from _placements."""
     m, n = len(beaten), len(beating)
@@ -489,6 +484,13 @@ def _delong_interval(beaten, beating, level):
         )
     width = student.ppf((1 + level) / 2, min(m, n) - 1) * math.sqrt(variance) / (auc * (1 - auc))
     return Interval(auc, float(expit(logit(auc) - width)), float(expit(logit(auc) + width)))
+
+
+def _independent_distances(a, b, level):
+    """From a difference of AUCs, of pairs of _placements, to its limits as if independent."""
+    auc_a, low_a, high_a = _delong_interval(*a, level)
+    auc_b, low_b, high_b = _delong_interval(*b, level)
+    return math.hypot(auc_a - low_a, high_b - auc_b), math.hypot(high_a - auc_a, auc_b - low_b)
 
 
 def _newcombe_low(auc, m, n, quantile):
@@ -530,20 +532,6 @@ def _resampled_counts(positive, scores, resamples, seed):
             drawn += k * np.arange(rows)[:, None]  # each resample its own columns
             counts.append(np.bincount(drawn.ravel(), minlength=rows * k).reshape(rows, k))
         yield counts
-
-
-def _resampled_auc(counts, positive, scores):
-    """AUC of each resample, (r,), NaN with one class only: `counts` (r, n) tells how often each
-    exam was drawn."""
-    distinct, place = np.unique(scores, return_inverse=True)
-    columns = [np.zeros((len(counts), len(distinct))) for _ in range(2)]
-    for column, rows in zip(columns, (positive, ~positive), strict=True):
-        np.add.at(column.T, place[rows], counts[:, rows].T)
-    positives, negatives = columns
-    below = negatives.cumsum(axis=1) - negatives / 2  # a tie counts half
-    pairs = positives.sum(axis=1) * negatives.sum(axis=1)
-    with np.errstate(invalid="ignore"):
-        return (positives * below).sum(axis=1) / np.where(pairs > 0, pairs, np.nan)
 
 
 def mean_of(metrics):

@@ -140,7 +140,7 @@ def markdown(found, own=None):
     table = tabulate(rows, heads, tablefmt="pipe", disable_numparse=True)
     notes = "Validation AUC [95 % interval, DeLong]"
     if len(tasks) > 1:
-        notes += "; the mean's interval by resampling the exams"
+        notes += "; the mean's from all of them and their correlations"
     fewer = {m["findings"] for one in means.values() for m in one.values()} - {len(tasks)}
     if len({m["n"] for one in means.values() for m in one.values()}) > len(means):
         notes += "; a plane's figures are of the exams that have it"

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+from contextlib import nullcontext
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from common import checkpoint, weights
 from common.checkpoint import TrainState, check_same, load_model, save_model
+from common.config import Config
 from common.errors import InputError
 from common.files import atomic
 from common.pickles import ArrayUnpickler
@@ -184,6 +187,29 @@ def test_a_state_is_restored_with_this_machines_settings(tmp_path):
     partial_epoch = {"logits": torch.ones(2), "losses": torch.zeros(2)}
     other.restore(content["training"] | {"best_auc": 0.6, "partial_epoch": partial_epoch})
     assert other.best_auc == {"acl": 0.6} and other.partial_epoch["logits"].shape == (2, 1)
+
+
+def test_exams_of_one_class_select_by_their_loss():
+    """They have no AUC in any epoch; without a choice no model would ever be saved."""
+    state, best = a_state(), []
+    for loss in (0.5, 0.7, 0.4):
+        best.append(state.update({"acl": {"loss": loss, "auc": float("nan")}}))
+    assert best == [["acl"], [], ["acl"]]
+
+
+@pytest.mark.parametrize(
+    "schedule, warmup, may_grow",
+    [("plateau", 0.0, True), ("none", 0.0, True), ("none", 0.1, False), ("cosine", 0.0, False)],
+)
+def test_epochs_are_added_where_no_schedule_was_planned_for_their_number(
+    tmp_path, schedule, warmup, may_grow
+):
+    path, state = tmp_path / "acl-axial.state", a_state()
+    config = asdict(Config("acl", "axial", lr_scheduler=schedule, warmup=warmup, epochs=10))
+    state.save(path, config, {})
+    assert checkpoint.restore_state(path, a_state(), config, {})
+    with nullcontext() if may_grow else pytest.raises(InputError, match="--epochs 10"):
+        assert checkpoint.restore_state(path, a_state(), config | {"epochs": 50}, {})
 
 
 def test_each_finding_has_its_own_best_epoch():

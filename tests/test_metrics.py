@@ -309,6 +309,22 @@ def test_perfect_against_useless_is_significant_though_the_variance_is_zero():
     assert (value, z, p) == (0, 0, 1) and low < -0.04 and high > 0.04
 
 
+def test_a_useless_recipe_is_behind_in_every_number_of_runs():
+    """Perfect against constant scores: of one run and of three of the same the same limits, and
+    those of the two AUCs' own intervals (Newcombe 1998, method 10)."""
+    labels, perfect = np.repeat([0, 1], [96, 24]), np.arange(120.0)
+    (_, low_a, high_a), (_, low_b, high_b) = (
+        auc_interval(labels, scores) for scores in (perfect, np.zeros(120))
+    )
+    low = 0.5 - math.hypot(1 - low_a, high_b - 0.5)
+    high = 0.5 + math.hypot(high_a - 1, 0.5 - low_b)
+    for runs in (1, 3):
+        found = mean_auc_difference(labels, [perfect] * runs, [np.zeros(120)] * runs)
+        assert found[:3] == pytest.approx((0.5, low, high)) and found.p < 1e-3
+    wider = mean_auc_difference(labels, [perfect], [np.zeros(120)], run_variance=0.01)
+    assert wider.low == pytest.approx(0.5 - math.hypot(0.5 - low, 0.1 * norm.ppf(0.975)))
+
+
 def test_paired_test_keeps_its_size_and_its_coverage():
     # Both scores are the same knee seen with independent noise, so the true difference is 0.
     rng = np.random.default_rng(11)
