@@ -287,7 +287,7 @@ def test_5_the_second_choice_is_tried_and_said(trained, tmp_path):
     damage_pixels(scan(tmp_path / "b", "axial", KNEE, 7, description="PD FS axial again")[0])
     for path in (tmp_path / "a").glob("1282670-*"):  # the healthy axial one is the second choice
         path.unlink()
-    scan(tmp_path / "c", "axial", KNEE, 9, description="T1 axial")
+    scan(tmp_path / "c", "axial", KNEE, 9, description="PD axial")
     done = predict(trained, tmp_path, "--out", tmp_path / "x.csv")
     assert done.returncode == 0, done.stderr
     assert "passed over" in done.stderr and "100 of 3200 bytes" in done.stderr

@@ -117,18 +117,43 @@ def zip_members(path):
 
 
 def find_files(source, report):
-    """Every file under `source` (a folder, zip or single file), zip members included, sorted."""
+    """Every file under `source` (a folder, zip or single file), zip members included.
+
+    Links to folders are followed, each folder once. No pipes, no sockets.
+
+    Returns:
+        files, sorted; and what may have held some but cannot be read: damaged zip files, folders
+        without permission, links that lead nowhere. Each of these is a fault in the report.
+    """
+    files, unread = [], []
+
+    def lost(path, why):
+        report.fault(why)
+        unread.append(File(Path(path)))
+
     paths = [source]
     if source.is_dir():
-        walk = os.walk(source, onerror=lambda e: report.fault(f"{e.filename}: {e.strerror}"))
-        paths = sorted(Path(folder, name) for folder, _, names in walk for name in names)
-    files = []
+        paths = sorted(walk(source, lambda e: lost(e.filename, f"{e.filename}: {e.strerror}")))
     for path in paths:
-        if path.suffix.lower() != ".zip":
-            files += [File(path)] if path.is_file() else []  # no pipes, sockets or dead links
+        if not path.exists():
+            lost(path, f"{path}: a link that leads nowhere; fetch or copy the file itself")
+        elif path.suffix.lower() == ".zip":
+            try:
+                files += sorted(zip_members(path))
+            except InputError as error:
+                lost(path, str(error))
+        elif path.is_file():
+            files.append(File(path))
+    return files, unread
+
+
+def walk(source, on_error):
+    """Paths of the files under a folder, through links to folders, each folder once."""
+    seen = set()
+    for folder, below, names in os.walk(source, onerror=on_error, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            below.clear()
             continue
-        try:
-            files += sorted(zip_members(path))
-        except InputError as error:
-            report.fault(str(error))
-    return files
+        seen.add(real)
+        yield from (Path(folder, name) for name in names)

@@ -124,7 +124,7 @@ def number_exams(exams, out, split, overwrite, key):
     """
     register, numbered, wanted = Register(out), {}, []
     for exam in exams:
-        patient = keyed_hash(key, min(exam.study.patients, default=""))
+        patient = keyed_hash(key, exam.study.patient)
         number = register.number(exam.name, patient)
         numbered[number] = exam
         found = register.split_of(number)

@@ -30,10 +30,20 @@ DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax that is zlib as a wh
 ZLIB_BEST = 1032  # zlib's highest compression ratio
 MR_IMAGES = ("1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1")  # SOP classes
 NO_IMAGE = "no image"  # reports, presentation states, DICOMDIR ...
-# Why a series of images cannot be placed: it may be any plane.
+# Why a series of images cannot be placed or taken as one volume: it may be any plane.
 NO_GEOMETRY = "no ImagePositionPatient, ImageOrientationPatient or PixelSpacing"
 NO_ROTATION = "ImageOrientationPatient is no rotation, or PixelSpacing is not positive"
 TOO_LARGE = "too large"
+FOREIGN = "slices of another orientation among them"
+SEVERAL_VOLUMES = "several volumes in one file"
+NOT_CODED = "sform_code and qform_code are 0, left and right unknown"
+NO_AFFINE = "no geometry in its affine"
+SHEARED = "its affine is sheared"
+UNPLACED = (NO_GEOMETRY, NO_ROTATION, TOO_LARGE, FOREIGN, SEVERAL_VOLUMES, NOT_CODED, NO_AFFINE,
+            SHEARED)  # fmt: skip
+MOSTLY = 0.8  # of a series' slices in one orientation: not a localiser in several
+JUMP = 10.0  # mm within the slices' plane from one slice to the next: another place
+FLUID_ECHO = 25.0  # ms; a longer echo time is fluid-sensitive, where no words say so
 
 # Contrast in a series' description: lower case, words separated by single spaces.
 FAT_SUPPRESSED = re.compile(r"fs\b|fat ?sat|fat ?sup|spair|\bspir\b|stir|tirm|water")
@@ -86,15 +96,23 @@ class Series:
     def slices(self, axis):
         return self.shape[axis] // self.slab(axis)
 
-    def rank(self, axis, wanted):
-        """Sort key, the highest is taken: named by the user, usable, contrast, native, slices."""
+    @property
+    def contrast(self):
+        """2 for fluid-sensitive and fat-suppressed, 1 for fluid-sensitive, else 0: by the
+        description, without one by the echo time."""
         words = " ".join(re.findall("[a-z0-9]+", self.description.lower()))
-        contrast = 0
-        if FLUID.search(words) and not T1.search(words):
-            fat_suppressed = FAT_SUPPRESSED.search(words) and not NOT_SUPPRESSED.search(words)
-            contrast = 2 if fat_suppressed else 1
-        native = len(self.through) == 1
-        return self.is_wanted(wanted), not self.fault, contrast, native, self.slices(axis)
+        if not words:
+            return int(max((frame.echo for frame in self.frames), default=0) >= FLUID_ECHO)
+        if T1.search(words) or not FLUID.search(words):
+            return 0
+        return 2 if FAT_SUPPRESSED.search(words) and not NOT_SUPPRESSED.search(words) else 1
+
+    def rank(self, axis, wanted):
+        """Sort key, the highest is taken: named by the user, fluid-sensitive, usable, contrast,
+        native, slices."""
+        contrast, native = self.contrast, len(self.through) == 1
+        fluid = contrast > 0
+        return self.is_wanted(wanted), fluid, not self.fault, contrast, native, self.slices(axis)
 
     def is_wanted(self, patterns):
         """Whether the user named it, by number or part of the description."""
@@ -137,7 +155,7 @@ class Header(NamedTuple):
     study: str  # UID
     series: str  # UID
     title: tuple  # series number or None, description
-    patient: str  # identifies the patient, "" if unknown; never print it
+    patient: tuple  # as `patient_of` returns it; never print it
     frame: str  # UID of the frame of reference, or ""
     frames: list  # of Frame
     reason: str  # why there are none, or ""
@@ -223,12 +241,13 @@ def text_of(header, name):
 
 
 def patient_of(header):
-    """Identity of the patient: the number with its issuer, else name and birth date."""
-    names = ("PatientID", "IssuerOfPatientID")
-    if not text_of(header, "PatientID"):
-        names = ("PatientName", "PatientBirthDate")
-    words = [text_of(header, name) for name in names]
-    return "|".join(words) if words[0] else ""
+    """Identity of the patient: ("PatientID", number, issuer or ""), without a number
+    ("PatientName", name, birth date or ""); () if unknown."""
+    for names in (("PatientID", "IssuerOfPatientID"), ("PatientName", "PatientBirthDate")):
+        first, second = (text_of(header, name) for name in names)
+        if first:
+            return names[0], first, second
+    return ()
 
 
 def read_frame(header, file, i):
@@ -265,7 +284,10 @@ def assemble(title, frames, frame_of_reference=""):
         return NO_GEOMETRY
     axes = np.array([f.orientation for f in placed]).reshape(-1, 2, 3)
     if np.abs(axes - axes[0]).max() > 0.02:  # about 1 degree
-        return "several orientations"
+        middle = np.median(axes, axis=0)
+        most = (np.abs(axes - middle) <= 0.02).all(axis=(1, 2)).sum()
+        is_volume = most >= MIN_SLICES and most >= MOSTLY * len(placed)
+        return FOREIGN if is_volume else "several orientations"
     across, down = axes[0]
     if np.abs(axes[0] @ axes[0].T - np.eye(2)).max() > 0.02 or min(placed[0].spacing) <= 0:
         return NO_ROTATION
@@ -295,7 +317,7 @@ def assemble(title, frames, frame_of_reference=""):
         load=functools.partial(read_pixels, placed),
         side=sides.pop() if len(sides) == 1 else "B" if sides else "",
         frame=frame_of_reference,
-        fault=geometry_fault(frames, placed, depths, step),
+        fault=geometry_fault(frames, placed, depths, step) or place_fault(placed, normal),
         frames=tuple(placed),
     )
 
@@ -324,6 +346,19 @@ def geometry_fault(frames, placed, depths, step):
                 f"{a.file}: gap after it from {start:.1f} to {end:.1f} mm along the slices' normal "
                 f"(step {step:.1f} mm), about {round((end - start) / step) - 1} missing; "
                 "copy or export the series again"
+            )
+    return ""
+
+
+def place_fault(placed, normal):
+    """Why the slices, in order, are not of one stack, or ''."""
+    for a, b in itertools.pairwise(placed):
+        moved = np.subtract(b.position, a.position)
+        moved = float(np.linalg.norm(moved - (moved @ normal) * normal))
+        if moved > JUMP:
+            return (
+                f"{b.file}: {moved:.0f} mm beside {a.file}, so it is of another place, perhaps of "
+                "the other knee; give one knee's files on their own"
             )
     return ""
 
@@ -402,17 +437,17 @@ def read_nifti(file):
     if len(shape) < 3 or min(shape[:3]) < 2:
         return f"no volume, shape {shape}"
     if volumes != 1:
-        return f"{volumes:.0f} volumes in one file; split off the one to use"
+        return f"{SEVERAL_VOLUMES} ({volumes:.0f}); split off the one to use"
     if np.prod(shape, dtype=float) > MAX_VOXELS:
         return f"{TOO_LARGE}, shape {shape}"
     if not coded:
-        return "sform_code and qform_code are 0, left and right unknown"
+        return NOT_CODED
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if not (np.isfinite(affine).all() and (spacing > 0).all()):
-        return "no geometry in its affine"
+        return NO_AFFINE
     directions = (affine[:3, :3] / spacing).T * (-1, -1, 1)  # RAS -> LPS
     if abs(np.linalg.det(directions)) < 0.9:
-        return "its affine is sheared"
+        return SHEARED
     through = ways_to_cut(spacing, int(np.argmax(spacing)))
     if max(shape[axis] for axis in through) < MIN_SLICES:
         return f"fewer than {MIN_SLICES} slices"

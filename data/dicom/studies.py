@@ -6,7 +6,9 @@ there the hash is of the folder's path.
 """
 
 import hashlib
+import itertools
 import os
+import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +22,8 @@ from data.dicom.files import find_files, reading
 from data.dicom.knees import split_knees
 from data.dicom.series import (
     MIN_SLICES,
-    NO_GEOMETRY,
     NO_IMAGE,
-    NO_ROTATION,
-    TOO_LARGE,
+    UNPLACED,
     Series,
     assemble,
     read_header,
@@ -33,7 +33,16 @@ from data.dicom.series import (
 from data.dicom.slices import cut, mirrored, plane_of
 
 OBLIQUE = 30.0  # degrees from the nearest plane, above which the user is warned
-UNPLACED = (NO_GEOMETRY, NO_ROTATION, TOO_LARGE)  # such a series may be any plane
+LOST = 0.1  # of a series' files: as many unreadable ones beside them may have been its slices
+# Words in a NIfTI file's name that tell the plane or the contrast, not whose it is.
+PLANE_WORDS = {"axial": "ax axial tra transverse", "coronal": "co cor coronal",
+               "sagittal": "sa sag sagittal"}  # fmt: skip
+PLANE_OF_WORD = {word: plane for plane, words in PLANE_WORDS.items() for word in words.split()}
+CONTRAST_WORD = re.compile("pdw?|t[12]w?|fs|fat|sat|fatsat|spair|spir|stir|tirm|[tf]?se")
+NO_SIDE = (
+    "whether it is a left or a right knee is not recorded, and right knees have to be mirrored; "
+    "write Laterality into its files (dcmodify -i 0020,0060=L)"
+)
 
 
 @dataclass
@@ -45,7 +54,7 @@ class Study:
     files: list = field(default_factory=list)
     series: list = field(default_factory=list)
     skipped: Counter = field(default_factory=Counter)  # (series, why) -> files
-    patients: set = field(default_factory=set)
+    patients: set = field(default_factory=set)  # of the files with images, as series.patient_of
     unread: list = field(default_factory=list)  # files beside it that cannot be read
 
     def add(self, found, name, count=1):
@@ -54,6 +63,21 @@ class Study:
             self.series.append(found)
         else:
             self.skipped[name, found] += count
+
+    @property
+    def patient(self):
+        """Text that identifies the patient, "" if unknown."""
+        _, first, second = max(self.patients, key=lambda one: one[2], default=("", "", ""))
+        return f"{first}|{second}" if first else ""
+
+    @property
+    def mixed(self):
+        """Why its files are not all of one patient or exam, or ''."""
+        for a, b in itertools.combinations(self.patients, 2):
+            # An issuer is often left out of derived series.
+            if a[:2] != b[:2] or (a[2] and b[2] and a[2] != b[2]):
+                return "files of two patients under one study UID; export both again"
+        return "" if self.is_dicom else exams_mixed(self.series)
 
     @property
     def folder(self):
@@ -90,11 +114,10 @@ def find_exams(source, report):
         if not study.has_images:
             report.log(f"skipped: files without an image in {folder}: {len(study.files)}")
             continue
-        mixed = "files of two patients under one study UID; export both again"
-        refused = mixed if len(study.patients) > 1 else ""
+        mixed = study.mixed
         for side, (series, torn) in sorted(split_knees(study.series, study.is_dicom).items()):
             name = exam_name(study.uid, side)
-            exams.append(Exam(name, folder, study, side, series, refused or torn))
+            exams.append(Exam(name, folder, study, side, series, mixed or torn))
     names = Counter(exam.name for exam in exams)
     for name, count in names.items():
         if count > 1:
@@ -104,8 +127,8 @@ def find_exams(source, report):
 
 def find_studies(source, report):
     """Every Study under `source`, in the order of their first files."""
-    studies, headers, unread, others = {}, defaultdict(list), [], 0
-    files = find_files(source, report)
+    studies, headers, others = {}, defaultdict(list), 0
+    files, unread = find_files(source, report)
     for file in tqdm(files, desc="headers", unit="file", disable=None, leave=False):
         try:
             with reading(file):
@@ -114,7 +137,8 @@ def find_studies(source, report):
                 header = read_header(file)
                 key = header.study
                 study = studies.setdefault(key, Study(header.study))
-                study.patients |= {header.patient} - {""}
+                if header.patient and header.reason != NO_IMAGE:
+                    study.patients.add(header.patient)
                 headers[key, header.series].append(header)
                 if header.reason:
                     study.add(header.reason, series_name(header.title))
@@ -138,7 +162,38 @@ def find_studies(source, report):
     for file in unread:
         for study in studies_beside(file, found):
             study.unread.append(file)
+    for study in found:
+        for series in study.series:
+            series.fault = series.fault or slices_lost(series, study.unread)
     return found
+
+
+def slices_lost(series, unread):
+    """Why a DICOM series may lack slices at one end, where no gap shows it, or ''.
+
+    Args:
+        unread: files of its study that cannot be read.
+    """
+    folders = {frame.file.folder for frame in series.frames}
+    lost = [file for file in unread if file.folder in folders]
+    if len(lost) <= LOST * len(series.frames):
+        return ""
+    return f"{lost[0]}: {len(lost)} files beside its {len(series.frames)} slices cannot be read"
+
+
+def exams_mixed(series):
+    """Why NIfTI volumes of one folder are of several exams, or '': their names without the words
+    that tell plane and contrast are two, and each has the same planes as the other."""
+    planes = defaultdict(set)
+    for one in series:
+        words = re.findall("[a-z0-9]+", one.description.lower())
+        rest = tuple(w for w in words if w not in PLANE_OF_WORD and not CONTRAST_WORD.fullmatch(w))
+        planes[rest] |= {PLANE_OF_WORD[word] for word in words if word in PLANE_OF_WORD}
+    for a, b in itertools.combinations(planes, 2):
+        if len(planes[a] & planes[b]) > 1:
+            names = " and ".join("-".join(words) or "no name" for words in (a, b))
+            return f"a folder is an exam, and this one's files are of two ({names}); part them"
+    return ""
 
 
 def add_series(study, headers):
@@ -160,7 +215,7 @@ def studies_beside(file, studies):
     """The studies that an unreadable file may belong to: those with files in its folder, else the
     only one with files below the nearest folder above it."""
     near = [s for s in studies if any(other.folder == file.folder for other in s.files)]
-    for folder in () if near else file.folder.parents:
+    for folder in () if near else (file.folder, *file.folder.parents):
         near = [s for s in studies if s.folder.is_relative_to(folder)]
         if near:
             return near if len(near) == 1 else []
@@ -249,14 +304,19 @@ def volumes_of(exam, choice, report, title):
     if wanted and not any(series.is_wanted(wanted) for series in exam.series):
         report.warn(f"{title}: no series matches --series")
     volumes, unusable, reader = {}, {}, Volumes(choice)
+    refused = exam.refused or (NO_SIDE if choice.mirror and not exam.side else "")
     for plane, ranked in candidates(exam, wanted).items():
-        if exam.refused:
-            unusable[plane] = exam.refused
+        if refused:
+            unusable[plane] = refused
             continue
-        passed = []
+        passed, (first, _) = [], ranked[0]
         for series, axis in ranked:
-            if passed and ranked[0][0].is_wanted(wanted) and not series.is_wanted(wanted):
+            if passed and first.is_wanted(wanted) and not series.is_wanted(wanted):
                 break  # never replace the named series by another
+            if passed and first.contrast and not series.contrast and not series.is_wanted(wanted):
+                report.warn(f"{title}: {plane}: {series.name} is no fluid-sensitive series and not "
+                            "taken in its place; --series takes it all the same")  # fmt: skip
+                break
             try:
                 volumes[plane] = reader.cut(series, axis, exam.side)
             except InputError as error:
@@ -269,8 +329,8 @@ def volumes_of(exam, choice, report, title):
         if plane not in volumes:
             unusable[plane] = passed[0]
             report.fault(f"{title}: {passed[0]}")
-    if exam.refused:
-        report.fault(f"{title}: {exam.refused}")
+    if refused:
+        report.fault(f"{title}: {refused}")
     for (name, reason), count in sorted(exam.study.skipped.items()):
         report.log(f"{title}  skipped: {name}, {reason} (files: {count})")
     if not volumes and not unusable:

@@ -22,7 +22,6 @@ from data.dicom.slices import plane_of
 from data.dicom.studies import series_of
 
 SCANNER = ["Manufacturer", "ManufacturerModelName", "SoftwareVersions", "MagneticFieldStrength"]
-FLUID_ECHO = 25.0  # ms; a longer echo time is fluid-sensitive, where neither CSV nor words say so
 NO_SERIES = "no fluid-sensitive series of this plane"
 NO_T1 = "no series of this plane that is not fluid-sensitive"
 
@@ -211,7 +210,7 @@ def read_series(study, uid, done):
     if not isinstance(found, Series):
         done.notes[f"series not used: {found}"] += 1
         return None
-    fluid, fat = contrast(found, frames)
+    fluid, fat = found.contrast > 0, found.contrast == 2
     if row is None or row.fluid is None:
         done.notes["fluid-sensitive or not: by the header, the CSV is silent"] += 1
     else:
@@ -224,13 +223,6 @@ def read_series(study, uid, done):
     elif row.plane != plane:
         done.notes[f"plane by the geometry: {plane}, the CSV says {row.plane}"] += 1
     return Candidate(found, plane, fluid, fat)
-
-
-def contrast(series, frames):
-    """Whether a series is fluid-sensitive and fat-suppressed, as far as its header tells."""
-    level = series.rank(0, ())[2]
-    fluid = level > 0 or (not series.description and max(f.echo for f in frames) >= FLUID_ECHO)
-    return fluid, level == 2
 
 
 def take_plane(plane, ranked, study, reader, done):

@@ -1,0 +1,247 @@
+"""What a folder of scans has lost or mixed is said, and never answered about without a word."""
+
+import os
+
+import numpy as np
+import pydicom
+import pytest
+from test_dicom import (
+    PLANES,
+    SLICES,
+    THICK,
+    convert,  # noqa: F401
+    edit,
+    header,
+    nifti,
+    no_fsync,  # noqa: F401
+    write,
+    write_exam,
+    write_series,
+    zipped,
+)
+
+from data.common import Report
+from data.dicom.series import Frame
+from data.dicom.studies import Choice, Study, find_exams, slices_lost, volumes_of
+
+
+def read(folder, **choice):
+    """The only exam under a folder: its volumes, {plane: why it cannot be used}, all messages."""
+    report = Report(collect=True)
+    (exam,) = find_exams(folder, report)
+    volumes, unusable, _ = volumes_of(exam, Choice([], "pad")._replace(**choice), report, "exam")
+    return volumes, unusable, "\n".join(text for _, text in report.take())
+
+
+def sagittal(folder, number, description, **more):
+    return write_series(folder / str(number), "sagittal", series=f"1.2.3.4.{number}", number=number,
+                        description=description, **more)  # fmt: skip
+
+
+# --- another series in the place of one with a fault ----------------------------------------------
+
+
+def test_a_t1_never_takes_the_place_of_a_fluid_sensitive_series(tmp_path):
+    sagittal(tmp_path, 3, "PD FS sag", keep=[0, 1, 2, 3, 6, 7, 8])
+    sagittal(tmp_path, 4, "T1 sag")
+    volumes, unusable, said = read(tmp_path)
+    assert not volumes and "about 2 missing" in unusable["sagittal"]
+    assert "series 4 'T1 sag' is no fluid-sensitive series" in said
+    volumes, unusable, _ = read(tmp_path, series=["T1"])
+    assert volumes["sagittal"].shape[0] == SLICES and not unusable
+
+
+def test_another_fluid_sensitive_series_does_and_says_so(tmp_path):
+    damaged = sagittal(tmp_path, 3, "PD FS sag")
+    damaged[0].write_bytes(damaged[0].read_bytes()[:-9000])
+    sagittal(tmp_path, 4, "PD sag")
+    volumes, unusable, said = read(tmp_path)
+    assert list(volumes) == ["sagittal"] and not unusable and "passed over" in said
+
+
+def test_without_a_description_the_echo_time_tells(tmp_path):
+    sagittal(tmp_path, 3, "", EchoTime=10.0)
+    sagittal(tmp_path, 4, "", EchoTime=40.0, keep=range(SLICES - 2))
+    volumes, _, said = read(tmp_path)
+    assert len(volumes["sagittal"]) == SLICES - 2 and "sagittal: series 4 ''" in said
+
+
+# --- knees ----------------------------------------------------------------------------------------
+
+
+def test_two_knees_in_turns_are_not_one_volume(tmp_path):
+    """Stacks 160 mm apart whose slices lie between each other: depths alone look like one."""
+    paths = write_series(tmp_path / "a", "axial")
+    others = write_series(tmp_path / "b", "axial")
+    for path in others:
+        x, y, z = pydicom.dcmread(path).ImagePositionPatient
+        edit(path, ImagePositionPatient=[x + 160, y, z + THICK / 2])
+    assert len(paths) == len(others) == SLICES
+    volumes, unusable, _ = read(tmp_path)
+    assert not volumes and "160 mm beside" in unusable["axial"]
+    assert "other knee" in unusable["axial"]
+
+
+@pytest.mark.parametrize("kind", ["dicom", "nifti"])
+def test_a_knee_of_unknown_side_is_not_shown_to_networks_of_left_knees(tmp_path, kind):
+    if kind == "dicom":
+        sagittal(tmp_path, 3, "PD FS sag")
+    else:
+        nifti(tmp_path / "sag.nii", "sagittal")
+    assert list(read(tmp_path)[0]) == ["sagittal"]
+    volumes, unusable, said = read(tmp_path, mirror=True)
+    assert not volumes and "left or a right knee" in unusable["sagittal"]
+    assert "Laterality" in said
+
+
+def test_a_known_left_knee_is(tmp_path):
+    sagittal(tmp_path, 3, "PD FS sag", Laterality="L")
+    volumes, unusable, _ = read(tmp_path, mirror=True)
+    assert list(volumes) == ["sagittal"] and not unusable
+
+
+# --- files that vanish before they are counted ----------------------------------------------------
+
+
+def zips(folder):
+    """An exam as one zip file a plane."""
+    write_exam(folder / "files")
+    (folder / "zips").mkdir()
+    for plane in PLANES:
+        zipped(folder / "zips" / f"{plane}.zip", folder / "files" / plane)
+    return folder / "zips"
+
+
+def test_a_damaged_zip_is_a_plane_that_may_be_lost(tmp_path):
+    folder = zips(tmp_path)
+    path = folder / "coronal.zip"
+    path.write_bytes(path.read_bytes()[:3000])
+    volumes, unusable, said = read(folder)
+    assert sorted(volumes) == ["axial", "sagittal"]
+    assert "cannot be read: 1" in unusable["coronal"] and "coronal.zip" in said
+
+
+def test_links_to_folders_are_followed_once_and_dead_ones_are_said(tmp_path):
+    write_exam(tmp_path / "store")
+    scan = tmp_path / "scan"
+    scan.mkdir()
+    for plane in PLANES:
+        (scan / plane).symlink_to(tmp_path / "store" / plane)
+    (scan / "axial" / "again").symlink_to(scan)  # a circle
+    volumes, unusable, _ = read(scan)
+    assert sorted(volumes) == sorted(PLANES) and not unusable
+    (scan / "coronal").unlink()
+    (scan / "coronal").symlink_to(tmp_path / "not fetched")
+    volumes, unusable, said = read(scan)
+    assert sorted(volumes) == ["axial", "sagittal"] and "cannot be read" in unusable["coronal"]
+    assert "leads nowhere" in said
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read all folders")
+def test_a_folder_without_permission_is_said(tmp_path):
+    write_exam(tmp_path)
+    (tmp_path / "coronal").chmod(0)
+    volumes, unusable, _ = read(tmp_path)
+    (tmp_path / "coronal").chmod(0o700)
+    assert "cannot be read" in unusable["coronal"]
+
+
+def test_a_series_whose_end_cannot_be_read_is_not_whole(tmp_path):
+    """No gap shows it: what is left lies side by side."""
+    for path in sagittal(tmp_path, 3, "PD FS sag")[:3]:
+        path.write_bytes(path.read_bytes()[:400])
+    volumes, unusable, _ = read(tmp_path)
+    assert not volumes and "3 files beside its 6 slices cannot be read" in unusable["sagittal"]
+
+
+def test_one_odd_file_beside_many_slices_does_not_matter(tmp_path):
+    rest = *[None] * 4, 0.0, 1.0, 0.0, False, ""
+    frames = [Frame(file, 0, *rest) for file in files(tmp_path / "a", 20)]
+    for unread, lost in ((files(tmp_path / "a", 2), False), (files(tmp_path / "a", 3), True),
+                         (files(tmp_path / "b", 9), False)):  # fmt: skip
+        series = type("Series", (), {"frames": frames})
+        assert bool(slices_lost(series, unread)) == lost
+
+
+def files(folder, count):
+    from data.dicom.files import File
+
+    return [File(folder / f"{k}.dcm") for k in range(count)]
+
+
+# --- series that cannot be placed -----------------------------------------------------------------
+
+
+def test_a_foreign_slice_in_a_series_may_hide_a_plane(tmp_path):
+    write_series(tmp_path / "a", "sagittal")
+    write_series(tmp_path / "c", "coronal", series="1.2.3.4.2", number=2)
+    write_series(tmp_path / "d", "axial", series="1.2.3.4.2", number=2, keep=[4])
+    volumes, unusable, _ = read(tmp_path)
+    assert list(volumes) == ["sagittal"]
+    assert "another orientation among them" in unusable["coronal"]
+
+
+@pytest.mark.parametrize("kind", ["not coded", "two volumes"])
+def test_nifti_that_cannot_be_placed_may_hide_a_plane(tmp_path, kind):
+    import nibabel
+
+    nifti(tmp_path / "ax.nii", "axial")
+    image = nibabel.load(nifti(tmp_path / "sag.nii", "sagittal"))
+    data, affine = np.array(image.dataobj), image.affine
+    if kind == "two volumes":
+        nibabel.save(nibabel.Nifti1Image(np.stack([data, data], -1), affine), tmp_path / "sag.nii")
+    else:
+        bare = nibabel.Nifti1Image(data, affine)
+        bare.set_sform(affine, code=0)
+        bare.set_qform(affine, code=0)
+        nibabel.save(bare, tmp_path / "sag.nii")
+    volumes, unusable, _ = read(tmp_path)
+    assert list(volumes) == ["axial"] and "it may be file 'sag.nii'" in unusable["sagittal"]
+
+
+# --- whose files they are -------------------------------------------------------------------------
+
+
+def test_nifti_files_of_two_exams_in_one_folder(tmp_path):
+    for who in ("p1", "p2"):
+        for plane, word in zip(PLANES, ("ax", "co", "sa"), strict=True):
+            nifti(tmp_path / f"{who}_{word}.nii", plane)
+    volumes, unusable, _ = read(tmp_path)
+    assert not volumes and set(unusable) == set(PLANES)
+    assert "of two (p1 and p2)" in unusable["axial"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("knee_pd_fs_ax", "knee_pd_fs_cor", "knee_pd_fs_sag", "knee_t1_cor", "knee_t1_sag"),
+        ("pd_tra_3", "pd_cor_4", "pd_sag_5", "t1_cor_6", "t1_sag_7"),  # each series' number
+    ],
+)
+def test_nifti_files_of_one_exam_in_one_folder(tmp_path, names):
+    planes = ("axial", "coronal", "sagittal", "coronal", "sagittal")
+    for name, plane in zip(names, planes, strict=True):
+        nifti(tmp_path / f"{name}.nii", plane)
+    volumes, unusable, _ = read(tmp_path)
+    assert sorted(volumes) == sorted(PLANES) and not unusable
+
+
+def study(*patients):
+    return Study(patients=set(patients))
+
+
+def test_who_the_patient_is():
+    """An issuer that one of the files leaves out is no second patient."""
+    one, same = ("PatientID", "p1", "H"), ("PatientID", "p1", "")
+    assert not study(one, same).mixed and study(one, same).patient == "p1|H"
+    assert study(one, ("PatientID", "p1", "K")).mixed
+    assert study(one, ("PatientID", "p2", "H")).mixed
+    assert study(one, ("PatientName", "P", "19610203")).mixed
+    assert not study().mixed and study().patient == ""
+
+
+def test_a_report_of_another_department_is_no_second_patient(tmp_path):
+    sagittal(tmp_path, 3, "PD FS sag", IssuerOfPatientID="H")
+    report = header(series="1.2.7", number=7, Modality="SR", PatientID="other")
+    write(tmp_path / "sr", report)
+    assert list(read(tmp_path)[0]) == ["sagittal"]
