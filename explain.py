@@ -280,6 +280,8 @@ def run(args):
         else:
             exam = exams.load(pick_exam(exams, args.exam, args.exams[0]))
             explain_one(exam, tasks, output, options)
+            if exams.failed and len(exams) == 1:
+                raise RunError(f"{exams.failed} files could not be used, named above")
 
 
 if __name__ == "__main__":

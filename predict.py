@@ -380,7 +380,7 @@ def run(args):
     args.device, args.precision = device.type, precision  # what "auto" became
     args.workers, submission, sample = args.workers or default_workers(), args.out, None
     if args.submission:
-        sample = read_sample(args.submission)
+        sample = sample_for(args.submission, args.out, args.resume or args.overwrite)
         trained = saved_tasks(args.models_dir, args.recipes)
         args.task = [task for task in sample.tasks if task in trained] or sample.tasks
         args.partial = True
@@ -429,6 +429,19 @@ def run(args):
         unusable = "; ".join(filter(None, why))
     if unusable:
         raise RunError(unusable)
+
+
+def sample_for(path, out, may_replace):
+    """The sample of a submission that is to be written to `out`.
+
+    Raises:
+        InputError: no such sample, or `out` is a folder or a file that may not be replaced.
+    """
+    if out.is_dir():
+        raise InputError(f"{out}: a folder; give --out a file in it")
+    if out.exists() and (out.samefile(path) or not may_replace):
+        raise InputError(f"{out}: exists; give another --out, --resume or --overwrite")
+    return read_sample(path)
 
 
 def submit(path, sample, rows, tasks):

@@ -398,7 +398,8 @@ OUT_OF_MEMORY = (
     "could not create a memory",
     "could not execute a primitive",
 )
-FILE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
+FILE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO, errno.EISDIR,
+               errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)  # fmt: skip
 
 
 def exit_with_status(main):

@@ -462,12 +462,13 @@ def exam_of_files(paths, plane=None):
     """
     if plane and len(paths) > 1:
         raise InputError(f"{paths[0]}: --plane is for a single .npy file; leave it out")
-    found, names = {}, {}
+    found, names, homes = {}, {}, {}
     for path in paths:
         folder = path.absolute().parent.name
         named = planes_in(path.stem.lower())
         if plane or folder in ALL_PLANES:
             where, name = plane or folder, path.stem
+            homes[path.absolute().parent.parent] = path
         elif len(named) == 1:
             where = named[0]
             name = re.sub(f"[ ._-]*{where}", "", path.stem, flags=re.I).strip(" ._-") or folder
@@ -479,7 +480,8 @@ def exam_of_files(paths, plane=None):
         if where in found:
             raise InputError(f"{path}: a second {where} volume; give one file per plane")
         found[where], names[name] = path, path
-    if len(names) > 1:
+    if len(names) > 1 or len(homes) > 1:
+        names = names if len(names) > 1 else map(str, homes.values())
         raise InputError(
             f"{paths[-1]}: not of the same exam as the others ({', '.join(names)}); give the files "
             "of one exam, named alike"

@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ T1_PLANES = ("coronal-t1", "sagittal-t1")  # of series that are not fluid-sensit
 DATASET, EXAMS = "dataset.json", "exams.csv"
 OWN_LABELS = "own-labels.csv"  # rows of id, task: labels of the set itself, beside derived ones
 SPLITS = ("train", "valid", "test")
+UNFINISHED = ".unfinished"  # folder of a file for each exam that is being written
 KEY_BYTES = 32
 SIDE = 256  # px; MRNet's slices
 FIELDS_OF_VIEW = (20.0, 500.0)  # mm
@@ -54,6 +56,29 @@ def write_volume(path, volume):
     data = io.BytesIO()  # written directly to a file, NumPy hides why a write failed
     np.save(data, volume, allow_pickle=False)
     write_bytes(path, data.getbuffer())
+
+
+@contextmanager
+def whole_exam(out, number, paths):
+    """Within it the volumes of an exam are written: all of them stay, or none.
+
+    An exam without some of its planes must not look like a whole one. What is left of a process
+    that was killed here goes with `Register.clear`.
+
+    Args:
+        out: data folder.
+        paths: of all volumes that the exam may have.
+    """
+    mark = out / UNFINISHED / f"{number:04d}"
+    write_bytes(mark, b"")
+    try:
+        yield
+    except BaseException:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        mark.unlink()
+        raise
+    mark.unlink()
 
 
 # --- pixels ---------------------------------------------------------------------------------------
@@ -239,6 +264,17 @@ class Register:
             self.rows[exam] = self.next, patient
             self.next += 1
         return self.rows[exam][0]
+
+    def clear(self):
+        """Delete the volumes of the exams that a killed process left unfinished, and what says
+        which they are."""
+        folder = self.out / UNFINISHED
+        for mark in folder.glob("*"):
+            for path in self.out.glob(f"*/*/{mark.name}.npy"):
+                path.unlink()
+            mark.unlink()
+        if folder.is_dir():
+            folder.rmdir()
 
     def split_of(self, number):
         """The split that has a volume under this number, or None."""

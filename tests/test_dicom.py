@@ -575,9 +575,20 @@ def test_labels_ids_and_id_map(convert, tmp_path):
     assert (out / "train-acl.csv").read_text() == "0,1\n1,1\n2,0\n"
 
 
+def test_a_folder_called_as_a_number_is_that_folder(convert, tmp_path):
+    for name in ("1", "2", "11"):  # exams 0, 2 and 1, in the order of their paths
+        write_series(tmp_path / "scan" / name, "axial", study=f"1.2.{name}")
+    (tmp_path / "l.csv").write_text("exam,task,label\n1,acl,1\n2,acl,0\n0,bone,1\n")
+    options = "--split", "train", "--labels", tmp_path / "l.csv"
+    assert convert(tmp_path / "scan", *options)[0] == 0
+    assert (tmp_path / "out" / "train-acl.csv").read_text() == "0,1\n2,0\n"
+    assert (tmp_path / "out" / "train-bone.csv").read_text() == "0,1\n"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("exam,task,label\n.,acl,1\n.,acl,0\n", "has another label of acl above"),
         ("exam,task,label\nother,acl,1\n", "names 0 exams"),
         ("exam,task,label\n.,acl,2\n", "label 0 or 1"),
         ("exam,task,label\n.,../acl,1\n", "the task of letters"),

@@ -51,6 +51,17 @@ def test_exams_are_the_volumes_slices(tmp_path, valid, first):
     assert [len(MRDataset(tmp_path / "out", "adrenal", p).volume(0)) for p in PLANES] == [3, 9, 10]
 
 
+def test_no_folder_of_other_exams_is_written_over(tmp_path):
+    write_set(tmp_path / "adrenalmnist3d.npz")
+    knee = tmp_path / "out" / "train" / "axial" / "0000.npy"
+    knee.parent.mkdir(parents=True)
+    knee.write_bytes(b"a knee")
+    arguments = tmp_path / "adrenalmnist3d.npz", tmp_path / "out", "--size", 64
+    done = prepare(*arguments)
+    assert done.returncode == 2 and "--overwrite" in done.stderr and knee.read_bytes() == b"a knee"
+    assert prepare(*arguments, "--overwrite").returncode == 0 and knee.read_bytes() != b"a knee"
+
+
 @pytest.mark.parametrize(
     "other, words",
     [

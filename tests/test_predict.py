@@ -14,6 +14,7 @@ import torch
 from conftest import PLANES, assert_one_line_error, run_process, run_script
 
 from common.checkpoint import read_checkpoint, write_checkpoint
+from common.errors import InputError
 from common.exams import FolderExams, exam_of_files
 from common.files import as_cell, from_cell
 
@@ -196,6 +197,9 @@ def test_which_plane_a_file_is(tmp_path):
     assert exam_of_files(paths) == ("7", {"axial": paths[0], "coronal": paths[1]})
     path = tmp_path / "x.npy"
     assert exam_of_files([path], "sagittal") == ("x", {"sagittal": path})
+    other = tmp_path / "another set" / "sagittal" / "7.npy"  # its exam 7 is somebody else's
+    with pytest.raises(InputError, match="not of the same exam"):
+        exam_of_files([*paths, other])
 
 
 def test_files_that_do_not_fit_together(trained, tmp_path):

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,7 +53,7 @@ def write_study(root, study, side="L", planes=PLANES, scanner="A", laterality=Tr
     Returns its rows of train_series.csv.
     """
     rows = []
-    x = KNEE if side == "L" else -KNEE
+    x = more.pop("x", KNEE if side == "L" else -KNEE)
     about = {"study": uid_of(study), "Manufacturer": scanner, "FrameOfReferenceUID": f"9.{study}"}
     about |= {"Laterality": side} if laterality else {}
     about = about | {"PatientID": f"P{study}"} | more
@@ -325,7 +326,62 @@ def test_uids_with_spaces_and_studies_that_are_lost_are_said(own, tmp_path):
     shutil.rmtree(own / "train_series" / uid_of(5))
     done = prepare(own, tmp_path / "out", "--no-mirror")
     assert f"1 studies of the CSV are not there, the first: {uid_of(5)}" in done.stderr
+    assert_problem(done, tmp_path, f"study {uid_of(5)}: in the CSVs, but not in train_series")
     assert len(volumes(tmp_path / "out")) == 15
+
+
+def test_an_odd_folder_among_the_slices_stops_nothing(own, tmp_path):
+    """Such as the @eaDir of a network storage."""
+    (own / "train_series" / uid_of(0) / f"{uid_of(0)}.2.0" / "@eaDir").mkdir()
+    assert prepare(own, tmp_path / "out", "--no-mirror").returncode == 0
+    assert len(volumes(tmp_path / "out")) == 18
+
+
+def test_a_series_whose_end_cannot_be_read_gives_way(own, tmp_path):
+    folder = own / "train_series" / uid_of(0) / f"{uid_of(0)}.2.0"
+    for path in sorted(folder.iterdir())[-1:]:
+        path.write_bytes(path.read_bytes()[:400])
+    done = prepare(own, tmp_path / "out", "--no-mirror")
+    assert_problem(done, tmp_path, path.name)
+    taken = [p for p in (tmp_path / "out").glob("*/sagittal/*.npy")
+             if read_code(np.load(p)) // 4 == code_of(0, "L", "sagittal") // 4]  # fmt: skip
+    assert [read_code(np.load(p)) % 4 for p in taken] == [1]  # whole, though not fat-suppressed
+
+
+def test_a_knee_of_unknown_side_is_said(tmp_path):
+    write_set(tmp_path / "rsna", 3, study1={"laterality": False, "x": 0.0})
+    done = prepare(tmp_path / "rsna", tmp_path / "out")
+    assert done.returncode == 0 and "side unknown: 1" in done.stdout
+    (line,) = (tmp_path / "out" / "problems.txt").read_text().splitlines()
+    assert line.startswith(f"study {uid_of(1)}: left or right knee not known, so it is not mirr")
+
+
+@pytest.mark.parametrize("ends", ["error", "killed"])
+def test_a_study_that_was_half_written_is_written_again(tree, tmp_path, monkeypatch, ends):
+    """A full disk at its second plane, or the end of the process there."""
+    from data import common
+    from data.rsna import prepare as importer
+
+    out = tmp_path / "out"
+    assert prepare(tree, out).returncode == 0
+    whole = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (number,) = {p.stem for p in sorted(out.glob("train/*/*.npy"))[:1]}
+    for path in out.glob(f"*/*/{number}.npy"):
+        path.unlink()
+    path = out / "train" / "axial" / f"{number}.npy"
+    with (
+        nullcontext() if ends == "killed" else pytest.raises(OSError),
+        common.whole_exam(out, int(number), [path]),
+    ):
+        common.write_volume(path, np.zeros((5, 256, 256), np.uint8))
+        if ends == "error":
+            raise OSError(28, "No space left on device")
+    if ends == "killed":  # nothing took the mark away
+        common.write_bytes(out / common.UNFINISHED / number, b"")
+    assert path.exists() == (ends == "killed") and importer.Register(out).rows
+    done = prepare(tree, out)
+    assert done.returncode == 0 and "1 studies converted" in done.stdout
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == whole
 
 
 def test_networks_of_mirrored_or_cropped_knees_refuse_others():
@@ -501,6 +557,11 @@ def test_a_submission_has_every_study_of_the_sample_in_its_order(tree, tmp_path)
     whole = (tmp_path / "mine.csv").read_bytes()
     assert run_script(*command, "--resume").returncode == 1
     assert (tmp_path / "mine.csv").read_bytes() == whole
+    again = run_script(*command)
+    assert_one_line_error(again, "mine.csv: exists; give another --out, --resume or --overwrite")
+    for out, words in ((tmp_path, "a folder"), (tmp_path / "sample.csv", "exists")):
+        done = run_script(*command[:-1], out, "--overwrite")
+        assert_one_line_error(done, f"{out}: {words}")
     write_rows(tmp_path / "sample.csv", ["StudyInstanceUID", "PF OA"], [[studies[0], 0.5]])
     assert_one_line_error(run_script(*command, "--overwrite"), "no models of task 'pf-oa'")
 

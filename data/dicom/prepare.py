@@ -36,6 +36,7 @@ from data.common import (  # noqa: E402
     keyed_hash,
     merge_csv,
     patient_key,
+    whole_exam,
     write_csv,
     write_dataset,
     write_volume,
@@ -61,7 +62,8 @@ def read_labels(path, numbered):
         folders[exam.name].append(number)
         if exam.side:
             folders[f"{exam.source}-{exam.side}"].append(number)
-        for name in (str(number), f"{number:04d}"):
+    for number in numbered:
+        for name in (str(number), f"{number:04d}"):  # a folder of this name comes first
             folders.setdefault(name, [number])
     labels = defaultdict(dict)
     try:
@@ -83,7 +85,8 @@ def read_labels(path, numbered):
                 f"{path}, line {line}: '{exam}' names {len(found)} exams; give the folder of one "
                 f"(of one knee: folder-L, folder-R), its name, or its number: {known} ..."
             )
-        labels[task][found[0]] = int(label)
+        if labels[task].setdefault(found[0], int(label)) != int(label):
+            raise InputError(f"{path}, line {line}: '{exam}' has another label of {task} above")
     return labels
 
 
@@ -96,16 +99,12 @@ def write_exam(exam, number, folder, choice, report):
     title = f"exam {number:04d} ({exam.source})"
     volumes, *_ = volumes_of(exam, choice, report, title)
     paths = {plane: folder / plane / f"{number:04d}.npy" for plane in TARGET}
-    try:
+    with whole_exam(folder.parent, number, paths.values()):
         for plane, path in paths.items():
             if plane in volumes:
                 write_volume(path, volumes[plane])
             else:  # what an earlier run left, with --overwrite
                 path.unlink(missing_ok=True)
-    except BaseException:  # an exam without some of its planes must not look like a whole one
-        for path in paths.values():
-            path.unlink(missing_ok=True)
-        raise
     missing = sorted(TARGET.keys() - volumes.keys())
     if volumes and missing:
         report.log(f"{title}  planes missing: {', '.join(missing)}")
@@ -123,6 +122,7 @@ def number_exams(exams, out, split, overwrite, key):
         InputError: an exam is in the other split already.
     """
     register, numbered, wanted = Register(out), {}, []
+    register.clear()
     for exam in exams:
         patient = keyed_hash(key, exam.study.patient)
         number = register.number(exam.name, patient)
@@ -174,6 +174,7 @@ def run(args, choice, report):
         except OSError as error:
             full = error
             break
+    register.clear()
     done = {n for n in numbered if n not in wanted} | {n for n, count in slices.items() if count}
     if full is None:
         groups = register.groups()

@@ -214,9 +214,9 @@ def read_header(file):
     """One DICOM file, all but its pixels -> Header."""
     import pydicom
 
-    if DEFLATED in file.head(1024) and len(file.read()) > files.MAX_BYTES // ZLIB_BEST:
-        raise InputError(f"{file}: a large deflated file; inflate it with dcmconv first")
     with reading(file), file.open() as stream:
+        if DEFLATED in file.head(1024) and len(file.read()) > files.MAX_BYTES // ZLIB_BEST:
+            raise InputError(f"{file}: a large deflated file; inflate it with dcmconv first")
         header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=HEADER)
         count = int(header.get("NumberOfFrames") or 1)
         number = header.get("SeriesNumber")

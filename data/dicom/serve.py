@@ -6,9 +6,10 @@ foreign files shares no memory with the networks.
 
 import json
 import sys
+from concurrent.futures.process import BrokenProcessPool
 
 from common.errors import InputError
-from data.common import write_volume
+from data.common import TARGET, write_volume
 from data.dicom.files import quiet
 
 
@@ -29,6 +30,10 @@ def run_importer(work, out, report, what="exams"):
     except ImportError as error:
         status = 2
         message = f"{error.name} is missing; pip install -r requirements-dicom.txt"
+    except BrokenProcessPool:
+        status = 1
+        message = f"a worker was ended from outside, perhaps for want of memory; written {what} "
+        message += "are whole: the same command goes on, with fewer --workers"
     except OSError as error:
         status = 1
         message = f"{error.filename or out}: {error.strerror}; written {what} are whole"
@@ -66,7 +71,7 @@ def serve(exams, digest, convert, out, report):
         exam = named[request["exam"]]
         reply = {"exam": exam.name, "input": digest(exam)}
         if reply["input"] != request["unless"]:
-            volumes, unusable, describe = convert(exam)
+            volumes, unusable, describe = attempt(convert, exam)
             reply |= {"planes": {}, "unusable": unusable, "fault": None, "origin": None}
             try:
                 for plane, volume in volumes.items():
@@ -80,6 +85,15 @@ def serve(exams, digest, convert, out, report):
                 reply["fault"] = f"{out}: {error.strerror}"
         answer(reply | {"lines": report.take()})
     return 0
+
+
+def attempt(convert, exam):
+    """convert(exam), as `serve` takes it; where the machine cannot, that is of this exam alone."""
+    try:
+        return convert(exam)
+    except (OSError, MemoryError) as error:
+        why = getattr(error, "strerror", None) or "not enough memory"
+        return {}, dict.fromkeys(TARGET, f"it cannot be read: {why}"), lambda: None
 
 
 def answer(content):

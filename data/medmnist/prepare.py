@@ -47,6 +47,9 @@ def parse_arguments():
         default="val",
         help="the part that becomes the validation exams; test once, when all choices are made",
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="write over the exams that OUT has already"
+    )
     args = parser.parse_args()
     if args.size < SMALLEST_SIDE:
         parser.error(f"--size is at least {SMALLEST_SIDE}, which AlexNet needs")
@@ -89,6 +92,9 @@ def slices_along(volume, axis, size):
 
 def main():
     args = parse_arguments()
+    for path in filter(Path.exists, (args.out / split for split in ("train", "valid"))):
+        if not args.overwrite:
+            raise InputError(f"{path}: exists; choose another folder or add --overwrite")
     parts = {"train": read_part(args.source, "train"), "valid": read_part(args.source, args.valid)}
     write_dataset(
         args.out,

@@ -46,6 +46,7 @@ from data.common import (  # noqa: E402
     Report,
     add_preparation,
     merge_csv,
+    whole_exam,
     write_dataset,
     write_volume,
 )
@@ -196,14 +197,14 @@ def write_study(study, number, folder, choice):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         done = convert(study, Volumes(choice))
-    slices = {}
-    for plane in planes_of(choice):
-        path = folder / plane / f"{number:04d}.npy"
-        if plane in done.volumes:
-            write_volume(path, done.volumes[plane])
-            slices[plane] = len(done.volumes[plane])
-        else:  # what an earlier run left, with --overwrite
-            path.unlink(missing_ok=True)
+    slices = {plane: len(volume) for plane, volume in done.volumes.items()}
+    paths = {plane: folder / plane / f"{number:04d}.npy" for plane in planes_of(choice)}
+    with whole_exam(folder.parent, number, paths.values()):
+        for plane, path in paths.items():
+            if plane in done.volumes:
+                write_volume(path, done.volumes[plane])
+            else:  # what an earlier run left, with --overwrite
+                path.unlink(missing_ok=True)
     done.volumes = {}
     return Outcome(slices, done)
 
@@ -223,7 +224,7 @@ class Summary:
     """Counts what became of all studies, and keeps a line for each problem."""
 
     def __init__(self):
-        self.counts, self.notes, self.problems = Counter(), Counter(), []
+        self.counts, self.notes, self.problems, self.doubts = Counter(), Counter(), [], []
 
     def add(self, study, outcome):
         done = outcome.done
@@ -235,6 +236,7 @@ class Summary:
         self.counts["planes smaller than the field of view"] += done.padded
         self.notes.update(done.notes)
         self.problems += done.faults
+        self.doubts += done.doubts
         for plane, why in done.missing.items():
             self.counts[f"without {plane}"] += 1
             self.problems.append(f"study {study.uid}: {plane} missing: {why}")
@@ -250,8 +252,7 @@ def run(args, choice, report, pool):
         faults += table.faults
     studies = find_studies(args.root / "train_series", listed, report)
     labels, is_own = combine_labels(own.values, [table.values for table in others])
-    unlabelled = [study for study in studies if study.uid not in labels]
-    faults += [f"study {study.uid}: no row in train.csv" for study in unlabelled]
+    faults += unmatched({*listed, *own.values}, labels, {study.uid for study in studies})
     studies = [study for study in studies if study.uid in labels]
     if not studies:
         raise InputError(f"{args.root}: no study that train.csv has as well")
@@ -287,6 +288,7 @@ def run(args, choice, report, pool):
         outcomes = in_parallel(pool, write_study, items, "studies")
         for (study, _), outcome in zip(todo, outcomes, strict=True):
             summary.add(study, outcome)
+    register.clear()
     usable = {number for number in numbers.values() if register.split_of(number)}
     weight = {True: args.gold_weight, False: 1.0}
     texts = {
@@ -296,9 +298,17 @@ def run(args, choice, report, pool):
     write_tables(args.out, texts, groups, valid, {u: n for u, n in numbers.items() if n in usable})
     if others:
         write_own(args.out / OWN_LABELS, is_own, {u: n for u, n in numbers.items() if n in usable})
-    write_problems(args.out / "problems.txt", faults + summary.problems, args.overwrite)
+    problems = faults + summary.problems + summary.doubts
+    write_problems(args.out / "problems.txt", problems, args.overwrite)
     tell(report, summary, (len(faults), len(uids), len(usable)), args.out, began)
     return 1 if faults or summary.problems else 0
+
+
+def unmatched(listed, labels, there):
+    """A line for each study that is in a CSV but not on disk, or on disk without labels; all UIDs,
+    `there` those on disk."""
+    lost = [f"study {uid}: in the CSVs, but not in train_series" for uid in sorted(listed - there)]
+    return lost + [f"study {uid}: no row in train.csv" for uid in sorted(there - labels.keys())]
 
 
 def number_studies(studies, valid, out, overwrite):
@@ -309,6 +319,7 @@ def number_studies(studies, valid, out, overwrite):
         InputError: a study is in the other split already.
     """
     register, numbers, todo = Register(out), {}, []
+    register.clear()
     for study in studies:
         number = numbers[study.uid] = register.number(study.name)
         split = "valid" if study.uid in valid else "train"
@@ -398,8 +409,8 @@ def serve_studies(root, out, choice, report):
     def convert_study(study):
         reader = Volumes(choice)
         done = convert(study, reader)
-        for fault in done.faults:
-            report.warn(fault)
+        for line in done.faults + done.doubts:
+            report.warn(line)
         # A T1 that nobody scanned is no fault: the stack has a regression without it.
         unusable = {plane: why for plane, why in done.missing.items() if why != NO_T1}
         return done.volumes, unusable, partial(describe, reader.taken, choice, done.side)

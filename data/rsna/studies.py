@@ -19,7 +19,7 @@ from data.dicom.files import File, reading
 from data.dicom.knees import split_knees
 from data.dicom.series import Series, read_header
 from data.dicom.slices import plane_of
-from data.dicom.studies import series_of
+from data.dicom.studies import series_of, slices_lost
 
 SCANNER = ["Manufacturer", "ManufacturerModelName", "SoftwareVersions", "MagneticFieldStrength"]
 NO_SERIES = "no fluid-sensitive series of this plane"
@@ -55,6 +55,7 @@ class Converted:
     padded: int = 0  # planes that are smaller than the field of view
     notes: Counter = field(default_factory=Counter)  # what CSV and geometry disagree on
     faults: list = field(default_factory=list)  # one line each
+    doubts: list = field(default_factory=list)  # of what is used all the same, one line each
 
 
 def find_studies(root, listed, report):
@@ -96,14 +97,28 @@ def digest_of(study):
     """Hash of all that a study's volumes depend on: its files and its rows, 16 hex digits."""
     total = hashlib.blake2b(repr(sorted(study.rows.items())).encode(), digest_size=8)
     for uid, folder in study.series.items():
-        for path in sorted(folder.iterdir()):
+        try:
+            paths = files_in(folder)
+        except InputError:  # reading the volume names it, as what follows
+            paths = [folder]
+        for path in paths:
             try:
                 with open(path, "rb") as file:
                     content = hashlib.file_digest(file, "blake2b").digest()
-            except OSError as error:  # reading the volume names it
+            except OSError as error:
                 content = str(error.errno).encode()
             total.update(f"{uid}/{path.name}".encode() + b"\0" + content)
     return total.hexdigest()
+
+
+def files_in(folder):
+    """Paths of the files of a series' folder, in order.
+
+    Raises:
+        InputError: the folder cannot be read.
+    """
+    with reading(folder):
+        return [path for path in sorted(folder.iterdir()) if not path.is_dir()]
 
 
 def identity_of(study):
@@ -112,11 +127,15 @@ def identity_of(study):
     import pydicom
 
     scanner = patient = ""
+    tags = [*SCANNER, "PatientID"]
     for folder in study.series.values():
-        for path in sorted(folder.iterdir())[:2]:
+        try:
+            paths = files_in(folder)[:2]
+        except InputError:
+            continue
+        for path in paths:
             try:
                 with reading(File(path)):
-                    tags = [*SCANNER, "PatientID"]
                     header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
                     *words, number = [str(header.get(name) or "").strip(" \0") for name in tags]
             except InputError:
@@ -154,6 +173,11 @@ def convert(study, reader):
     for plane in planes_of(reader.choice):
         take_plane(plane, [one for one in ranked if one.name == plane], study, reader, done)
     done.mirrored = reader.choice.mirrors(done.side)
+    if reader.choice.mirror and not done.side and done.volumes:
+        done.doubts.append(
+            f"study {study.uid}: left or right knee not known, so it is not mirrored: what is "
+            "said of medial and lateral may be exchanged"
+        )
     return done
 
 
@@ -195,12 +219,18 @@ def rank(candidate):
 def read_series(study, uid, done):
     """A series folder's headers -> Candidate; None, with a note or a fault, if it is none."""
     row = study.rows.get(uid)
-    headers = []
-    for path in sorted(study.series[uid].iterdir()):
+    headers, unread, folder = [], [], study.series[uid]
+    try:
+        paths = files_in(folder)
+    except InputError as error:
+        done.faults.append(f"study {study.uid}: {error}")
+        return None
+    for path in paths:
         try:
             headers.append(read_header(File(path)))
         except InputError as error:
             done.faults.append(f"study {study.uid}: {error}")
+            unread.append(File(path))
     frames = [frame for header in headers for frame in header.frames]
     if not frames:
         reasons = sorted({header.reason for header in headers}) or ["no file that can be read"]
@@ -210,6 +240,7 @@ def read_series(study, uid, done):
     if not isinstance(found, Series):
         done.notes[f"series not used: {found}"] += 1
         return None
+    found.fault = found.fault or slices_lost(found, unread)
     fluid, fat = found.contrast > 0, found.contrast == 2
     if row is None or row.fluid is None:
         done.notes["fluid-sensitive or not: by the header, the CSV is silent"] += 1
