@@ -26,7 +26,8 @@ from dataloader import ALL_PLANES, PLANES, SEQUENCES, in_order, read_dataset, re
 ROOT = Path(__file__).parent.parent
 # What the importer makes of any scan.
 FROM_DICOM = {"name": "DICOM", "version": "", "synthetic": False, "orientation": ORIENTATION}
-PREPARATION = ("mirrored", "field_of_view")  # of dataset.json: what importers do on request
+# Of dataset.json: what importers do on request.
+PREPARATION = ("mirrored", "field_of_view", "square")
 DATASET_ABOVE = 3  # folders above a volume's in which dataset.json is looked for
 
 
@@ -247,11 +248,14 @@ class DicomExams:
     def __init__(self, source, folder, log, preparation, workers=1):
         self.source, self.folder, self.log = source, Path(folder), log
         self.wants_origin = False  # each exam shall say where it comes from
-        self.datasets = [FROM_DICOM | preparation]
         importer, workers = ("rsna", workers) if is_rsna(source) else ("dicom", 1)
+        if importer == "rsna":  # which pads, so networks of cropped slices refuse its exams
+            preparation = {name: v for name, v in preparation.items() if name != "square"}
+        self.datasets = [FROM_DICOM | preparation]
         options = ["--mirror" if preparation.get("mirrored") else "--no-mirror"]
         if preparation.get("field_of_view"):
             options += ["--field-of-view", str(preparation["field_of_view"])]
+        options += ["--square", preparation["square"]] if preparation.get("square") else []
         options += ["--t1"] if preparation.get("t1") and importer == "rsna" else []
         script = ROOT / "data" / importer / "prepare.py"
         self.importers = []
@@ -381,8 +385,8 @@ def preparation_of(networks):
         networks: list of stacking.TaskModels.
 
     Returns:
-        {"mirrored", "field_of_view", "t1"} as far as they are not the default; where networks
-        differ in one of the first two, that of the first (`refuse_unfit` refuses the others).
+        PREPARATION and "t1" as far as they are not the default; where networks differ in one of
+        the first, that of the first (`refuse_unfit` refuses the others).
     """
     datasets = (dataset for models in networks for dataset in models.datasets)
     first = next((found for found in datasets if found is not None), {})

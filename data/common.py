@@ -185,7 +185,8 @@ def write_dataset(out, **content):
             raise InputError(
                 f"{path}: cannot be read as JSON; correct it or move it away"
             ) from None
-    for name in ("synthetic", "orientation", "patient_key", "mirrored", "field_of_view", "t1"):
+    for name in ("synthetic", "orientation", "patient_key", "mirrored", "field_of_view", "square",
+                 "t1"):  # fmt: skip
         # What earlier versions did not write is not mirrored and not cut.
         if there and (there.get(name) or None) != (content.get(name) or None):
             raise InputError(

@@ -4,6 +4,7 @@ import csv
 import errno
 import gzip
 import io
+import json
 import os
 import shutil
 import stat
@@ -12,6 +13,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -28,6 +30,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from common.exams import open_exams
 from data.dicom import files, prepare
 from dataloader import MRDataset
 
@@ -285,10 +288,19 @@ def test_oblong_slices_are_padded_or_cropped(convert, tmp_path):
     inside = windowed(LPS["axial"].transpose(2, 1, 0)[::-1, 64:192])
     assert not padded[:, :64].any() and not padded[:, 192:].any()
     assert_same(padded[:, 64:192], inside)
-    assert convert(tmp_path / "scan", "--square", "crop", "--overwrite")[0] == 0
-    cropped = volume(tmp_path, "axial").astype(int)
+    status, _, err = convert(tmp_path / "scan", "--square", "crop", "--overwrite")
+    assert status == 2 and "square None, these have crop" in err  # never both in one folder
+    assert convert(tmp_path / "scan", "--square", "crop", out=tmp_path / "a" / "out")[0] == 0
+    cropped = volume(tmp_path / "a", "axial").astype(int)
     enlarged = np.repeat(np.repeat(inside[:, :, 64:192], 2, axis=1), 2, axis=2)
     assert np.abs(cropped - enlarged).mean() < 4
+    # Networks that were trained on these are shown a scan likewise.
+    about = json.loads((tmp_path / "a" / "out" / "dataset.json").read_text())
+    networks = [SimpleNamespace(datasets=[about], planes=["axial"])]
+    with open_exams([tmp_path / "scan"], networks=networks) as exams:
+        for exam in exams.each():  # there until the next is asked for
+            np.testing.assert_array_equal(np.load(exam.paths["axial"]), cropped)
+    assert exams.datasets[0]["square"] == "crop"
 
 
 def test_obliques_go_to_the_nearest_plane_with_a_warning(convert, tmp_path):

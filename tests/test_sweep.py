@@ -181,6 +181,22 @@ def test_nothing_is_repeated(swept):
 
 
 @pytest.mark.whole
+def test_other_exams_under_the_same_ids_are_refused(swept, tmp_path):
+    work, _ = swept
+    out = shutil.copytree(work / "out", tmp_path / "out")
+    data = shutil.copytree(work / "data", tmp_path / "data")
+    command = ("tools/sweep.py", work / "try.toml", "--out", out, "--models-dir",
+               tmp_path / "models", "--precision", "fp32", "--data-dir")  # fmt: skip
+    assert run_script(*command, work / "data").returncode == 0  # nothing to do
+    before = (out / "sweep.json").read_bytes()
+    path = data / "train" / "axial" / "0003.npy"
+    np.save(path, 255 - np.load(path))
+    done = run_script(*command, data)
+    assert_one_line_error(done, out / "sweep.json", "other exams or labels")
+    assert (out / "sweep.json").read_bytes() == before
+
+
+@pytest.mark.whole
 def test_another_recipe_under_the_same_name_is_refused(swept, tmp_path):
     work, _ = swept
     path = sweep_file(tmp_path, HEAD + RECIPES.replace("lr = 1e-3", "lr = 1e-4"))
@@ -343,6 +359,28 @@ def test_seeds_widen_the_interval(tmp_path):
 def test_what_is_clearly_behind_is_dropped_but_never_the_article(tmp_path):
     gains = {"article": 0.2, "good": 1.5, "as-good": 1.5, "bad": 0.2}
     assert dropped_recipes(write_results(tmp_path / "out", gains)) == {"bad"}
+
+
+def test_equal_recipes_are_seldom_dropped(tmp_path):
+    """Twelve as good as each other, one column, one fold: without the division by their number
+    most of such sweeps drop some."""
+    names = ["article", *(f"r{k}" for k in range(12))]
+    dropped = [
+        len(dropped_recipes(write_results(tmp_path / str(seed), dict.fromkeys(names, 1.0), n=150,
+                                          folds=1, seed=seed)))
+        for seed in range(12)
+    ]  # fmt: skip
+    assert np.count_nonzero(dropped) <= 3
+
+
+def test_precisions_side_by_side_are_said(tmp_path):
+    folder = write_results(tmp_path / "out", {"article": 1.0, "better": 1.5})
+    assert "by precision" not in run_script("tools/sweep_table.py", folder).stdout
+    content = json.loads((folder / "better.json").read_text())
+    for network in content["networks"].values():
+        network["precision"] = "bf16"
+    (folder / "better.json").write_text(json.dumps(content))
+    assert "by precision: bf16 2, not known 2" in run_script("tools/sweep_table.py", folder).stdout
 
 
 def test_recipes_in_part_are_compared_on_the_exams_of_both(tmp_path):

@@ -16,8 +16,10 @@ network its out-of-fold logits, time, memory, epoch, commit and versions; networ
 they have predicted (`--keep-models`). Then it prints tools/sweep_table.py's table.
 """
 
+import itertools
 import json
 import tomllib
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -49,8 +51,8 @@ def parse_arguments():
     add = parser.add_argument
     add("sweep", type=Path, help="TOML file: which recipes, planes, folds and seeds")
     add("--data-dir", type=Path, default=Path("data"), help="folder in MRNet's layout")
-    drop = "after each fold leave out the recipes whose AUC is below the best one's so far, with "
-    drop += "95 %% certainty for each; the article's stays"
+    drop = "after each fold leave out the recipes whose AUC is below the best one's so far, p < "
+    drop += "0.05 divided by the number of rivals, in every column; the article's stays"
     add("--drop", action="store_true", help=drop)
     out = "folder of the results; default benchmarks/ and the sweep's name"
     add("--out", type=Path, help=out)
@@ -265,7 +267,7 @@ def run_rounds(sweep, setting, runner, drop, about):
         about: as `cli.print_start_up` returns it.
     """
     results = {recipe: Results(setting.out, sweep, recipe) for recipe in sweep.recipes}
-    write_about(sweep, setting)
+    write_about(sweep, setting, any(one.networks for one in results.values()))
     dropped = set()
     torch.set_num_threads(1)  # the jobs have the cores; waiting threads would slow them tenfold
     provenance = {
@@ -385,20 +387,42 @@ def exams_of(data_dir, task, planes):
     return load_exams(data_dir, task, [planes])[planes]
 
 
-def write_about(sweep, setting):
-    """OUT/sweep.json: {"labels": {finding: {id: 0 or 1}} of the training exams, "stacks"}, so that
-    the table needs neither the data nor the sweep's file."""
-    planes = next(iter(sweep.planes.values()))[0]
-    labels = {}
-    for task in sweep.task.split("+"):
-        exams = exams_of(setting.data_dir, task, planes)["train"]
-        labels[task] = {
+def write_about(sweep, setting, has_networks):
+    """OUT/sweep.json: {"labels": {finding: {id: 0 or 1}} of the training exams, "stacks", "exams":
+    {finding and planes: hash of ids, labels and voxels}}, so that the table needs neither the data
+    nor the sweep's file.
+
+    Args:
+        has_networks: whether there are predictions of an earlier run.
+
+    Raises:
+        InputError: they are of other exams or labels, so recipes would be compared on two sets.
+    """
+    columns = sorted({planes for each in sweep.planes.values() for planes in each})
+    tasks, path = sweep.task.split("+"), setting.out / "sweep.json"
+    exams = {}
+    for task, planes in itertools.product(tasks, columns):
+        with suppress(InputError):  # a damaged volume is named by the trainings that read it
+            train = exams_of(setting.data_dir, task, planes)["train"]
+            exams[f"{task} {planes}"] = train.fingerprint()
+    about = {"labels": {}, "stacks": sweep.stacks, "exams": exams}
+    for task in tasks:
+        train = exams_of(setting.data_dir, task, next(iter(sweep.planes.values()))[0])["train"]
+        about["labels"][task] = {
             exam_id: int(label >= 0.5)
-            for exam_id, label in zip(exams.ids, exams.labels[:, 0], strict=True)
+            for exam_id, label in zip(train.ids, train.labels[:, 0], strict=True)
             if not np.isnan(label)
         }
-    about = {"labels": labels, "stacks": sweep.stacks}
-    write_text(setting.out / "sweep.json", json.dumps(about) + "\n")
+    if has_networks and path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        known = before.get("exams", {})  # earlier versions recorded labels only
+        other = [name for name in known.keys() & exams.keys() if known[name] != exams[name]]
+        if other or before["labels"] != about["labels"]:
+            raise InputError(
+                f"{path}: networks there were trained on other exams or labels than "
+                f"{setting.data_dir} has; give another --out, or the data as before"
+            )
+    write_text(path, json.dumps(about) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 
 Each row is a column of networks (a plane, or planes joined by +) or a stack of columns; every exam
 is predicted by networks that were not trained on it. A stack's regression is fitted on the
-out-of-fold predictions of the other folds (cross-fitted), so a row never saw its exams' labels.
+out-of-fold predictions of the other folds (cross-fitted): never on the labels that it is judged by,
+though the networks of the other folds were trained on these.
 
 AUC: over all exams at once (mean and standard deviation over the seeds), and within the folds, each
 of which has a network of its own. The difference to the article's recipe is that of the mean AUCs,
@@ -16,6 +17,7 @@ one core with nothing beside it (user + system time), memory the largest residen
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +38,7 @@ HEADS = ("recipe", "network", "AUC (SD)", "in a fold", "- article's [95 %]", "p"
          "time", "GB")  # fmt: skip
 STACK = "stack"
 VIEWS = ", views"  # end of the name of a row of means over random views
-CERTAIN = 0.05  # of dropping a recipe that is behind by chance
+CERTAIN = 0.05  # of dropping a recipe that is behind by chance, after one fold
 AVERAGED_FOLDS = 5  # of the stack of averaged seeds, whose folds differ
 
 
@@ -291,7 +293,8 @@ def lines_of(truth, rows):
 
 def dropped_recipes(folder):
     """The recipes that are behind the best on the exams that both have predicted, in every column
-    and finding that they have, p < 0.05 each; never the article's."""
+    and finding that they have; never the article's. The best is the best of many: p is multiplied
+    by their number (Bonferroni)."""
     labels, _, recipes = read_results(folder)
     behind, there = set(), set()
     for task in labels:
@@ -303,7 +306,7 @@ def dropped_recipes(folder):
                      for a, b, known in (runs_of(rival, row) for rival in rivals)
                      if len(a) and len(set(truth[known])) == 2]  # fmt: skip
             best = max(gains, key=lambda gain: gain.value, default=None)
-            lost = best is not None and best.value > 0 and best.p < CERTAIN
+            lost = best is not None and best.value > 0 and best.p * len(gains) < CERTAIN
             (behind if lost else there).add(name)
     return behind - there - {ARTICLE}
 
@@ -338,6 +341,17 @@ def leave_out(rows, ids, without):
     return rows, out
 
 
+def mixed_precision(recipes):
+    """A line where networks were trained in several precisions, or None."""
+    counts = Counter(
+        network.get("precision", "not known")
+        for content in recipes.values()
+        for network in content["networks"].values()
+    )
+    words = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+    return f"networks by precision: {words}" if len(counts) > 1 else None
+
+
 def begun(rows):
     """A line for each Row with seeds that are left out because they have only begun."""
     for row in rows:
@@ -361,7 +375,7 @@ def print_table(folder, plot=None, without=None):
             print(f"\nwithout {out.sum()} exams that {without} has predicted")
         print(f"\n{task}: {left.sum()} exams, {truth[left].sum()} positive; {networks} networks")
         lines = lines_of(truth, rows)
-        for words in begun(rows):
+        for words in filter(None, (mixed_precision(recipes), *begun(rows))):
             print(words)
         cells = [line.cells() for line in lines]
         print(tabulate(cells, HEADS, tablefmt="pipe", disable_numparse=True))

@@ -162,6 +162,7 @@ def run(args, choice, report):
         patient_key=hashlib.sha256(key).hexdigest()[:8],
         mirrored=args.mirror,
         field_of_view=args.field_of_view,
+        square="crop" if args.square == "crop" and not args.field_of_view else None,
         may_lack_planes=True,
     )
     register.save()  # first, so that an interrupted run goes on under the same numbers
@@ -177,8 +178,7 @@ def run(args, choice, report):
     register.clear()
     done = {n for n in numbered if n not in wanted} | {n for n, count in slices.items() if count}
     if full is None:
-        groups = register.groups()
-        labels["groups"] = {n: groups[n] for n in done}
+        labels["groups"] = register.groups()  # of which those that are done are written
         write_labels(args.out, args.split, labels, done)
         if args.id_map:
             write_id_map(args.id_map, numbered, done)
