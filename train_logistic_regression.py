@@ -17,6 +17,8 @@ logs/<task>/stack/<time>/. With other recipes the stack's name has them:
 With `--folds 1`, the article's way, the regression is fitted on exams that the networks were
 trained on. With `--folds K` it is fitted on out-of-fold predictions: each training exam is
 predicted by the network that was not trained on it; for other exams the K networks are averaged.
+The stack's own figures on training exams are then cross-fitted: each fold's exams are stacked by a
+regression that was fitted on the other folds'.
 
 Sources: the article, section on combining the planes (its script was never published); Bien et al.,
 PLOS Medicine 2018: logistic regression on the three planes' probabilities. Out-of-fold stacking:
@@ -51,6 +53,7 @@ from common.predictions import (
 from common.stacking import (
     FEATURES,
     combine_all,
+    cross_fitted,
     fit_combinations,
     order_of,
     save_stack,
@@ -180,6 +183,19 @@ def tuning_mask(train_set, found):
             return tuning
     tuning[rows] = True
     return tuning
+
+
+def folds_of(train_set, found):
+    """The fold of each training exam, int (n,): that of the first seed where there are several.
+
+    Args:
+        found: {column: [ColumnLogits, one per seed]}; an exam that lacks a plane is in those of its
+            other planes only.
+    """
+    known = {}
+    for first, *_ in found.values():
+        known = first.folds | known
+    return np.array([known[exam_id] for exam_id in train_set.ids])
 
 
 def threshold_source(tuning, folds, repeat):
@@ -406,7 +422,12 @@ def stack_finding(base_models, exams, found, fit, about, logs_dir):
     folds, repeat = base_models.folds, base_models.repeat
     aucs = seeds_aucs(found, exams, fit) if repeat > 1 else None
     tuning = tuning_mask(exams["train"], found)
-    stack, scores, thresholds, own = fit(logits=join_seeds(found), tuning=tuning)
+    logits = join_seeds(found)
+    stack, scores, thresholds, own = fit(logits=logits, tuning=tuning)
+    task, kind = base_models.task, stack["features"]
+    if folds > 1:  # the regression too was fitted on others, as each plane's network was
+        known = folds_of(exams["train"], found)
+        scores["train"][STACK] = cross_fitted(kind, logits["train"], labels["train"], known)
     chosen = threshold_source(tuning, folds, repeat)
     rows = evaluate_scores(labels, scores, thresholds, own)
     report = about | {
@@ -415,7 +436,6 @@ def stack_finding(base_models, exams, found, fit, about, logs_dir):
         "data": {split: exams[split].fingerprint() for split in SPLITS},
     }
     caveats = list_caveats(protocol, folds, chosen, scores["valid"])
-    task, kind = base_models.task, stack["features"]
     title = f"{task}: protocol {protocol}, folds {folds}, stacked on {kind}"
     training_auc = "out-of-fold AUC" if folds > 1 else "train AUC"
     print_report(title, labels, rows, training_auc, caveats)

@@ -123,6 +123,7 @@ class ColumnLogits(NamedTuple):
     valid: dict  # {planes: float64 (m, networks)}
     protocols: set
     tuning: list  # ids of the exams that selected the epoch, where it is one network
+    folds: dict  # {id: number of the network that was not trained on it}; {} without folds
 
 
 class Predictor:
@@ -172,7 +173,7 @@ def predict_column(base_models, column, seed, sets, predict):
         predict: Predictor.
     """
     paths, folds, protocols, tuning = base_models.paths(column, seed), base_models.folds, set(), []
-    train, valid = {}, {}
+    train, valid, fold_of = {}, {}, {}
     for number, path in enumerate(paths, start=1):
         model, metadata = load_model(path, base_models.task, column)
         expected = {"seed": seed, "fold": number if folds > 1 else 0, "folds": folds}
@@ -188,12 +189,13 @@ def predict_column(base_models, column, seed, sets, predict):
             logits = train.setdefault(planes, np.full((len(sets["train"]), 1), np.nan))
             logits[rows] = predict(model, sets["train"].subset(rows), path.stem)
             valid.setdefault(planes, []).append(predict(model, sets["valid"], path.stem))
+        fold_of |= dict.fromkeys(out, number) if folds > 1 else {}
         protocols.add(metadata["protocol"])
         tuning = metadata.get("tuning", []) if folds == 1 else []
     if np.isnan(next(iter(train.values()))).any():
         raise InputError(f"{paths[0]}: its folds leave training exams out; train all folds again")
     valid = {key: np.concatenate(ones, axis=1).astype(np.float64) for key, ones in valid.items()}
-    return ColumnLogits(train, valid, protocols, tuning)
+    return ColumnLogits(train, valid, protocols, tuning, fold_of)
 
 
 def predict_columns(findings, sets, exams, device, precision):

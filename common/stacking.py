@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -154,6 +155,39 @@ def combine_all(stack, logits):
         }
         stacked[rows], thresholds[rows] = combine(stack, planes.split("+"), ours)
     return stacked, thresholds
+
+
+def cross_fitted(kind, logits, labels, folds):
+    """What regressions that were not fitted on a training exam say about it: each fold's exams are
+    stacked by those of the other folds' exams.
+
+    Args:
+        kind, logits, labels: as `fit_combinations` takes them.
+        folds: int (n,), of each exam.
+
+    Returns:
+        float64 (n,) stacked probabilities, NaN where the other folds' exams are too few for a
+        regression of the planes that an exam has.
+    """
+    stacked, there = np.full(len(labels), np.nan), planes_of_exams(logits)
+    for fold in np.unique(folds):
+        others = folds != fold
+        nobody = np.zeros(others.sum(), bool)
+        fitted = fit_combinations(kind, take_exams(logits, others), labels[others], nobody)
+        stack = {"features": kind, "combinations": fitted}
+        for planes in np.unique(there[~others]):
+            rows = ~others & (there == planes)
+            with suppress(KeyError):  # no regression of these planes
+                stacked[rows], _ = combine_all(stack, take_exams(logits, rows))
+    return stacked
+
+
+def take_exams(logits, rows):
+    """The logits of some exams: {column: {planes: (n, networks)}} -> the same, less exams."""
+    return {
+        column: {planes: values[rows] for planes, values in found.items()}
+        for column, found in logits.items()
+    }
 
 
 def threshold_for(labels, probabilities, tuning, sensitivity=None):

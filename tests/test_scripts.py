@@ -12,6 +12,7 @@ import torch
 from conftest import QUICK, assert_one_line_error, let_planes_lack, run_script, write_exams
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common import engine
@@ -377,6 +378,17 @@ def test_folds_and_seeds_stack_out_of_fold(exams):
     with open(exams.parent / "models" / "acl-predictions.csv", newline="") as file:
         rows = {(r["split"], r["id"]): r for r in csv.DictReader(file)}
     assert float(rows["train", "5"]["axial"]) == pytest.approx(np.mean(expected), abs=2e-3)
+    # The stack's: a regression on the exams of the other fold (of the first seed).
+    train_rows = [row for row in rows.values() if row["split"] == "train"]
+    x = np.array([[float(row[plane]) for plane in PLANES] for row in train_rows])
+    y = np.array([int(row["label"]) for row in train_rows])
+    cut = PredefinedSplit([int(row["id"] in ids[0][1]) for row in train_rows])
+    given = LogisticRegression(), x, y
+    wanted = cross_val_predict(*given, cv=cut, method="predict_proba")[:, 1]
+    assert [float(row["stack"]) for row in train_rows] == pytest.approx(wanted, abs=1e-5)
+    results = json.loads((exams.parent / "models" / "acl-results.json").read_text())
+    found = results["valid"]["stack"]["train_auc"]
+    assert found == pytest.approx(roc_auc_score(y, wanted)) and f" {found:.4f} " in done.stdout
 
 
 def test_more_folds_than_the_rarer_class_has_exams(exams):

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
 from common import stacking
 from common.checkpoint import save_model
@@ -15,6 +16,7 @@ from common.stacking import (
     combinations_of,
     combine,
     combine_all,
+    cross_fitted,
     decide,
     fit_combinations,
     load_stack,
@@ -105,6 +107,42 @@ def test_a_stack_is_scikit_learns_regression_of_the_planes_that_exist(kind):
         np.testing.assert_allclose(stacked, wanted, atol=1e-9)
         assert threshold == threshold_for(labels, wanted, nobody) == pytest.approx(threshold)
         assert wanted.min() <= threshold <= wanted.max()
+
+
+def scikit_learns_cross_fit(x, labels, folds):
+    given = LogisticRegression(), x, labels
+    return cross_val_predict(*given, cv=PredefinedSplit(folds), method="predict_proba")[:, 1]
+
+
+def test_a_training_exam_is_stacked_by_what_was_fitted_on_the_other_folds():
+    labels, logits = some_logits()
+    folds = np.random.default_rng(1).integers(1, 5, len(labels))
+    x = np.stack([logits[plane].mean(axis=1) for plane in PLANES], axis=1)
+    found = cross_fitted("logit", whole(logits), labels, folds)
+    np.testing.assert_allclose(found, scikit_learns_cross_fit(x, labels, folds), rtol=1e-9)
+    # An exam's own label changes the others' only.
+    other = labels.copy()
+    other[7] = 1 - other[7]
+    changed = cross_fitted("logit", whole(logits), other, folds) != found
+    assert not changed[folds == folds[7]].any() and changed[folds != folds[7]].all()
+
+
+def test_cross_fitting_where_planes_are_missing():
+    labels, logits = some_logits()
+    full, folds = whole(logits), np.arange(len(labels)) % 2
+    full["coronal"]["coronal"][:9] = np.nan
+    full["axial"]["axial"][3:] = np.nan  # positive 0, negative 1 and 2
+    full["sagittal"]["sagittal"][[0, 1]] = np.nan
+    found = cross_fitted("logit", full, labels, folds)
+    # Exams 0 and 1 have axial alone. Of the other fold exam 1 has it too, which is negative; of
+    # exam 1's other fold 0 and 2 have it, which are of both classes.
+    assert np.isnan(found[0]) and np.isfinite(found[1:]).all()
+    axial = logits["axial"].mean(axis=1, keepdims=True)
+    two = LogisticRegression().fit(axial[[0, 2]], labels[[0, 2]])
+    assert found[1] == pytest.approx(two.predict_proba(axial[[1]])[0, 1])
+    x = np.stack([logits[plane].mean(axis=1) for plane in ("coronal", "sagittal")], axis=1)
+    wanted = scikit_learns_cross_fit(x[9:], labels[9:], folds[9:])
+    np.testing.assert_allclose(found[9:], wanted, rtol=1e-9)
 
 
 def test_tuning_exams_choose_the_threshold_and_are_not_fitted_on():

@@ -52,7 +52,7 @@ def out_of_fold(models_dir, task, recipes):
         folds = json.loads(results.read_text(encoding="utf-8"))["folds"]
         with open(path, newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
-        found = {int(row["id"]): float(row["stack"]) for row in rows}
+        found = {int(row["id"]): float(row["stack"]) for row in rows if row["stack"]}
     except (OSError, ValueError, LookupError, TypeError, csv.Error):
         raise InputError(
             f"{path}: damaged; run train_logistic_regression.py --task {task} again"
