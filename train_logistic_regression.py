@@ -51,11 +51,14 @@ from common.predictions import (
     predict_columns,
 )
 from common.stacking import (
+    DIGITS,
     FEATURES,
     combine_all,
     cross_fitted,
     fit_combinations,
+    of_both_classes,
     order_of,
+    reaches,
     save_stack,
     stack_name,
     stack_path,
@@ -198,12 +201,40 @@ def folds_of(train_set, found):
     return np.array([known[exam_id] for exam_id in train_set.ids])
 
 
-def threshold_source(tuning, folds, repeat):
-    """Which predictions the thresholds were chosen on, and what that means for new exams."""
+def names_untuned(combinations, scores, labels, tuning):
+    """Columns and sets of planes whose thresholds the tuning exams could not choose, because those
+    that have these planes are of one class.
+
+    Args:
+        combinations: as `stacking.fit_combinations` returns them.
+        scores: {column: probabilities (n,)} of the training exams, NaN where planes are missing.
+        labels: float32 (n,).
+        tuning: bool (n,).
+    """
+    chosen = {
+        column: of_both_classes(labels[tuning & ~np.isnan(values)])
+        for column, values in scores.items()
+        if column != STACK
+    }
+    chosen |= {planes: one["tuned"] for planes, one in combinations.items()}
+    return [name for name, is_tuned in chosen.items() if not is_tuned]
+
+
+def threshold_source(tuning, untuned, folds, repeat):
+    """Which predictions the thresholds were chosen on, and what that means for new exams.
+
+    Args:
+        tuning: bool (n,), the training exams that were meant to choose them.
+        untuned: `names_untuned`.
+    """
     if tuning.any():
+        but = (
+            f"; but of {', '.join(untuned)}, whose tuning exams are of one class, on all training "
+            "exams with these planes, so not to be trusted on new exams"
+        )
         return (
             f"chosen on {int(tuning.sum())} training exams that no network was trained on; "
-            "they selected the epochs"
+            f"they selected the epochs{but if untuned else ''}"
         )
     if folds > 1:
         return (
@@ -232,10 +263,9 @@ def evaluate_scores(labels, scores, thresholds, own):
         known, p = answered(labels["valid"], scores["valid"][name])
         row = summary(known, p, thresholds[name])
         half = summary(known, p, 0.5)
-        if name == STACK:  # decided as predict.py does
-            called = (p >= own).astype(float)
-            decided = summary(known, called, 0.5)
-            row |= {key: decided[key] for key in decided if key.startswith(DECIDED)}
+        called = reaches(p, own if name == STACK else thresholds[name])  # as predict.py decides
+        decided = summary(known, called.astype(float), 0.5)
+        row |= {key: decided[key] for key in decided if key.startswith(DECIDED)}
         row["train_auc"] = auc_interval(*answered(labels["train"], scores["train"][name])).value
         row |= {f"{key}_at_half": half[key] for key in ("sensitivity", "specificity", "accuracy")}
         rows[name] = row
@@ -307,7 +337,7 @@ def prediction_rows(sets, scores):
     for split in SPLITS:
         for i, exam_id in enumerate(sets[split].ids):
             values = (column[i] for column in scores[split].values())
-            values = ("" if np.isnan(value) else f"{value:.9f}" for value in values)
+            values = ("" if np.isnan(value) else f"{value:.{DIGITS}f}" for value in values)
             yield [split, exam_id, f"{sets[split].labels[i, 0]:g}", *values]
 
 
@@ -428,7 +458,8 @@ def stack_finding(base_models, exams, found, fit, about, logs_dir):
     if folds > 1:  # the regression too was fitted on others, as each plane's network was
         known = folds_of(exams["train"], found)
         scores["train"][STACK] = cross_fitted(kind, logits["train"], labels["train"], known)
-    chosen = threshold_source(tuning, folds, repeat)
+    untuned = names_untuned(stack["combinations"], scores["train"], labels["train"], tuning)
+    chosen = threshold_source(tuning, untuned, folds, repeat)
     rows = evaluate_scores(labels, scores, thresholds, own)
     report = about | {
         "protocol": protocol,

@@ -8,6 +8,8 @@ metadata is the one that Hugging Face's hub reads.
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from common import cli
 from common.checkpoint import column_name, digest_of, load_model
 from common.errors import InputError, one_line
@@ -23,7 +25,7 @@ from common.report import (
     unique,
 )
 from common.results import END, read_results
-from common.stacking import load_stack, start_of_results
+from common.stacking import load_stack, reaches, start_of_results
 
 
 class Subject(NamedTuple):
@@ -126,9 +128,12 @@ def orientation_of(networks):
 
 def worst_of(results, column):
     """{"missed": lowest probability of a miss, "alarm": highest of a false alarm}, None without."""
-    scores, threshold = results.scores[column], results.rows[column]["threshold"]
-    missed = scores[(results.labels == 1) & (scores < threshold)]
-    alarms = scores[(results.labels == 0) & (scores >= threshold)]
+    scores, called = results.scores[column], results.called
+    if column != STACK:
+        called = reaches(scores, results.rows[column]["threshold"])
+    has_answer = ~np.isnan(scores)
+    missed = scores[(results.labels == 1) & ~called & has_answer]
+    alarms = scores[(results.labels == 0) & called]
     return {
         "missed": float(missed.min()) if len(missed) else None,
         "alarm": float(alarms.max()) if len(alarms) else None,

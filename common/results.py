@@ -9,7 +9,7 @@ import numpy as np
 
 from common.checkpoint import load_model
 from common.errors import InputError
-from common.stacking import combination_of, load_stack, start_of_results
+from common.stacking import combination_of, load_stack, reaches, start_of_results
 from dataloader import is_positive
 
 END = "-results.json"
@@ -44,7 +44,7 @@ class Results(NamedTuple):
             there = (p for c, p in planes_of.items() if not np.isnan(self.scores[c][row]))
             combination = combination_of(self.stack, set().union(*there))
             thresholds[row] = self.stack["combinations"][combination]["threshold"]
-        return self.scores["stack"] >= thresholds
+        return reaches(self.scores["stack"], thresholds)
 
     @property
     def data_dir(self):

@@ -15,6 +15,7 @@ import json
 import math
 import re
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,7 +95,8 @@ def fit_combinations(kind, logits, labels, tuning, sensitivity=None):
         sensitivity: as `threshold_for`.
 
     Returns:
-        {"axial+coronal+sagittal": {"columns", "coefficients", "intercept", "threshold"}, ...}
+        {"axial+coronal+sagittal": {"columns", "coefficients", "intercept", "threshold",
+        "tuned"}, ...}; tuned: whether the tuning exams chose the threshold.
     """
     combinations, has = {}, planes_of_exams(logits)
     possible = {plane for found in logits.values() for plane in next(iter(found)).split("+")}
@@ -109,7 +111,7 @@ def fit_combinations(kind, logits, labels, tuning, sensitivity=None):
         x = stack_features(kind, columns.values())
         there = np.array([set(name.split("+")) <= set(planes.split("+")) for planes in has])
         there &= np.isfinite(x).all(axis=1)
-        if len(set(labels[there & ~tuning])) < 2:
+        if not of_both_classes(labels[there & ~tuning]):
             continue  # too few exams have all of these planes
         fitted = LogisticRegression().fit(x[there & ~tuning], labels[there & ~tuning])
         probabilities = fitted.predict_proba(x[there])[:, 1]
@@ -118,6 +120,7 @@ def fit_combinations(kind, logits, labels, tuning, sensitivity=None):
             "coefficients": fitted.coef_[0].tolist(),
             "intercept": float(fitted.intercept_[0]),
             "threshold": threshold_for(labels[there], probabilities, tuning[there], sensitivity),
+            "tuned": of_both_classes(labels[there & tuning]),
         }
     return combinations
 
@@ -198,11 +201,34 @@ def threshold_for(labels, probabilities, tuning, sensitivity=None):
         tuning: bool (n,), the exams to choose on; all of them if these are not of both classes.
         sensitivity: to reach on these exams; None for the greatest sensitivity + specificity.
     """
-    if len(set(labels[tuning])) == 2:
+    if of_both_classes(labels[tuning]):
         labels, probabilities = labels[tuning], probabilities[tuning]
     if sensitivity is None:
         return choose_threshold(labels, probabilities)
     return choose_threshold(labels, probabilities, "sensitivity", sensitivity)
+
+
+def of_both_classes(labels):
+    """Whether there are positive and negative labels; labels (n,), 0 or 1."""
+    return len(set(labels)) == 2
+
+
+@partial(np.vectorize, otypes=[float])
+def as_written(probability):
+    """Probabilities as files hold them. Not np.round, which can miss the last digit."""
+    return round(float(probability), DIGITS)
+
+
+def reaches(probabilities, thresholds):
+    """Whether probabilities reach a threshold, so that the answer is positive: bool.
+
+    Both as they are written: a threshold is often one exam's own probability, which another run
+    gives with another last bit. NaN reaches none.
+
+    Args:
+        probabilities, thresholds: numbers, or arrays (n,).
+    """
+    return as_written(probabilities) >= as_written(thresholds)
 
 
 def combine(stack, planes, logits):
@@ -259,10 +285,8 @@ def decide(stack, planes, logits):
         (stacked,), threshold = combine(stack, planes, columns)
     except KeyError:
         return None
-    # As they are written: a threshold is often one exam's own probability, which another run gives
-    # with another last bit.
-    is_positive = round(float(stacked), DIGITS) >= round(threshold, DIGITS)
-    return Decision(float(stacked), threshold, "positive" if is_positive else "negative")
+    label = "positive" if reaches(stacked, threshold) else "negative"
+    return Decision(float(stacked), threshold, label)
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from conftest import assert_one_line_error, run_script
 
+from common.model_card import worst_of
 from common.report import mistakes_of, subgroup
-from common.results import read_results
+from common.results import Results, read_results
 
 
 class Page(HTMLParser):
@@ -97,6 +98,25 @@ def test_mistakes_are_the_worst_first(work):
     alarms = [(row, "false positive") for row in (3, 5, 1, 9)]
     assert mistakes_of(others, most=4) == missed + alarms
     assert mistakes_of(others, most=2) == missed[:2] + alarms[:2]
+
+
+def test_the_surest_mistakes_are_those_that_are_counted():
+    """An exam without coronal slices has the threshold of axial alone."""
+    combinations = {"axial+coronal": {"threshold": 0.4}, "axial": {"threshold": 0.7}}
+    networks = [(plane, {"plane": plane}) for plane in ("axial", "coronal")]
+    scores = {"axial": np.full(6, 0.5), "coronal": np.array([0.1, np.nan, 0.1, 0.9, np.nan, 0.9]),
+              "stack": np.array([0.3, 0.6, 0.35, 0.5, 0.65, 0.9])}  # fmt: skip
+    rows = {"stack": {"auc": 0.5, "threshold": 0.4}, "coronal": {"auc": 0.5, "threshold": 0.9}}
+    results = Results(
+        folder=None, task="acl", content={"valid": rows}, ids=list("abcdef"),
+        labels=np.array([1.0, 1, 1, 0, 0, 0]), train_labels=None, scores=scores,
+        stack={"combinations": combinations}, networks=networks,
+    )  # fmt: skip
+    assert results.called.tolist() == [False, False, False, True, False, True]
+    assert worst_of(results, "stack") == {"missed": 0.3, "alarm": 0.9}
+    labels = np.array([1.0, 1, 0, 0, 0, 1])
+    assert worst_of(results._replace(labels=labels), "stack") == {"missed": 0.3, "alarm": 0.5}
+    assert worst_of(results, "coronal") == {"missed": 0.1, "alarm": 0.9}
 
 
 def test_subgroups(work):

@@ -22,6 +22,7 @@ from common.stacking import (
     load_stack,
     load_task,
     planes_of_exams,
+    reaches,
     save_stack,
     saved_tasks,
     stack_features,
@@ -29,6 +30,7 @@ from common.stacking import (
     threshold_for,
 )
 from model import MRNet
+from train_logistic_regression import evaluate_scores, names_untuned, threshold_source
 
 PLANES = ("axial", "coronal", "sagittal")
 METADATA = {
@@ -189,6 +191,41 @@ def test_decisions():
         assert decide(at, ["axial"], {"axial": [value]}).label == "positive"
     del at["combinations"]["axial"]
     assert decide(at, ["axial"], {"axial": [0.0]}) is None
+
+
+def test_a_threshold_is_reached_as_both_are_written():
+    almost = 0.30000000 - 1e-12  # the same to eight digits
+    assert reaches(almost, 0.3) and reaches(0.3, 0.3 + 1e-12) and not reaches(0.29999999, 0.3)
+    values = np.array([almost, 0.29999999, np.nan, 0.4])
+    assert reaches(values, 0.3).tolist() == [True, False, False, True]
+    assert reaches(values, np.array([0.31, 0.2, 0.1, 0.4])).tolist() == [False, True, False, True]
+
+
+def test_counts_are_of_the_decisions_that_are_given():
+    labels = np.array([1, 1, 0, 0, 1, 0], np.float32)
+    p = np.array([0.3 - 1e-12, 0.8, 0.3 - 1e-12, 0.1, 0.2, 0.2])
+    scores = {"axial": p, "stack": p}
+    thresholds, own = {"axial": 0.3, "stack": 0.9}, np.array([0.3, 0.3, 0.3, 0.3, 0.2, 0.25])
+    both = ({"train": labels, "valid": labels}, {"train": scores, "valid": scores})
+    rows = evaluate_scores(*both, thresholds, own)
+    counts = {name: [rows[name][key] for key in ("tp", "fn", "fp", "tn")] for name in scores}
+    assert counts == {"axial": [2, 1, 1, 2], "stack": [3, 0, 1, 2]}
+
+
+def test_what_the_tuning_exams_could_not_choose_is_named():
+    labels, logits = some_logits()
+    full, tuning = whole(logits), np.arange(40) >= 25
+    full["sagittal"]["sagittal"][tuning & (labels == 1)] = np.nan
+    combinations = fit_combinations("logit", full, labels, tuning)
+    without = ["axial", "coronal", "axial+coronal"]
+    assert [name for name, one in combinations.items() if one["tuned"]] == without
+    scores = {plane: found[plane][:, 0] for plane, found in full.items()} | {"stack": labels}
+    untuned = names_untuned(combinations, scores, labels, tuning)
+    assert untuned == ["sagittal", "axial+sagittal", "coronal+sagittal", "axial+coronal+sagittal"]
+    line = threshold_source(tuning, untuned, 1, 1)
+    assert f"but of {', '.join(untuned)}, whose tuning exams are of one class" in line
+    assert line.startswith("chosen on 15 training exams that no network was trained on")
+    assert "one class" not in threshold_source(tuning, [], 1, 1)
 
 
 def test_a_stack_is_read_as_it_was_written(tmp_path):
