@@ -105,6 +105,7 @@ def write_card(subject, library, file, out):
             subgroups, _ = subgroups_of(results, read_columns(results.data_dir, None))
         context |= {
             "exams": whole["exams"],
+            "shared_groups": whole["shared_groups"],
             "protocol": whole["protocol"],
             "optimistic": whole["optimistic"],
             "row": results.rows[subject.column],

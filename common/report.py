@@ -249,16 +249,15 @@ def facts_of(results):
     """What one finding was trained on and how, for the page and the checklist: dict."""
     metadata = [one for _, one in results.networks]
     data_dir = results.data_dir
-    exams = {}
-    for split in SPLITS:
-        groups = read_groups(data_dir, split) if data_dir.is_dir() else {}
-        exams[split] = {"groups": len(set(groups.values()))}
+    groups = groups_of(data_dir)
+    exams = {split: {"groups": len(found)} for split, found in groups.items()}
     for split, labels in (("train", results.train_labels), ("valid", results.labels)):
         exams[split] |= {"n": len(labels), "positives": int(labels.sum())}
     times = [sum(e["seconds"] for e in one["history"]) for one in metadata if one.get("history")]
     found = training_facts(results.networks)
     return found | {
         "exams": exams,
+        "shared_groups": len(set.intersection(*groups.values())) if all(groups.values()) else None,
         "folds": results.content["folds"],
         "protocol": results.content["protocol"],
         "optimistic": results.content["protocol"] == "article",
@@ -266,6 +265,14 @@ def facts_of(results):
         "commits": unique([*found["commits"], results.content["git"]]),
         "versions": results.content["versions"],
         "minutes": sum(times) / 60 if len(times) == len(metadata) else None,
+    }
+
+
+def groups_of(data_dir):
+    """{split: groups of its exams, set}, empty where no file lists them."""
+    return {
+        split: set(read_groups(data_dir, split).values()) if data_dir.is_dir() else set()
+        for split in SPLITS
     }
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import assert_one_line_error, run_script
 
-from common.model_card import worst_of
-from common.report import mistakes_of, subgroup
+from common.model_card import Subject, worst_of, write_card
+from common.report import mistakes_of, subgroup, write_report
 from common.results import Results, read_results
 
 
@@ -163,6 +163,33 @@ def test_checklist_has_every_item(work):
     assert re.findall(r"^(\d+)\. ", text, re.M) == [str(n) for n in range(1, 45)]
     row = json.loads((work / "models/acl-results.json").read_text())["valid"]["stack"]
     assert f"AUC {row['auc']:.3f}" in text and "**TO DO:**" in text
+
+
+def test_groups_in_both_splits_are_said_in_report_card_and_checklist(work, tmp_path):
+    results = read_results(work / "models/acl-results.json")
+    data = tmp_path / "data"
+    data.mkdir()
+    content = results.content | {"arguments": {"data_dir": str(data)}}
+    results = results._replace(content=content)
+
+    def texts():
+        write_report([results], tmp_path / "report.html")
+        subject = Subject("acl-stack", "acl", results.networks, "stack", results, "")
+        write_card(subject, "onnx", "acl-stack.onnx", tmp_path / "README.md")
+        return [(tmp_path / n).read_text() for n in ("report.html", "claim.md", "README.md")]
+
+    (data / "train-groups.csv").write_text("0,Anna\n1,Berta\n2,Berta\n3,Carla\n")
+    page, claim, card = texts()
+    assert "3 groups, not known whether validation exams are of them" in page
+    assert "as no valid-groups.csv was given" in claim and "BOTH" not in page + claim + card
+    (data / "valid-groups.csv").write_text("7,Berta\n8,Carla\n9,Dora\n")
+    found = texts()
+    assert all("2 groups are in BOTH splits" in text for text in found)
+    assert "none split" not in found[0]
+    (data / "valid-groups.csv").write_text("7,Dora\n8,Dora\n")
+    page, claim, card = texts()
+    assert "3 groups, none split" in page and "BOTH" not in page + claim + card
+    assert "*-groups.csv (3 in training)." in claim
 
 
 def test_what_is_not_there_in_one_line(work, tmp_path):
