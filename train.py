@@ -49,7 +49,7 @@ from common.checkpoint import (
     restore_state,
     save_model,
 )
-from common.config import ARTICLE, THE_ARTICLES, Config, read_recipe
+from common.config import ARTICLE, THE_ARTICLES, Config, read_recipe, selection_note
 from common.datasets import all_tasks, load_exams
 from common.devices import CACHES, cache_volumes, pick_device, pick_precision
 from common.errors import Interrupted, RunError
@@ -437,9 +437,7 @@ def report_best_model(config, split, path, history, log):
     log.add_result(title, labels, engine.sigmoid(logits[:, 0]), metadata, asdict(config))
     log.add_heat_maps(model, exams, epoch, device)
     low, high = auc_interval(labels, logits[:, 0])[1:]
-    note = "optimistic: these exams selected the epoch"
-    if split.selected_on == "tune":
-        note = "the epoch was selected on other exams"
+    note = selection_note(asdict(config), split.selected_on == "tune")
     print(
         f"\n{f'{task}, ' if len(config.tasks) > 1 else ''}validation AUC {valid['auc']:.4f} "
         f"[{low:.3f}, {high:.3f}], epoch {epoch} ({note})\nmodel  {path}"

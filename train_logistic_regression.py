@@ -37,6 +37,7 @@ from tabulate import tabulate
 
 from common import cli, engine
 from common.checkpoint import column_name, digest_of
+from common.config import SELECTED, selection_of
 from common.datasets import all_tasks
 from common.devices import pick_device, pick_precision
 from common.figures import reliability_figure, roc_figure
@@ -169,8 +170,8 @@ def make_stack(task, kind, logits, labels, tuning, sensitivity=None):
 def tuning_mask(train_set, found):
     """The training exams that thresholds are chosen on: bool (n,), all False where there are none.
 
-    Those that selected the epoch of the only network of each column: no network was trained on
-    them, and what is applied later is these very networks.
+    Those that were kept to select the epoch of the only network of each column: no network was
+    trained on them, and what is applied later is these very networks.
 
     Args:
         found: {column: [ColumnLogits, one per seed]}.
@@ -220,12 +221,13 @@ def names_untuned(combinations, scores, labels, tuning):
     return [name for name, is_tuned in chosen.items() if not is_tuned]
 
 
-def threshold_source(tuning, untuned, folds, repeat):
+def threshold_source(tuning, untuned, decided, folds, repeat):
     """Which predictions the thresholds were chosen on, and what that means for new exams.
 
     Args:
         tuning: bool (n,), the training exams that were meant to choose them.
         untuned: `names_untuned`.
+        decided: by these exams in the trainings, as `selection_of` says it.
     """
     if tuning.any():
         but = (
@@ -233,8 +235,8 @@ def threshold_source(tuning, untuned, folds, repeat):
             "exams with these planes, so not to be trusted on new exams"
         )
         return (
-            f"chosen on {int(tuning.sum())} training exams that no network was trained on; "
-            f"they selected the epochs{but if untuned else ''}"
+            f"chosen on {int(tuning.sum())} training exams that no network was trained on"
+            f"{f'; they {decided}' if decided else ''}{but if untuned else ''}"
         )
     if folds > 1:
         return (
@@ -308,10 +310,11 @@ def print_report(title, labels, rows, training_auc, caveats):
     print(*caveats, sep="\n")
 
 
-def list_caveats(protocol, folds, thresholds, scores):
+def list_caveats(decided, folds, thresholds, scores):
     """What limits the table's figures, one line each.
 
     Args:
+        decided: by the validation exams in the trainings, as `selection_of` says it.
         thresholds: `threshold_source`.
         scores: {column: probabilities (n,)} of the validation exams.
     """
@@ -322,8 +325,10 @@ def list_caveats(protocol, folds, thresholds, scores):
             f"{lacking.sum()} of {len(lacking)} validation exams lack a plane: a plane's figures "
             "are of the exams that have it, the stack's of all"
         )
-    if protocol == "article":
+    if decided == SELECTED:
         caveats.append("OPTIMISTIC: the epochs were selected on the validation exams reported here")
+    elif decided:
+        caveats.append(f"OPTIMISTIC: the validation exams reported here {decided}")
     if folds == 1:
         caveats.append(
             "the stack was fitted on exams that the networks were trained on (the article)"
@@ -445,9 +450,10 @@ def stack_finding(base_models, exams, found, fit, about, logs_dir):
         about: dict, written beside the figures: "folds", "recipes", "arguments" and more.
     """
     labels = {split: labels_of(exams[split]) for split in SPLITS}
-    protocols = set().union(*(one.protocols for ones in found.values() for one in ones))
+    trainings = [a for ones in found.values() for one in ones for a in one.trainings]
     # One optimistic network makes the stack optimistic.
-    protocol = "article" if "article" in protocols else protocols.pop()
+    optimistic = [one for one in trainings if one["protocol"] == "article"]
+    protocol = (optimistic or trainings)[0]["protocol"]
     fit = partial(fit, labels=labels)
     folds, repeat = base_models.folds, base_models.repeat
     aucs = seeds_aucs(found, exams, fit) if repeat > 1 else None
@@ -459,14 +465,14 @@ def stack_finding(base_models, exams, found, fit, about, logs_dir):
         known = folds_of(exams["train"], found)
         scores["train"][STACK] = cross_fitted(kind, logits["train"], labels["train"], known)
     untuned = names_untuned(stack["combinations"], scores["train"], labels["train"], tuning)
-    chosen = threshold_source(tuning, untuned, folds, repeat)
+    chosen = threshold_source(tuning, untuned, selection_of(trainings), folds, repeat)
     rows = evaluate_scores(labels, scores, thresholds, own)
     report = about | {
         "protocol": protocol,
         "thresholds": chosen,
         "data": {split: exams[split].fingerprint() for split in SPLITS},
     }
-    caveats = list_caveats(protocol, folds, chosen, scores["valid"])
+    caveats = list_caveats(selection_of(optimistic), folds, chosen, scores["valid"])
     title = f"{task}: protocol {protocol}, folds {folds}, stacked on {kind}"
     training_auc = "out-of-fold AUC" if folds > 1 else "train AUC"
     print_report(title, labels, rows, training_auc, caveats)

@@ -70,6 +70,43 @@ def beyond_article(arguments):
     }
 
 
+SELECTED = "selected the epochs"
+
+
+def selection_of(trainings):
+    """What the exams that a training evaluates after each epoch decided in some trainings, in
+    words: SELECTED, or less than that; "" where the last epoch is saved whatever they say.
+
+    Args:
+        trainings: {argument: value} of each, as Config names them.
+    """
+    if any(one["select"] == "auc" for one in trainings):
+        return SELECTED
+    decided = []
+    if any(one["patience"] < one["epochs"] for one in trainings):
+        decided.append("stopped the training")
+    if any(one["lr_scheduler"] == "plateau" for one in trainings):
+        decided.append("set the learning rates")
+    return " and ".join(decided)
+
+
+def selection_note(arguments, is_on_others):
+    """What selected the epoch of a network whose validation AUC is printed beside this note.
+
+    Args:
+        arguments: of its training, as Config names them.
+        is_on_others: whether the selection exams are others than those of that AUC.
+    """
+    decided = selection_of([arguments])
+    if not decided:
+        return "the last epoch, no exams selected it"
+    if decided == SELECTED and is_on_others:
+        return "the epoch was selected on other exams"
+    if decided == SELECTED:
+        return "optimistic: these exams selected the epoch"
+    return f"{'other' if is_on_others else 'optimistic: these'} exams {decided}"
+
+
 @dataclass(frozen=True)
 class Config:
     """One training's arguments; a resumed training must agree on all of them.

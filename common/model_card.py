@@ -107,7 +107,7 @@ def write_card(subject, library, file, out):
             "exams": whole["exams"],
             "shared_groups": whole["shared_groups"],
             "protocol": whole["protocol"],
-            "optimistic": whole["optimistic"],
+            "selection": results._replace(networks=subject.networks).selection,
             "row": results.rows[subject.column],
             "of_several": sum(column == subject.column for column, _ in results.networks),
             "worst": worst_of(results, subject.column),

@@ -7,7 +7,14 @@ import numpy as np
 import torch
 
 from common import engine
-from common.checkpoint import body_digest, load_model, model_path, run_suffix, unfinished_states
+from common.checkpoint import (
+    body_digest,
+    load_model,
+    model_path,
+    recorded,
+    run_suffix,
+    unfinished_states,
+)
 from common.errors import InputError
 from common.stacking import Body, combinations_of
 from dataloader import CHANNELS, SPLITS, MRDataset, MultiPlaneDataset, in_order
@@ -121,8 +128,8 @@ class ColumnLogits(NamedTuple):
     # {planes: float64 (n, 1)}; with folds, of the network that was not trained on the exam
     train: dict
     valid: dict  # {planes: float64 (m, networks)}
-    protocols: set
-    tuning: list  # ids of the exams that selected the epoch, where it is one network
+    trainings: list  # arguments of each network's
+    tuning: list  # ids of the selection exams that no network was trained on, where it is one
     folds: dict  # {id: number of the network that was not trained on it}; {} without folds
 
 
@@ -172,7 +179,7 @@ def predict_column(base_models, column, seed, sets, predict):
         sets: {split: MRDataset} of its planes.
         predict: Predictor.
     """
-    paths, folds, protocols, tuning = base_models.paths(column, seed), base_models.folds, set(), []
+    paths, folds, trainings, tuning = base_models.paths(column, seed), base_models.folds, [], []
     train, valid, fold_of = {}, {}, {}
     for number, path in enumerate(paths, start=1):
         model, metadata = load_model(path, base_models.task, column)
@@ -190,12 +197,13 @@ def predict_column(base_models, column, seed, sets, predict):
             logits[rows] = predict(model, sets["train"].subset(rows), path.stem)
             valid.setdefault(planes, []).append(predict(model, sets["valid"], path.stem))
         fold_of |= dict.fromkeys(out, number) if folds > 1 else {}
-        protocols.add(metadata["protocol"])
+        protocol = {"protocol": metadata["protocol"]}
+        trainings.append(recorded(metadata.get("arguments")) | protocol)
         tuning = metadata.get("tuning", []) if folds == 1 else []
     if np.isnan(next(iter(train.values()))).any():
         raise InputError(f"{paths[0]}: its folds leave training exams out; train all folds again")
     valid = {key: np.concatenate(ones, axis=1).astype(np.float64) for key, ones in valid.items()}
-    return ColumnLogits(train, valid, protocols, tuning, fold_of)
+    return ColumnLogits(train, valid, trainings, tuning, fold_of)
 
 
 def predict_columns(findings, sets, exams, device, precision):

@@ -22,7 +22,7 @@ from markupsafe import Markup, escape
 
 from common import cli
 from common.checkpoint import recorded
-from common.config import beyond_article
+from common.config import beyond_article, selection_of
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, OneClassError, one_line
 from common.exams import FolderExams, read_planes
@@ -238,6 +238,7 @@ def training_facts(networks):
         "pretrained": unique(one.get("pretrained") for one in metadata),
         "augment": unique(a["augment"] for a in arguments),
         "select": unique(a["select"] for a in arguments),
+        "decided": selection_of(arguments),
         "differences": beyond_article(arguments[0]),
         "machines": unique(one.get("machine") for one in metadata),
         "precision": unique(one.get("precision") for one in metadata),
@@ -260,7 +261,7 @@ def facts_of(results):
         "shared_groups": len(set.intersection(*groups.values())) if all(groups.values()) else None,
         "folds": results.content["folds"],
         "protocol": results.content["protocol"],
-        "optimistic": results.content["protocol"] == "article",
+        "selection": results.selection,
         "recipes": results.content["recipes"],
         "commits": unique([*found["commits"], results.content["git"]]),
         "versions": results.content["versions"],
@@ -274,6 +275,19 @@ def groups_of(data_dir):
         split: set(read_groups(data_dir, split).values()) if data_dir.is_dir() else set()
         for split in SPLITS
     }
+
+
+def selections_of(tasks):
+    """[(what the validation exams decided, the findings that it is true of)], "" for all of them.
+
+    Args:
+        tasks: dicts with at least `name` and `facts`.
+    """
+    found = {}
+    for task in tasks:
+        found.setdefault(task["facts"]["selection"], []).append(task["name"])
+    names = {what: "" if len(found) == 1 else ", ".join(of) for what, of in found.items()}
+    return [pair for pair in names.items() if pair[0]]
 
 
 def weights_of(stack):
@@ -410,7 +424,7 @@ def write_report(found, out, data_dir=None, metadata=None, pages=None):
         "published": [row for row in PUBLISHED if any(name in row[2] for name in names)],
         "columns": unique(name for task in tasks for name in task["rows"]),
         "synthetic": any(task["facts"]["synthetic"] for task in tasks),
-        "optimistic": any(task["facts"]["optimistic"] for task in tasks),
+        "selections": selections_of(tasks),
         "caveats": unique(line.lstrip("* ") for t in tasks for line in t["results"]["caveats"]),
         "missing": missing,
         "notice": NOTICE,

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.checkpoint import load_model
+from common.checkpoint import load_model, recorded
+from common.config import selection_of
 from common.errors import InputError
 from common.stacking import combination_of, load_stack, reaches, start_of_results
 from dataloader import is_positive
@@ -45,6 +46,12 @@ class Results(NamedTuple):
             combination = combination_of(self.stack, set().union(*there))
             thresholds[row] = self.stack["combinations"][combination]["threshold"]
         return reaches(self.scores["stack"], thresholds)
+
+    @property
+    def selection(self):
+        """What the validation exams decided in the trainings: `selection_of`; "" for nothing."""
+        optimistic = [one for _, one in self.networks if one["protocol"] == "article"]
+        return selection_of([recorded(one.get("arguments")) for one in optimistic])
 
     @property
     def data_dir(self):

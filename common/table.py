@@ -123,7 +123,7 @@ def markdown(found, own=None):
     """
     first = found[0].content
     protocol = f"{first['protocol']}, folds {first['folds']}"
-    if first["protocol"] == "article":
+    if any(results.selection for results in found):
         protocol += " (optimistic)"
     rows, means = [], {}
     for part in parts_of(found, own):

@@ -21,7 +21,7 @@ from common import config as configuration
 from common import engine
 from common.augmentation import StrongAugmentation, make_augmentation
 from common.checkpoint import TrainState, load_model
-from common.config import Config, read_recipe
+from common.config import Config, read_recipe, selection_note, selection_of
 from common.datasets import load_exams
 from common.errors import InputError
 from common.optimization import (
@@ -67,6 +67,30 @@ def test_the_articles_recipe_names_every_argument_that_recipes_may_have():
     assert name == "article" and set(values) == {f.name for f in fields(Config)} - rest
     assert config(pretrained=True).differences == {}
     assert config(lr=1.0).differences == {"pretrained": False, "lr": 1.0}
+
+
+LAST = {"select": "last", "patience": 9, "epochs": 9, "lr_scheduler": "cosine"}
+
+
+@pytest.mark.parametrize("recipe, more, decided", [
+    ("article", {}, "selected the epochs"),
+    ("article", {"select": "last"}, "stopped the training and set the learning rates"),
+    ("article", LAST | {"patience": 8}, "stopped the training"),
+    ("article", LAST | {"lr_scheduler": "plateau"}, "set the learning rates"),
+    ("best", {}, ""), ("fast", {}, ""), ("phantom", {}, ""), ("rsna", {}, ""),
+    ("best", {"epochs": 16}, "stopped the training"),
+    ("best", {"select": "auc"}, "selected the epochs"),
+])  # fmt: skip
+def test_what_the_selection_exams_decide(recipe, more, decided):
+    training = read_recipe("article")[1] | read_recipe(recipe)[1] | more
+    assert selection_of([training]) == decided
+    assert selection_of([LAST, training]) == selection_of([training, LAST]) == decided
+    note = {
+        "": ("the last epoch, no exams selected it",) * 2,
+        "selected the epochs": ("optimistic: these exams selected the epoch",
+                                "the epoch was selected on other exams"),
+    }.get(decided, (f"optimistic: these exams {decided}", f"other exams {decided}"))  # fmt: skip
+    assert tuple(selection_note(training, is_on_others) for is_on_others in (False, True)) == note
 
 
 def test_a_recipe_of_ones_own(work):

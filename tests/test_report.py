@@ -192,6 +192,33 @@ def test_groups_in_both_splits_are_said_in_report_card_and_checklist(work, tmp_p
     assert "*-groups.csv (3 in training)." in claim
 
 
+def test_a_run_of_last_epochs_is_not_said_to_be_selected(work, tmp_path):
+    results = read_results(work / "models/acl-results.json")
+
+    def texts(**arguments):
+        networks = [(column, metadata | {"arguments": metadata["arguments"] | arguments})
+                    for column, metadata in results.networks]  # fmt: skip
+        changed = results._replace(networks=networks)
+        write_report([changed], tmp_path / "report.html", tmp_path / "gone")
+        subject = Subject("acl-stack", "acl", networks, "stack", changed, "")
+        write_card(subject, "onnx", "acl-stack.onnx", tmp_path / "README.md")
+        return [(tmp_path / n).read_text() for n in ("report.html", "claim.md", "README.md")]
+
+    page, claim, card = texts()
+    assert "exams reported here also selected the epochs (the article's protocol)." in page
+    assert "the epoch with the best AUC on the validation exams themselves (optimistic)." in claim
+    assert "protocol article, which is optimistic: the same exams chose the epochs." in card
+    last = {"select": "last", "epochs": 8, "patience": 8, "lr_scheduler": "cosine"}
+    page, claim, card = texts(**last)
+    assert 'class="banner">Optimistic' not in page and "that select the epoch" not in page
+    assert "26. Selection of the final model: none, the last epoch.\n" in claim
+    assert "protocol article." in card
+    page, claim, card = texts(**last | {"patience": 3})
+    assert "also stopped the training (the article's protocol)." in page
+    assert "none, the last epoch, though the validation exams themselves (optimistic) s" in claim
+    assert "optimistic: the same exams stopped the training." in card
+
+
 def test_what_is_not_there_in_one_line(work, tmp_path):
     assert_one_line_error(run_script("tools/report.py", tmp_path), str(tmp_path), "results")
     (tmp_path / "acl-results.json").write_text("[]")

@@ -340,6 +340,17 @@ def test_held_out_protocol_keeps_the_validation_exams_for_the_end(tmp_path):
     assert all(torch.equal(two["model"][k], v) for k, v in saved(exams)["model"].items())
 
 
+def test_a_last_epoch_is_not_said_to_be_selected(exams):
+    last = ("--select", "last", "--patience", "2", "--lr-scheduler", "none")
+    stack = ("train_logistic_regression.py", "--planes", "axial", "--data-dir", exams,
+             "--models-dir", exams.parent / "models", "--logs-dir", exams.parent)  # fmt: skip
+    done = train(exams, *last)
+    assert "epoch 2 (the last epoch, no exams selected it)" in done.stdout, done.stderr
+    done = run_script(*stack)
+    assert done.returncode == 0 and "protocol article" in done.stdout, done.stderr
+    assert "OPTIMISTIC" not in done.stdout and "selected" not in done.stdout
+
+
 @pytest.mark.whole
 def test_folds_and_seeds_stack_out_of_fold(exams):
     more = ("--folds", "2", "--repeat", "2")

@@ -30,7 +30,7 @@ from common.stacking import (
     threshold_for,
 )
 from model import MRNet
-from train_logistic_regression import evaluate_scores, names_untuned, threshold_source
+from train_logistic_regression import evaluate_scores, list_caveats, names_untuned, threshold_source
 
 PLANES = ("axial", "coronal", "sagittal")
 METADATA = {
@@ -222,10 +222,24 @@ def test_what_the_tuning_exams_could_not_choose_is_named():
     scores = {plane: found[plane][:, 0] for plane, found in full.items()} | {"stack": labels}
     untuned = names_untuned(combinations, scores, labels, tuning)
     assert untuned == ["sagittal", "axial+sagittal", "coronal+sagittal", "axial+coronal+sagittal"]
-    line = threshold_source(tuning, untuned, 1, 1)
+    line = threshold_source(tuning, untuned, "selected the epochs", 1, 1)
     assert f"but of {', '.join(untuned)}, whose tuning exams are of one class" in line
-    assert line.startswith("chosen on 15 training exams that no network was trained on")
-    assert "one class" not in threshold_source(tuning, [], 1, 1)
+    chosen = "chosen on 15 training exams that no network was trained on"
+    assert line.startswith(f"{chosen}; they selected the epochs; but of sagittal, ")
+    assert threshold_source(tuning, [], "", 1, 1) == chosen
+
+
+def test_only_exams_that_decided_something_make_figures_optimistic():
+    scores = {"axial": np.array([0.2, 0.3])}
+    found = [list_caveats(decided, 5, "chosen", scores)
+             for decided in ("selected the epochs", "stopped the training", "")]  # fmt: skip
+    assert found == [
+        ["* thresholds: chosen",
+         "OPTIMISTIC: the epochs were selected on the validation exams reported here"],
+        ["* thresholds: chosen",
+         "OPTIMISTIC: the validation exams reported here stopped the training"],
+        ["* thresholds: chosen"],
+    ]  # fmt: skip
 
 
 def test_a_stack_is_read_as_it_was_written(tmp_path):
