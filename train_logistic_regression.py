@@ -28,6 +28,7 @@ Wolpert, "Stacked generalization", Neural Networks 5(2), 1992.
 import argparse
 import json
 import statistics
+from collections import Counter
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -310,13 +311,14 @@ def print_report(title, labels, rows, training_auc, caveats):
     print(*caveats, sep="\n")
 
 
-def list_caveats(decided, folds, thresholds, scores):
+def list_caveats(decided, folds, thresholds, scores, groups):
     """What limits the table's figures, one line each.
 
     Args:
         decided: by the validation exams in the trainings, as `selection_of` says it.
         thresholds: `threshold_source`.
         scores: {column: probabilities (n,)} of the validation exams.
+        groups: of the validation exams, list.
     """
     caveats = [f"{STAR} thresholds: {thresholds}"]
     lacking = np.isnan(list(scores.values())).any(axis=0)
@@ -324,6 +326,13 @@ def list_caveats(decided, folds, thresholds, scores):
         caveats.append(
             f"{lacking.sum()} of {len(lacking)} validation exams lack a plane: a plane's figures "
             "are of the exams that have it, the stack's of all"
+        )
+    sizes = Counter(groups)
+    if in_company := sum(size for size in sizes.values() if size > 1):
+        caveats.append(
+            f"{in_company} of the {len(groups)} validation exams share a group (a patient, a "
+            "scanner) with another (valid-groups.csv): intervals take exams as independent and are "
+            "too narrow"
         )
     if decided == SELECTED:
         caveats.append("OPTIMISTIC: the epochs were selected on the validation exams reported here")
@@ -472,7 +481,9 @@ def stack_finding(base_models, exams, found, fit, about, logs_dir):
         "thresholds": chosen,
         "data": {split: exams[split].fingerprint() for split in SPLITS},
     }
-    caveats = list_caveats(selection_of(optimistic), folds, chosen, scores["valid"])
+    caveats = list_caveats(
+        selection_of(optimistic), folds, chosen, scores["valid"], exams["valid"].groups
+    )
     title = f"{task}: protocol {protocol}, folds {folds}, stacked on {kind}"
     training_auc = "out-of-fold AUC" if folds > 1 else "train AUC"
     print_report(title, labels, rows, training_auc, caveats)

@@ -346,8 +346,10 @@ def test_a_last_epoch_is_not_said_to_be_selected(exams):
              "--models-dir", exams.parent / "models", "--logs-dir", exams.parent)  # fmt: skip
     done = train(exams, *last)
     assert "epoch 2 (the last epoch, no exams selected it)" in done.stdout, done.stderr
+    (exams / "valid-groups.csv").write_text("13,Anna\n15,Anna\n16,Berta\n")
     done = run_script(*stack)
     assert done.returncode == 0 and "protocol article" in done.stdout, done.stderr
+    assert "\n2 of the 8 validation exams share a group (a patient, a scanner)" in done.stdout
     assert "OPTIMISTIC" not in done.stdout and "selected" not in done.stdout
 
 

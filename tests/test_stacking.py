@@ -231,7 +231,7 @@ def test_what_the_tuning_exams_could_not_choose_is_named():
 
 def test_only_exams_that_decided_something_make_figures_optimistic():
     scores = {"axial": np.array([0.2, 0.3])}
-    found = [list_caveats(decided, 5, "chosen", scores)
+    found = [list_caveats(decided, 5, "chosen", scores, ["a", "b"])
              for decided in ("selected the epochs", "stopped the training", "")]  # fmt: skip
     assert found == [
         ["* thresholds: chosen",
@@ -240,6 +240,16 @@ def test_only_exams_that_decided_something_make_figures_optimistic():
          "OPTIMISTIC: the validation exams reported here stopped the training"],
         ["* thresholds: chosen"],
     ]  # fmt: skip
+
+
+def test_exams_of_one_group_are_said_to_narrow_the_intervals():
+    scores = {"axial": np.full(6, 0.5)}
+    groups = ["exam 1", "Anna", "Berta", "Anna", "Berta", "Berta"]
+    assert list_caveats("", 5, "chosen", scores, groups)[1:] == [
+        "5 of the 6 validation exams share a group (a patient, a scanner) with another "
+        "(valid-groups.csv): intervals take exams as independent and are too narrow"
+    ]
+    assert len(list_caveats("", 5, "chosen", scores, sorted(set(groups)))) == 1
 
 
 def test_a_stack_is_read_as_it_was_written(tmp_path):
