@@ -239,11 +239,30 @@ def training_facts(networks):
         "augment": unique(a["augment"] for a in arguments),
         "select": unique(a["select"] for a in arguments),
         "decided": selection_of(arguments),
-        "differences": beyond_article(arguments[0]),
+        "differences": differences_of([column for column, _ in networks], arguments),
+        "plane_dropout": any(a["plane_dropout"] > 0 for a in arguments),
+        "may_lack_planes": any((m.get("dataset") or {}).get("may_lack_planes") for m in metadata),
         "machines": unique(one.get("machine") for one in metadata),
         "precision": unique(one.get("precision") for one in metadata),
         "commits": unique(one.get("git") for one in metadata),
     }
+
+
+def differences_of(columns, arguments):
+    """What networks have beyond the article's recipe, in words: "lr 0.0001, epochs 8"; where they
+    differ "axial-best: lr 0.0001; axial-other: epochs 8"; "" for nothing.
+
+    Args:
+        columns: of each network, list.
+        arguments: of each network's training, list of {argument: value}.
+    """
+    found = {}  # {what: the columns that have it}
+    for column, one in zip(columns, arguments, strict=True):
+        what = ", ".join(f"{key} {value}" for key, value in beyond_article(one).items())
+        found.setdefault(what, {})[column] = None
+    if len(found) == 1:
+        return next(iter(found))
+    return "; ".join(f"{', '.join(of)}: {what}" for what, of in found.items() if what)
 
 
 def facts_of(results):
@@ -263,6 +282,7 @@ def facts_of(results):
         "protocol": results.content["protocol"],
         "selection": results.selection,
         "recipes": results.content["recipes"],
+        "features": results.stack["features"],
         "commits": unique([*found["commits"], results.content["git"]]),
         "versions": results.content["versions"],
         "minutes": sum(times) / 60 if len(times) == len(metadata) else None,
@@ -410,7 +430,6 @@ def write_report(found, out, data_dir=None, metadata=None, pages=None):
                 "rows": results.rows,
                 "gain": results.content["valid"]["stack against best plane"],
                 "weights": weights_of(results.stack),
-                "features": results.stack["features"],
                 "facts": facts_of(results),
                 "figures": figures_of(results),
                 "mistakes": mistakes,

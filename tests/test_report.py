@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import assert_one_line_error, run_script
 
+from common.config import read_recipe
 from common.model_card import Subject, worst_of, write_card
 from common.report import mistakes_of, subgroup, write_report
 from common.results import Results, read_results
@@ -217,6 +218,38 @@ def test_a_run_of_last_epochs_is_not_said_to_be_selected(work, tmp_path):
     assert "also stopped the training (the article's protocol)." in page
     assert "none, the last epoch, though the validation exams themselves (optimistic) s" in claim
     assert "optimistic: the same exams stopped the training." in card
+
+
+def test_recipes_and_findings_that_differ_are_told_apart(work, tmp_path):
+    results = read_results(work / "models/acl-results.json")
+
+    def changed(task, train_labels, *arguments, **dataset):
+        networks = [
+            (column, about | {"arguments": about["arguments"] | read_recipe("article")[1] | more,
+                              "dataset": about["dataset"] | dataset})
+            for (column, about), more in zip(results.networks, arguments, strict=True)
+        ]  # fmt: skip
+        return results._replace(task=task, train_labels=train_labels, networks=networks)
+
+    def text(*found):
+        write_report(found, tmp_path / "report.html", tmp_path / "gone")
+        return [(tmp_path / name).read_text() for name in ("report.html", "claim.md")]
+
+    article, fast = {}, {"epochs": 4, "lr": 1e-4}
+    cyst = changed("cyst", np.ones(7), article, fast, fast)
+    page, claim = text(cyst)
+    words = "beyond the article: coronal, sagittal: lr 0.0001, epochs 4"
+    assert words in page and words in claim
+    assert "refused." in claim and "21. Sample size. 7 training and 10 validation exams, " in claim
+    page, claim = text(changed("acl", np.ones(9), *[fast] * 3, may_lack_planes=True), cyst)
+    assert page.count("article: lr 0.0001, epochs 4<") == page.count(f"{words}<") == 1
+    assert "acl: 9 training and 10 validation exams; cyst: 7 training and 10 val" in claim
+    assert "; acl: an exam that lacks a plane is left out of the networks that need it" in claim
+    assert "; cyst: a plane that is missing is refused.\n" in claim
+    assert "acl: recipe article; beyond the article: lr 0.0001, epochs 4; aug" in claim
+    assert "27. Ensembles: 3 networks a finding, stacked on probabilities.\n" in claim
+    page, claim = text(changed("acl", np.ones(9), article, article, article))
+    assert "beyond the article" not in page + claim
 
 
 def test_what_is_not_there_in_one_line(work, tmp_path):
