@@ -26,6 +26,7 @@ from common.report import (
 )
 from common.results import END, read_results
 from common.stacking import load_stack, reaches, start_of_results
+from dataloader import read_groups
 
 
 class Subject(NamedTuple):
@@ -104,7 +105,7 @@ def write_card(subject, library, file, out):
         if subject.column == STACK:
             subgroups, _ = subgroups_of(results, read_columns(results.data_dir, None))
         context |= {
-            "exams": whole["exams"],
+            "exams": whole["exams"] | {"train": training_exams(subject, whole["exams"]["train"])},
             "shared_groups": whole["shared_groups"],
             "protocol": whole["protocol"],
             "selection": results._replace(networks=subject.networks).selection,
@@ -115,6 +116,23 @@ def write_card(subject, library, file, out):
             "caveats": [line.lstrip("* ") for line in results.content["caveats"]],
         }
     write_text(out, environment().get_template("model_card.md").render(context))
+
+
+def training_exams(subject, whole):
+    """{"n", "positives", "groups"} of the training exams of a card's model.
+
+    Args:
+        whole: the same of the stack's, which a network of a fold or of the held-out protocol has
+            not seen all of.
+    """
+    if subject.column == STACK:
+        return whole
+    results, (network,) = subject.results, subject.networks
+    rows = np.flatnonzero(results.trained_on(*network))
+    listed = read_groups(results.data_dir, "train") if results.data_dir.is_dir() else {}
+    groups = {listed.get(results.train_ids[row]) for row in rows} - {None}
+    positives = int(results.train_labels[rows].sum())
+    return {"n": len(rows), "positives": positives, "groups": len(groups)}
 
 
 def orientation_of(networks):

@@ -24,7 +24,9 @@ class Results(NamedTuple):
     content: dict  # of <task>-results.json
     ids: list  # of the validation exams, without leading zeros
     labels: np.ndarray  # float64 (n,) 0 or 1
-    train_labels: np.ndarray  # of the training exams that the stack was fitted on
+    train_ids: list  # of the training exams that the stack was fitted on
+    train_labels: np.ndarray
+    train_scores: dict  # as `scores`
     scores: dict  # {column, and "stack": probabilities float64 (n,), NaN where a plane lacks}
     stack: dict  # as stacking.load_stack returns it
     networks: list  # of each network (column, metadata)
@@ -52,6 +54,13 @@ class Results(NamedTuple):
         """What the validation exams decided in the trainings: `selection_of`; "" for nothing."""
         optimistic = [one for _, one in self.networks if one["protocol"] == "article"]
         return selection_of([recorded(one.get("arguments")) for one in optimistic])
+
+    def trained_on(self, column, metadata):
+        """The training exams that one of the networks was trained on: bool (n,). Those of its
+        fold and those that selected its epoch are not; nor those that lack its planes."""
+        unused = {*metadata["out_of_fold"], *metadata.get("tuning", ())}
+        is_used = np.array([exam_id not in unused for exam_id in self.train_ids])
+        return is_used & ~np.isnan(self.train_scores[column])
 
     @property
     def data_dir(self):
@@ -105,8 +114,8 @@ def read_results(path):
         for column, names in stack["base_models"].items()
         for name in names
     ]
-    train_labels = read_predictions(predictions, "train")[1]
-    return Results(path.parent, task, content, ids, labels, train_labels, scores, stack, networks)
+    train = read_predictions(predictions, "train")
+    return Results(path.parent, task, content, ids, labels, *train, scores, stack, networks)
 
 
 def read_predictions(path, split="valid"):

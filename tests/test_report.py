@@ -110,7 +110,8 @@ def test_the_surest_mistakes_are_those_that_are_counted():
     rows = {"stack": {"auc": 0.5, "threshold": 0.4}, "coronal": {"auc": 0.5, "threshold": 0.9}}
     results = Results(
         folder=None, task="acl", content={"valid": rows}, ids=list("abcdef"),
-        labels=np.array([1.0, 1, 1, 0, 0, 0]), train_labels=None, scores=scores,
+        labels=np.array([1.0, 1, 1, 0, 0, 0]), scores=scores,
+        train_ids=None, train_labels=None, train_scores=None,
         stack={"combinations": combinations}, networks=networks,
     )  # fmt: skip
     assert results.called.tolist() == [False, False, False, True, False, True]
@@ -118,6 +119,36 @@ def test_the_surest_mistakes_are_those_that_are_counted():
     labels = np.array([1.0, 1, 0, 0, 0, 1])
     assert worst_of(results._replace(labels=labels), "stack") == {"missed": 0.3, "alarm": 0.5}
     assert worst_of(results, "coronal") == {"missed": 0.1, "alarm": 0.9}
+
+
+def test_the_card_of_a_network_counts_the_exams_that_it_was_trained_on(work, tmp_path):
+    results = read_results(work / "models/acl-results.json")
+    column, metadata = results.networks[0]
+    labels = np.array([1.0, 0, 1, 0, 1, 0, 1, 0])
+    p = np.where(np.arange(8) == 7, np.nan, 0.5)  # exam 17 has no such plane
+    results = results._replace(
+        train_ids=[str(n) for n in range(10, 18)], train_labels=labels, train_scores={column: p}
+    )
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train-groups.csv").write_text("10,Anna\n11,Anna\n12,Berta\n14,Carla\n15,Carla\n")
+    content = results.content | {"arguments": {"data_dir": str(data)}}
+    results = results._replace(content=content)
+
+    def row(**more):
+        network = [(column, metadata | more)]
+        write_card(Subject("acl-axial", "acl", network, column, results, ""), "onnx", "m.onnx",
+                   tmp_path / "README.md")  # fmt: skip
+        lines = (tmp_path / "README.md").read_text().splitlines()
+        return next(line for line in lines if line.startswith("| training exams"))
+
+    # Exams 10 to 16 have the plane; 10, 12, 14 and 16 are positive.
+    assert row() == "| training exams | 7, 4 positive, of 3 groups |"
+    held_out = {"out_of_fold": ["10", "11"], "tuning": ["16"]}
+    assert row(**held_out) == "| training exams | 4, 2 positive, of 2 groups |"
+    stack = Subject("acl-stack", "acl", results.networks, "stack", results, "")
+    write_card(stack, "onnx", "m.onnx", tmp_path / "README.md")
+    assert "| training exams | 8, 4 positive, of 3 groups |" in (tmp_path / "README.md").read_text()
 
 
 def test_subgroups(work):

@@ -111,7 +111,7 @@ def test_what_cannot_be_measured_is_refused():
 def results_of(task, ids, labels, scores):
     rows = {name: {"auc": 0.5} for name in scores}
     content = {"task": task, "protocol": "held-out", "folds": 3, "valid": rows}
-    return Results(Path(), task, content, ids, labels, labels, scores, {}, [])
+    return Results(Path(), task, content, ids, labels, ids, labels, scores, scores, {}, [])
 
 
 @pytest.fixture
