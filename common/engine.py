@@ -142,9 +142,9 @@ def train_epoch(step, exams, what="train", partial_epoch=None, stop_requested=()
         begin = len(partial_epoch["logits"])
         logits[:begin], losses[:begin] = partial_epoch["logits"], partial_epoch["losses"]
         restore_random_states(partial_epoch, device)
-    ranks.differ(begin)
-    end = begin
+    end, seed = begin, torch.initial_seed()
     for k in progress(range(begin, n, accumulate), what):
+        ranks.differ(seed, k)
         end = min(k + accumulate, n)
         group = slice(k, end)
         logits[group], losses[group] = step(

@@ -82,15 +82,17 @@ def first_alone():
         wait()
 
 
-def differ(step):
-    """Let the random numbers of each rank differ from here on: dropout's, and no others are drawn
-    in a step.
+def differ(seed, step):
+    """Let the random numbers of each rank differ in a step: dropout's, and no others are drawn
+    there. Each step has its own, so that a resumed epoch has those of one without a stop: of the
+    generators only the first rank's is saved.
 
     Args:
-        step: number of the next one within its epoch.
+        seed: of the epoch.
+        step: number within the epoch.
     """
     if index():
-        torch.manual_seed(torch.initial_seed() + (index() << 40) + step)
+        torch.manual_seed(seed + (index() << 40) + step)
 
 
 def wait():

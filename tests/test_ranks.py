@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import MagicMock
 
 import numpy as np
 import psutil
@@ -16,7 +17,7 @@ import torch
 from conftest import ROOT, content_of, let_planes_lack, run_process, run_script, write_exams
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common import ranks
+from common import engine, ranks
 
 pytestmark = pytest.mark.whole
 
@@ -132,6 +133,36 @@ def test_more_ranks_than_exams_in_a_step(tmp_path, shared_exams):
     assert done.returncode != 0
     assert "error: 2 ranks share the exams of a step: give --accumulate 2" in done.stderr
     assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_resumed_epoch_draws_what_one_without_a_stop_does(monkeypatch, rank):
+    """Of each rank; only the first one's generator is saved, and loaded by all."""
+    ours, saved, stop = {"rank": 0}, {}, []
+    monkeypatch.setattr(ranks, "index", lambda: ours["rank"])
+
+    def step(_exams, _rows, _views, targets, _weights):
+        if stop and len(drawn) == 4:
+            saved.update(engine.random_states(step.device))
+        drawn.append(torch.rand(()).item())  # as dropout does
+        return targets.clone(), targets.clone()
+
+    step.model, step.device = torch.nn.Identity(), torch.device("cpu")
+    exams = MagicMock(targets=np.zeros((10, 1), np.float32), weights=np.ones((10, 1), np.float32))
+    exams.__len__.return_value = 10
+
+    def epoch(**more):
+        torch.manual_seed(7)
+        engine.train_epoch(step, exams, **more)
+        return list(drawn)
+
+    drawn, stop = [], [1]
+    epoch()  # the first rank's states, after four steps
+    drawn, stop, ours["rank"] = [], [], rank
+    whole = epoch()
+    drawn = []
+    rest = epoch(partial_epoch=saved | dict.fromkeys(("logits", "losses"), torch.zeros(4, 1)))
+    assert len(set(whole)) == 10 and rest == whole[4:]
 
 
 def test_one_process_is_all_of_its_ranks():

@@ -657,6 +657,23 @@ def test_pseudo_labels_are_out_of_fold_and_know_their_studies(own, tmp_path):
     found = {uid: one["ACL"] for uid, one in labels.values.items()}
     assert [found[uid_of(s)] for s in range(5)] == [0.1, 0.2, 0.3, 0.4, 0.5]
     assert np.isnan(found[uid_of(5)]) and np.isnan(labels.values[uid_of(0)]["MCL"])
+    # Of predict.py: an answer for those without a label, nothing else.
+    known = [numbers[exam_name(uid_of(s))] for s in range(6)]
+    lines = ["source,exam,task,stack", f"train,{known[1]},acl,0.77", f"train,{known[5]},acl,0.78",
+             f"train,{known[2]},mcl,0.79", f"valid,{known[3]},mcl,0.81",
+             f"train,{known[4]},mcl,"]  # fmt: skip
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    done = run_script(*command, "--rows", tmp_path / "rows.csv")
+    assert done.returncode == 0, done.stderr
+    assert "ACL               5 exams out of fold, 0 without a label" in done.stdout
+    assert "MCL               0 exams out of fold, 1 without a label" in done.stdout
+    labels = read_labels(tmp_path / "teacher.csv").values
+    assert [labels[uid_of(s)]["ACL"] for s in range(5)] == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert np.isnan(labels[uid_of(5)]["ACL"])  # a network of another fold saw its label
+    mcl = [labels[uid_of(s)]["MCL"] for s in range(6)]
+    assert mcl[2] == 0.79 and np.isnan(np.delete(mcl, 2)).all()
+    done = run_script(*command, "--rows", own / "train.csv")
+    assert_one_line_error(done, "train.csv: not a CSV of predict.py")
     (models / "acl-results.json").write_text('{"folds": 1}')
     assert_one_line_error(run_script(*command), "without folds", "--folds 5")
 

@@ -1,16 +1,22 @@
 """What networks say about exams that they were not trained on, as labels for the next networks.
 
-    python -m tools.pseudo_labels ~/rsna/train.csv --models-dir models/reproduce --out teacher.csv
-    python data/rsna/prepare.py ~/rsna data/rsna2 --labels teacher.csv --gold-weight 5
+    python predict.py data/rsna --out rows.csv
+    python -m tools.pseudo_labels ~/rsna/train.csv --rows rows.csv --out teacher.csv
+    python data/rsna/prepare.py ~/rsna data/rsna2 --labels reports.csv --labels teacher.csv
 
 Reads the <task>-predictions.csv that train_logistic_regression.py wrote beside the networks, takes
 the training exams' out-of-fold probabilities of the stack, and writes a CSV with train.csv's
 columns, a probability or nothing each. Networks without folds saw every training exam, and theirs
-are refused. For RSNA's knee set, whose studies' UIDs are turned into the exams' names.
+are refused. A training study whose label is unknown was in no fold and has no such probability:
+--rows, what predict.py says about the same data folder, is the answer of all folds' networks, none
+of which saw a label of it. Validation exams get none, so that no network is judged by what networks
+say: give what labels them (reports.csv) as well. For RSNA's knee set, whose studies' UIDs are
+turned into the exams' names.
 """
 
 import csv
 import json
+from collections import defaultdict
 from pathlib import Path
 
 from common import cli
@@ -34,12 +40,16 @@ def parse_arguments():
         "--models-dir", type=Path, default=Path("models/reproduce"), help="networks with folds"
     )
     cli.add_recipes_argument(parser)
+    rows = "CSV that predict.py wrote of --data-dir with these networks: labels for the training "
+    rows += "studies that have none"
+    parser.add_argument("--rows", type=Path, metavar="CSV", help=rows)
     parser.add_argument("--out", type=Path, required=True, help="CSV to write")
     return parser.parse_args()
 
 
 def out_of_fold(models_dir, task, recipes):
-    """{exam's number: probability} of the training exams; {} where the task has no stack.
+    """{exam's number: probability} of the training exams with a label, None where the other folds
+    have no answer; {} where the task has no stack.
 
     Raises:
         InputError: the networks have no folds, or a file is damaged.
@@ -52,7 +62,7 @@ def out_of_fold(models_dir, task, recipes):
         folds = json.loads(results.read_text(encoding="utf-8"))["folds"]
         with open(path, newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
-        found = {int(row["id"]): float(row["stack"]) for row in rows if row["stack"]}
+        found = {int(row["id"]): float(row["stack"]) if row["stack"] else None for row in rows}
     except (OSError, ValueError, LookupError, TypeError, csv.Error):
         raise InputError(
             f"{path}: damaged; run train_logistic_regression.py --task {task} again"
@@ -60,6 +70,27 @@ def out_of_fold(models_dir, task, recipes):
     if folds < 2:
         raise InputError(
             f"{results}: networks without folds were trained on these exams; train with --folds 5"
+        )
+    return found
+
+
+def answers_in(path):
+    """{task: {exam's number: probability}} of the training exams in a file of predict.py's.
+
+    Raises:
+        InputError: no such file, or without an answer about a training exam.
+    """
+    found = defaultdict(dict)
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if row["source"].split("/")[-1] == "train" and row["stack"]:
+                    found[row["task"]][int(row["exam"])] = float(row["stack"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error):
+        raise InputError(f"{path}: not a CSV of predict.py; make it with --out") from None
+    if not found:
+        raise InputError(
+            f"{path}: no stack's answer about an exam in train/; give predict.py the data folder"
         )
     return found
 
@@ -73,7 +104,9 @@ def run(args):
             numbers = {row["exam"]: int(row["id"]) for row in csv.DictReader(file)}
     except (OSError, ValueError, LookupError, TypeError, csv.Error):
         raise InputError(f"{path}: not the register of a prepared set; see --data-dir") from None
-    columns = {name: out_of_fold(args.models_dir, task_of(name), args.recipes) for name in FINDINGS}
+    answers = answers_in(args.rows) if args.rows else {}
+    own = {name: out_of_fold(args.models_dir, task_of(name), args.recipes) for name in FINDINGS}
+    columns = {name: answers.get(task_of(name), {}) | own[name] for name in FINDINGS}
     if not any(columns.values()):
         raise InputError(f"{args.models_dir}: no stack of any finding; run reproduce.py first")
     rows = []
@@ -83,7 +116,10 @@ def run(args):
         rows.append([uid, *("" if value is None else f"{value:.{DIGITS}f}" for value in found)])
     write_csv(args.out, [[STUDY, *FINDINGS], *rows])
     for name, column in columns.items():
-        print(f"{name:<17} {len(column)} exams" if column else f"{name:<17} no stack")
+        others = len(column) - len(own[name])
+        there = len(own[name]) - list(own[name].values()).count(None)
+        words = f"{there} exams out of fold, {others} without a label"
+        print(f"{name:<17} {words if column else 'no stack'}")
     labelled = sum(any(row[1:]) for row in rows)
     print(f"written  {args.out}: {len(rows)} studies, {labelled} of them with a label")
 
