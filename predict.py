@@ -437,11 +437,14 @@ def sample_for(path, out, may_replace):
     Raises:
         InputError: no such sample, or `out` is a folder or a file that may not be replaced.
     """
+    sample = read_sample(path)
     if out.is_dir():
         raise InputError(f"{out}: a folder; give --out a file in it")
-    if out.exists() and (out.samefile(path) or not may_replace):
+    if out.exists() and out.samefile(path):
+        raise InputError(f"{out}: the sample itself; give another --out")
+    if out.exists() and not may_replace:
         raise InputError(f"{out}: exists; give another --out, --resume or --overwrite")
-    return read_sample(path)
+    return sample
 
 
 def submit(path, sample, rows, tasks):

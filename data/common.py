@@ -187,11 +187,17 @@ def write_dataset(out, **content):
             ) from None
     for name in ("synthetic", "orientation", "patient_key", "mirrored", "field_of_view", "square",
                  "t1"):  # fmt: skip
-        # What earlier versions did not write is not mirrored and not cut.
+        # What earlier versions did not write is not mirrored and not cut to a field of view; what
+        # they cropped to a square they did not record.
         if there and (there.get(name) or None) != (content.get(name) or None):
             raise InputError(
                 f"{path}: the folder holds exams with {name} {there.get(name)}, these have "
                 f"{content.get(name)}; give a folder of its own to them"
+                + (
+                    ', or write "square": "crop" into it if an earlier version cropped those'
+                    if name == "square" and name not in there
+                    else ""
+                )
             )
     content |= {name: there[name] for name in ("name", "licence") if there.get(name)}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -266,14 +272,15 @@ class Register:
             self.next += 1
         return self.rows[exam][0]
 
-    def clear(self):
-        """Delete the volumes of the exams that a killed process left unfinished, and what says
-        which they are."""
+    def clear(self, report):
+        """Delete the volumes of the exams that a killed process left unfinished, say so, and
+        delete what told which they are."""
         folder = self.out / UNFINISHED
-        for mark in folder.glob("*"):
+        for mark in sorted(folder.glob("*")):
             for path in self.out.glob(f"*/*/{mark.name}.npy"):
                 path.unlink()
             mark.unlink()
+            report.log(f"exam {mark.name} was left unfinished and is deleted; import it again")
         if folder.is_dir():
             folder.rmdir()
 

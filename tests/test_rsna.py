@@ -19,7 +19,7 @@ from common.errors import InputError
 from common.submission import read_sample, task_of
 from common.table import read_own_labels
 from data.common import exam_name
-from data.rsna.prepare import count_elsewhere, group_studies, split_groups
+from data.rsna.prepare import count_elsewhere, group_studies, split_groups, write_problems
 from data.rsna.studies import StudyFolder, identity_of
 from data.rsna.tables import (
     FINDINGS,
@@ -328,6 +328,9 @@ def test_uids_with_spaces_and_studies_that_are_lost_are_said(own, tmp_path):
     assert f"1 studies of the CSV are not there, the first: {uid_of(5)}" in done.stderr
     assert_problem(done, tmp_path, f"study {uid_of(5)}: in the CSVs, but not in train_series")
     assert len(volumes(tmp_path / "out")) == 15
+    write_problems(tmp_path / "out" / "problems.txt", ["study 3: damaged"], afresh=False)
+    kept = (tmp_path / "out" / "problems.txt").read_text()
+    assert kept == "study 3: damaged\n"  # what is found in every run is no news of an earlier one
 
 
 def test_an_odd_folder_among_the_slices_stops_nothing(own, tmp_path):
@@ -381,7 +384,18 @@ def test_a_study_that_was_half_written_is_written_again(tree, tmp_path, monkeypa
     assert path.exists() == (ends == "killed") and importer.Register(out).rows
     done = prepare(tree, out)
     assert done.returncode == 0 and "1 studies converted" in done.stdout
+    assert (f"exam {number} was left unfinished" in done.stdout) == (ends == "killed")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == whole
+
+
+def test_two_importers_do_not_write_to_one_folder(tree, tmp_path):
+    from data.dicom.serve import alone_in
+
+    with alone_in(tmp_path / "out"):
+        done = prepare(tree, tmp_path / "out")
+        assert_one_line_error(done, "out: another import is writing to it")
+        assert not (tmp_path / "out").exists()
+    assert prepare(tree, tmp_path / "out").returncode == 0
 
 
 def test_networks_of_mirrored_or_cropped_knees_refuse_others():
@@ -559,9 +573,11 @@ def test_a_submission_has_every_study_of_the_sample_in_its_order(tree, tmp_path)
     assert (tmp_path / "mine.csv").read_bytes() == whole
     again = run_script(*command)
     assert_one_line_error(again, "mine.csv: exists; give another --out, --resume or --overwrite")
-    for out, words in ((tmp_path, "a folder"), (tmp_path / "sample.csv", "exists")):
+    for out, words in ((tmp_path, "a folder"), (tmp_path / "sample.csv", "the sample itself")):
         done = run_script(*command[:-1], out, "--overwrite")
         assert_one_line_error(done, f"{out}: {words}")
+    typo = [*command[:-3], tmp_path / "typo.csv", *command[-2:], "--resume"]
+    assert_one_line_error(run_script(*typo), "typo.csv")
     write_rows(tmp_path / "sample.csv", ["StudyInstanceUID", "PF OA"], [[studies[0], 0.5]])
     assert_one_line_error(run_script(*command, "--overwrite"), "no models of task 'pf-oa'")
 

@@ -1,6 +1,7 @@
 """What a folder of scans has lost or mixed is said, and never answered about without a word."""
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pydicom
@@ -22,7 +23,7 @@ from test_dicom import (
 
 from data.common import Report
 from data.dicom.series import Frame
-from data.dicom.studies import Choice, Study, find_exams, slices_lost, volumes_of
+from data.dicom.studies import Choice, Study, exams_mixed, find_exams, slices_lost, volumes_of
 
 
 def read(folder, **choice):
@@ -90,8 +91,8 @@ def test_a_knee_of_unknown_side_is_not_shown_to_networks_of_left_knees(tmp_path,
         nifti(tmp_path / "sag.nii", "sagittal")
     assert list(read(tmp_path)[0]) == ["sagittal"]
     volumes, unusable, said = read(tmp_path, mirror=True)
-    assert not volumes and "left or a right knee" in unusable["sagittal"]
-    assert "Laterality" in said
+    assert not volumes and "left or right knee is not recorded" in unusable["sagittal"]
+    assert ("Laterality" if kind == "dicom" else "give its DICOM") in said
 
 
 def test_a_known_left_knee_is(tmp_path):
@@ -137,6 +138,13 @@ def test_links_to_folders_are_followed_once_and_dead_ones_are_said(tmp_path):
     assert "leads nowhere" in said
 
 
+def test_a_link_beside_its_folder_does_not_take_its_name(tmp_path):
+    write_exam(tmp_path / "scans" / "zz")
+    (tmp_path / "scans" / "latest").symlink_to("zz")
+    (exam,) = find_exams(tmp_path / "scans", Report(collect=True))
+    assert exam.source == "zz"
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read all folders")
 def test_a_folder_without_permission_is_said(tmp_path):
     write_exam(tmp_path)
@@ -159,8 +167,22 @@ def test_one_odd_file_beside_many_slices_does_not_matter(tmp_path):
     frames = [Frame(file, 0, *rest) for file in files(tmp_path / "a", 20)]
     for unread, lost in ((files(tmp_path / "a", 2), False), (files(tmp_path / "a", 3), True),
                          (files(tmp_path / "b", 9), False)):  # fmt: skip
-        series = type("Series", (), {"frames": frames})
-        assert bool(slices_lost(series, unread)) == lost
+        assert bool(slices_lost(SimpleNamespace(frames=frames), unread)) == lost
+    enhanced = SimpleNamespace(frames=[frames[0]] * 20)  # one file holds the whole series
+    assert not slices_lost(enhanced, files(tmp_path / "a", 9))
+
+
+def test_unreadable_files_of_a_flat_folder_are_no_series_own(tmp_path):
+    """They may be of any of its series, or of none: two series are there as before."""
+    for number, plane in enumerate(PLANES[:2]):
+        for path in write_series(tmp_path / plane, plane, series=f"1.2.3.{number}", number=number):
+            path.rename(tmp_path / f"{plane}-{path.name}")
+    for k in range(4):
+        lost = tmp_path / f"lost{k}"
+        lost.write_bytes(next(tmp_path.glob("axial-*")).read_bytes()[:400])
+    volumes, unusable, _ = read(tmp_path)
+    assert sorted(volumes) == sorted(PLANES[:2])
+    assert list(unusable) == [PLANES[2]] and "cannot be read: 4" in unusable[PLANES[2]]
 
 
 def files(folder, count):
@@ -209,6 +231,23 @@ def test_nifti_files_of_two_exams_in_one_folder(tmp_path):
     volumes, unusable, _ = read(tmp_path)
     assert not volumes and set(unusable) == set(PLANES)
     assert "of two (p1 and p2)" in unusable["axial"]
+
+
+@pytest.mark.parametrize(
+    "names, are_two",
+    [
+        ("knee1_sag knee2_sag knee1_ax knee2_ax", True),
+        ("p1_pd_sag p1_pd_cor p2_pd_cor p2_t1_sag", True),
+        ("sag_proton_density_fs cor_proton_density_fs sag_t1 cor_t1", False),
+        ("sag_pd_dixon_water cor_pd_dixon_water sag_t1 cor_t1 ax_dess", False),
+        ("sag_pd_fs cor_pd_fs sag_t1_post cor_t1_post", False),
+        ("3_sag_pd 4_cor_pd 5_ax_pd 6_sag_pd", False),  # numbers of series
+        ("case01 case02", False),  # names that say nothing
+    ],
+)
+def test_names_of_nifti_files(names, are_two):
+    series = [SimpleNamespace(description=name) for name in names.split()]
+    assert bool(exams_mixed(series)) == are_two
 
 
 @pytest.mark.parametrize(

@@ -411,6 +411,17 @@ def test_a_seed_that_has_only_begun_waits(tmp_path):
     assert "left out: better, axial, seed 1: 200 exams of 400 so far" in done.stdout, done.stderr
 
 
+def test_recipes_without_a_complete_seed_in_common_have_no_difference(tmp_path):
+    folder = write_results(tmp_path / "out", {"article": 1.0, "better": 1.5}, seeds=2)
+    for name, lost in (("article", "axial 4"), ("better", "axial 2")):
+        path = folder / f"{name}.json"
+        content = json.loads(path.read_text())
+        del content["networks"][lost]
+        path.write_text(json.dumps(content))
+    _, found = lines(folder)
+    assert found["better"].gain is None and len(found["better"].aucs) == 1
+
+
 def test_a_stack_never_sees_the_labels_of_its_own_fold(tmp_path):
     folder = write_results(tmp_path / "out", {"article": 1.0, "other": 1.0})
     labels, stacks, recipes = read_results(folder)

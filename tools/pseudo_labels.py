@@ -1,6 +1,6 @@
 """What networks say about exams that they were not trained on, as labels for the next networks.
 
-    python predict.py data/rsna --out rows.csv
+    python predict.py data/rsna --models-dir models/reproduce --out rows.csv
     python -m tools.pseudo_labels ~/rsna/train.csv --rows rows.csv --out teacher.csv
     python data/rsna/prepare.py ~/rsna data/rsna2 --labels reports.csv --labels teacher.csv
 

@@ -417,7 +417,13 @@ def write_about(sweep, setting, has_networks):
         before = json.loads(path.read_text(encoding="utf-8"))
         known = before.get("exams", {})  # earlier versions recorded labels only
         other = [name for name in known.keys() & exams.keys() if known[name] != exams[name]]
-        if other or before["labels"] != about["labels"]:
+        other += [
+            task
+            for task, labels in about["labels"].items()
+            for exam_id, label in before["labels"].get(task, {}).items()
+            if labels.get(exam_id, label) != label  # which exams there are depends on the plane
+        ]
+        if other:
             raise InputError(
                 f"{path}: networks there were trained on other exams or labels than "
                 f"{setting.data_dir} has; give another --out, or the data as before"

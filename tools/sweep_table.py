@@ -224,6 +224,7 @@ def differences(truth, rows, bases):
         for row in rows
         if row.recipe != ARTICLE and (row.recipe, row.column) in bases
     }
+    pairs = {key: pair for key, pair in pairs.items() if len(pair[0])}  # a complete seed in common
     spreads = {}  # variance from seed to seed: of all rows of a column together, few seeds each
     for (_, column), (runs, others, known) in pairs.items():
         if len(runs) > 1:

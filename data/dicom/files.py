@@ -148,12 +148,17 @@ def find_files(source, report):
 
 
 def walk(source, on_error):
-    """Paths of the files under a folder, through links to folders, each folder once."""
-    seen = set()
-    for folder, below, names in os.walk(source, onerror=on_error, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            below.clear()
-            continue
-        seen.add(real)
-        yield from (Path(folder, name) for name in names)
+    """Paths of the files under a folder, through links to folders, each folder once: under its own
+    name rather than a link's, which it may have had all the time."""
+    seen, waiting = set(), [source]
+    while waiting:
+        links = []
+        for folder, below, names in os.walk(waiting.pop(0), onerror=on_error):
+            real = os.path.realpath(folder)
+            if real in seen:
+                below.clear()
+                continue
+            seen.add(real)
+            yield from (Path(folder, name) for name in names)
+            links += [path for name in below if os.path.islink(path := os.path.join(folder, name))]
+        waiting += sorted(links)

@@ -111,7 +111,7 @@ def write_exam(exam, number, folder, choice, report):
     return sum(len(volume) for volume in volumes.values())
 
 
-def number_exams(exams, out, split, overwrite, key):
+def number_exams(exams, out, split, overwrite, key, report):
     """The register of `out` with all `exams` in it, {number: Exam}, and the numbers to convert.
 
     Args:
@@ -122,7 +122,7 @@ def number_exams(exams, out, split, overwrite, key):
         InputError: an exam is in the other split already.
     """
     register, numbered, wanted = Register(out), {}, []
-    register.clear()
+    register.clear(report)
     for exam in exams:
         patient = keyed_hash(key, exam.study.patient)
         number = register.number(exam.name, patient)
@@ -138,16 +138,30 @@ def number_exams(exams, out, split, overwrite, key):
     return register, numbered, wanted
 
 
+def exams_under(source, report):
+    """`find_exams` where there are some.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not source.exists():
+        raise InputError(f"{source}: no such file or folder")
+    exams = find_exams(source, report)
+    if not exams:
+        lines = [text for stream, text in report.lines or () if stream == "stderr"]
+        why = lines[0].removeprefix("error: ") if lines else "give the exams' folder"
+        raise InputError(f"{source}: no readable DICOM or NIfTI in it; {why}")
+    return exams
+
+
 def run(args, choice, report):
     """Convert everything -> exit status."""
     start = time.perf_counter()
-    if not args.source.exists():
-        raise InputError(f"{args.source}: no such file or folder")
-    exams = find_exams(args.source, report)
-    if not exams:
-        raise InputError(f"{args.source}: no readable DICOM or NIfTI in it; give the exams' folder")
+    exams = exams_under(args.source, report)
     key = patient_key()
-    register, numbered, wanted = number_exams(exams, args.out, args.split, args.overwrite, key)
+    register, numbered, wanted = number_exams(
+        exams, args.out, args.split, args.overwrite, key, report
+    )
     labels = read_labels(args.labels, numbered) if args.labels else {}
     if args.id_map and args.id_map.exists() and not args.overwrite:
         raise InputError(f"{args.id_map}: exists; give another file or --overwrite")
@@ -175,7 +189,7 @@ def run(args, choice, report):
         except OSError as error:
             full = error
             break
-    register.clear()
+    register.clear(report)
     done = {n for n in numbered if n not in wanted} | {n for n, count in slices.items() if count}
     if full is None:
         labels["groups"] = register.groups()  # of which those that are done are written
@@ -221,13 +235,7 @@ def write_id_map(path, numbered, done):
 
 def serve_exams(source, out, choice, report):
     """List the exams under `source`, then convert those that are asked for."""
-    if not source.exists():
-        raise InputError(f"{source}: no such file or folder")
-    exams = find_exams(source, report)
-    if not exams:
-        lines = [text for stream, text in report.take() if stream == "stderr"]
-        why = lines[0].removeprefix("error: ") if lines else "give the exams' folder"
-        raise InputError(f"{source}: no readable DICOM or NIfTI in it; {why}")
+    exams = exams_under(source, report)
 
     def convert(exam):
         volumes, unusable, taken = volumes_of(exam, choice, report, exam.title)

@@ -4,9 +4,16 @@ As a server it converts the exams that they ask for, in a process of its own, so
 foreign files shares no memory with the networks.
 """
 
+import getpass
+import hashlib
 import json
 import sys
+import tempfile
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from common.errors import InputError
 from data.common import TARGET, write_volume
@@ -23,7 +30,7 @@ def run_importer(work, out, report, what="exams"):
         what: "exams" or "studies".
     """
     try:
-        with quiet():
+        with quiet(), nullcontext() if report.lines is not None else alone_in(out):
             return work()
     except InputError as error:
         status, message = 2, str(error)
@@ -44,6 +51,26 @@ def run_importer(work, out, report, what="exams"):
     if report.lines is not None:
         answer({"failed": message, "lines": report.take()[:-1]})
     return status
+
+
+@contextmanager
+def alone_in(out):
+    """Within it no other importer of this user writes to the folder: they would give out the same
+    numbers, and delete each other's unfinished exams.
+
+    Raises:
+        InputError: another one does.
+    """
+    whose = hashlib.sha256(f"{getpass.getuser()} {out.resolve()}".encode()).hexdigest()[:16]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"mrnet-import-{whose}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{out}: another import is writing to it; wait for that one") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def serve(exams, digest, convert, out, report):

@@ -38,11 +38,13 @@ LOST = 0.1  # of a series' files: as many unreadable ones beside them may have b
 PLANE_WORDS = {"axial": "ax axial tra transverse", "coronal": "co cor coronal",
                "sagittal": "sa sag sagittal"}  # fmt: skip
 PLANE_OF_WORD = {word: plane for plane, words in PLANE_WORDS.items() for word in words.split()}
-CONTRAST_WORD = re.compile("pdw?|t[12]w?|fs|fat|sat|fatsat|spair|spir|stir|tirm|[tf]?se")
-NO_SIDE = (
-    "whether it is a left or a right knee is not recorded, and right knees have to be mirrored; "
-    "write Laterality into its files (dcmodify -i 0020,0060=L)"
+CONTRAST_WORD = re.compile(
+    "pdw?|t[12]w?|proton|density|fs|fat|sat|fatsat|fatsup|spair|spir|stir|tirm|water|dixon|dess|gre|"
+    "[tf]?se|3d|post|pre|iso|wo|non|no"
 )
+NO_SIDE = "left or right knee is not recorded, and right ones have to be mirrored; "
+LATERALITY = "write Laterality into its files (dcmodify -i 0020,0060=L)"
+NO_LATERALITY = "NIfTI does not say: give its DICOM, or take networks of unmirrored knees"
 
 
 @dataclass
@@ -83,6 +85,12 @@ class Study:
     def folder(self):
         """The folder that all its files lie in."""
         return Path(os.path.commonpath([file.folder for file in self.files]))
+
+    def has_folder_of(self, series):
+        """Whether a series lies in folders of its own, so that what is unreadable there is its."""
+        ours = {frame.file.folder for frame in series.frames}
+        others = (f.file.folder for one in self.series if one is not series for f in one.frames)
+        return ours.isdisjoint(others)
 
     @property
     def has_images(self):
@@ -164,7 +172,8 @@ def find_studies(source, report):
             study.unread.append(file)
     for study in found:
         for series in study.series:
-            series.fault = series.fault or slices_lost(series, study.unread)
+            if study.has_folder_of(series):
+                series.fault = series.fault or slices_lost(series, study.unread)
     return found
 
 
@@ -174,23 +183,32 @@ def slices_lost(series, unread):
     Args:
         unread: files of its study that cannot be read.
     """
-    folders = {frame.file.folder for frame in series.frames}
+    files = {frame.file for frame in series.frames}
+    folders = {file.folder for file in files}
     lost = [file for file in unread if file.folder in folders]
-    if len(lost) <= LOST * len(series.frames):
+    if len(files) < MIN_SLICES or len(lost) <= LOST * len(files):  # enhanced: all in one file
         return ""
-    return f"{lost[0]}: {len(lost)} files beside its {len(series.frames)} slices cannot be read"
+    return f"{lost[0]}: {len(lost)} files beside its {len(files)} slices cannot be read"
 
 
 def exams_mixed(series):
-    """Why NIfTI volumes of one folder are of several exams, or '': their names without the words
-    that tell plane and contrast are two, and each has the same planes as the other."""
-    planes = defaultdict(set)
+    """Why NIfTI volumes of one folder are of several exams, or ''.
+
+    Their names without the words that tell plane and contrast are two, and both have the same
+    plane in the same contrast. Names that do not tell the plane say nothing.
+    """
+    shown = defaultdict(set)
     for one in series:
         words = re.findall("[a-z0-9]+", one.description.lower())
-        rest = tuple(w for w in words if w not in PLANE_OF_WORD and not CONTRAST_WORD.fullmatch(w))
-        planes[rest] |= {PLANE_OF_WORD[word] for word in words if word in PLANE_OF_WORD}
-    for a, b in itertools.combinations(planes, 2):
-        if len(planes[a] & planes[b]) > 1:
+        planes = {PLANE_OF_WORD[word] for word in words if word in PLANE_OF_WORD}
+        contrast = frozenset(word for word in words if CONTRAST_WORD.fullmatch(word))
+        rest = {*words} - PLANE_OF_WORD.keys() - contrast
+        if len(planes) == 1:
+            shown[tuple(w for w in words if w in rest)].add((*planes, contrast))
+    # A series' own number differs from file to file: it is no exam's name.
+    several = {names: what for names, what in shown.items() if len(what) > 1}
+    for a, b in itertools.combinations(several, 2):
+        if several[a] & several[b]:
             names = " and ".join("-".join(words) or "no name" for words in (a, b))
             return f"a folder is an exam, and this one's files are of two ({names}); part them"
     return ""
@@ -304,7 +322,9 @@ def volumes_of(exam, choice, report, title):
     if wanted and not any(series.is_wanted(wanted) for series in exam.series):
         report.warn(f"{title}: no series matches --series")
     volumes, unusable, reader = {}, {}, Volumes(choice)
-    refused = exam.refused or (NO_SIDE if choice.mirror and not exam.side else "")
+    refused = exam.refused
+    if choice.mirror and not exam.side and not refused:
+        refused = NO_SIDE + (LATERALITY if exam.study.is_dicom else NO_LATERALITY)
     for plane, ranked in candidates(exam, wanted).items():
         if refused:
             unusable[plane] = refused
@@ -315,7 +335,7 @@ def volumes_of(exam, choice, report, title):
                 break  # never replace the named series by another
             if passed and first.contrast and not series.contrast and not series.is_wanted(wanted):
                 report.warn(f"{title}: {plane}: {series.name} is no fluid-sensitive series and not "
-                            "taken in its place; --series takes it all the same")  # fmt: skip
+                            "taken in its place (data/dicom/prepare.py --series does)")  # fmt: skip
                 break
             try:
                 volumes[plane] = reader.cut(series, axis, exam.side)

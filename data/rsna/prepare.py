@@ -58,6 +58,7 @@ from data.rsna.tables import FINDINGS, combine_labels, read_labels, read_series 
 
 VERSION = "1"  # of what is written from the same files; raise it with every change of the pixels
 SEED = 0  # of the cut into train and valid
+NOT_THERE, NO_ROW = "in the CSVs, but not in train_series", "no row in train.csv"
 OF_A_PATIENT = 20  # studies; a PatientID that more share is a word such as "anonymous"
 
 
@@ -267,7 +268,7 @@ def run(args, choice, report, pool):
         report.log(f"studies in the group of another scanner, which saw their patient: {elsewhere}")
     report.log(f"groups by scanner, patient and report: {len(sizes)}, the largest of "
                f"{max(sizes.values())} studies")  # fmt: skip
-    register, numbers, todo = number_studies(studies, valid, args.out, args.overwrite)
+    register, numbers, todo = number_studies(studies, valid, args.out, args.overwrite, report)
     write_dataset(
         args.out,
         name="rsna-knee-2026",
@@ -288,7 +289,7 @@ def run(args, choice, report, pool):
         outcomes = in_parallel(pool, write_study, items, "studies")
         for (study, _), outcome in zip(todo, outcomes, strict=True):
             summary.add(study, outcome)
-    register.clear()
+    register.clear(report)
     usable = {number for number in numbers.values() if register.split_of(number)}
     weight = {True: args.gold_weight, False: 1.0}
     texts = {
@@ -307,11 +308,11 @@ def run(args, choice, report, pool):
 def unmatched(listed, labels, there):
     """A line for each study that is in a CSV but not on disk, or on disk without labels; all UIDs,
     `there` those on disk."""
-    lost = [f"study {uid}: in the CSVs, but not in train_series" for uid in sorted(listed - there)]
-    return lost + [f"study {uid}: no row in train.csv" for uid in sorted(there - labels.keys())]
+    lost = [f"study {uid}: {NOT_THERE}" for uid in sorted(listed - there)]
+    return lost + [f"study {uid}: {NO_ROW}" for uid in sorted(there - labels.keys())]
 
 
-def number_studies(studies, valid, out, overwrite):
+def number_studies(studies, valid, out, overwrite, report):
     """The register of `out` with all studies in it, {uid: number}, and the studies to convert with
     their split.
 
@@ -319,7 +320,7 @@ def number_studies(studies, valid, out, overwrite):
         InputError: a study is in the other split already.
     """
     register, numbers, todo = Register(out), {}, []
-    register.clear()
+    register.clear(report)
     for study in studies:
         number = numbers[study.uid] = register.number(study.name)
         split = "valid" if study.uid in valid else "train"
@@ -364,6 +365,7 @@ def write_own(path, is_own, numbers):
 def write_problems(path, problems, afresh):
     """Write a line for each problem, beside those of earlier runs unless all is done `afresh`."""
     before = [] if afresh or not path.exists() else path.read_text(encoding="utf-8").splitlines()
+    before = [line for line in before if not line.endswith((NOT_THERE, NO_ROW))]  # found anew
     lines = dict.fromkeys([*before, *(" ".join(problem.split()) for problem in problems)])
     write_text(path, "".join(f"{line}\n" for line in lines))
 
@@ -389,6 +391,9 @@ def tell(report, summary, counts, out, began):
         f"{n} studies converted, {summary.counts['slices']} slices in {seconds:.1f} s "
         f"({n / seconds:.2f} studies/s); {usable} of {asked} studies have a plane -> {out}"
     )
+    if summary.doubts:
+        where = out / "problems.txt"
+        report.warn(f"knees that are not mirrored: {len(summary.doubts)}; each is in {where}")
     if faults or summary.problems:
         report.fault(
             f"{faults} rows and {len(summary.problems)} studies, series or files could not be "
