@@ -7,6 +7,7 @@ foreign files shares no memory with the networks.
 import getpass
 import hashlib
 import json
+import os
 import sys
 import tempfile
 from concurrent.futures.process import BrokenProcessPool
@@ -61,7 +62,8 @@ def alone_in(out):
     Raises:
         InputError: another one does.
     """
-    whose = hashlib.sha256(f"{getpass.getuser()} {out.resolve()}".encode()).hexdigest()[:16]
+    user = getattr(os, "getuid", getpass.getuser)()  # a container's user may have no name
+    whose = hashlib.sha256(f"{user} {out.resolve()}".encode()).hexdigest()[:16]
     lock = FileLock(Path(tempfile.gettempdir()) / f"mrnet-import-{whose}.lock")
     try:
         lock.acquire(timeout=0)
