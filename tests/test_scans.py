@@ -1,6 +1,8 @@
 """What a folder of scans has lost or mixed is said, and never answered about without a word."""
 
+import errno
 import os
+from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,6 @@ from test_dicom import (
     PLANES,
     SLICES,
     THICK,
-    convert,  # noqa: F401
     edit,
     header,
     nifti,
@@ -21,7 +22,9 @@ from test_dicom import (
     zipped,
 )
 
+from common.cli import status_of
 from data.common import Report
+from data.dicom import serve
 from data.dicom.series import Frame
 from data.dicom.studies import Choice, Study, exams_mixed, find_exams, slices_lost, volumes_of
 
@@ -284,3 +287,33 @@ def test_a_report_of_another_department_is_no_second_patient(tmp_path):
     report = header(series="1.2.7", number=7, Modality="SR", PatientID="other")
     write(tmp_path / "sr", report)
     assert list(read(tmp_path)[0]) == ["sagittal"]
+
+
+# --- the machine ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [(MemoryError(), "not enough memory"), (PermissionError(13, "denied"), "denied")],
+)
+def test_what_the_machine_cannot_do_is_of_one_exam_alone(error, words):
+    def convert(_exam):
+        raise error
+
+    volumes, unusable, describe = serve.attempt(convert, "exam")
+    assert volumes == {} and describe() is None and set(unusable) == set(PLANES)
+    assert all(words in why for why in unusable.values())
+
+
+def test_a_worker_that_was_ended_is_one_line(tmp_path, capsys):
+    def work():
+        raise BrokenProcessPool
+
+    assert serve.run_importer(work, tmp_path, Report(), "studies") == 1
+    said = capsys.readouterr().err
+    assert "fewer --workers" in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG])
+def test_a_path_that_cannot_be_written_is_one_line(number):
+    assert status_of(OSError(number, os.strerror(number), "out"))[0] == 1
