@@ -9,14 +9,13 @@ import os
 import re
 import shutil
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from common import cli
 from common.errors import InputError, Interrupted, RunError
 from common.exams import check_there
+from common.files import held
 from common.jobs import ROOT, Job, failures
 from common.parts import beside, merge
 
@@ -85,22 +84,17 @@ def opened_folder(out):
     Raises:
         InputError: it cannot be written, or another run holds it.
     """
-    folder = folder_of(out)
-    try:
-        if out.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        folder.mkdir(exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror}); give another --out"
-                         ) from None  # fmt: skip
-    except Timeout:
-        raise InputError(f"{out}: another run predicts it; wait for that one") from None
-    try:
+    folder, busy = folder_of(out), f"{out}: another run predicts it; wait for that one"
+    with ExitStack() as stack:
+        try:
+            if out.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            folder.mkdir(exist_ok=True)
+            stack.enter_context(held(folder / ".lock", busy))
+        except OSError as error:
+            raise InputError(f"{out}: cannot be written ({error.strerror}); give another --out"
+                             ) from None  # fmt: skip
         yield folder
-    finally:
-        lock.release()
 
 
 def prepare_rows(jobs, out, resume):

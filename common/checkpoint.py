@@ -16,12 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from common import ranks
 from common.config import ARTICLE, PLANNED, THE_ARTICLES
 from common.errors import InputError, one_line
-from common.files import write_bytes
+from common.files import held, write_bytes
 from common.metrics import mean_of
 from common.optimization import steps_with_optimizer
 from dataloader import ALL_PLANES, CHANNELS, INTENSITIES, is_dataset
@@ -116,19 +115,11 @@ def lock(path):
     if not ranks.is_first():
         yield
         return
-    file_lock = FileLock(path.with_name(f".{path.stem}.lock"))
-    try:
-        file_lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(
-            f"{path}: another run is training it; wait for that one, or give another --models-dir"
-        ) from None
-    try:
+    busy = f"{path}: another run is training it; wait for that one, or give another --models-dir"
+    with held(path.with_name(f".{path.stem}.lock"), busy):
         for leftover in path.parent.glob(f".{path.stem}.*.tmp"):
             leftover.unlink()
         yield
-    finally:
-        file_lock.release()
 
 
 def run_suffix(fold=None, folds=1, seed=None):

@@ -13,11 +13,33 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from common.errors import InputError
+
 # A first character that begins a formula, but not a number's sign, nor a dash alone (OWASP, "CSV
 # Injection").
 FORMULA = re.compile(r"'|[=@]|[+-](?!$|[0-9.]+(e[+-]?[0-9]+)?$)")
 UMASK = os.umask(0)
 os.umask(UMASK)
+
+
+@contextmanager
+def held(path, busy):
+    """Hold the lock file at `path`, against other processes.
+
+    Raises:
+        InputError: another one holds it; `busy` is its text.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(busy) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

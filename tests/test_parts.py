@@ -13,7 +13,7 @@ import psutil
 import pytest
 from conftest import ROOT, assert_one_line_error, run_script
 
-from common.archive import make_jobs
+from common.archive import make_jobs, opened_folder
 from common.errors import InputError
 from common.files import csv_line, from_cell
 from common.jobs import Done
@@ -307,3 +307,12 @@ def test_a_part_that_dies_with_status_1_is_not_a_part_that_ended(trained, tmp_pa
             assert predict(work, exams, tmp_path / "2.csv", *words).returncode == 2
     done = merge([tmp_path / "1.csv", tmp_path / "2.csv"], tmp_path / "all.csv")
     assert_one_line_error(done, "2.csv.part.json: no such file", "after its run has ended")
+
+
+def test_an_archive_that_another_run_predicts(tmp_path):
+    with (
+        opened_folder(tmp_path / "x.csv"),
+        pytest.raises(InputError, match="x.csv: another run predicts it; wait for that one"),
+        opened_folder(tmp_path / "x.csv"),
+    ):
+        pass

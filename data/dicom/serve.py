@@ -11,12 +11,11 @@ import os
 import sys
 import tempfile
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from common.errors import InputError
+from common.files import held
 from data.common import TARGET, write_volume
 from data.dicom.files import quiet
 
@@ -54,7 +53,6 @@ def run_importer(work, out, report, what="exams"):
     return status
 
 
-@contextmanager
 def alone_in(out):
     """Within it no other importer of this user writes to the folder: they would give out the same
     numbers, and delete each other's unfinished exams.
@@ -64,15 +62,8 @@ def alone_in(out):
     """
     user = getattr(os, "getuid", getpass.getuser)()  # a container's user may have no name
     whose = hashlib.sha256(f"{user} {out.resolve()}".encode()).hexdigest()[:16]
-    lock = FileLock(Path(tempfile.gettempdir()) / f"mrnet-import-{whose}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"{out}: another import is writing to it; wait for that one") from None
-    try:
-        yield
-    finally:
-        lock.release()
+    path = Path(tempfile.gettempdir()) / f"mrnet-import-{whose}.lock"
+    return held(path, f"{out}: another import is writing to it; wait for that one")
 
 
 def serve(exams, digest, convert, out, report):
