@@ -155,14 +155,13 @@ def mean_auc_interval(labels, scores, level=0.95):
         intervals.append(_delong_interval(*placements, level))
         rows = np.flatnonzero(rows)
         influences[rows[positive], k], influences[rows[~positive], k] = _influences(*placements)
-    covariance = influences.T @ influences
-    deviations = np.sqrt(np.diag(covariance))
-    correlation = np.ones(covariance.shape)
-    there = np.outer(deviations, deviations) > 0
-    correlation[there] = (covariance / np.outer(deviations, deviations).clip(1e-300))[there]
+    deviations = np.linalg.norm(influences, axis=0)
+    scale = np.outer(deviations, deviations)
+    unknown = np.ones(scale.shape)
+    correlation = np.divide(influences.T @ influences, scale, out=unknown, where=scale > 0)
     value, low, high = np.array(intervals).T
     below, above = (
-        math.sqrt(distance @ correlation @ distance) / len(intervals)
+        math.sqrt(max(distance @ correlation @ distance, 0.0)) / len(intervals)  # but for rounding
         for distance in (value - low, high - value)
     )
     mean = float(value.mean())
@@ -207,8 +206,9 @@ def mean_auc_difference(labels, runs_a, runs_b, run_variance=0.0, level=0.95):
     difference = _mean_auc(*a) - _mean_auc(*b)
     quantile = float(norm.ppf((1 + level) / 2))
     below = above = quantile * math.sqrt(variance)
-    alike = all(np.array_equal(rankdata(x), rankdata(y)) for x, y in zip(*scores, strict=True))
-    if variance == 0 and not alike:
+    if variance == 0 and not all(
+        np.array_equal(rankdata(x), rankdata(y)) for x, y in zip(*scores, strict=True)
+    ):
         below, above = _independent_distances(a, b, level)
     of_runs = quantile * math.sqrt(run_variance / count)
     below, above = math.hypot(below, of_runs), math.hypot(above, of_runs)

@@ -81,6 +81,23 @@ def whole_exam(out, number, paths):
     mark.unlink()
 
 
+def write_planes(folder, number, planes, volumes):
+    """Write OUT/SPLIT/<plane>/<number>.npy, all of them or none (`whole_exam`).
+
+    Args:
+        folder: OUT/SPLIT.
+        planes: that the exam may have; one without a volume loses what an earlier run left.
+        volumes: {plane: uint8 (s, H, W)}.
+    """
+    paths = {plane: folder / plane / f"{number:04d}.npy" for plane in planes}
+    with whole_exam(folder.parent, number, paths.values()):
+        for plane, path in paths.items():
+            if plane in volumes:
+                write_volume(path, volumes[plane])
+            else:
+                path.unlink(missing_ok=True)
+
+
 # --- pixels ---------------------------------------------------------------------------------------
 
 

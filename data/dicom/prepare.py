@@ -36,10 +36,9 @@ from data.common import (  # noqa: E402
     keyed_hash,
     merge_csv,
     patient_key,
-    whole_exam,
     write_csv,
     write_dataset,
-    write_volume,
+    write_planes,
 )
 from data.dicom.origin import describe  # noqa: E402
 from data.dicom.serve import run_importer, serve  # noqa: E402
@@ -98,13 +97,7 @@ def write_exam(exam, number, folder, choice, report):
     """
     title = f"exam {number:04d} ({exam.source})"
     volumes, *_ = volumes_of(exam, choice, report, title)
-    paths = {plane: folder / plane / f"{number:04d}.npy" for plane in TARGET}
-    with whole_exam(folder.parent, number, paths.values()):
-        for plane, path in paths.items():
-            if plane in volumes:
-                write_volume(path, volumes[plane])
-            else:  # what an earlier run left, with --overwrite
-                path.unlink(missing_ok=True)
+    write_planes(folder, number, TARGET, volumes)
     missing = sorted(TARGET.keys() - volumes.keys())
     if volumes and missing:
         report.log(f"{title}  planes missing: {', '.join(missing)}")

@@ -170,7 +170,7 @@ def find_studies(source, report):
     for file in unread:
         for study in studies_beside(file, found):
             study.unread.append(file)
-    for study in found:
+    for study in filter(lambda study: study.unread, found):
         for series in study.series:
             if study.has_folder_of(series):
                 series.fault = series.fault or slices_lost(series, study.unread)
@@ -202,9 +202,9 @@ def exams_mixed(series):
         words = re.findall("[a-z0-9]+", one.description.lower())
         planes = {PLANE_OF_WORD[word] for word in words if word in PLANE_OF_WORD}
         contrast = frozenset(word for word in words if CONTRAST_WORD.fullmatch(word))
-        rest = {*words} - PLANE_OF_WORD.keys() - contrast
+        names = tuple(w for w in words if w not in PLANE_OF_WORD and w not in contrast)
         if len(planes) == 1:
-            shown[tuple(w for w in words if w in rest)].add((*planes, contrast))
+            shown[names].add((*planes, contrast))
     # A series' own number differs from file to file: it is no exam's name.
     several = {names: what for names, what in shown.items() if len(what) > 1}
     for a, b in itertools.combinations(several, 2):

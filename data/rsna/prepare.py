@@ -46,9 +46,8 @@ from data.common import (  # noqa: E402
     Report,
     add_preparation,
     merge_csv,
-    whole_exam,
     write_dataset,
-    write_volume,
+    write_planes,
 )
 from data.dicom.origin import describe  # noqa: E402
 from data.dicom.serve import run_importer, serve  # noqa: E402
@@ -199,13 +198,7 @@ def write_study(study, number, folder, choice):
         warnings.simplefilter("ignore")
         done = convert(study, Volumes(choice))
     slices = {plane: len(volume) for plane, volume in done.volumes.items()}
-    paths = {plane: folder / plane / f"{number:04d}.npy" for plane in planes_of(choice)}
-    with whole_exam(folder.parent, number, paths.values()):
-        for plane, path in paths.items():
-            if plane in done.volumes:
-                write_volume(path, done.volumes[plane])
-            else:  # what an earlier run left, with --overwrite
-                path.unlink(missing_ok=True)
+    write_planes(folder, number, planes_of(choice), done.volumes)
     done.volumes = {}
     return Outcome(slices, done)
 
