@@ -279,20 +279,19 @@ class MRNet(nn.Module):
         with torch.autocast(slices.device.type, enabled=False):
             return self.attention(slices)
 
-    def contributions(self, volume, weight):
+    def contributions(self, maps, weight):
         """What each cell of the last feature maps adds to a weighted sum of the exam's features.
 
         The sum is linear in the maps once the slices' weights are fixed: a channel's exam feature
         is the mean over cells of its maps, each slice with its weight.
 
         Args:
-            volume: float32 (s, 1 or 3, H, W).
+            maps: float32 (s, channels, h, w), of `exam_maps`.
             weight: float32 (channels,).
 
         Returns:
-            maps: float32 (s, h, w); and their exact sum, computed from the pooled features: ().
+            float32 (s, h, w); and their exact sum, computed from the pooled features: ().
         """
-        maps = self.feature_maps(volume).float()  # (s, 256, h, w)
         slices = self.slice_features(maps)  # (s, 256)
         weights = self.slice_weights(slices) * weight  # (s, 256)
         cells = maps.shape[2] * maps.shape[3]
@@ -301,6 +300,11 @@ class MRNet(nn.Module):
         return parts, (slices * weights).sum()
 
     @torch.inference_mode()
+    def exam_maps(self, volume):
+        """What `heat_maps_of` takes: the last feature maps, float32 (s, channels, h, w); the same
+        for networks that differ in their classifiers alone."""
+        return self.feature_maps(volume).float()
+
     def heat_maps(self, volume):
         """Class activation maps that add up to the exam's logit of the first finding, exactly.
 
@@ -315,8 +319,13 @@ class MRNet(nn.Module):
             maps: float32 array (s, h, w), in units of the logit; above 0 is for the finding.
             logit: float, as `forward` returns it in evaluation mode.
         """
-        maps, total = self.contributions(volume, self.classifier.weight[0])
-        return maps.cpu().numpy(), total.item() + self.classifier.bias[0].item()
+        return self.heat_maps_of(self.exam_maps(volume))
+
+    @torch.inference_mode()
+    def heat_maps_of(self, maps):
+        """`heat_maps` from the `exam_maps` of a volume."""
+        parts, total = self.contributions(maps, self.classifier.weight[0])
+        return parts.cpu().numpy(), total.item() + self.classifier.bias[0].item()
 
 
 class MultiPlaneMRNet(nn.Module):
@@ -378,12 +387,18 @@ class MultiPlaneMRNet(nn.Module):
                 logits.append(network.classify(found[plane]))
         return torch.cat([self.classify(self.join(found)), *logits])
 
+    def exam_maps(self, exam):
+        """As MRNet.exam_maps, of each plane that there is: {plane: float32 (s, channels, h, w)}."""
+        return {p: net.exam_maps(exam[p]) for p, net in self.networks.items() if p in exam}
+
+    heat_maps = MRNet.heat_maps
+
     @torch.inference_mode()
-    def heat_maps(self, exam):
-        """As MRNet.heat_maps, of all planes together.
+    def heat_maps_of(self, maps):
+        """As MRNet.heat_maps_of, of all planes together.
 
         Args:
-            exam: {plane: float32 (s, 1 or 3, H, W)}.
+            maps: `exam_maps` of an exam, {plane: float32 (s, 1 or 3, H, W)}.
 
         Returns:
             {plane: float32 array (s, h, w)} that add up to the joint logit less the bias, and the
@@ -391,13 +406,12 @@ class MultiPlaneMRNet(nn.Module):
         """
         sizes = [network.classifier.in_features for network in self.networks.values()]
         weights = dict(zip(self.networks, self.classifier.weight[0].split(sizes), strict=True))
-        maps, logit = {}, self.classifier.bias[0].item()
-        for plane, network in self.networks.items():
-            if plane in exam:
-                parts, total = network.contributions(exam[plane], weights[plane])
-                maps[plane] = parts.cpu().numpy()
-                logit += total.item()
-        return maps, logit
+        found, logit = {}, self.classifier.bias[0].item()
+        for plane in maps:
+            parts, total = self.networks[plane].contributions(maps[plane], weights[plane])
+            found[plane] = parts.cpu().numpy()
+            logit += total.item()
+        return found, logit
 
 
 class GatedAttention(nn.Module):

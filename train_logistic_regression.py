@@ -41,6 +41,7 @@ from common.checkpoint import column_name, digest_of
 from common.config import SELECTED, selection_of
 from common.datasets import all_tasks
 from common.devices import pick_device, pick_precision
+from common.errors import InputError
 from common.figures import reliability_figure, roc_figure
 from common.files import atomic, write_csv, write_text
 from common.logs import open_writer
@@ -60,6 +61,7 @@ from common.stacking import (
     fit_combinations,
     of_both_classes,
     order_of,
+    planes_of_exams,
     reaches,
     save_stack,
     stack_name,
@@ -149,6 +151,9 @@ def make_stack(task, kind, logits, labels, tuning, sensitivity=None):
         the stack as `stacking.save_stack` takes it, {split: {name: probabilities}} with the
         columns and the stack, {name: threshold}, and the stack's threshold of each validation exam,
         (m,): another where it lacks a plane.
+
+    Raises:
+        InputError: `refuse_unanswered`.
     """
     combinations = fit_combinations(kind, logits["train"], labels["train"], tuning, sensitivity)
     stack = {"task": task, "features": kind, "combinations": combinations}
@@ -159,6 +164,7 @@ def make_stack(task, kind, logits, labels, tuning, sensitivity=None):
             column: engine.sigmoid(values).mean(axis=1) for column, values in whole.items()
         }
         scores[split][STACK], own = combine_all(stack, logits[split])
+        refuse_unanswered(task, split, logits[split], scores[split][STACK])
     for column in logits["train"]:
         found = answered(labels["train"], scores["train"][column], np.where(tuning, 1.0, 0.0))
         known, p, ours = found
@@ -166,6 +172,22 @@ def make_stack(task, kind, logits, labels, tuning, sensitivity=None):
     largest = max(combinations, key=lambda planes: planes.count("+"))
     thresholds[STACK] = combinations[largest]["threshold"]
     return stack, scores, thresholds, own
+
+
+def refuse_unanswered(task, split, logits, stacked):
+    """Raise InputError for exams with planes that no regression could be fitted for, which a table
+    of all exams must not leave out.
+
+    Args:
+        logits: {column: {planes: float64 (n, networks)}}.
+        stacked: float64 (n,), NaN for such exams.
+    """
+    if len(planes := np.unique(planes_of_exams(logits)[np.isnan(stacked)])):
+        raise InputError(
+            f"{task}: {np.isnan(stacked).sum()} {split} exams have only {' or '.join(planes)}, and "
+            "the training exams that have these planes are of one class, so they cannot be "
+            f"stacked; leave them out of {split}-{task}.csv"
+        )
 
 
 def tuning_mask(train_set, found):

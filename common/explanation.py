@@ -41,17 +41,18 @@ class PlaneMaps(NamedTuple):
         return self.maps.sum(axis=(1, 2), dtype=np.float64)
 
 
-def explain_networks(networks, volumes, device, precision):
+def explain_networks(networks, volumes, device, precision, known):
     """Probability and maps of networks that take the same planes.
 
     Args:
         networks: list of stacking.Network.
         volumes: {plane: uint8 array (s, H, W)}.
+        known: as `Network.heat_maps` takes it.
 
     Returns:
         {plane: PlaneMaps}, and the logits, [float, one for each network].
     """
-    found = [network.heat_maps(volumes, device, precision) for network in networks]
+    found = [network.heat_maps(volumes, device, precision, known) for network in networks]
     logits = [logit for _, logit in found]
     backbones = [network.model.backbone for network in networks]
     finest = min(backbones, key=lambda name: BACKBONES[name].cell_step)
@@ -82,24 +83,26 @@ def describe_network(network):
     return f"{network.model.backbone}, {pooling} over slices"
 
 
-def explain_planes(models, volumes, device, precision):
+def explain_planes(models, volumes, device, precision, known=None):
     """What each group of a task's networks that take the same planes says.
 
     Args:
         models: stacking.TaskModels.
         volumes: {plane: uint8 array (s, H, W)}.
+        known: as `Network.heat_maps` takes it; None for an exam that no other task asks about.
 
     Returns:
         {title: PlaneMaps}, such as "axial", or "axial of axial+sagittal" for networks that join
         planes; and {column: [float, one for each network]}.
     """
     explained, logits = {}, {}
+    known = {} if known is None else known
     for planes, columns in models.by_planes.items():
         columns = {name: ones for name, ones in columns.items() if ones[0].takes(volumes)}
         if not columns:
             continue
         networks = [network for ones in columns.values() for network in ones]
-        found, values = explain_networks(networks, volumes, device, precision)
+        found, values = explain_networks(networks, volumes, device, precision, known)
         for column, ones in columns.items():
             logits[column], values = values[: len(ones)], values[len(ones) :]
         of = "" if len(planes) == 1 else f" of {'+'.join(planes)}"
@@ -139,10 +142,10 @@ def explain_exam(exam, tasks, device, precision, partial=False):
         tasks: list of stacking.TaskModels.
         partial: also decide where a plane cannot be used.
     """
-    findings, read = [], {}
+    findings, read, known = [], {}, {}
     for models in tasks:
         volumes, unusable = read_planes(exam, models, read)
-        explained, logits = explain_planes(models, volumes, device, precision)
+        explained, logits = explain_planes(models, volumes, device, precision, known)
         decision = None
         if explained and models.stack and (partial or not unusable):
             decision = decide(models.stack, volumes, logits)

@@ -145,10 +145,11 @@ def combine_all(stack, logits):
     """Apply a stack to exams, each with the planes that it has; logits as above.
 
     Returns:
-        float64 (n,) stacked probabilities, and the threshold of each, (n,).
+        float64 (n,) stacked probabilities, and the threshold of each, (n,): NaN where the stack has
+        no regression for the planes that an exam has.
     """
     there = planes_of_exams(logits)
-    stacked, thresholds = np.empty(len(there)), np.empty(len(there))
+    stacked, thresholds = np.full((2, len(there)), np.nan)
     for planes in np.unique(there):
         rows = there == planes
         ours = {
@@ -156,7 +157,8 @@ def combine_all(stack, logits):
             for column, found in logits.items()
             if (key := restrict(next(iter(found)), planes.split("+"))) in found
         }
-        stacked[rows], thresholds[rows] = combine(stack, planes.split("+"), ours)
+        with suppress(KeyError):  # no regression of these planes
+            stacked[rows], thresholds[rows] = combine(stack, planes.split("+"), ours)
     return stacked, thresholds
 
 
@@ -172,16 +174,13 @@ def cross_fitted(kind, logits, labels, folds):
         float64 (n,) stacked probabilities, NaN where the other folds' exams are too few for a
         regression of the planes that an exam has.
     """
-    stacked, there = np.full(len(labels), np.nan), planes_of_exams(logits)
+    stacked = np.empty(len(labels))
     for fold in np.unique(folds):
         others = folds != fold
         nobody = np.zeros(others.sum(), bool)
         fitted = fit_combinations(kind, take_exams(logits, others), labels[others], nobody)
         stack = {"features": kind, "combinations": fitted}
-        for planes in np.unique(there[~others]):
-            rows = ~others & (there == planes)
-            with suppress(KeyError):  # no regression of these planes
-                stacked[rows], _ = combine_all(stack, take_exams(logits, rows))
+        stacked[~others], _ = combine_all(stack, take_exams(logits, ~others))
     return stacked
 
 
@@ -431,18 +430,28 @@ class Network(NamedTuple):
             known: {Body: features} of this exam on this device in this precision, brought up to
                 date: networks that differ in their classifiers alone share the rest.
         """
-        planes = tuple(plane for plane in self.planes if plane in volumes)
-        body = Body(self.body_digest, planes, self.intensity, self.channels)
+        body = self.body(volumes)
         with autocast(device, precision):
             if body not in known:
                 known[body] = self.model.exam_features(self.prepare(volumes, device))
             return self.model.classify(known[body]).item()
 
-    def heat_maps(self, volumes, device, precision):
-        """{plane: float32 array (s, h, w)}, as `MRNet.heat_maps`, and the logit."""
-        exam = self.prepare(volumes, device)
+    def body(self, planes):
+        """The Body of an exam with these planes, container."""
+        ours = tuple(plane for plane in self.planes if plane in planes)
+        return Body(self.body_digest, ours, self.intensity, self.channels)
+
+    def heat_maps(self, volumes, device, precision, known):
+        """{plane: float32 array (s, h, w)}, as `MRNet.heat_maps`, and the logit.
+
+        Args:
+            known: as `logit` takes it, with `MRNet.exam_maps` in the place of features.
+        """
+        body = self.body(volumes)
         with autocast(device, precision):
-            maps, logit = self.model.heat_maps(exam)
+            if body not in known:
+                known[body] = self.model.exam_maps(self.prepare(volumes, device))
+            maps, logit = self.model.heat_maps_of(known[body])
         return (maps if len(self.planes) > 1 else {self.planes[0]: maps}), logit
 
 

@@ -155,11 +155,16 @@ def test_a_networks_features_of_one_exam_are_told_apart():
         (network._replace(intensity="standardized"), both),
         (network._replace(channels="neighbours"), both),
     ]
-    known, logits = {}, []
+    known, logits, seen = {}, [], {}
     for one, volumes in others:
         logits.append(one.logit(volumes, CPU, "fp32", known))
         assert logits[-1] == one.logit(volumes, CPU, "fp32", {})
+        maps, logit = one.heat_maps(volumes, CPU, "fp32", seen)
+        alone, _ = one.heat_maps(volumes, CPU, "fp32", {})
+        assert logit == pytest.approx(logits[-1], rel=1e-6) and maps.keys() == alone.keys()
+        assert all(np.array_equal(maps[plane], alone[plane]) for plane in maps)
     assert len(set(logits)) == 6 and len(known) == 5  # `other` shares what `network` found
+    assert seen.keys() == known.keys()
 
 
 @pytest.mark.whole

@@ -30,7 +30,13 @@ from common.stacking import (
     threshold_for,
 )
 from model import MRNet
-from train_logistic_regression import evaluate_scores, list_caveats, names_untuned, threshold_source
+from train_logistic_regression import (
+    evaluate_scores,
+    list_caveats,
+    make_stack,
+    names_untuned,
+    threshold_source,
+)
 
 PLANES = ("axial", "coronal", "sagittal")
 METADATA = {
@@ -421,3 +427,19 @@ def test_planes_that_too_few_exams_have_together_are_combined_from_fewer():
     assert np.isfinite(stacked).all()
     with pytest.raises(KeyError):
         combination_of(a_stack(combinations={"axial": {}}), ["coronal"])
+
+
+def test_exams_that_cannot_be_stacked_are_refused_not_left_out():
+    """Nobody positive has a coronal volume, and one exam has nothing else."""
+    labels, logits = some_logits()
+    logits = {plane: values.copy() for plane, values in logits.items()}
+    logits["coronal"][labels == 1] = np.nan
+    alone = np.flatnonzero(labels == 0)[4]
+    none, both = np.zeros(len(labels), bool), {"train": labels, "valid": labels}
+    for place, values in logits.items():
+        if place != "coronal":
+            values[alone] = np.nan
+    logits = {"train": whole(logits), "valid": whole(some_logits()[1])}
+    assert np.isnan(logits["train"]["axial"]["axial"][alone]).all()
+    with pytest.raises(InputError, match="1 train exams have only coronal, .* of train-acl.csv"):
+        make_stack("acl", "logit", logits, both, none)
