@@ -13,7 +13,6 @@ import csv
 import errno
 import hashlib
 import itertools
-import json
 import math
 import re
 from functools import partial
@@ -25,10 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
+from common.description import read_dataset
 from common.errors import InputError, one_line
 from model import SMALLEST_SIDE
 
-PLANES = ("axial", "coronal", "sagittal")  # MRNet's, each of one fluid-sensitive series
+PLANES = ("axial", "coronal", "sagittal")  # MRNet's; of which contrast, tells dataset.json
 SEQUENCES = ("t1", "t2", "pd", "stir", "gre", "dess")  # of further series, as in "sagittal-t1"
 # Every name of a plane's folder, in the order in which planes are joined and printed.
 ALL_PLANES = (*PLANES, *(f"{plane}-{name}" for plane in PLANES for name in SEQUENCES))
@@ -256,37 +256,6 @@ def read_groups(root_dir, split):
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({one_line(error)}); create it again") from None
     return groups
-
-
-def is_dataset(content):
-    """Whether a dict has all that `read_dataset` promises. Raises KeyError or TypeError, too."""
-    kinds = {"name": str, "version": str, "synthetic": bool, "orientation": (dict, type(None))}
-    return all(isinstance(content[name], kind) for name, kind in kinds.items())
-
-
-def read_dataset(root_dir):
-    """What the exams of a data folder are: its dataset.json as a dict, or None without one.
-
-    Returns:
-        dict with at least `name` (str), `version` (str), `synthetic` (bool) and `orientation`:
-        {plane: three letters, where slices, rows and columns grow to}, or None if not known.
-
-    Raises:
-        InputError: the file is damaged or lacks one of these.
-    """
-    path = Path(root_dir) / "dataset.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not is_dataset(content):
-            raise ValueError("name, version, synthetic or orientation is of the wrong type")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise InputError(
-            f"{path}: not a description of a data set ({one_line(error)}); create it again, see "
-            "data/README.md, or move it away"
-        ) from None
-    return content
 
 
 def volume_path(root_dir, split, plane, exam_id):

@@ -19,11 +19,12 @@ import torch
 
 from common import ranks
 from common.config import ARTICLE, PLANNED, THE_ARTICLES
+from common.description import is_dataset
 from common.errors import InputError, one_line
 from common.files import held, write_bytes
 from common.metrics import mean_of
 from common.optimization import steps_with_optimizer
-from dataloader import ALL_PLANES, CHANNELS, INTENSITIES, is_dataset
+from dataloader import ALL_PLANES, CHANNELS, INTENSITIES
 from model import POOLINGS, MRNet, MultiPlaneMRNet
 
 FORMAT = "mrnet-model-2"

@@ -18,16 +18,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from common.description import read_dataset
 from common.errors import InputError
 from common.importer import Importer
 from data.common import ORIENTATION, T1_PLANES
-from dataloader import ALL_PLANES, PLANES, SEQUENCES, in_order, read_dataset, read_volume, view_of
+from dataloader import ALL_PLANES, PLANES, SEQUENCES, in_order, read_volume, view_of
 
 ROOT = Path(__file__).parent.parent
 # What the importer makes of any scan.
 FROM_DICOM = {"name": "DICOM", "version": "", "synthetic": False, "orientation": ORIENTATION}
 # Of dataset.json: what importers do on request.
 PREPARATION = ("mirrored", "field_of_view", "square")
+UNKNOWN_CONTRAST = (
+    "note: nothing tells on which series these networks were trained (no dataset.json); "
+    "fluid-sensitive ones are taken, where MRNet's coronal series are T1 (data/README.md)"
+)
 DATASET_ABOVE = 3  # folders above a volume's in which dataset.json is looked for
 
 
@@ -206,6 +211,7 @@ def refuse_unfit(models, datasets, allow_synthetic):
     for trained_on in models.datasets:
         for given in datasets:
             check_preparation(models.task, trained_on or {}, given)
+            check_contrast(models, trained_on, given)
             for plane in dict.fromkeys(map(view_of, models.planes)):
                 mine = ((trained_on or {}).get("orientation") or {}).get(plane)
                 theirs = ((given or {}).get("orientation") or {}).get(plane)
@@ -229,6 +235,29 @@ def check_preparation(task, trained_on, given):
             raise InputError(
                 f"{given['name']} has {name} {theirs}, the {task} networks were trained on {name} "
                 f"{mine}; prepare the exams as those were (data/rsna/prepare.py --help)"
+            )
+
+
+def check_contrast(models, trained_on, given):
+    """Refuse exams with T1 series in a plane whose networks learnt from fluid-sensitive ones, or
+    the other way round.
+
+    Args:
+        models: stacking.TaskModels.
+        trained_on, given: content of dataset.json, None where it is not known.
+    """
+    if trained_on is None or given is None:
+        return
+    for plane in set(models.planes) & set(PLANES):
+        mine, theirs = (
+            "T1" if plane in (dataset.get("t1_planes") or ()) else "fluid-sensitive"
+            for dataset in (trained_on, given)
+        )
+        if mine != theirs:
+            raise InputError(
+                f"{given['name']}: its {plane} series are {theirs}, the {models.task} networks "
+                f"were trained on {mine} ones ({trained_on['name']}); prepare the exams with"
+                f"{'' if mine == 'T1' else 'out'} --t1-plane {plane} (data/dicom/prepare.py)"
             )
 
 
@@ -257,6 +286,7 @@ class DicomExams:
             options += ["--field-of-view", str(preparation["field_of_view"])]
         options += ["--square", preparation["square"]] if preparation.get("square") else []
         options += ["--t1"] if preparation.get("t1") and importer == "rsna" else []
+        options += [f"--t1-plane={plane}" for plane in preparation.get("t1_planes", ())]
         script = ROOT / "data" / importer / "prepare.py"
         self.importers = []
         for _ in range(workers):
@@ -385,13 +415,14 @@ def preparation_of(networks):
         networks: list of stacking.TaskModels.
 
     Returns:
-        PREPARATION and "t1" as far as they are not the default; where networks differ in one of
-        the first, that of the first (`refuse_unfit` refuses the others).
+        PREPARATION, "t1_planes" and "t1" as far as they are not the default; where networks differ
+        in one of the first, that of the first (`refuse_unfit` refuses the others).
     """
     datasets = (dataset for models in networks for dataset in models.datasets)
     first = next((found for found in datasets if found is not None), {})
     t1 = {"t1": True} if any(p in T1_PLANES for models in networks for p in models.planes) else {}
-    return {name: first[name] for name in PREPARATION if first.get(name)} | t1
+    names = (*PREPARATION, "t1_planes")
+    return {name: first[name] for name in names if first.get(name)} | t1
 
 
 @contextmanager
@@ -432,6 +463,8 @@ def open_exams(sources, plane=None, log=print, networks=None, workers=1):
             f"{source}: its .npy files lie in no folder axial, coronal or sagittal; give the "
             "folder above these, or the files of one exam"
         )
+    if any(None in models.datasets for models in networks or ()):
+        log(UNKNOWN_CONTRAST)
     with tempfile.TemporaryDirectory(prefix="mrnet-") as folder:
         exams = DicomExams(source, folder, log, preparation_of(networks or ()), workers)
         try:

@@ -203,7 +203,7 @@ def write_dataset(out, **content):
                 f"{path}: cannot be read as JSON; correct it or move it away"
             ) from None
     for name in ("synthetic", "orientation", "patient_key", "mirrored", "field_of_view", "square",
-                 "t1"):  # fmt: skip
+                 "t1", "t1_planes"):  # fmt: skip
         # What earlier versions did not write is not mirrored and not cut to a field of view; what
         # they cropped to a square they did not record.
         if there and (there.get(name) or None) != (content.get(name) or None):
@@ -351,13 +351,22 @@ def merge_csv(path, values):
 
 
 def add_preparation(group, mirror=False):
-    """--field-of-view and --mirror, the same for every importer of DICOM."""
+    """--field-of-view, --t1-plane and --mirror, the same for every importer of DICOM."""
     group.add_argument(
         "--field-of-view",
         type=millimetres,
         metavar="MM",
         help="keep a centred square of this side, so that a pixel has the same size in every "
         "scanner, such as 140; smaller pictures get a black margin. Default: the whole picture",
+    )
+    group.add_argument(
+        "--t1-plane",
+        action="append",
+        default=[],
+        choices=list(TARGET),
+        metavar="PLANE",
+        help="take T1 series for this plane, not fluid-sensitive ones, for networks that learnt "
+        "from such: MRNet's coronal series are T1 (Bien et al. 2018); may be repeated",
     )
     group.add_argument(
         "--mirror",

@@ -13,6 +13,7 @@ from scipy import ndimage
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import affine
 
+from common.description import MRNET, read_dataset
 from common.errors import InputError
 from dataloader import (
     Augmentation,
@@ -22,7 +23,6 @@ from dataloader import (
     label_rows,
     open_volume,
     preprocess,
-    read_dataset,
     read_groups,
     read_labels,
     read_volume,
@@ -350,12 +350,13 @@ DESCRIPTION = {"name": "n", "version": "1", "synthetic": False, "orientation": {
 @pytest.mark.parametrize(
     "change",
     [{"name": 3}, {"version": 1}, {"synthetic": "no"}, {"synthetic": 0}, {"orientation": "IPL"},
-     {"name": None}],
+     {"name": None}, {"t1_planes": "coronal"}, {"t1_planes": ["knee"]}],
 )  # fmt: skip
 def test_description_of_a_data_set(tmp_path, change):
     assert read_dataset(tmp_path) is None
     path = tmp_path / "dataset.json"
-    for content in (DESCRIPTION, DESCRIPTION | {"orientation": None, "licence": "MIT"}):
+    more = {"orientation": None, "licence": "MIT", "t1_planes": ["coronal"]}
+    for content in (DESCRIPTION, DESCRIPTION | more):
         path.write_text(json.dumps(content))
         assert read_dataset(tmp_path) == content
     path.write_text(json.dumps(DESCRIPTION | change))
@@ -366,6 +367,21 @@ def test_description_of_a_data_set(tmp_path, change):
         path.write_text(text)
         with pytest.raises(InputError, match="dataset.json.*see data/README.md, or move it away"):
             read_dataset(tmp_path)
+
+
+def test_mrnet_is_known_by_its_exams(tmp_path):
+    """Stanford publishes it without dataset.json; its coronal series are T1."""
+    for task in ("abnormal", "acl", "meniscus"):
+        for split, ids in (("train", range(1130)), ("valid", range(1130, 1250))):
+            rows = "".join(f"{i:04d},{i % 2}\n" for i in ids)
+            (tmp_path / f"{split}-{task}.csv").write_text(rows)
+    found = read_dataset(tmp_path)
+    assert found == MRNET and found["t1_planes"] == ["coronal"] and not found["synthetic"]
+    (tmp_path / "dataset.json").write_text(json.dumps(DESCRIPTION))
+    assert read_dataset(tmp_path) == DESCRIPTION
+    (tmp_path / "dataset.json").unlink()
+    (tmp_path / "valid-acl.csv").write_text("1130,0\n")
+    assert read_dataset(tmp_path) is None
 
 
 def test_where_a_volume_lies(tmp_path):

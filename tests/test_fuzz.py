@@ -27,11 +27,12 @@ from pydicom.data import get_testdata_file
 
 from common import stacking
 from common.checkpoint import FORMAT, STATE_FORMAT, load_model, read_checkpoint
+from common.description import read_dataset
 from common.errors import InputError
 from common.files import csv_line
 from common.stacking import combinations_of, load_stack
 from data.common import Register
-from dataloader import read_dataset, read_groups, read_labels, read_volume
+from dataloader import read_groups, read_labels, read_volume
 from model import MRNet
 from tools import pointing_game
 

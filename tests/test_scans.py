@@ -23,6 +23,9 @@ from test_dicom import (
 )
 
 from common.cli import status_of
+from common.errors import InputError
+from common.exams import FROM_DICOM, UNKNOWN_CONTRAST, open_exams, refuse_unfit
+from common.stacking import Network, TaskModels
 from data.common import Report
 from data.dicom import serve
 from data.dicom.series import Frame
@@ -53,6 +56,63 @@ def test_a_t1_never_takes_the_place_of_a_fluid_sensitive_series(tmp_path):
     assert "series 4 'T1 sag' is no fluid-sensitive series" in said
     volumes, unusable, _ = read(tmp_path, series=["T1"])
     assert volumes["sagittal"].shape[0] == SLICES and not unusable
+
+
+@pytest.mark.parametrize(
+    "descriptions, t1_planes, taken",
+    [
+        (["T1 sag"], (), None),  # a plane that was scanned, in another contrast
+        (["T1 sag"], ("sagittal",), "T1 sag"),
+        (["T1 sag", "PD FS sag"], (), "PD FS sag"),
+        (["T1 sag", "PD FS sag"], ("sagittal",), "T1 sag"),
+        (["T1 sag", "PD FS sag"], ("coronal",), "PD FS sag"),
+        (["PD FS sag"], ("sagittal",), None),
+        (["sag DESS", "T1 sag"], (), "sag DESS"),  # nothing tells, so it may be
+        (["sag DESS", "PD sag"], ("sagittal",), "sag DESS"),
+    ],
+)
+def test_a_plane_is_of_one_contrast(tmp_path, descriptions, t1_planes, taken):
+    """MRNet's coronal networks learnt from T1 series, others from fluid-sensitive ones."""
+    for number, description in enumerate(descriptions):
+        sagittal(tmp_path, number, description)
+    volumes, unusable, said = read(tmp_path, t1_planes=t1_planes)
+    if taken:
+        assert not unusable and f"'{taken}', {SLICES} slices" in said
+    else:
+        kind = "T1" if t1_planes else "fluid-sensitive"
+        assert not volumes and f"is no {kind} series and not taken" in unusable["sagittal"]
+    assert read(tmp_path, t1_planes=t1_planes, series=["sag"])[0].keys() == {"sagittal"}
+
+
+def networks(t1_planes, planes=("coronal", "sagittal")):
+    about = FROM_DICOM | {"name": "theirs", "t1_planes": t1_planes}
+    columns = {p: [Network(None, (p,), "raw", "grey", False, "")] for p in planes}
+    return TaskModels("acl", columns, None, "", [about], 0.5)
+
+
+def test_scans_are_read_in_the_contrast_that_the_networks_know(tmp_path):
+    for number, description in enumerate(("T1 sag", "PD FS sag")):
+        sagittal(tmp_path / "scan", number, description)
+    for ours, taken in (([], "PD FS sag"), (["sagittal"], "T1 sag")):
+        lines = []
+        with open_exams([tmp_path / "scan"], log=lines.append, networks=[networks(ours)]) as exams:
+            assert len(list(exams.each())) == 1
+            refuse_unfit(networks(ours), exams.datasets, False)
+        assert any(f"sagittal: series {ours != ['sagittal']:d} '{taken}'" in line for line in lines)
+        assert UNKNOWN_CONTRAST not in lines
+    lines, unknown = [], networks([])._replace(datasets=[None])
+    with open_exams([tmp_path / "scan"], log=lines.append, networks=[unknown]) as exams:
+        refuse_unfit(unknown, exams.datasets, False)
+    assert UNKNOWN_CONTRAST in lines
+
+
+def test_exams_of_another_contrast_are_refused(tmp_path):
+    given = [FROM_DICOM | {"t1_planes": ["coronal"]}]
+    refuse_unfit(networks(["coronal"]), given, False)
+    refuse_unfit(networks([], ["sagittal"]), given, False)  # they take no coronal plane
+    for theirs, mine in (([], given[0]), (["coronal"], FROM_DICOM)):
+        with pytest.raises(InputError, match="coronal series are .*--t1-plane coronal"):
+            refuse_unfit(networks(theirs), [mine], False)
 
 
 def test_another_fluid_sensitive_series_does_and_says_so(tmp_path):

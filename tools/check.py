@@ -21,6 +21,7 @@ from typing import NamedTuple
 from tabulate import tabulate
 
 from common import cli
+from common.description import read_dataset
 from common.errors import InputError
 from dataloader import (
     ALL_PLANES,
@@ -30,7 +31,6 @@ from dataloader import (
     in_order,
     is_positive,
     label_rows,
-    read_dataset,
     read_groups,
     read_volume,
     tasks,

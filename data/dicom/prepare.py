@@ -170,6 +170,7 @@ def run(args, choice, report):
         mirrored=args.mirror,
         field_of_view=args.field_of_view,
         square="crop" if args.square == "crop" and not args.field_of_view else None,
+        t1_planes=sorted(set(args.t1_plane)),
         may_lack_planes=True,
     )
     register.save()  # first, so that an interrupted run goes on under the same numbers
@@ -303,7 +304,8 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 def main(argv=None):
     args = parse(argv)
     report = Report(collect=args.serve)
-    choice = Choice(args.series, args.square, args.field_of_view, args.mirror)
+    choice = Choice(args.series, args.square, args.field_of_view, args.mirror,
+                    t1_planes=tuple(args.t1_plane))  # fmt: skip
     work = partial(run, args, choice, report)
     if args.serve:
         work = partial(serve_exams, args.source, args.out, choice, report)

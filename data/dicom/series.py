@@ -97,22 +97,41 @@ class Series:
         return self.shape[axis] // self.slab(axis)
 
     @property
+    def words(self):
+        """The description in lower case, its words separated by single spaces."""
+        return " ".join(re.findall("[a-z0-9]+", self.description.lower()))
+
+    @property
+    def is_t1(self):
+        """Whether the description says so."""
+        return T1.search(self.words) is not None
+
+    @property
     def contrast(self):
         """2 for fluid-sensitive and fat-suppressed, 1 for fluid-sensitive, else 0: by the
         description, without one by the echo time."""
-        words = " ".join(re.findall("[a-z0-9]+", self.description.lower()))
+        words = self.words
         if not words:
             return int(max((frame.echo for frame in self.frames), default=0) >= FLUID_ECHO)
-        if T1.search(words) or not FLUID.search(words):
+        if self.is_t1 or not FLUID.search(words):
             return 0
         return 2 if FAT_SUPPRESSED.search(words) and not NOT_SUPPRESSED.search(words) else 1
 
-    def rank(self, axis, wanted):
-        """Sort key, the highest is taken: named by the user, fluid-sensitive, usable, contrast,
-        native, slices."""
-        contrast, native = self.contrast, len(self.through) == 1
-        fluid = contrast > 0
-        return self.is_wanted(wanted), fluid, not self.fault, contrast, native, self.slices(axis)
+    def suits(self, t1):
+        """2 for a series of the wanted contrast, 0 for one of the other, 1 where nothing tells.
+
+        Args:
+            t1: whether T1 is wanted, not fluid-sensitive.
+        """
+        if self.is_t1:
+            return 2 if t1 else 0
+        return (0 if t1 else 2) if self.contrast else 1
+
+    def rank(self, axis, wanted, t1):
+        """Sort key, the highest is taken: named by the user, of the wanted contrast, usable,
+        fat-suppressed, native, slices; `t1` as `suits` takes it."""
+        kind = self.is_wanted(wanted), self.suits(t1), not self.fault
+        return *kind, self.contrast, len(self.through) == 1, self.slices(axis)
 
     def is_wanted(self, patterns):
         """Whether the user named it, by number or part of the description."""

@@ -256,16 +256,19 @@ def digest_of(exam):
 
 # --- which series ---------------------------------------------------------------------------------
 
+TO_TAKE_IT = "data/dicom/prepare.py --series does"
 
-def candidates(exam, wanted):
+
+def candidates(exam, choice):
     """{plane: [(Series, axis), ...]}, the best first."""
     found = defaultdict(list)
     for series in exam.series:
         for axis in series.through:
             if series.slices(axis) >= MIN_SLICES:
                 found[plane_of(series.directions[axis])[0]].append((series, axis))
-    for ranked in found.values():
-        ranked.sort(key=lambda pair: pair[0].rank(pair[1], wanted), reverse=True)  # stable
+    for plane, ranked in found.items():
+        order = choice.series, choice.wants_t1(plane)
+        ranked.sort(key=lambda pair, order=order: pair[0].rank(pair[1], *order), reverse=True)
     return dict(sorted(found.items()))
 
 
@@ -277,6 +280,11 @@ class Choice(NamedTuple):
     field_of_view: float | None = None  # mm; side of what is kept, None for all
     mirror: bool = False  # right knees to left
     t1: bool = False  # of RSNA's set also the planes of T1_PLANES
+    t1_planes: tuple = ()  # that are T1 where they are fluid-sensitive by default
+
+    def wants_t1(self, plane):
+        """Whether a plane's volume shall be a T1 and not fluid-sensitive."""
+        return plane in self.t1_planes
 
     def mirrors(self, side):
         """Whether a knee of this side, L, R or "", is mirrored."""
@@ -325,30 +333,16 @@ def volumes_of(exam, choice, report, title):
     refused = exam.refused
     if choice.mirror and not exam.side and not refused:
         refused = NO_SIDE + (LATERALITY if exam.study.is_dicom else NO_LATERALITY)
-    for plane, ranked in candidates(exam, wanted).items():
+    for plane, ranked in candidates(exam, choice).items():
         if refused:
             unusable[plane] = refused
             continue
-        passed, (first, _) = [], ranked[0]
-        for series, axis in ranked:
-            if passed and first.is_wanted(wanted) and not series.is_wanted(wanted):
-                break  # never replace the named series by another
-            if passed and first.contrast and not series.contrast and not series.is_wanted(wanted):
-                report.warn(f"{title}: {plane}: {series.name} is no fluid-sensitive series and not "
-                            "taken in its place (data/dicom/prepare.py --series does)")  # fmt: skip
-                break
-            try:
-                volumes[plane] = reader.cut(series, axis, exam.side)
-            except InputError as error:
-                passed.append(str(error))
-                continue
-            log_choice(plane, series, axis, ranked[len(passed) + 1 :], report, title)
-            for reason in passed:
-                report.warn(f"{title}: {plane}: passed over {reason}")
-            break
-        if plane not in volumes:
-            unusable[plane] = passed[0]
-            report.fault(f"{title}: {passed[0]}")
+        volume, why = take_plane(plane, ranked, exam.side, reader, report, title)
+        if why:
+            unusable[plane] = why
+            report.fault(f"{title}: {why}")
+        else:
+            volumes[plane] = volume
     if refused:
         report.fault(f"{title}: {refused}")
     for (name, reason), count in sorted(exam.study.skipped.items()):
@@ -361,6 +355,39 @@ def volumes_of(exam, choice, report, title):
         if reason := may_be_lost(exam):
             unusable[plane] = reason
     return volumes, unusable, reader.taken
+
+
+def take_plane(plane, ranked, side, reader, report, title):
+    """Cut a plane from the best of its series that can be used.
+
+    Args:
+        ranked: of `candidates`.
+
+    Returns:
+        its volume, or None, and why there is none, or "".
+    """
+    wanted, t1 = reader.choice.series, reader.choice.wants_t1(plane)
+    kind = "T1" if t1 else "fluid-sensitive"
+    passed, (first, _) = [], ranked[0]
+    for series, axis in ranked:
+        if not series.is_wanted(wanted):
+            if passed and first.is_wanted(wanted):
+                break  # never replace the named series by another
+            if series.suits(t1) < (first.suits(t1) if passed else 1):
+                passed.append(f"{series.name} is no {kind} series and not taken ({TO_TAKE_IT})")
+                break
+        try:
+            volume = reader.cut(series, axis, side)
+        except InputError as error:
+            passed.append(str(error))
+            continue
+        log_choice(plane, series, axis, ranked[len(passed) + 1 :], report, title)
+        for reason in passed:
+            report.warn(f"{title}: {plane}: passed over {reason}")
+        return volume, ""
+    for reason in passed[1:]:
+        report.warn(f"{title}: {plane}: {reason}")
+    return None, passed[0]
 
 
 def log_choice(plane, series, axis, others, report, title):

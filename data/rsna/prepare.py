@@ -52,7 +52,7 @@ from data.common import (  # noqa: E402
 from data.dicom.origin import describe  # noqa: E402
 from data.dicom.serve import run_importer, serve  # noqa: E402
 from data.dicom.studies import Choice, Volumes  # noqa: E402
-from data.rsna.studies import NO_T1, convert, digest_of, find_studies, identity_of, planes_of  # noqa: E402
+from data.rsna.studies import convert, digest_of, find_studies, identity_of, planes_of  # noqa: E402
 from data.rsna.tables import FINDINGS, combine_labels, read_labels, read_series  # noqa: E402
 
 VERSION = "1"  # of what is written from the same files; raise it with every change of the pixels
@@ -251,8 +251,7 @@ def run(args, choice, report, pool):
     if not studies:
         raise InputError(f"{args.root}: no study that train.csv has as well")
     uids = [study.uid for study in studies]
-    found = in_parallel(pool, identity_of, [(study,) for study in studies], "scanners")
-    scanners, patients = (dict(zip(uids, key, strict=True)) for key in zip(*found, strict=True))
+    scanners, patients = identities(studies, pool)
     reports = {uid: " ".join(text.casefold().split()) for uid, text in own.reports.items()}
     groups = group_studies(uids, scanners, known_patients(patients, report), reports)
     valid = split_groups(groups, args.valid)
@@ -273,6 +272,7 @@ def run(args, choice, report, pool):
         mirrored=args.mirror,
         field_of_view=args.field_of_view,
         t1=args.t1,
+        t1_planes=sorted(set(args.t1_plane)),
         may_lack_planes=True,
     )
     register.save()
@@ -296,6 +296,13 @@ def run(args, choice, report, pool):
     write_problems(args.out / "problems.txt", problems, args.overwrite)
     tell(report, summary, (len(faults), len(uids), len(usable)), args.out, began)
     return 1 if faults or summary.problems else 0
+
+
+def identities(studies, pool):
+    """`identity_of` of at least one study: {uid: scanner}, {uid: patient's number}."""
+    found = in_parallel(pool, identity_of, [(study,) for study in studies], "scanners")
+    uids = [study.uid for study in studies]
+    return (dict(zip(uids, key, strict=True)) for key in zip(*found, strict=True))
 
 
 def unmatched(listed, labels, there):
@@ -409,8 +416,8 @@ def serve_studies(root, out, choice, report):
         done = convert(study, reader)
         for line in done.faults + done.doubts:
             report.warn(line)
-        # A T1 that nobody scanned is no fault: the stack has a regression without it.
-        unusable = {plane: why for plane, why in done.missing.items() if why != NO_T1}
+        # What nobody scanned is no fault: the stack has a regression without it.
+        unusable = {p: why for p, why in done.missing.items() if p not in done.not_scanned}
         return done.volumes, unusable, partial(describe, reader.taken, choice, done.side)
 
     return serve(find_studies(root, listed, report), digest_of, convert_study, out, report)
@@ -419,7 +426,7 @@ def serve_studies(root, out, choice, report):
 def main(argv=None):
     args = parse(argv)
     report = Report(collect=args.serve)
-    choice = Choice([], "pad", args.field_of_view, args.mirror, args.t1)
+    choice = Choice([], "pad", args.field_of_view, args.mirror, args.t1, tuple(args.t1_plane))
     if args.serve:
         work = partial(serve_studies, args.root, args.out, choice, report)
         return run_importer(work, args.out, report, "studies")

@@ -17,11 +17,12 @@ from common.errors import InputError
 from data.common import T1_PLANES, TARGET, exam_name
 from data.dicom.files import File, reading
 from data.dicom.knees import split_knees
-from data.dicom.series import Series, read_header
+from data.dicom.series import UNPLACED, Series, read_header
 from data.dicom.slices import plane_of
 from data.dicom.studies import series_of, slices_lost
 
 SCANNER = ["Manufacturer", "ManufacturerModelName", "SoftwareVersions", "MagneticFieldStrength"]
+NOT_USED, NO_FILE = "series not used: ", "no file that can be read"
 NO_SERIES = "no fluid-sensitive series of this plane"
 NO_T1 = "no series of this plane that is not fluid-sensitive"
 
@@ -50,6 +51,7 @@ class Converted:
 
     volumes: dict = field(default_factory=dict)  # {plane: uint8 (s, 256, 256)}
     missing: dict = field(default_factory=dict)  # {plane: why}
+    not_scanned: set = field(default_factory=set)  # the missing planes that no series shows
     side: str = ""  # L, R or "" if unknown
     mirrored: bool = False
     padded: int = 0  # planes that are smaller than the field of view
@@ -154,14 +156,15 @@ def convert(study, reader):
         reader: data.dicom.studies.Volumes; the `series` of its choice is not used.
     """
     done = Converted()
-    uids = [uid for uid in study.series if reader.choice.t1 or is_wanted(study.rows.get(uid))]
+    takes_t1 = reader.choice.t1 or reader.choice.t1_planes
+    uids = [uid for uid in study.series if takes_t1 or is_wanted(study.rows.get(uid))]
     series = [one for uid in uids if (one := read_series(study, uid, done))]
-    series = [one for one in series if one.fluid or reader.choice.t1]
+    series = [one for one in series if one.fluid or takes_t1]
     for uid in study.rows.keys() - study.series.keys():
         done.faults.append(f"study {study.uid}: series {uid} of the CSV is not there")
     knees = split_knees([one.series for one in series], absolute=True) if series else {}
     if len(knees) != 1:
-        why = f"no {'' if reader.choice.t1 else 'fluid-sensitive '}series that can be used"
+        why = f"no {'' if takes_t1 else 'fluid-sensitive '}series that can be used"
         if knees:
             why = "it shows both knees, and its labels do not say which they are of"
         return refuse(done, study, reader.choice, why)
@@ -171,7 +174,9 @@ def convert(study, reader):
     ours = {id(member) for member in members}
     ranked = sorted((one for one in series if id(one.series) in ours), key=rank, reverse=True)
     for plane in planes_of(reader.choice):
-        take_plane(plane, [one for one in ranked if one.name == plane], study, reader, done)
+        ours = [one for one in ranked if one.name(reader.choice) == plane]
+        take_plane(plane, ours, study, reader, done)
+    done.not_scanned = done.missing.keys() - shown_planes(study, series, done)
     done.mirrored = reader.choice.mirrors(done.side)
     if reader.choice.mirror and not done.side and done.volumes:
         done.doubts.append(
@@ -205,10 +210,11 @@ class Candidate(NamedTuple):
     fluid: bool  # fluid-sensitive
     fat: bool  # fat-suppressed
 
-    @property
-    def name(self):
-        """The plane that it can be the volume of."""
-        return self.plane if self.fluid else f"{self.plane}-t1"
+    def name(self, choice):
+        """The plane that it can be the volume of, "" for none."""
+        if self.fluid != choice.wants_t1(self.plane):
+            return self.plane
+        return "" if self.fluid else f"{self.plane}-t1"
 
 
 def rank(candidate):
@@ -233,12 +239,12 @@ def read_series(study, uid, done):
             unread.append(File(path))
     frames = [frame for header in headers for frame in header.frames]
     if not frames:
-        reasons = sorted({header.reason for header in headers}) or ["no file that can be read"]
-        done.notes[f"series not used: {', '.join(reasons)}"] += 1
+        reasons = sorted({header.reason for header in headers}) or [NO_FILE]
+        done.notes[f"{NOT_USED}{', '.join(reasons)}"] += 1
         return None
     found = series_of(headers)
     if not isinstance(found, Series):
-        done.notes[f"series not used: {found}"] += 1
+        done.notes[f"{NOT_USED}{found}"] += 1
         return None
     found.fault = found.fault or slices_lost(found, unread)
     fluid, fat = found.contrast > 0, found.contrast == 2
@@ -272,4 +278,19 @@ def take_plane(plane, ranked, study, reader, done):
         break
     done.faults += passed
     if plane not in done.volumes:
-        done.missing[plane] = passed[0] if passed else NO_T1 if plane in T1_PLANES else NO_SERIES
+        t1 = plane in T1_PLANES or reader.choice.wants_t1(plane)
+        done.missing[plane] = passed[0] if passed else NO_T1 if t1 else NO_SERIES
+
+
+def shown_planes(study, series, done):
+    """The planes that were scanned, in whatever contrast, or may have been: where a series has a
+    fault or cannot be placed, all of TARGET.
+
+    Args:
+        series: list of Candidate.
+    """
+    lost = [note for note in done.notes if note.startswith(NOT_USED)]
+    if done.faults or any(reason in note for note in lost for reason in (*UNPLACED, NO_FILE)):
+        return {*TARGET, *(one.plane + "-t1" for one in series if not one.fluid)}
+    planes = {one.plane for one in series} | {row.plane for row in study.rows.values()}
+    return planes | {f"{one.plane}-t1" for one in series if not one.fluid}

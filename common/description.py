@@ -1,0 +1,70 @@
+"""What the exams of a data folder are: dataset.json, or what is known of MRNet, which has none."""
+
+import csv
+import json
+from pathlib import Path
+
+from common.errors import InputError, one_line
+from data.common import ORIENTATION
+
+MRNET = {
+    "name": "MRNet",
+    "version": "1.0",
+    "synthetic": False,
+    "source": "https://stanfordmlgroup.github.io/competitions/mrnet",
+    "licence": "Stanford's research use agreement: not to be passed on",
+    "orientation": ORIENTATION,
+    # Its networks were of "sagittal T2, coronal T1, and axial PD" series (Bien et al. 2018).
+    "t1_planes": ["coronal"],
+}
+MRNET_IDS = {"train": range(1130), "valid": range(1130, 1250)}
+
+
+def is_mrnet(root):
+    """Whether a folder holds MRNet as Stanford publishes it, by the exams that its labels name."""
+    for split, ids in MRNET_IDS.items():
+        for task in ("abnormal", "acl", "meniscus"):
+            try:
+                with open(root / f"{split}-{task}.csv", newline="", encoding="utf-8-sig") as file:
+                    found = [int(row[0]) for row in csv.reader(file)]
+            except (OSError, ValueError, LookupError, csv.Error):
+                return False
+            if found != list(ids):
+                return False
+    return True
+
+
+def is_dataset(content):
+    """Whether a dict has all that `read_dataset` promises. Raises KeyError or TypeError, too."""
+    kinds = {"name": str, "version": str, "synthetic": bool, "orientation": (dict, type(None))}
+    if not all(isinstance(content[name], kind) for name, kind in kinds.items()):
+        return False
+    t1_planes = content.get("t1_planes") or []
+    return isinstance(t1_planes, list) and set(t1_planes) <= ORIENTATION.keys()
+
+
+def read_dataset(root_dir):
+    """What the exams of a data folder are: its dataset.json as a dict; where there is none MRNET if
+    they are MRNet's, else None.
+
+    Returns:
+        dict with at least `name` (str), `version` (str), `synthetic` (bool) and `orientation`:
+        {plane: three letters, where slices, rows and columns grow to}, or None if not known;
+        perhaps `t1_planes`, those of T1 series, where the others are of fluid-sensitive ones.
+
+    Raises:
+        InputError: the file is damaged or lacks one of these.
+    """
+    path = Path(root_dir) / "dataset.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not is_dataset(content):
+            raise ValueError("one of its values is of the wrong type")
+    except FileNotFoundError:
+        return dict(MRNET) if is_mrnet(path.parent) else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{path}: not a description of a data set ({one_line(error)}); create it again, see "
+            "data/README.md, or move it away"
+        ) from None
+    return content
