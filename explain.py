@@ -11,6 +11,8 @@ the first one stopped. The maps are exact: summed over all slices, plus the bias
 (MRNet.heat_maps). Research use only, not a medical device.
 """
 
+import hashlib
+import os
 import sys
 import time
 from itertools import islice
@@ -218,17 +220,26 @@ def refuse_unusable(exam, findings):
 # --- all exams ------------------------------------------------------------------------------------
 
 
-def explain_all(exams, tasks, output, options):
-    """A page for every exam, and the index over them; what is there already stays."""
+def explain_all(exams, root, tasks, output, options):
+    """A page for every exam, and the index over them; what is there already stays.
+
+    Args:
+        root: hash of where the exams are.
+    """
     began, out, model = time.perf_counter(), output.folder, model_of(tasks, options)
     labels = labels_beside(exams, tasks)
-    rows = Rows(out, [models.task for models in tasks], model, output.overwrite)
+    rows = Rows(out, [models.task for models in tasks], model, root, output.overwrite)
+    rows.check_listed(exams)
     known, new, explained, failed = rows.inputs, 0, 0, 0
-    if output.dicom:  # explained before is not yet written there
+    if output.dicom:  # explained before is not yet written there, or not by these networks
         report = dicom_results().REPORT
-        known = {key: i for key, i in known.items() if (output.dicom / key[1] / report).exists()}
+        known = {
+            key: i for key, i in known.items()
+            if rows.rows[key].dicom and (output.dicom / key[1] / report).exists()
+        }  # fmt: skip
     try:
         for exam in cli.progress(exams.each(known), "explain", total=len(exams)):
+            rows.check_same(exam)
             if exam.unchanged:
                 continue
             new += 1
@@ -237,9 +248,10 @@ def explain_all(exams, tasks, output, options):
             folder = exam.source if isinstance(exams, FolderExams) else ""
             row = write_exam(exam, findings, model, out, Path(folder))
             shown = [finding for finding in findings if finding.planes]
-            if output.dicom and shown:
+            if output.dicom:
                 try:
                     dicom_results().write_results(exam, shown, model, output.dicom)
+                    row = row._replace(dicom=True)
                 except InputError as error:
                     row = row._replace(error="; ".join(filter(None, [row.error, str(error)])))
             rows.add(row)
@@ -276,7 +288,9 @@ def run(args):
             dicom_results()  # what is missing is said before the work
             exams.ask_origin()
         if args.all:
-            explain_all(exams, tasks, output, options)
+            where = "\0".join(str(path.resolve()) for path in args.exams)
+            root = hashlib.sha256(os.fsencode(where)).hexdigest()[:16]
+            explain_all(exams, root, tasks, output, options)
         else:
             exam = exams.load(pick_exam(exams, args.exam, args.exams[0]))
             explain_one(exam, tasks, output, options)

@@ -151,11 +151,11 @@ def make_row(exam, models, answer, options):
     used, unusable = answer.planes, answer.unusable
     row = {"exam": printable(exam.name), "source": printable(exam.source), "task": models.task}
     row["input"] = exam.input
+    said = {}  # logits; all sets of planes that networks join are one column
     for planes, columns in models.by_planes.items():
-        values = [v for column in columns for v in answer.logits.get(column, ())]
-        if values:  # several sets of planes joined in networks are one column
-            name = planes[0] if len(planes) == 1 else JOINT
-            row[name] = round(float(engine.sigmoid(values).mean()), DIGITS)
+        name = planes[0] if len(planes) == 1 else JOINT
+        said[name] = said.get(name, []) + [v for c in columns for v in answer.logits.get(c, ())]
+    row |= {k: round(float(engine.sigmoid(v).mean()), DIGITS) for k, v in said.items() if v}
     row["planes"] = used
     row["missing"] = [p for p in in_order({*PLANES, *models.planes}) if p not in used]
     notes = [f"no {plane} model" for plane in exam.paths if plane not in models.planes]
@@ -171,6 +171,8 @@ def make_row(exam, models, answer, options):
             row["stack"] = round(decision.probability, DIGITS)
             row["threshold"], row["decision"] = decision.threshold, decision.label
             notes += ["partial"] if unusable else []
+            if decision.planes != used:
+                notes.append(f"decided from {' and '.join(decision.planes)}")
     row["note"] = "; ".join(notes) or None
     row["error"] = describe_unusable(unusable)
     row["trained_on"] = "; ".join(cli.describe_dataset(found) for found in models.datasets) or None

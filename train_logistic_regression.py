@@ -509,11 +509,16 @@ def stack_finding(base_models, exams, found, fit, about, logs_dir):
     title = f"{task}: protocol {protocol}, folds {folds}, stacked on {kind}"
     training_auc = "out-of-fold AUC" if folds > 1 else "train AUC"
     print_report(title, labels, rows, training_auc, caveats)
-    results = {"task": task, "valid": rows, "caveats": caveats} | report
+    whole, ids = thresholds[STACK], exams["valid"].ids
+    others = {i: t for i, t in zip(ids, own.tolist(), strict=True) if t != whole}
+    results = {"task": task, "valid": rows, "caveats": caveats, "other_thresholds": others} | report
     if aucs is not None:
         results["stack_auc_of_seeds"] = aucs
-    write_stack(base_models, stack | report)
-    write_results(base_models, logs_dir, results, exams, scores)
+    names = {c: [path.name for path in base_models.all_paths(c)] for c in base_models.columns}
+    digests = {n: digest_of(base_models.models_dir / n) for of in names.values() for n in of}
+    stack |= report | {"base_models": names, "digests": digests}
+    save_stack(stack_path(base_models.models_dir, task, report["recipes"]), stack)
+    write_results(base_models, logs_dir, results | {"digests": digests}, exams, scores)
 
 
 def write_results(base_models, logs_dir, results, exams, scores):
@@ -538,15 +543,6 @@ def write_results(base_models, logs_dir, results, exams, scores):
         f"predictions  {start}-predictions.csv\n"
         f"figures      {start}-roc.png, -reliability.png\nlogs         {log_dir}"
     )
-
-
-def write_stack(base_models, stack):
-    """Write a stack with the names and hashes of the networks that it was fitted on."""
-    paths = {column: base_models.all_paths(column) for column in base_models.columns}
-    names = {column: [path.name for path in found] for column, found in paths.items()}
-    digests = {path.name: digest_of(path) for found in paths.values() for path in found}
-    path = stack_path(base_models.models_dir, base_models.task, stack["recipes"])
-    save_stack(path, stack | {"base_models": names, "digests": digests})
 
 
 if __name__ == "__main__":

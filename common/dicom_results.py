@@ -10,6 +10,7 @@ hashes of the input, the networks and this code's version, so the same answer ha
 import hashlib
 import json
 import re
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +29,7 @@ from common.figures import overlay
 from common.files import atomic
 from data.common import ORIENTATION, SIDE
 from data.dicom.files import quiet
-from dataloader import view_of
+from dataloader import PLANES, view_of
 
 MAKER, MODEL = "MRNet project", "MRNet"
 SCHEME = "99MRNET"  # designator of our own codes; private ones begin with 99 (PS3.16 8.2)
@@ -93,11 +94,11 @@ def read_origin(exam, model):
 
 
 def write_results(exam, findings, model, out):
-    """Write the heat maps and the report of an exam.
+    """Write the heat maps and the report of an exam, in the place of what earlier networks said.
 
     Args:
         exam: exams.Exam with its origin.
-        findings: list of explanation.Finding with planes.
+        findings: list of explanation.Finding with planes; without any, nothing is left there.
         model: as `read_origin` takes it.
         out: folder.
 
@@ -107,6 +108,10 @@ def write_results(exam, findings, model, out):
     Raises:
         InputError: there is no study to write to, or its header cannot be repeated.
     """
+    folder = out / exam.name
+    if not findings:
+        remove_others(folder, ())
+        return []
     with quiet():
         try:
             origin = read_origin(exam, model)
@@ -114,12 +119,14 @@ def write_results(exam, findings, model, out):
             for finding in findings:
                 for title, one in finding.planes.items():
                     series = heat_map_series(finding, title, one, origin, number)
-                    place = out / exam.name / f"{finding.task}-{title.replace(' ', '-')}"
+                    place = folder / f"{finding.task}-{title.replace(' ', '-')}"
                     written.append(save_series(series, place))
                     number += 1
-            path = out / exam.name / REPORT
+            path = folder / REPORT
             save(make_report(findings, origin, number), path)
-            return [*written, (path, 1)]
+            written.append((path, 1))
+            remove_others(folder, [place for place, _ in written])
+            return written
         except (ValueError, TypeError, AttributeError) as error:  # their texts quote the patient
             raise InputError(
                 f"exam {exam.name}: its patient or study cannot be written again "
@@ -135,6 +142,22 @@ def save_series(series, place):
     for path in set(place.glob("[0-9][0-9][0-9][0-9].dcm")) - set(paths):
         path.unlink()
     return place, len(paths)
+
+
+def remove_others(folder, written):
+    """Remove the series and the report that an earlier answer left in an exam's folder.
+
+    Args:
+        written: paths of those of this answer.
+    """
+    named = [f"*-{plane}*/[0-9][0-9][0-9][0-9].dcm" for plane in PLANES]
+    for path in [path for pattern in named for path in folder.glob(pattern)]:
+        if path.parent not in written:
+            path.unlink()
+            with suppress(OSError):  # something else lies there
+                path.parent.rmdir()
+    if folder / REPORT not in written:
+        (folder / REPORT).unlink(missing_ok=True)
 
 
 def save(dataset, path):
@@ -308,8 +331,13 @@ def probability_code(name):
     """Our code of a plane's or of joined planes' probability, 16 characters at most: prob-axi,
     prob-sag-t1; a hash where that is too long."""
     parts = (re.sub(r"^(...)[a-z]*", r"\1", plane) for plane in name.split("+"))
-    code = f"prob-{'+'.join(parts)}"
-    return code if len(code) <= 16 else f"prob-{hashlib.sha256(name.encode()).hexdigest()[:11]}"
+    return short_code(f"prob-{'+'.join(parts)}", "prob-", name)
+
+
+def short_code(code, start, name):
+    """A code value of `name` (SH, 16 characters at most): `code`, else `start` and a hash."""
+    digest = hashlib.sha256(name.encode()).hexdigest()
+    return code if len(code) <= 16 else f"{start}{digest[: 16 - len(start)]}"
 
 
 def measured(finding, origin):
@@ -332,7 +360,7 @@ def measured(finding, origin):
         tracking_identifier=sr.TrackingIdentifier(
             uid=origin.uid("finding", task), identifier=f"{task}, {BURNT_IN.lower()}"
         ),
-        finding_type=sr.CodedConcept(task[:16], SCHEME, task[:64]),
+        finding_type=sr.CodedConcept(short_code(task, "task-", task), SCHEME, task[:64]),
         finding_sites=[sr.FindingSite(codes.SCT.Knee, laterality=laterality)],
         algorithm_id=sr.AlgorithmIdentification(algorithm, finding.models.digest),
         measurements=[

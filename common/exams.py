@@ -491,6 +491,29 @@ def planes_in(name):
     return [plane for plane in further if re.search(rf"{plane}(?![a-z0-9])", name)]
 
 
+def plane_of_file(path, plane=None):
+    """The plane of a .npy file: `plane`, or its folder's name, or part of its own.
+
+    Raises:
+        InputError: nothing tells it, or they contradict each other.
+    """
+    named = planes_in(path.stem.lower())
+    told = {plane, path.absolute().parent.name, *(named if len(named) == 1 else ())}
+    told &= {*ALL_PLANES}
+    told -= {view_of(one) for one in told if view_of(one) != one}  # "sagittal" of "sagittal-t1"
+    if len(told) == 1:
+        return told.pop()
+    if told:
+        raise InputError(
+            f"{path}: {' or '.join(in_order(told))}? Its name, its folder and --plane contradict "
+            "each other; rename it"
+        )
+    raise InputError(
+        f"{path}: which plane is it? Name it axial.npy, coronal.npy or sagittal.npy, put it into "
+        "such a folder, or give --plane"
+    )
+
+
 def exam_of_files(paths, plane=None):
     """The name of the exam that .npy files make, one a plane, and {plane: Path}.
 
@@ -501,19 +524,13 @@ def exam_of_files(paths, plane=None):
         raise InputError(f"{paths[0]}: --plane is for a single .npy file; leave it out")
     found, names, homes = {}, {}, {}
     for path in paths:
-        folder = path.absolute().parent.name
-        named = planes_in(path.stem.lower())
+        home = path.absolute().parent
+        where, name, folder = plane_of_file(path, plane), path.stem, home.name
         if plane or folder in ALL_PLANES:
-            where, name = plane or folder, path.stem
-            homes[path.absolute().parent.parent] = path
-        elif len(named) == 1:
-            where = named[0]
-            name = re.sub(f"[ ._-]*{where}", "", path.stem, flags=re.I).strip(" ._-") or folder
+            home = home.parent
         else:
-            raise InputError(
-                f"{path}: which plane is it? Name it axial.npy, coronal.npy or sagittal.npy, put "
-                "it into such a folder, or give --plane"
-            )
+            name = re.sub(f"[ ._-]*{where}", "", name, flags=re.I).strip(" ._-") or folder
+        homes[home] = path
         if where in found:
             raise InputError(f"{path}: a second {where} volume; give one file per plane")
         found[where], names[name] = path, path

@@ -40,6 +40,8 @@ class Row(NamedTuple):
     error: str | None  # what could not be used
     tasks: list  # that it was explained for
     findings: dict  # {task: as `describe` returns it}, of those with an answer
+    root: str = ""  # hash of where the exams are; "" where an earlier version wrote it
+    dicom: bool = False  # its results were written as DICOM, too
 
     @property
     def key(self):
@@ -63,7 +65,7 @@ def write_exam(exam, findings, model, out, folder):
     described = {}
     for finding in shown:
         picture = folder / f"{exam.name}-{finding.task}.jpg"
-        write_bytes(out / picture, thumbnail(finding.planes))
+        write_bytes(out / picture, thumbnail(finding.planes, finding.models.planes))
         described[finding.task] = describe(finding) | {"picture": picture.as_posix()}
     if page:
         write_text(out / page, make_page(exam, shown))
@@ -99,12 +101,17 @@ def describe(finding):
     }
 
 
-def thumbnail(explained):
-    """The slice that adds most of each plane, beside each other, with its map: JPEG bytes."""
+def thumbnail(explained, planes):
+    """The slice that adds most of each plane, beside each other, with its map: JPEG bytes.
+
+    Args:
+        explained: as `explanation.explain_planes` returns it.
+        planes: that the task's networks take; each has its place, so that exams line up.
+    """
     first = {}  # networks that join planes come after those of one
     for title, one in explained.items():
         first.setdefault(title.split()[0], one)
-    order = in_order({*PLANES, *first})  # a place for each of the three, so that they line up
+    order = in_order({*PLANES, *planes})
     sheet = Image.new("RGB", (THUMBNAIL_SIDE * len(order), THUMBNAIL_SIDE))
     for plane, one in first.items():
         at = int(np.argmax(one.slice_sums))
@@ -126,18 +133,22 @@ class Rows:
         out: folder.
         names: tasks that each exam is explained for.
         model: exams that were explained by others are done again.
+        root: hash of where the exams are.
         overwrite: do all again, over whatever is there.
 
     Raises:
         InputError: the folder holds pages of something else.
     """
 
-    def __init__(self, out, names, model, overwrite):
+    def __init__(self, out, names, model, root, overwrite):
         self.out, self.path, self.names = Path(out), Path(out) / ROWS, names
-        self.rows = {}
+        self.root, self.rows = root, {}
+        self.elsewhere = {}  # (source, name): hash of the files, of exams of another folder
         make_folder(self.out)
         if not overwrite:
             for row in self.read():
+                if row.root not in ("", root):
+                    self.elsewhere[row.key] = row.input
                 if row.model == model and (row.page is None or (self.out / row.page).is_file()):
                     self.rows[row.key] = row
         self.write()
@@ -160,6 +171,19 @@ class Rows:
                 raise self.refusal(f"{ROWS} was not written by this command") from None
             yield row
 
+    def check_listed(self, keys):
+        """Raise InputError where exams of another folder are not all among `keys`: the index would
+        lose them."""
+        if self.elsewhere.keys() - set(keys):
+            raise self.refusal("holds pages of other exams")
+
+    def check_same(self, exam):
+        """Raise InputError where an exam of another folder has the name of `exam`, but other files;
+        else it is known to be of this folder, too."""
+        if self.elsewhere.get(exam.key) not in (None, exam.input):
+            raise self.refusal(f"holds the page of another exam {exam.name}")
+        self.elsewhere.pop(exam.key, None)
+
     def refusal(self, why):
         return InputError(f"{self.out}: {why}; give another folder as --out, or --overwrite")
 
@@ -168,6 +192,7 @@ class Rows:
         write_text(self.path, "".join(map(as_line, self.rows.values())))
 
     def add(self, row):
+        row = row._replace(root=self.root)
         self.rows[row.key] = row
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(as_line(row))
@@ -179,7 +204,11 @@ class Rows:
 
     def finish(self, keys):
         """Write the rows of `keys`, in their order and no others, and return them as a list."""
-        self.rows = {key: self.rows[key] for key in keys if key in self.rows}
+        ours = {key: self.rows[key] for key in keys if key in self.rows}
+        self.rows = {
+            key: row if key in self.elsewhere else row._replace(root=self.root)
+            for key, row in ours.items()
+        }
         self.write()
         return list(self.rows.values())
 
@@ -221,6 +250,7 @@ def make_index(rows, tasks, labels, unfinished):
             }
             for row in rows
         ],
+        "planes": in_order({*PLANES, *(plane for models in tasks for plane in models.planes)}),
         "unfinished": unfinished,
         "synthetic": any(models.is_synthetic for models in tasks),
         "mirrored": any(models.is_mirrored for models in tasks),

@@ -82,6 +82,7 @@ def describe_finding(finding):
     return {
         "task": finding.task,
         "decision": finding.decision._asdict() if finding.decision else None,
+        "stacked": models.stack is not None,
         "unusable": finding.unusable,
         "synthetic": models.is_synthetic,
         "mirrored": models.is_mirrored,
@@ -137,7 +138,7 @@ def headline(exam, finding):
     warning = f"{SYNTHETIC_ONLY} " if finding.models.is_synthetic else ""
     results = ", ".join(f"{name} {value:.2f}" for name, value in finding.probabilities.items())
     if finding.decision:
-        results += ", stack {:.2f}, threshold {:.2f}: {}".format(*finding.decision)
+        results += ", stack {:.2f}, threshold {:.2f}: {}".format(*finding.decision[:3])
     return f"{warning}{finding.task}, exam {printable(exam.name)}: {results}"
 
 

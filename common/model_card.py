@@ -100,12 +100,13 @@ def write_card(subject, library, file, out):
         "made": cli.made(),
     }
     if results:
-        whole = facts_of(results)
+        data_dir = None if results.why_not_at(results.data_dir) else results.data_dir
+        whole = facts_of(results, data_dir)
         subgroups = []
         if subject.column == STACK:
-            subgroups, _ = subgroups_of(results, read_columns(results.data_dir, None))
+            subgroups, _ = subgroups_of(results, read_columns(data_dir, None))
         context |= {
-            "exams": whole["exams"] | {"train": training_exams(subject, whole["exams"]["train"])},
+            "exams": whole["exams"] | {"train": training_exams(subject, data_dir, whole["exams"])},
             "shared_groups": whole["shared_groups"],
             "protocol": whole["protocol"],
             "selection": results._replace(networks=subject.networks).selection,
@@ -118,18 +119,19 @@ def write_card(subject, library, file, out):
     write_text(out, environment().get_template("model_card.md").render(context))
 
 
-def training_exams(subject, whole):
+def training_exams(subject, data_dir, exams):
     """{"n", "positives", "groups"} of the training exams of a card's model.
 
     Args:
-        whole: the same of the stack's, which a network of a fold or of the held-out protocol has
-            not seen all of.
+        data_dir: as `facts_of` takes it.
+        exams: the same of each split of the stack's, which a network of a fold or of the held-out
+            protocol has not seen all of.
     """
     if subject.column == STACK:
-        return whole
+        return exams["train"]
     results, (network,) = subject.results, subject.networks
     rows = np.flatnonzero(results.trained_on(*network))
-    listed = read_groups(results.data_dir, "train") if results.data_dir.is_dir() else {}
+    listed = read_groups(data_dir, "train") if data_dir else {}
     groups = {listed.get(results.train_ids[row]) for row in rows} - {None}
     positives = int(results.train_labels[rows].sum())
     return {"n": len(rows), "positives": positives, "groups": len(groups)}

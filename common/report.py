@@ -94,19 +94,19 @@ def mistakes_of(results, most=WORST):
     return missed[:most] + alarms[:most]
 
 
-def explain_mistakes(results, data_dir, pages, out):
+def explain_mistakes(results, data_dir, why, pages, out):
     """Each of `mistakes_of` with its pictures.
 
     Args:
         data_dir: where the exams are.
+        why: there can be no pictures, "" if there can.
         pages: folder with pages by explain.py, or None.
         out: path of the report, which links to them.
 
     Returns:
-        [Mistake], and why they have no pictures: a line, or None.
+        [Mistake], and why they have no pictures: a line, or "".
     """
-    wanted, why = mistakes_of(results), None
-    found = []
+    wanted, found = mistakes_of(results), []
     try:
         device = pick_device("auto")
         models = load_task(results.folder, results.task, device, results.content["recipes"])
@@ -115,7 +115,9 @@ def explain_mistakes(results, data_dir, pages, out):
                 if source == "valid"}  # fmt: skip
         explain = partial(explain_planes, device=device, precision=pick_precision("auto", device))
     except InputError as error:
-        why, keys = one_line(error), {}
+        why = why or one_line(error)
+    if why:
+        keys = {}
     for row, kind in cli.progress(wanted, f"{results.task}, exams it gets wrong"):
         exam_id, pictures = results.ids[row], []
         if exam_id in keys:
@@ -123,7 +125,7 @@ def explain_mistakes(results, data_dir, pages, out):
             volumes, _ = read_planes(exam, models)
             explained, _ = explain(models, volumes)
             pictures = [picture_of(title, one, kind) for title, one in explained.items()]
-        elif why is None:
+        elif not why:
             why = f"{data_dir} does not have these exams"
         page = page_of(exam_id, results.task, pages, out)
         found.append(Mistake(exam_id, kind, float(results.scores[STACK][row]), pictures, page))
@@ -155,6 +157,7 @@ def read_columns(data_dir, metadata):
     """Columns that divide the validation exams.
 
     Args:
+        data_dir: folder whose groups are one, or None.
         metadata: path of a CSV with a line of titles, `id` first, or None.
 
     Returns:
@@ -165,7 +168,7 @@ def read_columns(data_dir, metadata):
     """
     columns = {}
     try:
-        if groups := read_groups(data_dir, "valid"):
+        if groups := read_groups(data_dir, "valid") if data_dir else {}:
             columns["group"] = groups
         if metadata:
             with open(metadata, newline="", encoding="utf-8-sig") as file:
@@ -265,10 +268,13 @@ def differences_of(columns, arguments):
     return "; ".join(f"{', '.join(of)}: {what}" for what, of in found.items() if what)
 
 
-def facts_of(results):
-    """What one finding was trained on and how, for the page and the checklist: dict."""
+def facts_of(results, data_dir):
+    """What one finding was trained on and how, for the page and the checklist: dict.
+
+    Args:
+        data_dir: Path of the folder with its exams' groups, or None.
+    """
     metadata = [one for _, one in results.networks]
-    data_dir = results.data_dir
     groups = groups_of(data_dir)
     exams = {split: {"groups": len(found)} for split, found in groups.items()}
     for split, labels in (("train", results.train_labels), ("valid", results.labels)):
@@ -292,8 +298,7 @@ def facts_of(results):
 def groups_of(data_dir):
     """{split: groups of its exams, set}, empty where no file lists them."""
     return {
-        split: set(read_groups(data_dir, split).values()) if data_dir.is_dir() else set()
-        for split in SPLITS
+        split: set(read_groups(data_dir, split).values()) if data_dir else set() for split in SPLITS
     }
 
 
@@ -418,8 +423,10 @@ def write_report(found, out, data_dir=None, metadata=None, pages=None):
     tasks, missing = [], []
     for results in found:
         place = Path(data_dir or results.data_dir)
-        mistakes, why = explain_mistakes(results, place, pages, out)
-        subgroups, skipped = subgroups_of(results, read_columns(place, metadata))
+        why = results.why_not_at(place)
+        known = None if why else place  # what another folder says of exams is not about these
+        mistakes, why = explain_mistakes(results, place, why, pages, out)
+        subgroups, skipped = subgroups_of(results, read_columns(known, metadata))
         if why and mistakes:
             missing.append(f"{results.task}: no pictures of the exams it gets wrong: {why}")
         missing += [f"{results.task}: no subgroups by {reason}" for reason in skipped]
@@ -430,7 +437,7 @@ def write_report(found, out, data_dir=None, metadata=None, pages=None):
                 "rows": results.rows,
                 "gain": results.content["valid"]["stack against best plane"],
                 "weights": weights_of(results.stack),
-                "facts": facts_of(results),
+                "facts": facts_of(results, known),
                 "figures": figures_of(results),
                 "mistakes": mistakes,
                 "no_pictures": why,

@@ -7,13 +7,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.checkpoint import load_model, recorded
+from common.checkpoint import digest_of, load_model, recorded
 from common.config import selection_of
-from common.errors import InputError
-from common.stacking import combination_of, load_stack, reaches, start_of_results
-from dataloader import is_positive
+from common.errors import InputError, one_line
+from common.predictions import exams_of_any, load_exams
+from common.stacking import load_stack, order_of, reaches, start_of_results
+from dataloader import SPLITS, is_positive
 
 END = "-results.json"
+NEEDED = {"data", "digests", "other_thresholds"}  # some earlier versions did not write them
 
 
 class Results(NamedTuple):
@@ -40,13 +42,8 @@ class Results(NamedTuple):
     def called(self):
         """Whether the stack calls each exam positive, as predict.py does: bool (n,). An exam that
         lacks a plane has the threshold of the planes that it has."""
-        thresholds = np.full(len(self.ids), self.rows["stack"]["threshold"])
-        planes_of = {column: metadata["plane"].split("+") for column, metadata in self.networks}
-        lacking = np.isnan([self.scores[column] for column in planes_of]).any(axis=0)
-        for row in np.flatnonzero(lacking):
-            there = (p for c, p in planes_of.items() if not np.isnan(self.scores[c][row]))
-            combination = combination_of(self.stack, set().union(*there))
-            thresholds[row] = self.stack["combinations"][combination]["threshold"]
+        whole, others = self.rows["stack"]["threshold"], self.content["other_thresholds"]
+        thresholds = np.array([others.get(exam_id, whole) for exam_id in self.ids])
         return reaches(self.scores["stack"], thresholds)
 
     @property
@@ -66,6 +63,18 @@ class Results(NamedTuple):
     def data_dir(self):
         """The data folder that the stack was fitted on."""
         return Path(self.content["arguments"]["data_dir"])
+
+    def why_not_at(self, data_dir):
+        """Why the exams of a data folder are not those that the stack was fitted on, "" if they
+        are: others may have the same numbers."""
+        wanted = sorted({metadata["plane"] for _, metadata in self.networks}, key=order_of)
+        try:
+            exams = exams_of_any(load_exams(data_dir, self.task, wanted), data_dir, self.task)
+        except InputError as error:
+            return one_line(error)
+        if all(exams[split].has_fingerprint(self.content["data"][split]) for split in SPLITS):
+            return ""
+        return f"{data_dir} has other exams or labels than those that the stack was fitted on"
 
 
 def find_results(sources):
@@ -90,7 +99,8 @@ def read_results(path):
     """The Results of a <task>-results.json and of the files beside it.
 
     Raises:
-        InputError: damaged, or a file beside it is missing, damaged or of another run.
+        InputError: damaged, or a file beside it is missing, damaged or of another run, a network
+            among them.
     """
     path = Path(path)
     try:
@@ -98,10 +108,12 @@ def read_results(path):
         task, recipes = content["task"], content["recipes"]
         start = Path(start_of_results(path.parent, task, recipes))
         count, _ = content["valid"]["stack"]["n"], content["arguments"]["data_dir"]
-        if path.name != f"{start.name}{END}":
+        if path.name != f"{start.name}{END}" or not content.keys() >= NEEDED:
             raise ValueError
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise InputError(f"{path}: damaged; run train_logistic_regression.py again") from None
+        raise InputError(
+            f"{path}: damaged, or of an earlier version; run train_logistic_regression.py again"
+        ) from None
     predictions = path.with_name(f"{start.name}-predictions.csv")
     ids, labels, scores = read_predictions(predictions)
     if len(ids) != count:
@@ -109,11 +121,20 @@ def read_results(path):
             f"{predictions}: not of {path.name}; run train_logistic_regression.py again"
         )
     stack = load_stack(path.parent, task, recipes)
+    if content["digests"] != stack["digests"]:
+        again = "run train_logistic_regression.py again"
+        raise InputError(f"{path}: not of the stack beside it; {again}")
     networks = [
         (column, load_model(path.with_name(name), task, column)[1])
         for column, names in stack["base_models"].items()
         for name in names
     ]
+    for name, digest in content["digests"].items():
+        if digest_of(path.with_name(name)) != digest:
+            raise InputError(
+                f"{path.with_name(name)}: trained again after the stack was fitted; run "
+                f"train_logistic_regression.py --task {task} again"
+            )
     train = read_predictions(predictions, "train")
     return Results(path.parent, task, content, ids, labels, *train, scores, stack, networks)
 

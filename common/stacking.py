@@ -269,6 +269,7 @@ class Decision(NamedTuple):
     probability: float
     threshold: float
     label: str  # "positive" or "negative"
+    planes: list  # that it was made from
 
 
 def decide(stack, planes, logits):
@@ -281,11 +282,12 @@ def decide(stack, planes, logits):
     """
     columns = {column: np.array([values]) for column, values in logits.items()}
     try:
-        (stacked,), threshold = combine(stack, planes, columns)
+        used = combination_of(stack, planes).split("+")
     except KeyError:
         return None
+    (stacked,), threshold = combine(stack, used, columns)
     label = "positive" if reaches(stacked, threshold) else "negative"
-    return Decision(float(stacked), threshold, label)
+    return Decision(float(stacked), threshold, label, used)
 
 
 # --- files ----------------------------------------------------------------------------------------

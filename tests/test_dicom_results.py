@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -315,9 +316,37 @@ def test_all_exams_go_on_where_dicom_is_missing(trained, scan, tmp_path):
     assert done.returncode == 1 and "NIfTI belongs to no DICOM study" in done.stderr
     (folder,) = (tmp_path / "dicom").iterdir()
     assert (folder / "report.dcm").is_file() and len(list(folder.iterdir())) == 4
+    # What is of other networks is written again, and nothing of theirs stays.
+    rows = tmp_path / "report" / "exams.jsonl"
+    rows.write_text(rows.read_text().replace('"dicom": true', '"dicom": false'))
+    shutil.copytree(folder / "acl-axial", folder / "cyst-axial")
+    (folder / "mine").mkdir()
+    (folder / "mine" / "0001.dcm").write_text("mine")
+    done = run_script(*args, "--dicom", tmp_path / "dicom")
+    assert done.returncode == 1 and "2 exams explained" in done.stdout
+    assert (folder / "mine").exists() and not (folder / "cyst-axial").exists()
     # The study has its results, the other is tried again.
     done = run_script(*args, "--dicom", tmp_path / "dicom")
     assert done.returncode == 1 and "1 exams explained, 1 were there" in done.stdout
+
+
+def test_results_go_where_nothing_is_said_any_more(tmp_path):
+    folder = tmp_path / "abc"
+    for name in ("acl-axial", "acl-sagittal", "acl-axial-of-axial+sagittal", "mine"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "0001.dcm").touch()
+    (folder / "report.dcm").touch()
+    dicom_results.remove_others(folder, [folder / "acl-axial", folder / "report.dcm"])
+    assert sorted(p.name for p in folder.iterdir()) == ["acl-axial", "mine", "report.dcm"]
+    exam = SimpleNamespace(name="abc")
+    assert dicom_results.write_results(exam, [], "", tmp_path) == []
+    assert [p.name for p in folder.iterdir()] == ["mine"]
+
+
+def test_long_names_of_findings_have_codes_of_their_own():
+    names = ["acl", "medial-cartilage-femur", "medial-cartilage-tibia"]
+    codes = [dicom_results.short_code(name, "task-", name) for name in names]
+    assert codes[0] == "acl" and len(set(codes)) == 3 and max(map(len, codes)) == 16
 
 
 def test_probabilities_of_joined_planes_are_their_own():

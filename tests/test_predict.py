@@ -13,10 +13,13 @@ import pytest
 import torch
 from conftest import PLANES, assert_one_line_error, run_process, run_script
 
+from common.answering import Options
 from common.checkpoint import read_checkpoint, write_checkpoint
 from common.errors import InputError
-from common.exams import FolderExams, exam_of_files
+from common.exams import Exam, FolderExams, exam_of_files
 from common.files import as_cell, from_cell
+from common.stacking import Network, TaskModels
+from predict import Answer, make_row
 
 
 def predict(trained, *args):
@@ -197,9 +200,44 @@ def test_which_plane_a_file_is(tmp_path):
     assert exam_of_files(paths) == ("7", {"axial": paths[0], "coronal": paths[1]})
     path = tmp_path / "x.npy"
     assert exam_of_files([path], "sagittal") == ("x", {"sagittal": path})
-    other = tmp_path / "another set" / "sagittal" / "7.npy"  # its exam 7 is somebody else's
+    path = tmp_path / "sagittal" / "7-sagittal-t1.npy"
+    assert exam_of_files([path]) == ("7-sagittal-t1", {"sagittal-t1": path})
+    named = tmp_path / "7-sagittal.npy"
+    assert exam_of_files([named]) == ("7", {"sagittal": named})
+    # Each has an exam 7 of its own.
+    other = tmp_path / "another set"
+    for path in (other / "sagittal" / "7.npy", other / "7-sagittal.npy"):
+        with pytest.raises(InputError, match="not of the same exam"):
+            exam_of_files([*paths, path])
     with pytest.raises(InputError, match="not of the same exam"):
-        exam_of_files([*paths, other])
+        exam_of_files([named, other / "7-axial.npy"])
+
+
+@pytest.mark.parametrize("name, plane", [
+    ("axial/7.npy", "coronal"), ("axial/7-sagittal.npy", None), ("7-axial.npy", "sagittal"),
+])  # fmt: skip
+def test_planes_that_contradict_each_other_are_refused(tmp_path, name, plane):
+    with pytest.raises(InputError, match="contradict"):
+        exam_of_files([tmp_path / name], plane)
+
+
+def test_several_sets_of_joined_planes_and_the_planes_of_a_decision():
+    """One column has the mean of all networks that join planes; a stack without a regression for
+    the planes that an exam has says which it took."""
+    planes = [("axial", "coronal"), ("axial", "sagittal")]
+    columns = {"+".join(p): [Network(None, p, "raw", "grey", False, "")] for p in planes}
+    combination = {"columns": ["axial+coronal"], "coefficients": [2.0], "intercept": -1.0,
+                   "threshold": 0.3}  # fmt: skip
+    stack = {"features": "probability", "combinations": {"axial+coronal": combination}}
+    models = TaskModels("acl", columns, stack, "", [None], 0.5)
+    exam = Exam("7", "", dict.fromkeys(PLANES), {}, "hash")
+    answer = Answer([*PLANES], {}, {"axial+coronal": [0.0], "axial+sagittal": [np.log(3)]})
+    row = make_row(exam, models, answer, Options(None, "fp32", False))
+    assert row["joint"] == pytest.approx((0.5 + 0.75) / 2)
+    assert row["stack"] == pytest.approx(0.5) and row["decision"] == "positive"
+    assert "decided from axial and coronal" in row["note"]
+    answer = answer._replace(planes=["axial", "coronal"])
+    assert make_row(exam, models, answer, Options(None, "fp32", False))["note"] is None
 
 
 def test_files_that_do_not_fit_together(trained, tmp_path):

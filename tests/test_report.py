@@ -8,9 +8,11 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 from conftest import assert_one_line_error, run_script
 
 from common.config import read_recipe
+from common.errors import InputError
 from common.model_card import Subject, worst_of, write_card
 from common.report import mistakes_of, subgroup, write_report
 from common.results import Results, read_results
@@ -103,16 +105,17 @@ def test_mistakes_are_the_worst_first(work):
 
 def test_the_surest_mistakes_are_those_that_are_counted():
     """An exam without coronal slices has the threshold of axial alone."""
-    combinations = {"axial+coronal": {"threshold": 0.4}, "axial": {"threshold": 0.7}}
     networks = [(plane, {"plane": plane}) for plane in ("axial", "coronal")]
+    others = {"b": 0.7, "e": 0.7}
     scores = {"axial": np.full(6, 0.5), "coronal": np.array([0.1, np.nan, 0.1, 0.9, np.nan, 0.9]),
               "stack": np.array([0.3, 0.6, 0.35, 0.5, 0.65, 0.9])}  # fmt: skip
     rows = {"stack": {"auc": 0.5, "threshold": 0.4}, "coronal": {"auc": 0.5, "threshold": 0.9}}
     results = Results(
-        folder=None, task="acl", content={"valid": rows}, ids=list("abcdef"),
+        folder=None, task="acl", content={"valid": rows, "other_thresholds": others},
+        ids=list("abcdef"),
         labels=np.array([1.0, 1, 1, 0, 0, 0]), scores=scores,
         train_ids=None, train_labels=None, train_scores=None,
-        stack={"combinations": combinations}, networks=networks,
+        stack=None, networks=networks,
     )  # fmt: skip
     assert results.called.tolist() == [False, False, False, True, False, True]
     assert worst_of(results, "stack") == {"missed": 0.3, "alarm": 0.9}
@@ -129,8 +132,7 @@ def test_the_card_of_a_network_counts_the_exams_that_it_was_trained_on(work, tmp
     results = results._replace(
         train_ids=[str(n) for n in range(10, 18)], train_labels=labels, train_scores={column: p}
     )
-    data = tmp_path / "data"
-    data.mkdir()
+    data = shutil.copytree(work / "data", tmp_path / "data")
     (data / "train-groups.csv").write_text("10,Anna\n11,Anna\n12,Berta\n14,Carla\n15,Carla\n")
     content = results.content | {"arguments": {"data_dir": str(data)}}
     results = results._replace(content=content)
@@ -199,8 +201,7 @@ def test_checklist_has_every_item(work):
 
 def test_groups_in_both_splits_are_said_in_report_card_and_checklist(work, tmp_path):
     results = read_results(work / "models/acl-results.json")
-    data = tmp_path / "data"
-    data.mkdir()
+    data = shutil.copytree(work / "data", tmp_path / "data")
     content = results.content | {"arguments": {"data_dir": str(data)}}
     results = results._replace(content=content)
 
@@ -292,6 +293,43 @@ def test_what_is_not_there_in_one_line(work, tmp_path):
     assert_one_line_error(done, "m.csv", "id,site")
     done = run_script("tools/report.py", work / "models", "--tasks", "cyst")
     assert_one_line_error(done, "cyst", "acl")
+
+
+def test_a_report_of_other_exams_with_the_same_numbers(work, tmp_path):
+    data = shutil.copytree(work / "data", tmp_path / "data")
+    (data / "valid-groups.csv").write_text("".join(f"{n},{n % 2}\n" for n in range(100)))
+    text, said = make(work, "--data-dir", data)
+    assert "data:image/jpeg" in text and "no pictures" not in said and "<td>group</td>" in text
+    path = sorted((data / "valid" / "axial").iterdir())[0]
+    np.save(path, 255 - np.load(path))
+    text, said = make(work, "--data-dir", data)
+    assert "data:image/jpeg" not in text and "has other exams or labels than those" in said
+    assert "<td>group</td>" not in text
+
+
+def test_networks_that_were_trained_again_are_not_reported_with_old_figures(work, tmp_path):
+    models = shutil.copytree(work / "models", tmp_path / "models")
+    read_results(models / "acl-results.json")
+    stack = json.loads((models / "acl-stack.json").read_text())
+    content = json.loads((models / "acl-results.json").read_text())
+    shutil.copy(models / "acl-axial.pt", models / "acl-coronal.pt")
+    with pytest.raises(InputError, match="acl-coronal.pt"):
+        read_results(models / "acl-results.json")
+    saved = torch.load(work / "models/acl-axial.pt", weights_only=True)
+    saved["metadata"]["epoch"] += 1
+    torch.save(saved, models / "acl-axial.pt")
+    shutil.copy(work / "models/acl-coronal.pt", models / "acl-coronal.pt")
+    with pytest.raises(InputError, match="acl-axial.pt: trained again after the stack was fitted"):
+        read_results(models / "acl-results.json")
+    shutil.copy(work / "models/acl-axial.pt", models / "acl-axial.pt")
+    stack["digests"]["acl-axial.pt"] = "0"
+    (models / "acl-stack.json").write_text(json.dumps(stack))
+    with pytest.raises(InputError, match="acl-results.json: not of the stack beside it"):
+        read_results(models / "acl-results.json")
+    del content["digests"]
+    (models / "acl-results.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="acl-results.json: damaged, or of an earlier version"):
+        read_results(models / "acl-results.json")
 
 
 def test_a_report_without_the_exams_says_so(work, tmp_path):

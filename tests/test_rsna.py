@@ -484,6 +484,41 @@ def test_scans_are_prepared_as_the_training_exams_were(tree, tmp_path, workers):
     assert not written
 
 
+def test_a_plane_that_nobody_scanned_is_missing_and_not_unusable(own):
+    """Decided from the other planes; one that was scanned otherwise, or is damaged, prevents it."""
+    from common.exams import open_exams
+
+    rows = (own / "train_series.csv").read_text().splitlines(keepends=True)
+    studies = own / "train_series"
+    for study, series in ((0, "012"), (1, "01"), (2, "")):  # axial ones that are removed
+        for decoy in series:
+            uid = f"{uid_of(study)}.0.{decoy}"
+            shutil.rmtree(studies / uid_of(study) / uid)
+            rows = [row for row in rows if f",{uid}," not in row]
+    (own / "train_series.csv").write_text("".join(rows))
+    for decoy in "01":
+        for path in (studies / uid_of(2) / f"{uid_of(2)}.0.{decoy}").iterdir():
+            path.write_bytes(path.read_bytes()[:-200])
+    with open_exams([studies], log=str) as exams:
+        found = [exam.unusable for exam in exams.each()]
+    assert found[0] == {} == found[3] and list(found[1]) == list(found[2]) == ["axial"]
+    assert "no fluid-sensitive series of this plane" in found[1]["axial"]
+
+
+def test_a_plane_may_be_of_t1_series(tree):
+    from common.exams import open_exams
+
+    networks = [SimpleNamespace(datasets=[{"t1_planes": ["coronal"]}], planes=[*PLANES])]
+    with open_exams([tree / "train_series"], networks=networks, log=str) as exams:
+        assert exams.datasets[0]["t1_planes"] == ["coronal"]
+        for study, exam in enumerate(exams.each()):
+            assert exam.paths.keys() == set(PLANES) and exam.unusable == {}
+            for plane, path in exam.paths.items():
+                decoy = 2 if plane == "coronal" else 0
+                side = "LR"[study % 2]
+                assert read_code(np.load(path)) == code_of(study, side, plane, decoy)
+
+
 def test_an_importer_that_is_killed_costs_its_own_studies_only(tree):
     from common.exams import open_exams
 

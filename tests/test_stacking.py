@@ -185,7 +185,7 @@ def test_decisions():
     # sum of logits - 1: the threshold 0.4 lies at logit(0.4)
     edge = 1 + logit(0.4)
     for value, label in ((edge + 1e-6, "positive"), (edge - 1e-6, "negative")):
-        probability, threshold, said = decide(stack, ["axial"], {"axial": [value]})
+        probability, threshold, said, _ = decide(stack, ["axial"], {"axial": [value]})
         assert said == label and threshold == 0.4 and type(probability) is float
         assert probability == pytest.approx(0.4, abs=1e-5)
     logits = {"axial": [0.0, 4.0], "coronal": [1.0, -1.0]}

@@ -161,7 +161,8 @@ def main():
             orientation=ORIENTATION,
         )
         write_text(lesions, "{}")  # this folder is the phantom's, and not complete without CSVs
-        for path in [p for split in SPLITS for p in args.out.glob(f"{split}-*.csv")]:
+        old = [p for s in SPLITS for end in ("-*.csv", "/*/*.npy") for p in args.out.glob(s + end)]
+        for path in old:
             path.unlink()
     except InputError as error:
         parser.error(str(error))
