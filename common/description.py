@@ -68,3 +68,8 @@ def read_dataset(root_dir):
             "data/README.md, or move it away"
         ) from None
     return content
+
+
+def contrast(dataset, plane):
+    """Of which series a plane of MRNet's is: "T1" or "fluid-sensitive"; `dataset` as read."""
+    return "T1" if plane in (dataset.get("t1_planes") or ()) else "fluid-sensitive"

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from common.description import read_dataset
+from common.description import contrast, read_dataset
 from common.errors import InputError
 from common.importer import Importer
 from data.common import ORIENTATION, T1_PLANES
@@ -249,10 +249,7 @@ def check_contrast(models, trained_on, given):
     if trained_on is None or given is None:
         return
     for plane in set(models.planes) & set(PLANES):
-        mine, theirs = (
-            "T1" if plane in (dataset.get("t1_planes") or ()) else "fluid-sensitive"
-            for dataset in (trained_on, given)
-        )
+        mine, theirs = contrast(trained_on, plane), contrast(given, plane)
         if mine != theirs:
             raise InputError(
                 f"{given['name']}: its {plane} series are {theirs}, the {models.task} networks "

@@ -12,6 +12,7 @@ import numpy as np
 
 from common import cli
 from common.checkpoint import column_name, digest_of, load_model
+from common.description import contrast
 from common.errors import InputError, one_line
 from common.explain_page import NOTICE
 from common.files import write_text
@@ -26,7 +27,7 @@ from common.report import (
 )
 from common.results import END, read_results
 from common.stacking import load_stack, reaches, start_of_results
-from dataloader import read_groups
+from dataloader import PLANES, in_order, read_groups
 
 
 class Subject(NamedTuple):
@@ -91,6 +92,7 @@ def write_card(subject, library, file, out):
         "is_stack": subject.column == STACK,
         "planes": unique(p for _, m in subject.networks for p in m["plane"].split("+")),
         "orientation": orientation_of(subject.networks),
+        "contrast": contrast_of(subject.networks),
         "recipes": unique(metadata["recipe"] for _, metadata in subject.networks),
         "facts": facts,
         "exams": None,
@@ -145,6 +147,18 @@ def orientation_of(networks):
             if plane in metadata["plane"].split("+"):
                 found[plane] = letters
     return found
+
+
+def contrast_of(networks):
+    """{plane: "T1" or "fluid-sensitive"} of MRNet's planes, by what the networks' data sets
+    recorded; those without an orientation are not of knees."""
+    found = {}
+    for _, metadata in networks:
+        dataset = metadata.get("dataset") or {}
+        for plane in metadata["plane"].split("+") if dataset.get("orientation") else ():
+            if plane in PLANES:
+                found[plane] = contrast(dataset, plane)
+    return {plane: found[plane] for plane in in_order(found)}
 
 
 def worst_of(results, column):
