@@ -374,9 +374,9 @@ def evaluate_model(model, exams, config, what="evaluate"):
 
 def start_state(config, split):
     """TrainState before the first epoch: the network, the optimizer and the schedule."""
-    torch.manual_seed(split.random_seed())
-    with ranks.first_alone():  # it may have to fetch them
+    with ranks.first_alone():  # it may have to fetch them, and draws numbers then
         features = imagenet_features(config.backbone) if config.pretrained else None
+    torch.manual_seed(split.random_seed())
     architecture = {name: getattr(config, name) for name in ARCHITECTURE}
     model = build_model(architecture, config.planes, features, len(config.tasks))
     model = model.to(torch.device(config.device))

@@ -141,6 +141,20 @@ def test_imagenet_features_are_the_default(split, monkeypatch):
         assert torch.equal(value, features[name])
 
 
+def test_fetching_features_does_not_change_the_initial_classifier(split, monkeypatch):
+    features = MRNet().pretrained_model.state_dict()
+
+    def fetched(backbone):
+        torch.rand(7)  # as a whole network of torchvision draws its weights
+        return features
+
+    found = []
+    for source in (lambda backbone: features, fetched):
+        monkeypatch.setattr(train, "imagenet_features", source)
+        found.append(train.start_state(config(pretrained=True), split).model.classifier.weight)
+    assert torch.equal(*found)
+
+
 def step_of(state):
     return engine.TrainingStep(state.model, state.optimizer, "fp32")
 
