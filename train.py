@@ -208,7 +208,7 @@ def run(args):
                 of = f"{number} of {len(splits)}"
                 print(f"\n-- network {of}: seed {split.seed}, fold {split.fold}")
             with ExitStack() as locks:
-                for task in config.tasks:
+                for task in dict.fromkeys((*config.tasks, config.task)):  # the last for the state
                     locks.enter_context(lock(path_of(config, split, files, task)))
                 train_network(config, split, files, provenance)
 

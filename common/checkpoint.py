@@ -21,7 +21,7 @@ from common import ranks
 from common.config import ARTICLE, PLANNED, THE_ARTICLES
 from common.description import is_dataset
 from common.errors import InputError, one_line
-from common.files import held, write_bytes
+from common.files import held, remove_leftovers, write_bytes
 from common.metrics import mean_of
 from common.optimization import steps_with_optimizer
 from dataloader import ALL_PLANES, CHANNELS, INTENSITIES
@@ -107,8 +107,8 @@ def write_checkpoint(path, content):
 
 @contextmanager
 def lock(path):
-    """Hold a saved model's lock, so that no two runs write it; what a killed run left is removed.
-    Of several ranks the first holds it.
+    """Hold the lock of a saved model and of its state, so that no two runs write them; what a
+    killed run left is removed. Of several ranks the first holds it.
 
     Raises:
         InputError: another run holds it.
@@ -118,8 +118,8 @@ def lock(path):
         return
     busy = f"{path}: another run is training it; wait for that one, or give another --models-dir"
     with held(path.with_name(f".{path.stem}.lock"), busy):
-        for leftover in path.parent.glob(f".{path.stem}.*.tmp"):
-            leftover.unlink()
+        for name in (path, path.with_suffix(".state")):
+            remove_leftovers(name)
         yield
 
 

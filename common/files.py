@@ -6,6 +6,7 @@ importers under data/ write with it too.
 """
 
 import csv
+import glob
 import io
 import os
 import re
@@ -63,6 +64,13 @@ def atomic(path, mode=None):
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(path):
+    """Remove the temporary files that killed runs of `atomic` left beside `path`: a Path that no
+    other process writes now."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        leftover.unlink()
 
 
 def flush_folder(folder):

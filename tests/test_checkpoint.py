@@ -128,6 +128,15 @@ def test_atomic_keeps_the_old_file_on_failure(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["f.txt"]
 
 
+def test_a_lock_removes_what_a_killed_run_left_of_its_own_files(tmp_path):
+    ours = [".acl-axial-v1.pt.abcdefgh.tmp", ".acl-axial-v1.state.ab_defgh.tmp"]
+    others = [".acl-axial-v1.2.pt.abcdefgh.tmp", ".acl-axial-v1.2.state.abcdefgh.tmp"]
+    for name in (*ours, *others):
+        (tmp_path / name).touch()
+    with checkpoint.lock(tmp_path / "acl-axial-v1.pt"):
+        assert {path.name for path in tmp_path.glob(".*.tmp")} == set(others)
+
+
 def test_models_of_earlier_versions_load(tmp_path):
     path, model = tmp_path / "acl-axial.pt", MRNet()
     about = {("held_out" if k == "out_of_fold" else k): v for k, v in METADATA.items()}

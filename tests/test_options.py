@@ -518,7 +518,11 @@ def test_the_models_of_several_findings_are_the_one_network(tmp_path, monkeypatc
 
     monkeypatch.setattr(train, "save_model", keep)
     monkeypatch.setattr(train, "report_best_model", lambda *args: None)
+    leftover = tmp_path / "models" / ".acl+soft-axial.state.abcdefgh.tmp"  # of a killed run
+    leftover.parent.mkdir()
+    leftover.touch()
     train_quickly(tmp_path, "--task", "acl", "soft", "--plane", "axial")
+    assert not leftover.exists()
     x = torch.randn(1, 3, 1, 64, 64)
     assert {name: row for name, (_, row) in seen.items()} == {"acl-axial": 0, "soft-axial": 1}
     for name, (model, row) in seen.items():
