@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -13,12 +14,13 @@ from conftest import ROOT, assert_one_line_error, run_script, write_exams
 from scipy.special import expit
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
-from common.config import THE_ARTICLES, read_recipe
+from common.config import THE_ARTICLES, Config, read_recipe
 from common.errors import InputError
 from common.figures import cost_figure
+from common.files import held
 from common.jobs import Job, Jobs
 from common.metrics import Difference, mean_auc_difference
-from tools.sweep import Results, read_sweep
+from tools.sweep import Results, check_recipe, read_sweep
 from tools.sweep_table import (
     VIEWS,
     Line,
@@ -205,6 +207,26 @@ def test_another_recipe_under_the_same_name_is_refused(swept, tmp_path):
         "--models-dir", tmp_path / "models",
     )  # fmt: skip
     assert_one_line_error(done, work / "out" / "faster.json", "another recipe")
+
+
+@pytest.mark.parametrize("folder", ["out", "models"])
+def test_folders_that_another_sweep_writes_are_left_alone(exams, tmp_path, folder):
+    sweep_file(tmp_path)
+    (tmp_path / folder).mkdir()
+    with held(tmp_path / folder / ".sweep.lock", "busy"):
+        done = run_sweep(tmp_path)
+    option = {"out": "--out", "models": "--models-dir"}[folder]
+    assert_one_line_error(done, tmp_path / folder, "another sweep", option)
+    assert not (tmp_path / "models" / "recipes").exists()
+
+
+def test_a_network_of_another_recipe_is_refused(tmp_path):
+    recipe = read_sweep(sweep_file(tmp_path)).recipes["faster"]
+    arguments = asdict(Config("acl", "axial", pretrained=False, epochs=1, lr=1e-3, select="last"))
+    check_recipe(tmp_path / "m.pt", {"arguments": arguments}, recipe)
+    for change, words in (({"lr": 1e-4}, "--lr 0.0001"), ({"clip": 1.0}, "--clip 1.0")):
+        with pytest.raises(InputError, match=f"m.pt: was trained with {words}, which is not"):
+            check_recipe(tmp_path / "m.pt", {"arguments": arguments | change}, recipe)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3"])

@@ -19,7 +19,7 @@ they have predicted (`--keep-models`). Then it prints tools/sweep_table.py's tab
 import itertools
 import json
 import tomllib
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -28,13 +28,20 @@ import numpy as np
 import torch
 
 from common import cli, engine
-from common.checkpoint import check_writable, column_name, load_model, lock, model_path, run_suffix
+from common.checkpoint import (
+    check_writable,
+    column_name,
+    load_model,
+    model_path,
+    recorded,
+    run_suffix,
+)
 from common.cluster import Machines
 from common.config import ARTICLE, THE_ARTICLES, Config
 from common.datasets import make_exams
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, one_line
-from common.files import write_text
+from common.files import held, remove_leftovers, write_text
 from common.jobs import ROOT, Job, failures
 from common.predictions import check_network, load_exams
 from common.stacking import FEATURES
@@ -247,11 +254,16 @@ def run(args):
         pick_precision(args.precision, device),
     )
     about = cli.print_start_up(vars(args), device, setting.precision)
-    for recipe, values in sweep.recipes.items():
-        lines = [f"{key} = {json.dumps(value)}\n" for key, value in values.items()]
-        write_text(setting.models_dir / "recipes" / f"{recipe}.toml", "".join(lines))
-    check_writable(setting.out)
-    with lock(setting.out / "sweep.json"):
+    with ExitStack() as locks:
+        for folder, option in {setting.out: "--out", setting.models_dir: "--models-dir"}.items():
+            check_writable(folder)
+            busy = f"{folder}: another sweep writes there; wait for it, or give another {option}"
+            locks.enter_context(held(folder / ".sweep.lock", busy))
+        for stem in ("sweep", *sweep.recipes):
+            remove_leftovers(setting.out / f"{stem}.json")
+        for recipe, values in sweep.recipes.items():
+            lines = [f"{key} = {json.dumps(value)}\n" for key, value in values.items()]
+            write_text(setting.models_dir / "recipes" / f"{recipe}.toml", "".join(lines))
         if args.cluster and "auto" in (args.device, args.precision):
             raise InputError("--cluster: machines may differ; give --device and --precision")
         runner = Machines.of(vars(args)).pick(device.type, len(list(sweep.networks())))
@@ -343,7 +355,7 @@ def predict_out_of_fold(sweep, network, setting):
         views, "valid": the same of the validation exams, "epochs": {finding: int}}.
 
     Raises:
-        InputError: it was trained on other exams, another fold or another seed.
+        InputError: it was trained on other exams, another fold, another seed or by another recipe.
     """
     planes, device = network.planes, torch.device(setting.device)
     seed, fold = sweep.seed_and_fold(network.number)
@@ -354,6 +366,7 @@ def predict_out_of_fold(sweep, network, setting):
         model = model.to(device)
         sets = exams_of(setting.data_dir, task, planes)
         check_network(path, metadata, sets, {"seed": seed, "fold": fold, "folds": sweep.folds})
+        check_recipe(path, metadata, sweep.recipes[network.recipe])
         for exams in sets.values():
             exams.intensity, exams.channels = metadata["intensity"], metadata["channels"]
         out_of_fold = sets["train"].subset(sets["train"].rows_of(metadata["out_of_fold"]))
@@ -368,6 +381,19 @@ def predict_out_of_fold(sweep, network, setting):
             seen = predict_views(model, exams, device, setting.precision, sweep.views)
             found["views"][task] = rounded((seen + found["logits"][task]) / (sweep.views + 1))
     return found
+
+
+def check_recipe(path, metadata, recipe):
+    """Raise InputError where the model at `path` was trained by another recipe than `recipe`."""
+    wanted = THE_ARTICLES | {key.replace("-", "_"): value for key, value in recipe.items()}
+    trained = recorded(metadata.get("arguments"))
+    other = [f"--{name.replace('_', '-')} {trained[name]}"
+             for name, value in wanted.items() if trained[name] != value]  # fmt: skip
+    if other:
+        raise InputError(
+            f"{path}: was trained with {', '.join(other)}, which is not the sweep's recipe; delete "
+            "it, or give another --models-dir"
+        )
 
 
 def rounded(logits):
