@@ -725,6 +725,17 @@ def test_pseudo_labels_are_out_of_fold_and_know_their_studies(own, tmp_path):
     assert mcl[2] == 0.79 and np.isnan(np.delete(mcl, 2)).all()
     done = run_script(*command, "--rows", own / "train.csv")
     assert_one_line_error(done, "train.csv: not a CSV of predict.py")
+    # Without stacks predict.py's answers are of networks that may have seen the labels.
+    other = tmp_path / "other"
+    done = run_script(*command, "--rows", tmp_path / "rows.csv", "--models-dir", other)
+    assert_one_line_error(done, other, "no stack of any finding")
+    other.mkdir()
+    for name in ("results.json", "predictions.csv"):
+        shutil.copy(models / f"acl-{name}", other / f"mcl-{name}")
+    done = run_script(*command, "--rows", tmp_path / "rows.csv", "--models-dir", other)
+    assert done.returncode == 0 and "ACL               no stack" in done.stdout, done.stderr
+    labels = read_labels(tmp_path / "teacher.csv").values
+    assert np.isnan([one["ACL"] for one in labels.values()]).all()
     (models / "acl-results.json").write_text('{"folds": 1}')
     assert_one_line_error(run_script(*command), "without folds", "--folds 5")
 

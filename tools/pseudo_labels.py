@@ -9,13 +9,14 @@ the training exams' out-of-fold probabilities of the stack, and writes a CSV wit
 columns, a probability or nothing each. Networks without folds saw every training exam, and theirs
 are refused. A training study whose label is unknown was in no fold and has no such probability:
 --rows, what predict.py says about the same data folder, is the answer of all folds' networks, none
-of which saw a label of it. Validation exams get none, so that no network is judged by what networks
-say: give what labels them (reports.csv) as well. For RSNA's knee set, whose studies' UIDs are
-turned into the exams' names.
+of which saw a label of it; it is taken for these studies only. Validation exams get none, so that
+no network is judged by what networks say: give what labels them (reports.csv) as well. For RSNA's
+knee set, whose studies' UIDs are turned into the exams' names.
 """
 
 import csv
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from common.stacking import start_of_results
 from common.submission import task_of
 from data.common import EXAMS, exam_name
 from data.rsna.tables import FINDINGS, STUDY, read_table
+from dataloader import label_rows
 
 DIGITS = 4  # of a probability
 
@@ -95,6 +97,16 @@ def answers_in(path):
     return found
 
 
+def without_label(answers, data_dir, task):
+    """Of {exam's number: probability} those whose exam has no label of the task, which networks may
+    have seen."""
+    if not (data_dir / f"train-{task}.csv").is_file():
+        return answers
+    rows = label_rows(data_dir, task, "train")
+    seen = {int(row.exam_id) for row in rows if not row.fault and not math.isnan(row.label)}
+    return {number: value for number, value in answers.items() if number not in seen}
+
+
 def run(args):
     """Write one row a study, in the order of the studies' file."""
     studies = [row[STUDY] for row in read_table(args.studies, (STUDY,)).rows]
@@ -105,9 +117,13 @@ def run(args):
     except (OSError, ValueError, LookupError, TypeError, csv.Error):
         raise InputError(f"{path}: not the register of a prepared set; see --data-dir") from None
     answers = answers_in(args.rows) if args.rows else {}
-    own = {name: out_of_fold(args.models_dir, task_of(name), args.recipes) for name in FINDINGS}
-    columns = {name: answers.get(task_of(name), {}) | own[name] for name in FINDINGS}
-    if not any(columns.values()):
+    own, columns = {}, {}
+    for name in FINDINGS:
+        task = task_of(name)
+        own[name] = out_of_fold(args.models_dir, task, args.recipes)
+        others = without_label(answers.get(task, {}), args.data_dir, task)
+        columns[name] = others | own[name]
+    if not any(own.values()):
         raise InputError(f"{args.models_dir}: no stack of any finding; run reproduce.py first")
     rows = []
     for uid in studies:
