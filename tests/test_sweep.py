@@ -417,6 +417,57 @@ def test_recipes_in_part_are_compared_on_the_exams_of_both(tmp_path):
     assert found["part"].gain.value == pytest.approx(wanted)
 
 
+def keep_seeds(path, seeds, folds=2):
+    """Let a recipe's file be of a sweep of so many seeds."""
+    content = json.loads(path.read_text())
+    keys = [f"axial {number + 1}" for number in range(seeds * folds)]
+    content |= {"seeds": seeds, "networks": {key: content["networks"][key] for key in keys}}
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+@pytest.mark.parametrize("fewer", ["article", "better"])
+def test_recipes_of_different_numbers_of_seeds_are_compared_on_those_of_both(
+    tmp_path, seeds, fewer
+):
+    folder = write_results(tmp_path / "out", {"article": 1.0, "better": 1.5}, seeds=3)
+    _, whole = lines(folder)
+    keep_seeds(folder / f"{fewer}.json", seeds)
+    _, found = lines(folder)
+    counts = {name: len(line.aucs) for name, line in found.items()}
+    assert counts == {"article": 3, "better": 3} | {fewer: seeds}
+    each = np.subtract(whole["better"].aucs, whole["article"].aucs)[:seeds]
+    assert found["better"].gain.value == pytest.approx(each.mean())
+
+
+def test_a_sweep_that_was_given_fewer_seeds_keeps_those_that_there_are(tmp_path):
+    folder = write_results(tmp_path / "out", {"article": 1.0, "better": 1.5}, seeds=3)
+    _, whole = lines(folder)
+    for path in folder.glob("[ab]*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"seeds": 1}))
+    _, found = lines(folder)
+    assert found["better"].aucs == whole["better"].aucs
+    assert found["better"].gain == whole["better"].gain
+
+
+def test_a_stack_of_averaged_seeds_is_compared_with_each_seed(tmp_path):
+    folder = write_results(tmp_path / "out", {"article": 1.0, "other": 1.0, "more": 1.0}, seeds=3)
+    keep_seeds(folder / "more.json", 2)
+    about = json.loads((folder / "sweep.json").read_text())
+    stacks = {"mean": {"recipes": ["article", "other"], "average_seeds": True}}
+    (folder / "sweep.json").write_text(json.dumps(about | {"stacks": stacks}))
+    labels, stacks, recipes = read_results(folder)
+    truth, rows = all_rows(labels, stacks, recipes, "acl")
+    rows = {row.recipe: row._replace(column="axial") for row in rows}
+    (line,) = [one for one in lines_of(truth, list(rows.values())) if one.row.recipe == "mean"]
+    (scores,) = rows["mean"].scores
+    gains = [roc_auc_score(truth, scores) - roc_auc_score(truth, one)
+             for one in rows["article"].scores]  # fmt: skip
+    assert line.gain.value == pytest.approx(np.mean(gains)) and line.time == 4.5
+    parts = [rows[name] for name in ("article", "more")]
+    assert stack_row("two", parts, truth, average_seeds=True).cpu_seconds == [(10 + 5) * 2]
+
+
 def test_a_seed_that_has_only_begun_waits(tmp_path):
     folder = write_results(tmp_path / "out", {"article": 1.0, "better": 1.5}, seeds=2)
     _, whole = lines(folder)

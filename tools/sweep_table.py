@@ -65,6 +65,7 @@ class Row(NamedTuple):
     folds: np.ndarray  # int (seeds, n), 0 where there is none
     cpu_seconds: list  # of each network; of a stack: of each of its networks of one fold, summed
     peak_memory: float  # bytes
+    is_average: bool = False  # its one run is of averaged seeds, not of the first seed
 
     @property
     def known(self):
@@ -130,21 +131,28 @@ def read_results(folder):
         raise InputError(f"{folder}: no results of a sweep ({one_line(error)})") from None
 
 
+def place_of(key, content):
+    """Planes, seed from 0 and fold from 0 of a network by its key in a recipe's file."""
+    planes, number = key.rsplit(" ", 1)
+    return planes, *divmod(int(number) - 1, content["folds"])
+
+
 def columns_of(labels, recipes, task, which="logits"):
-    """{(recipe, planes): Row} of the networks' own predictions.
+    """{(recipe, planes): Row} of the networks' own predictions. All have the same number of seeds,
+    NaN where a recipe has fewer: what is compared is of the same seed.
 
     Args:
         which: "logits", or "views" for the means over random views.
     """
     ids = {exam_id: row for row, exam_id in enumerate(labels[task])}
     rows = {}
+    seeds = {place_of(key, one)[1] for one in recipes.values() for key in one["networks"]}
+    shape = max(seeds, default=-1) + 1, len(ids)
     for name, content in recipes.items():
-        shape = content["seeds"], len(ids)
         for key, network in content["networks"].items():
-            planes, number = key.rsplit(" ", 1)
             if not network.get(which):
                 continue
-            seed, fold = divmod(int(number) - 1, content["folds"])
+            planes, seed, fold = place_of(key, content)
             if (name, planes) not in rows:
                 empty = np.full(shape, np.nan), np.zeros(shape, int)
                 rows[name, planes] = Row(name, planes, *empty, [], 0.0)
@@ -165,14 +173,15 @@ def stack_row(name, rows, labels, features="probability", average_seeds=False):
     Args:
         labels: int (n,).
         features: "probability" or "logit", as train_logistic_regression.py has them.
-        average_seeds: stack the means over the seeds: one run.
+        average_seeds: stack the means over the seeds that all columns have: one run.
     """
     x = np.stack([row.scores for row in rows], axis=-1)  # (seeds, n, columns)
     folds = rows[0].folds
+    complete = ~np.isnan(x).any(axis=(1, 2))  # (seeds,)
     if features == "logit":
         x = logit(x)
     if average_seeds:
-        x = x.mean(axis=0, keepdims=True)
+        x = x[complete].mean(axis=0, keepdims=True) if complete.any() else x[:1]
         splits = StratifiedKFold(AVERAGED_FOLDS, shuffle=True, random_state=0)
         folds = np.zeros((1, len(labels)), int)
         for number, (_, out) in enumerate(splits.split(x[0], labels), start=1):
@@ -186,8 +195,9 @@ def stack_row(name, rows, labels, features="probability", average_seeds=False):
             fitted = LogisticRegression().fit(x[s, other], labels[other])
             scores[s, there] = fitted.predict_proba(x[s, there])[:, 1]
     seconds = sum(np.mean(row.cpu_seconds) for row in rows)
-    seconds *= len(rows[0].scores) if average_seeds else 1
-    return Row(name, STACK, scores, folds, [seconds], max(row.peak_memory for row in rows))
+    seconds *= complete.sum() if average_seeds else 1
+    memory = max(row.peak_memory for row in rows)
+    return Row(name, STACK, scores, folds, [seconds], memory, average_seeds)
 
 
 def all_rows(labels, stacks, recipes, task):
@@ -245,10 +255,10 @@ def runs_of(row, base):
     """The runs that both of two Rows have, on the exams that all of them have predicted.
 
     Returns:
-        scores (runs, m), scores of the base (runs, m), bool (n,). Where one has a single run (of
-        averaged seeds) it stands beside each of the other.
+        scores (runs, m), scores of the base (runs, m), bool (n,). Where one's single run is of
+        averaged seeds it stands beside each of the other.
     """
-    if len(row.scores) == len(base.scores):
+    if row.is_average == base.is_average:
         both = row.complete & base.complete
         a, b = row.scores[both], base.scores[both]
     else:
