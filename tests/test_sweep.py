@@ -155,7 +155,8 @@ def test_a_sweep_predicts_every_exam_out_of_fold(swept):
         assert set(content["networks"]) == {"axial 1", "axial 2"}
         for planes in ("axial",):
             folds = [content["networks"][f"{planes} {n}"] for n in (1, 2)]
-            assert sorted(folds[0]["ids"] + folds[1]["ids"]) == sorted(map(str, range(18)))
+            ids = [fold["ids"]["acl"] for fold in folds]
+            assert sorted(ids[0] + ids[1]) == sorted(map(str, range(18)))
             assert folds[0]["ids"] == recipes["article"]["networks"][f"{planes} 1"]["ids"]
             assert all(len(fold["valid"]["acl"]) == 8 for fold in folds)
             assert all(
@@ -166,6 +167,28 @@ def test_a_sweep_predicts_every_exam_out_of_fold(swept):
             assert all(fold["cpu_seconds"] > 0 and fold["peak_memory"] > 1e8 for fold in folds)
         assert f"| {name} " in done.stdout and f"| {name}, views " in done.stdout
     assert not list((work / "models").glob("*.pt"))
+
+
+@pytest.mark.whole
+def test_exams_without_a_label_of_one_of_two_findings(tmp_path):
+    data = write_exams(tmp_path / "data", train=18)
+    for split, ids in (("train", range(18)), ("valid", range(18, 26))):
+        rows = [f"{i},{'' if i % 4 == 1 else int(i % 2)}\n" for i in ids]
+        (data / f"{split}-some.csv").write_text("".join(rows))
+    text = HEAD.replace('"acl"', '"acl+some"') + RECIPES.partition("[recipes.faster]")[0]
+    sweep_file(tmp_path, text)
+    done = run_sweep(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "\nacl: 18 exams, 6 positive" in done.stdout
+    assert "\nsome: 13 exams, 4 positive" in done.stdout  # 3, 7, 11, 15; 1, 5, ... are unknown
+    _, _, recipes = read_results(tmp_path / "out")
+    for network in recipes["article"]["networks"].values():
+        for task in ("acl", "some"):
+            assert len(network["ids"][task]) == len(network["logits"][task])
+        wanted = [i for i in network["ids"]["acl"] if int(i) % 4 != 1]
+        assert network["ids"]["some"] == wanted
+    done = run_script("tools/sweep_table.py", tmp_path / "out", "--without", tmp_path / "out")
+    assert "without 18 exams" in done.stdout
 
 
 @pytest.mark.whole

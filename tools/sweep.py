@@ -351,15 +351,16 @@ def predict_out_of_fold(sweep, network, setting):
     """The exams that a network was not trained on, as it sees them.
 
     Returns:
-        {"ids": [...], "logits": {finding: [float, ...]}, "views": the same averaged over random
-        views, "valid": the same of the validation exams, "epochs": {finding: int}}.
+        {"ids": {finding: [...]} of those with a label, "logits": {finding: [float, ...]}, "views":
+        the same averaged over random views, "valid": the same of the validation exams, "epochs":
+        {finding: int}}.
 
     Raises:
         InputError: it was trained on other exams, another fold, another seed or by another recipe.
     """
     planes, device = network.planes, torch.device(setting.device)
     seed, fold = sweep.seed_and_fold(network.number)
-    found = {"ids": [], "logits": {}, "views": {}, "valid": {}, "epochs": {}}
+    found = {"ids": {}, "logits": {}, "views": {}, "valid": {}, "epochs": {}}
     for task in sweep.task.split("+"):
         path = sweep.model_file(setting.models_dir, task, network)
         model, metadata = load_model(path, task, column_name(planes, network.recipe))
@@ -370,7 +371,7 @@ def predict_out_of_fold(sweep, network, setting):
         for exams in sets.values():
             exams.intensity, exams.channels = metadata["intensity"], metadata["channels"]
         out_of_fold = sets["train"].subset(sets["train"].rows_of(metadata["out_of_fold"]))
-        found["ids"] = list(metadata["out_of_fold"])
+        found["ids"][task] = out_of_fold.ids
         found["epochs"][task] = metadata["epoch"]
         for which, exams in (("logits", out_of_fold), ("valid", sets["valid"])):
             logits = engine.predict(model, exams, device, setting.precision, path.stem)[:, 0]

@@ -137,6 +137,12 @@ def place_of(key, content):
     return planes, *divmod(int(number) - 1, content["folds"])
 
 
+def ids_of(network):
+    """{finding: ids of the exams that a network has predicted}; one list in earlier versions."""
+    ids = network["ids"]
+    return ids if isinstance(ids, dict) else dict.fromkeys(network["logits"], ids)
+
+
 def columns_of(labels, recipes, task, which="logits"):
     """{(recipe, planes): Row} of the networks' own predictions. All have the same number of seeds,
     NaN where a recipe has fewer: what is compared is of the same seed.
@@ -157,7 +163,7 @@ def columns_of(labels, recipes, task, which="logits"):
                 empty = np.full(shape, np.nan), np.zeros(shape, int)
                 rows[name, planes] = Row(name, planes, *empty, [], 0.0)
             row = rows[name, planes]
-            pairs = zip(network["ids"], network[which][task], strict=True)
+            pairs = zip(ids_of(network)[task], network[which][task], strict=True)
             known = [(ids[exam_id], value) for exam_id, value in pairs if exam_id in ids]
             where, values = map(list, zip(*known, strict=True))
             row.scores[seed, where], row.folds[seed, where] = expit(values), fold + 1
@@ -343,7 +349,7 @@ def leave_out(rows, ids, without):
     """
     _, _, recipes = read_results(without)
     networks = [network for one in recipes.values() for network in one["networks"].values()]
-    used = {exam_id for network in networks for exam_id in network["ids"]}
+    used = {exam_id for one in networks for each in ids_of(one).values() for exam_id in each}
     out = np.array([exam_id in used for exam_id in ids])
     rows = [
         row._replace(scores=np.where(out, np.nan, row.scores), folds=np.where(out, 0, row.folds))
