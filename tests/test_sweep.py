@@ -252,6 +252,18 @@ def test_a_network_of_another_recipe_is_refused(tmp_path):
             check_recipe(tmp_path / "m.pt", {"arguments": arguments | change}, recipe)
 
 
+def test_results_are_of_one_number_of_views(tmp_path):
+    sweep, path = read_sweep(sweep_file(tmp_path)), tmp_path / "article.json"
+    Results(tmp_path, sweep, "article").write()
+    Results(tmp_path, sweep, "article")
+    with pytest.raises(InputError, match="article.json: was made with another views"):
+        Results(tmp_path, sweep._replace(views=4), "article")
+    content = json.loads(path.read_text())
+    del content["views"]  # as an earlier version wrote it
+    path.write_text(json.dumps(content))
+    assert Results(tmp_path, sweep, "article").content["views"] == 1
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3"])
 def test_damaged_results_are_named(tmp_path, text):
     sweep = read_sweep(sweep_file(tmp_path))

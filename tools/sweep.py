@@ -193,11 +193,13 @@ class Results:
     def __init__(self, out, sweep, name):
         self.path = out / f"{name}.json"
         head = {"task": sweep.task, "folds": sweep.folds, "seeds": sweep.seeds,
-                "protocol": sweep.protocol, "recipe": sweep.recipes[name]}  # fmt: skip
+                "protocol": sweep.protocol, "views": sweep.views,
+                "recipe": sweep.recipes[name]}  # fmt: skip
         self.content = head | {"networks": {}}
         if self.path.is_file():
             try:
                 found = json.loads(self.path.read_text(encoding="utf-8"))
+                found.setdefault("views", sweep.views)  # earlier versions did not record it
                 other = [key for key, value in head.items() if found.get(key) != value]
                 self.networks = found["networks"]
             except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
