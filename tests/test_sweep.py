@@ -18,10 +18,12 @@ from common.config import THE_ARTICLES, Config, read_recipe
 from common.errors import InputError
 from common.figures import cost_figure
 from common.files import held
-from common.jobs import Job, Jobs
+from common.jobs import Done, Job, Jobs
 from common.metrics import Difference, mean_auc_difference
-from tools.sweep import Results, check_recipe, read_sweep
+from tools import sweep as sweep_module
+from tools.sweep import Network, Results, Setting, check_recipe, read_sweep, train_networks
 from tools.sweep_table import (
+    HEADS,
     VIEWS,
     Line,
     Row,
@@ -303,6 +305,32 @@ def test_a_signal_stops_after_the_step_and_the_time_is_kept(tmp_path):
     assert len(list((tmp_path / "models").glob("*.state"))) == 2
 
 
+class FakeRunner:
+    """Stands in for Jobs: every training takes 10 s."""
+
+    stopped_by = 0
+
+    def run(self, jobs):
+        for job in jobs:
+            yield Done(job, 0, 10.0, 10.0, 10**9)
+
+
+def test_the_time_of_a_training_is_not_known_after_a_kill(tmp_path, monkeypatch):
+    found = {"ids": {"acl": []}, "logits": {"acl": []}}
+    monkeypatch.setattr(sweep_module, "predict_out_of_fold", lambda *args: dict(found))
+    sweep = read_sweep(sweep_file(tmp_path))
+    setting = Setting(tmp_path, tmp_path, tmp_path, True, "cpu", "fp32")
+    results = {"article": Results(tmp_path, sweep, "article")}
+    first, second = (Network("article", "axial", number) for number in (1, 2))
+    for network in (first, second):  # both were interrupted; a SIGTERM let the second be recorded
+        sweep.files(tmp_path, network)[1].touch()
+    results["article"].add_time(second, {"seconds": 3.0, "cpu_seconds": 2.0})
+    train_networks(sweep, [first, second], setting, FakeRunner(), results, {})
+    again = Results(tmp_path, sweep, "article")
+    assert again.get(first)["cpu_seconds"] is None and again.get(first)["seconds"] is None
+    assert again.get(second)["cpu_seconds"] == 12.0 and again.get(second)["seconds"] == 13.0
+
+
 def test_a_job_says_its_status_and_time(tmp_path):
     code = "import sys, time; t = time.process_time()\nwhile time.process_time() < t + 0.5: pass\n"
     jobs = [Job(str(n), ("-c", f"{code}sys.exit({n})"), tmp_path / f"{n}.txt") for n in (0, 3)]
@@ -398,6 +426,20 @@ def test_a_row_of_the_table(tmp_path):
     assert line.gain.value == pytest.approx(gains.mean()) and line.gain.p < 1e-3
     assert line.gain.low < gains.min() and line.adjusted == line.gain.p
     assert found["article"].gain is None
+
+
+@pytest.mark.parametrize("unknown, time", [((1,), "0.50"), ((1, 2), "–")])
+def test_times_that_are_not_known_are_left_out_of_the_mean(tmp_path, unknown, time):
+    folder = write_results(tmp_path / "out", {"article": 1.0, "better": 1.5})
+    content = json.loads((folder / "better.json").read_text())
+    for number in unknown:
+        content["networks"][f"axial {number}"]["cpu_seconds"] = None
+    (folder / "better.json").write_text(json.dumps(content))
+    _, found = lines(folder)
+    assert found["better"].cells()[HEADS.index("time")] == time
+    assert found["article"].cells()[HEADS.index("time")] == "1.00"
+    drawn = {name for name, _ in cost_points(found.values())}
+    assert drawn == ({"article"} if time == "–" else {"article", "better"})
 
 
 def test_seeds_widen_the_interval(tmp_path):

@@ -12,8 +12,9 @@ every training exam is then predicted by the network that was not trained on it 
 other exams selected. Start it again after an interruption: nothing finished is repeated.
 
 Writes benchmarks/SWEEP/NAME.json for each recipe, with the whole configuration and for each
-network its out-of-fold logits, time, memory, epoch, commit and versions; networks are deleted when
-they have predicted (`--keep-models`). Then it prints tools/sweep_table.py's table.
+network its out-of-fold logits, time (null where the sweep was killed in between), memory, epoch,
+commit and versions; networks are deleted when they have predicted (`--keep-models`). Then it prints
+tools/sweep_table.py's table.
 """
 
 import itertools
@@ -106,6 +107,11 @@ class Sweep(NamedTuple):
         seed, fold = self.seed_and_fold(network.number)
         suffix = run_suffix(fold, self.folds, seed if self.seeds > 1 else None)
         return model_path(folder, task, column_name(network.planes, network.recipe), suffix)
+
+    def files(self, folder, network):
+        """Where train.py saves a network's models, one a finding, and its state."""
+        models = [self.model_file(folder, task, network) for task in self.task.split("+")]
+        return models, self.model_file(folder, self.task, network).with_suffix(".state")
 
 
 def read_sweep(path):
@@ -221,13 +227,21 @@ class Results:
         return self.networks.get(f"{network.planes} {network.number}")
 
     def add_time(self, network, usage):
-        """Record what a training of a Network has taken, beside its interrupted parts before."""
+        """Record what a training of a Network has taken, beside its interrupted parts before: None
+        where one of these is not known."""
         times = self.content.setdefault("times", {})
-        before = times.get(f"{network.planes} {network.number}", {})
+        before = times.get(f"{network.planes} {network.number}", dict.fromkeys(usage, 0))
         times[f"{network.planes} {network.number}"] = {
-            name: round(value + before.get(name, 0), 1) for name, value in usage.items()
+            name: None if before[name] is None else round(value + before[name], 1)
+            for name, value in usage.items()
         }
         self.write()
+
+    def lose_time(self, network):
+        """Record that it is not known how long a Network was trained before, if nothing is recorded
+        of it: the sweep was killed."""
+        key, unknown = f"{network.planes} {network.number}", {"seconds": None, "cpu_seconds": None}
+        self.content.setdefault("times", {}).setdefault(key, unknown)
 
     def add(self, network, found):
         """Record what a Network predicted."""
@@ -313,6 +327,10 @@ def train_networks(sweep, networks, setting, runner, results, provenance):
     Raises:
         RunError: some failed; the others were trained all the same.
     """
+    for network in networks:
+        models, state = sweep.files(setting.models_dir, network)
+        if any(path.is_file() for path in (*models, state)):  # it was begun before
+            results[network.recipe].lose_time(network)
     waiting, failed = {make_job(sweep, setting, n): n for n in networks}, []
     for done in runner.run(waiting):
         network = waiting[done.job]
@@ -324,8 +342,8 @@ def train_networks(sweep, networks, setting, runner, results, provenance):
         found = predict_out_of_fold(sweep, network, setting)
         result.add(network, found | {"peak_memory": done.peak_memory} | provenance)
         if not setting.keep_models:
-            for task in sweep.task.split("+"):
-                sweep.model_file(setting.models_dir, task, network).unlink()
+            for path in sweep.files(setting.models_dir, network)[0]:
+                path.unlink()
     if failed:
         raise RunError(failures(failed, networks))
 
@@ -343,8 +361,7 @@ def make_job(sweep, setting, network):
                  "--models-dir", folder, "--logs-dir", folder / "logs", "--resume")  # fmt: skip
     title = f"{recipe}, {planes}, seed {seed}, fold {fold}"
     log = folder / "output" / f"{recipe}-{planes}-{number}.txt"
-    models = [sweep.model_file(folder, task, network) for task in sweep.task.split("+")]
-    state = sweep.model_file(folder, sweep.task, network).with_suffix(".state")
+    models, state = sweep.files(folder, network)
     files = (*(path.name for path in (*models, state)), f"recipes/{recipe}.toml")
     return Job(title, tuple(map(str, arguments)), log, files=files)
 

@@ -13,7 +13,8 @@ AUC: over all exams at once (mean and standard deviation over the seeds), and wi
 of which has a network of its own. The difference to the article's recipe is that of the mean AUCs,
 with DeLong's paired 95 % interval; with two seeds or more it is widened by what seeds change
 (`metrics.mean_auc_difference`), and p is adjusted for the number of rows (Holm). Time is that of
-one core with nothing beside it (user + system time), memory the largest resident size.
+one core with nothing beside it (user + system time), "–" where no network's is known because the
+sweep was killed; memory is the largest resident size.
 """
 
 import json
@@ -63,7 +64,7 @@ class Row(NamedTuple):
     column: str  # planes of its networks, or "stack"
     scores: np.ndarray  # float64 (seeds, n) probabilities, NaN where there are none yet
     folds: np.ndarray  # int (seeds, n), 0 where there is none
-    cpu_seconds: list  # of each network; of a stack: of each of its networks of one fold, summed
+    cpu_seconds: list  # of each network, where known; of a stack: of those of one fold, summed
     peak_memory: float  # bytes
     is_average: bool = False  # its one run is of averaged seeds, not of the first seed
 
@@ -77,6 +78,11 @@ class Row(NamedTuple):
         """The seeds that have as many predictions as the fullest, bool (seeds,): with others that
         have just begun, seeds would be compared on the few exams that all have predicted."""
         return (self.known > 0) & (self.known == self.known.max())
+
+    @property
+    def mean_seconds(self):
+        """Mean of `cpu_seconds`, NaN where none is known."""
+        return np.mean(self.cpu_seconds) if self.cpu_seconds else np.nan
 
     @property
     def runs(self):
@@ -93,7 +99,7 @@ class Line(NamedTuple):
     gain: Difference | None  # to the article's recipe
     adjusted: float | None  # p of the gain for the number of lines
     brier: float
-    time: float | None  # of the article's
+    time: float | None  # of the article's, NaN where one of them is not known
 
     def cells(self):
         """Text of each of HEADS."""
@@ -103,10 +109,11 @@ class Line(NamedTuple):
             interval = f"[{self.gain.low:+.3f}, {self.gain.high:+.3f}]"
             gain = [f"{self.gain.value:+.3f} {interval}", f"{self.gain.p:.4f}"]
             gain.append(f"{self.adjusted:.3f}")
+        time = "" if self.time is None else "–" if np.isnan(self.time) else f"{self.time:.2f}"
         return [
             self.row.recipe, self.row.column, f"{np.mean(self.aucs):.3f}{spread}",
             f"{self.in_folds:.3f}", *gain, f"{self.brier:.3f}",
-            f"{self.time:.2f}" if self.time else "", f"{self.row.peak_memory / 1e9:.1f}",
+            time, f"{self.row.peak_memory / 1e9:.1f}",
         ]  # fmt: skip
 
 
@@ -167,7 +174,8 @@ def columns_of(labels, recipes, task, which="logits"):
             known = [(ids[exam_id], value) for exam_id, value in pairs if exam_id in ids]
             where, values = map(list, zip(*known, strict=True))
             row.scores[seed, where], row.folds[seed, where] = expit(values), fold + 1
-            row.cpu_seconds.append(network["cpu_seconds"])
+            if network["cpu_seconds"] is not None:
+                row.cpu_seconds.append(network["cpu_seconds"])
             most = max(row.peak_memory, network["peak_memory"])
             rows[name, planes] = row._replace(peak_memory=most)
     return rows
@@ -200,7 +208,7 @@ def stack_row(name, rows, labels, features="probability", average_seeds=False):
             there, other = fold == number, fold != number
             fitted = LogisticRegression().fit(x[s, other], labels[other])
             scores[s, there] = fitted.predict_proba(x[s, there])[:, 1]
-    seconds = sum(np.mean(row.cpu_seconds) for row in rows)
+    seconds = sum(row.mean_seconds for row in rows)
     seconds *= complete.sum() if average_seeds else 1
     memory = max(row.peak_memory for row in rows)
     return Row(name, STACK, scores, folds, [seconds], memory, average_seeds)
@@ -293,7 +301,7 @@ def lines_of(truth, rows):
         key, runs = (row.recipe, row.column), row.runs[0]
         known = [~np.isnan(run) for run in runs]
         pairs = [(truth[k], run[k]) for k, run in zip(known, runs, strict=True)]
-        time = np.mean(row.cpu_seconds) / np.mean(bases[key].cpu_seconds) if key in bases else None
+        time = row.mean_seconds / bases[key].mean_seconds if key in bases else None
         lines.append(
             Line(
                 row,
@@ -333,7 +341,7 @@ def cost_points(lines):
     its difference to the article's as a bar around its AUC."""
     points = {}
     for line in lines:
-        if line.time and not line.row.recipe.endswith(VIEWS):
+        if line.time is not None and line.time > 0 and not line.row.recipe.endswith(VIEWS):
             auc, gain = np.mean(line.aucs), line.gain
             ends = (auc - gain.value + gain.low, auc - gain.value + gain.high) if gain else None
             points[line.row.recipe, line.row.column] = line.time, auc, ends
