@@ -21,7 +21,15 @@ from common.files import held
 from common.jobs import Done, Job, Jobs
 from common.metrics import Difference, mean_auc_difference
 from tools import sweep as sweep_module
-from tools.sweep import Network, Results, Setting, check_recipe, read_sweep, train_networks
+from tools.sweep import (
+    Network,
+    Results,
+    Setting,
+    check_recipe,
+    read_sweep,
+    run_rounds,
+    train_networks,
+)
 from tools.sweep_table import (
     HEADS,
     VIEWS,
@@ -308,10 +316,14 @@ def test_a_signal_stops_after_the_step_and_the_time_is_kept(tmp_path):
 class FakeRunner:
     """Stands in for Jobs: every training takes 10 s."""
 
-    stopped_by = 0
+    stopped_by, threads = 0, 1
+
+    def __init__(self):
+        self.names = []
 
     def run(self, jobs):
         for job in jobs:
+            self.names.append(job.name)
             yield Done(job, 0, 10.0, 10.0, 10**9)
 
 
@@ -458,6 +470,28 @@ def test_seeds_widen_the_interval(tmp_path):
 def test_what_is_clearly_behind_is_dropped_but_never_the_article(tmp_path):
     gains = {"article": 0.2, "good": 1.5, "as-good": 1.5, "bad": 0.2}
     assert dropped_recipes(write_results(tmp_path / "out", gains)) == {"bad"}
+
+
+def test_what_was_dropped_stays_so_when_the_sweep_goes_on(tmp_path, monkeypatch):
+    gains = {"article": 0.2, "good": 1.5, "bad": 0.2}
+    folder = write_results(tmp_path / "out", gains)
+    text = HEAD + "".join(f"[recipes.{name}]\n" for name in gains)
+    sweep, taken = read_sweep(sweep_file(tmp_path, text)), {}
+    for name in gains:  # interrupted after the first fold
+        content = json.loads((folder / f"{name}.json").read_text())
+        taken[name] = content["networks"].pop("axial 2")
+        content |= {"task": "acl", "protocol": "article", "recipe": {}}
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    monkeypatch.setattr(sweep_module, "predict_out_of_fold", lambda _, n, *more: taken[n.recipe])
+    monkeypatch.setattr(sweep_module, "write_about", lambda *args: None)
+    setting = Setting(tmp_path, folder, tmp_path / "models", True, "cpu", "fp32")
+    about = {"git": "", "versions": {}, "machine": ""}
+    runner = FakeRunner()
+    run_rounds(sweep, setting, runner, True, about)
+    assert runner.names == ["article, axial, seed 0, fold 2", "good, axial, seed 0, fold 2"]
+    again = FakeRunner()
+    run_rounds(sweep, setting, again, True, about)
+    assert again.names == []
 
 
 def test_equal_recipes_are_seldom_dropped(tmp_path):

@@ -296,7 +296,7 @@ def run_rounds(sweep, setting, runner, drop, about):
     """
     results = {recipe: Results(setting.out, sweep, recipe) for recipe in sweep.recipes}
     write_about(sweep, setting, any(one.networks for one in results.values()))
-    dropped = set()
+    dropped = dropped_recipes(setting.out) if drop else set()  # by an earlier run
     torch.set_num_threads(1)  # the jobs have the cores; waiting threads would slow them tenfold
     provenance = {
         "commit": about["git"],
