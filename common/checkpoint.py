@@ -402,7 +402,8 @@ def recorded(config):
 def check_same(path, config, data_sets, earlier, ignore=()):
     """Refuse to resume from `path` if it was made with other arguments or from other exams.
 
-    CUDA graphs may differ: their use depends on the memory that is free, their result does not.
+    CUDA graphs may differ: their use depends on the memory that is free, their result does not. So
+    may the number of seeds, each of which has networks of its own.
 
     Args:
         config: dict, the arguments that change the result, as plain values.
@@ -416,7 +417,7 @@ def check_same(path, config, data_sets, earlier, ignore=()):
     theirs, fingerprints = recorded(earlier[0]), earlier[1]
     # Earlier versions did not record all arguments.
     theirs = {name: config[name] for name in RECORDED_LATER} | theirs
-    ignore = {*ignore, "cuda_graphs"}
+    ignore = {*ignore, "cuda_graphs", "repeat"}
     other = [name for name in config if name not in ignore and config[name] != theirs.get(name)]
     if other:
         options = ", ".join(f"--{name.replace('_', '-')} {theirs.get(name)}" for name in other)

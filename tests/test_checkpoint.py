@@ -241,12 +241,13 @@ class Exams:
 
 def test_what_a_resumed_run_must_agree_on():
     config = {"lr": 1e-4, "lr_scheduler": "step", "device": "cpu", "epochs": 3}
-    config |= {"precision": "fp32", "cuda_graphs": False}
+    config |= {"precision": "fp32", "cuda_graphs": False, "repeat": 2}
     sets, prints = {"train": Exams("a"), "valid": Exams("b")}, {"train": "a", "valid": "b"}
     same = ("x.pt", config, sets)
     check_same(*same, (config, prints))
     check_same(*same, ({"lr": 1e-4, "lr_scheduler": "step", "epochs": 3}, prints))  # recorded later
     check_same(*same, (config | {"epochs": 2}, prints), ignore=["epochs"])
+    check_same(*same, (config | {"repeat": 3, "cuda_graphs": True}, prints))
     for change, words in (
         ({"epochs": 2}, "--epochs 2"),
         ({"lr_scheduler": "none", "lr": 1.0}, "--lr 1.0, --lr-scheduler none"),
