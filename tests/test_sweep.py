@@ -83,6 +83,9 @@ def test_recipes_inherit(tmp_path):
     )
     names = [tuple(network) for network in planes.networks()]
     assert names[1] == ("article", "coronal", 1) and len(names) == 8
+    joint = HEAD.replace('"axial"', '"sagittal+axial", "coronal"') + RECIPES
+    joint = read_sweep(sweep_file(tmp_path, joint.replace("1e-3", '1e-3\nplanes = ["coronal"]')))
+    assert joint.planes == {"article": ["axial+sagittal", "coronal"], "faster": ["coronal"]}
 
 
 @pytest.mark.parametrize("name", ["article", "best", "fast"])
@@ -129,6 +132,12 @@ def test_a_bar_is_the_interval_of_the_difference():
         ),
         (HEAD.replace("folds = 2", "folds = 1") + RECIPES, "at least 2 folds"),
         (HEAD + "x = 1\n" + RECIPES, "unknown or wrong: x"),
+        (HEAD.replace('"axial"', '"axial", "axial"') + RECIPES, "each once"),
+        (HEAD.replace('"axial"', '"axial+sagittal", "sagittal+axial"') + RECIPES, "each once"),
+        (HEAD.replace('"axial"', '"axial+axial"') + RECIPES, "each once"),
+        (HEAD.replace('"axial"', '"oblique"') + RECIPES, "planes = ['oblique']: takes a list"),
+        (HEAD.replace('"axial"', "") + RECIPES, "planes = []: takes a list"),
+        (HEAD + RECIPES.replace("lr = 1e-3", 'planes = "axial"'), "planes = axial: takes a list"),
         ("=", "not a sweep"),
     ],
 )

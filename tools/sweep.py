@@ -46,6 +46,7 @@ from common.files import held, remove_leftovers, write_text
 from common.jobs import ROOT, Job, failures
 from common.predictions import check_network, load_exams
 from common.stacking import FEATURES
+from dataloader import in_order
 from tools.sweep_table import dropped_recipes, print_table
 
 SETTINGS = {"task": str, "planes": list, "folds": int, "seeds": int, "protocol": str,
@@ -141,8 +142,25 @@ def read_sweep(path):
     if ARTICLE not in recipes:
         raise InputError(f"{path}: lacks [recipes.{ARTICLE}], which the others are compared with")
     check_stacks(path, stacks, recipes)
-    each = {name: tables[name].get("planes", planes) for name in tables}
+    each = {name: columns_in(path, tables[name].get("planes", planes)) for name in tables}
     return Sweep(**settings, recipes=recipes, planes=each, stacks=stacks)
+
+
+def columns_in(path, planes):
+    """The value of a `planes`, the planes of a joint network in the order of its files' names.
+
+    Raises:
+        InputError: not a list of planes, or one twice.
+    """
+    given = [str(one).split("+") for one in planes] if isinstance(planes, list) else []
+    columns = ["+".join(in_order(one)) for one in given]
+    is_wrong = any(len(in_order(one)) < len(one) for one in given)  # unknown, or twice
+    if is_wrong or not columns or len(set(columns)) < len(columns):
+        raise InputError(
+            f"{path}: planes = {planes}: takes a list of planes such as axial, or of several "
+            "joined by +, each once"
+        )
+    return columns
 
 
 def check_stacks(path, stacks, recipes):
