@@ -36,6 +36,7 @@ from tools.sweep_table import (
     Line,
     Row,
     all_rows,
+    auc_in_folds,
     cost_points,
     dropped_recipes,
     leave_out,
@@ -461,6 +462,17 @@ def test_times_that_are_not_known_are_left_out_of_the_mean(tmp_path, unknown, ti
     assert found["article"].cells()[HEADS.index("time")] == "1.00"
     drawn = {name for name, _ in cost_points(found.values())}
     assert drawn == ({"article"} if time == "–" else {"article", "better"})
+
+
+@pytest.mark.parametrize("folds", [[1] * 8 + [2] * 4, [1, 2] * 4 + [3] * 4, range(1, 13)])
+def test_a_fold_of_one_class_is_left_out(folds):
+    truth = np.array([0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0])
+    scores, folds = np.random.default_rng(0).random(12), np.array(folds)
+    found = auc_in_folds(truth, Row("a", "axial", scores[None], folds[None], [1.0], 0.0))
+    each = [roc_auc_score(truth[folds == k], scores[folds == k])
+            for k in set(folds) if len(set(truth[folds == k])) == 2]  # fmt: skip
+    wanted = np.mean(each) if each else np.nan
+    assert found == pytest.approx(wanted, nan_ok=True)
 
 
 def test_seeds_widen_the_interval(tmp_path):

@@ -282,13 +282,14 @@ def runs_of(row, base):
 
 
 def auc_in_folds(truth, row):
-    """Mean AUC within the folds of all seeds."""
+    """Mean AUC within the folds of all seeds that have exams of both classes, NaN without any."""
     found = []
     for scores, folds in zip(*row.runs, strict=True):
         for number in np.unique(folds[folds > 0]):
             there = folds == number
-            found.append(roc_auc(truth[there], scores[there]))
-    return float(np.mean(found))
+            if len(set(truth[there])) == 2:
+                found.append(roc_auc(truth[there], scores[there]))
+    return float(np.mean(found)) if found else np.nan
 
 
 def lines_of(truth, rows):
