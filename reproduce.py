@@ -23,11 +23,11 @@ from pathlib import Path
 from common import cli
 from common.checkpoint import column_name, run_suffix
 from common.cluster import Machines
-from common.config import ARTICLE, read_recipe
+from common.config import ARTICLE, THE_ARTICLES, read_recipe
 from common.datasets import all_tasks
 from common.errors import Interrupted, RunError
 from common.files import write_text
-from common.jobs import ROOT, Job, failures
+from common.jobs import ROOT, Job, bytes_of_a_job, failures
 from common.report import read_all, write_report
 from common.stacking import start_of_results
 from common.table import markdown, read_own_labels
@@ -81,15 +81,17 @@ def read_training(recipe):
 
     Returns:
         the arguments that train_logistic_regression.py needs, the recipe's name, the ends of the
-        file names of a task's and plane's networks, and the device.
+        file names of a task's and plane's networks, the device and the backbone.
     """
     names = ("--folds", "--repeat", "--seed", "--device", "--precision")
     parser = argparse.ArgumentParser(add_help=False)
     for name in names:
         parser.add_argument(name)
     parser.add_argument("--recipe", default=ARTICLE)
+    parser.add_argument("--backbone")
     known = vars(parser.parse_known_args(recipe)[0])
-    name = read_recipe(known.pop("recipe"))[0]
+    name, values = read_recipe(known.pop("recipe"))
+    backbone = known.pop("backbone") or (THE_ARTICLES | values)["backbone"]
     words = [word for name, value in known.items() if value for word in (f"--{name}", value)]
     given = {key: known[key] or "" for key in ("folds", "repeat", "seed")}
     folds, repeat, seed = (int(text) if text.isdecimal() else 0 for text in given.values())
@@ -98,6 +100,7 @@ def read_training(recipe):
         name,
         endings(folds, repeat, seed),
         known["device"] or "auto",
+        backbone,
     )
 
 
@@ -151,11 +154,11 @@ def bytes_of(data_dir, plane):
 def run(args):
     """Train every network, stack each task, write the table."""
     wanted = args.tasks or all_tasks(args.data_dir)
-    words, recipe, suffixes, device = read_training(args.recipe)
+    words, recipe, suffixes, device, backbone = read_training(args.recipe)
     places = {"data": args.data_dir, "models": args.models_dir, "logs": args.logs_dir}
     findings = [wanted] if args.together else [[task] for task in wanted]
     jobs = make_jobs(findings, suffixes, places, args.recipe, recipe)
-    runner = Machines.of(vars(args)).pick(device, len(jobs))
+    runner = Machines.of(vars(args)).pick(device, len(jobs), bytes_of_a_job(backbone))
     print(f"{len(jobs)} networks, {runner.at_once} at a time with {runner.threads} threads each; "
           f"what they print: {args.models_dir / 'output'}", flush=True)  # fmt: skip
     if args.cluster and "--precision" not in args.recipe:

@@ -19,7 +19,7 @@ import torch
 from common.devices import pick_device
 from common.errors import InputError, one_line
 from common.files import write_bytes
-from common.jobs import ROOT, Done, Jobs, finish, most_at_once, start, tried_twice
+from common.jobs import ROOT, Done, Jobs, bytes_of_a_job, finish, most_at_once, start, tried_twice
 
 TRIES = 5  # on other nodes, where one is lost
 LOOK = 0.5  # s between looks at what has ended, and at the flag
@@ -114,12 +114,13 @@ class Machines(NamedTuple):
         """Machines of {name: value} as argparse has them, others among them."""
         return cls(**{name: values[name] for name in cls._fields if name in values})
 
-    def pick(self, device, count):
+    def pick(self, device, count, bytes_each=None):
         """Jobs, of this machine or of a cluster.
 
         Args:
             device: "auto", "cpu" or "cuda".
             count: jobs that there are.
+            bytes_each: memory that each takes on a CPU; by default a training of the article's.
 
         Raises:
             InputError: as RayJobs, or --fetch without a cluster.
@@ -130,7 +131,8 @@ class Machines(NamedTuple):
         if self.fetch:
             raise InputError("--fetch is for --cluster; leave it out")
         if pick_device(device).type == "cpu":
-            return Jobs(self.jobs or most_at_once(count), self.threads or 0)
+            at_once = self.jobs or most_at_once(count, bytes_each or bytes_of_a_job())
+            return Jobs(at_once, self.threads or 0)
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = named.split(",") if named else list(map(str, range(torch.cuda.device_count())))
         return Jobs(self.jobs or len(gpus) * self.jobs_per_gpu, self.threads or 0, gpus)

@@ -1,6 +1,7 @@
 """Where networks run: device, precision, where volumes are cached."""
 
 import math
+import os
 import platform
 from pathlib import Path
 
@@ -68,7 +69,15 @@ def device_name(device):
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-# --- cached volumes -------------------------------------------------------------------------------
+# --- room -----------------------------------------------------------------------------------------
+
+
+def usable_cores():
+    """Cores that this process may run on: fewer than the machine's under taskset, SLURM or a
+    container's cpuset."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def available_memory(root=Path("/")):
@@ -112,6 +121,9 @@ def cgroup_room(folder, limit, usage, reclaimable):
         return math.inf if most == "max" else int(most) - used + int(stat.get(reclaimable, 0))
     except (OSError, ValueError):
         return math.inf
+
+
+# --- cached volumes -------------------------------------------------------------------------------
 
 
 def cache_volumes(data_sets, where, device, progress=iter):

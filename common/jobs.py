@@ -19,11 +19,16 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from common.cli import catch_signals
-from common.devices import available_memory
+from common.config import THE_ARTICLES
+from common.devices import available_memory, usable_cores
 from common.errors import Interrupted
+from model import BACKBONES, MOST_ACTIVATIONS
 
 ROOT = Path(__file__).parent.parent
-BYTES_OF_A_JOB = 2e9  # resident: torch, AlexNet and an exam's activations
+# A job takes no more than this in memory; measured peaks of each backbone are in docs/speed.md.
+BYTES_OF_A_PROCESS = 1.6e9  # torch, the network, its optimizer's state and an exam
+BYTES_OF_AN_ACTIVATION = 5.6  # that backward keeps: 4, and its gradient for a while
+PIXELS_OF_AN_EXAM = 61 * 256**2  # the largest of MRNet's
 BAD_INPUT = 2  # exit status: trying again would not help
 
 
@@ -67,7 +72,7 @@ class Jobs:
 
     def __init__(self, at_once, threads=0, gpus=()):
         self.at_once = at_once
-        self.threads = threads or max(1, (os.cpu_count() or 1) // at_once)
+        self.threads = threads or max(1, usable_cores() // at_once)
         self.running, self.stopped_by = {}, 0  # {process: Job}; number of a signal
         self.gpus = queue.SimpleQueue() if gpus else None  # the free places on them
         for k in range(at_once if gpus else 0):
@@ -142,10 +147,18 @@ class Jobs:
         return done
 
 
-def most_at_once(count):
-    """How many of `count` networks to train side by side on a CPU: one a core as far as memory
-    allows."""
-    return int(max(1, min(os.cpu_count() or 1, available_memory() // BYTES_OF_A_JOB, count)))
+def bytes_of_a_job(backbone=THE_ARTICLES["backbone"], planes=1):
+    """Memory that training a network takes at most on a CPU, with exams of MRNet's size; of a
+    backbone that there is not, which train.py refuses, the article's."""
+    known = BACKBONES.get(backbone, BACKBONES[THE_ARTICLES["backbone"]])
+    activations = min(MOST_ACTIVATIONS, PIXELS_OF_AN_EXAM * known.activations)
+    return BYTES_OF_A_PROCESS + planes * BYTES_OF_AN_ACTIVATION * activations
+
+
+def most_at_once(count, bytes_each):
+    """How many of `count` networks of some bytes to train side by side on a CPU: one a core as far
+    as memory allows."""
+    return int(max(1, min(usable_cores(), available_memory() // bytes_each, count)))
 
 
 def tried_twice(attempt, is_stopped):

@@ -1,5 +1,6 @@
 """Jobs side by side on one machine: GPUs, and whatever is killed."""
 
+import csv
 import os
 import random
 import shutil
@@ -14,7 +15,7 @@ import psutil
 import pytest
 from conftest import QUICK, ROOT, contents, write_exams
 
-from common.jobs import Job, Jobs
+from common.jobs import Job, Jobs, bytes_of_a_job
 
 
 def test_gpus_are_shared_out_evenly(tmp_path):
@@ -22,6 +23,25 @@ def test_gpus_are_shared_out_evenly(tmp_path):
     jobs = [Job(str(n), ("-c", code), tmp_path / f"{n}.txt") for n in range(8)]
     assert all(done.status == 0 for done in Jobs(4, 1, ("0", "3")).run(jobs))
     assert Counter(job.log.read_text().split()[-1] for job in jobs) == {"0": 4, "3": 4}
+
+
+def test_a_jobs_memory_is_that_of_its_backbone():
+    (path,) = (ROOT / "benchmarks").glob("backbones-*.csv")  # measured
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            measured = 1e9 * float(row["GB at 61"])
+            assert measured <= bytes_of_a_job(row["backbone"]) <= 2.2 * measured, row["backbone"]
+    assert bytes_of_a_job("alexnet", planes=3) > bytes_of_a_job("alexnet")
+
+
+def test_jobs_share_out_the_cores_that_they_may_use():
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    code += "from common.jobs import Jobs, most_at_once\n"
+    code += "print(most_at_once(9, 1), Jobs(1).threads)"
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("needs Linux's affinity")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "1"], done.stderr
 
 
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="needs util-linux's setpriv")

@@ -631,13 +631,15 @@ def test_recipes_are_stacked_together(work):
 
 
 def test_reproducing_with_a_recipe(tmp_path):
-    (tmp_path / "quick.toml").write_text('pooling = "mean"\n')
+    (tmp_path / "quick.toml").write_text('pooling = "mean"\nbackbone = "vgg16"\n')
     words = ["--recipe", str(tmp_path / "quick.toml"), "--folds", "3", "--lr", "1"]
     assert reproduce.read_training(words) == (
         ["--folds", "3", "--recipes", "quick"], "quick",
-        ["-fold1of3", "-fold2of3", "-fold3of3"], "auto",
+        ["-fold1of3", "-fold2of3", "-fold3of3"], "auto", "vgg16",
     )  # fmt: skip
-    assert reproduce.read_training([]) == (["--recipes", "article"], "article", [""], "auto")
+    assert reproduce.read_training([*words, "--backbone", "vgg11"])[-1] == "vgg11"
+    article = ["--recipes", "article"], "article", [""], "auto", "alexnet"
+    assert reproduce.read_training([]) == article
     ends = reproduce.read_training(["--folds", "5", "--repeat", "3", "--seed", "7"])[2]
     assert len(ends) == len(set(ends)) == 15 and ends[5] == "-fold1of5-seed8"
 

@@ -566,10 +566,10 @@ def test_12_memory_is_that_of_the_container(tmp_path, version):
 
 
 def test_12_jobs_are_as_many_as_the_container_has_room_for(monkeypatch):
-    monkeypatch.setattr(jobs.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(jobs, "usable_cores", lambda: 8)
     for room, wanted in ((1.5e9, 1), (7e9, 3), (1e12, 8)):
         monkeypatch.setattr(jobs, "available_memory", lambda room=room: room)
-        assert jobs.most_at_once(9) == wanted
+        assert jobs.most_at_once(9, jobs.bytes_of_a_job()) == wanted
 
 
 # --- 13: see test_benchmark.py --------------------------------------------------------------------

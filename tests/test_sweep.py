@@ -18,7 +18,7 @@ from common.config import THE_ARTICLES, Config, read_recipe
 from common.errors import InputError
 from common.figures import cost_figure
 from common.files import held
-from common.jobs import Done, Job, Jobs
+from common.jobs import Done, Job, Jobs, bytes_of_a_job
 from common.metrics import Difference, mean_auc_difference
 from tools import sweep as sweep_module
 from tools.sweep import (
@@ -87,6 +87,7 @@ def test_recipes_inherit(tmp_path):
     joint = HEAD.replace('"axial"', '"sagittal+axial", "coronal"') + RECIPES
     joint = read_sweep(sweep_file(tmp_path, joint.replace("1e-3", '1e-3\nplanes = ["coronal"]')))
     assert joint.planes == {"article": ["axial+sagittal", "coronal"], "faster": ["coronal"]}
+    assert joint.bytes_of("article") == bytes_of_a_job("alexnet", planes=2)
 
 
 @pytest.mark.parametrize("name", ["article", "best", "fast"])

@@ -12,7 +12,6 @@ validation. Then the class counts. Exit status 0, or 2 with faults.
 
 import hashlib
 import math
-import os
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +21,7 @@ from tabulate import tabulate
 
 from common import cli
 from common.description import read_dataset
+from common.devices import usable_cores
 from common.errors import InputError
 from dataloader import (
     ALL_PLANES,
@@ -56,7 +56,7 @@ def parse_arguments():
     parser.add_argument(
         "--workers",
         type=cli.positive_int,
-        default=os.cpu_count(),
+        default=usable_cores(),
         help="volumes read at a time; more help where the disk is far away",
     )
     return parser.parse_args()

@@ -43,7 +43,7 @@ from common.datasets import make_exams
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, one_line
 from common.files import held, remove_leftovers, write_text
-from common.jobs import ROOT, Job, failures
+from common.jobs import ROOT, Job, bytes_of_a_job, failures
 from common.predictions import check_network, load_exams
 from common.stacking import FEATURES
 from dataloader import in_order
@@ -98,6 +98,12 @@ class Sweep(NamedTuple):
             for name in self.recipes:
                 for planes in self.planes[name]:
                     yield Network(name, planes, number)
+
+    def bytes_of(self, recipe):
+        """Memory that training the largest network of a recipe takes."""
+        backbone = self.recipes[recipe].get("backbone", THE_ARTICLES["backbone"])
+        planes = max(len(each.split("+")) for each in self.planes[recipe])
+        return bytes_of_a_job(backbone, planes)
 
     def seed_and_fold(self, number):
         """Of a network: seed from 0, fold from 1."""
@@ -300,7 +306,8 @@ def run(args):
             write_text(setting.models_dir / "recipes" / f"{recipe}.toml", "".join(lines))
         if args.cluster and "auto" in (args.device, args.precision):
             raise InputError("--cluster: machines may differ; give --device and --precision")
-        runner = Machines.of(vars(args)).pick(device.type, len(list(sweep.networks())))
+        networks, most = list(sweep.networks()), max(map(sweep.bytes_of, sweep.recipes))
+        runner = Machines.of(vars(args)).pick(device.type, len(networks), most)
         run_rounds(sweep, setting, runner, args.drop, about)
     print_table(setting.out)
 
