@@ -7,8 +7,9 @@
     python reproduce.py --cluster ray -- --folds 5          # on the machines of a Ray cluster
 
 Every network (a task, a plane, a fold, a seed) is one run of train.py, several side by side, each
-with a log of its own; then train_logistic_regression.py stacks each task. What follows `--` goes
-to train.py. Interrupt it and start it again: no finished model is repeated. Writes
+with a log of its own; then train_logistic_regression.py stacks each task. A plane without a folder
+in both splits is left out (a set of one plane has a "stack" of one). What follows `--` goes to
+train.py. Interrupt it and start it again: no finished model is repeated. Writes
 models/reproduce/results.json, results.md, means.json (mean AUC over the findings), report.html
 (one page to show) and claim.md (the CLAIM checklist), apart from what other commands make.
 """
@@ -24,14 +25,13 @@ from common import cli
 from common.checkpoint import column_name, run_suffix
 from common.cluster import Machines
 from common.config import ARTICLE, THE_ARTICLES, read_recipe
-from common.datasets import all_tasks
+from common.datasets import all_tasks, trainable_planes
 from common.errors import Interrupted, RunError
 from common.files import write_text
 from common.jobs import ROOT, Job, bytes_of_a_job, failures
 from common.report import read_all, write_report
 from common.stacking import start_of_results
 from common.table import markdown, read_own_labels
-from dataloader import planes_of
 
 
 def parse_arguments():
@@ -115,11 +115,12 @@ def endings(folds, repeat, first):
     ]
 
 
-def make_jobs(findings, suffixes, places, training, recipe):
+def make_jobs(findings, planes, suffixes, places, training, recipe):
     """A Job for every network.
 
     Args:
         findings: list of lists of tasks; those of one list share a network.
+        planes: list.
         suffixes: as `endings`.
         places: {"data", "models", "logs": Path}.
         training: list, arguments of train.py.
@@ -127,7 +128,7 @@ def make_jobs(findings, suffixes, places, training, recipe):
     """
     jobs = []
     for together in findings:
-        for plane in planes_of(places["data"]):
+        for plane in planes:
             size = bytes_of(places["data"], plane)
             for number, suffix in enumerate(suffixes, start=1):
                 name = "+".join(together)
@@ -157,7 +158,10 @@ def run(args):
     words, recipe, suffixes, device, backbone = read_training(args.recipe)
     places = {"data": args.data_dir, "models": args.models_dir, "logs": args.logs_dir}
     findings = [wanted] if args.together else [[task] for task in wanted]
-    jobs = make_jobs(findings, suffixes, places, args.recipe, recipe)
+    planes, left = trainable_planes(args.data_dir)
+    if left:
+        print(f"left out   {', '.join(left)}: no folder in both train and valid")
+    jobs = make_jobs(findings, planes, suffixes, places, args.recipe, recipe)
     runner = Machines.of(vars(args)).pick(device, len(jobs), bytes_of_a_job(backbone))
     print(f"{len(jobs)} networks, {runner.at_once} at a time with {runner.threads} threads each; "
           f"what they print: {args.models_dir / 'output'}", flush=True)  # fmt: skip
@@ -166,7 +170,8 @@ def run(args):
     failed = [done.job for done in runner.run(jobs) if done.status]
     if failed:
         raise RunError(failures(failed, jobs))
-    call("train_logistic_regression.py", "--task", *wanted, *as_arguments(places), *words)
+    stacked = ("--task", *wanted, "--planes", *planes)
+    call("train_logistic_regression.py", *stacked, *as_arguments(places), *words)
     starts = [start_of_results(args.models_dir, task, [recipe]) for task in wanted]
     found = read_all(f"{start}-results.json" for start in starts)
     table, means = markdown(found, read_own_labels(args.data_dir))

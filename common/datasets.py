@@ -1,10 +1,12 @@
 """The data sets that a training's configuration asks for."""
 
+from pathlib import Path
+
 from common.augmentation import SLICES_OF_STRONG, make_augmentation
 from common.cli import print_exams
 from common.errors import InputError
 from common.optimization import average_advice
-from dataloader import MRDataset, MultiPlaneDataset, trainable, view_of
+from dataloader import SPLITS, MRDataset, MultiPlaneDataset, planes_of, trainable, view_of
 from model import BACKBONES
 
 
@@ -14,6 +16,23 @@ def all_tasks(data_dir):
     for line in why.values():
         print(f"left out   {line}")
     return names
+
+
+def trainable_planes(data_dir):
+    """Every plane with a folder in both splits, and the others that are MRNet's or have one: lists.
+
+    Raises:
+        InputError: no plane has both.
+    """
+    there, left = [], []
+    for plane in planes_of(data_dir):
+        is_whole = all((Path(data_dir) / split / plane).is_dir() for split in SPLITS)
+        (there if is_whole else left).append(plane)
+    if not there:
+        raise InputError(
+            f"{data_dir}: no plane has a folder in train and in valid; add its volumes"
+        )
+    return there, left
 
 
 def load_exams(config, data_dir):

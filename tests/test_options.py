@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import shutil
 import signal
 from dataclasses import fields
 
@@ -642,6 +643,24 @@ def test_reproducing_with_a_recipe(tmp_path):
     assert reproduce.read_training([]) == article
     ends = reproduce.read_training(["--folds", "5", "--repeat", "3", "--seed", "7"])[2]
     assert len(ends) == len(set(ends)) == 15 and ends[5] == "-fold1of5-seed8"
+
+
+@pytest.mark.whole
+def test_reproducing_on_a_set_of_one_plane(tmp_path):
+    data = write_exams(tmp_path / "data")
+    shutil.rmtree(data / "valid" / "axial")
+    for split in ("train", "valid"):
+        shutil.rmtree(data / split / "coronal")
+    quick = ("--no-pretrained", "--epochs", "1", "--precision", "fp32")
+    done = run_script("reproduce.py", *files(tmp_path)[:6], "--", *quick)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "left out   axial, coronal: no folder in both" in done.stdout
+    assert [path.name for path in (tmp_path / "models").glob("*.pt")] == ["acl-sagittal.pt"]
+    rows = json.loads((tmp_path / "models" / "results.json").read_text())["acl"]["valid"]
+    assert [*rows][:2] == ["sagittal", "stack"]
+    shutil.rmtree(data / "valid" / "sagittal")
+    done = run_script("reproduce.py", *files(tmp_path)[:6], "--", *quick)
+    assert_one_line_error(done, data, "no plane has a folder in train and in valid")
 
 
 def random_options(rng):

@@ -37,10 +37,11 @@ from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import cli
+from common.datasets import trainable_planes
 from common.devices import CACHES, cache_volumes, device_name, pick_device, pick_precision
 from common.errors import InputError, RunError
 from common.files import write_csv
-from dataloader import PLANES, SPLITS, MRDataset, planes_of, trainable
+from dataloader import PLANES, MRDataset, trainable
 from model import BACKBONES, MRNet, convolutional_part, torchvision_network
 from tools.benchmark_variants import ARTICLE, COMPILED, OURS, Ours, variants
 
@@ -124,10 +125,8 @@ def write_exams(root, counts, slices):
 def both_splits(root):
     """MRDataset to train on and to validate on: the first plane and finding of a folder."""
     task = trainable(root)[0][0]
-    there = [p for p in planes_of(root) if all((Path(root) / s / p).is_dir() for s in SPLITS)]
-    if not there:
-        raise InputError(f"{root}: no plane has a folder in train and in valid; add its volumes")
-    return [MRDataset(root, task, there[0], train) for train in (True, False)]
+    plane = trainable_planes(root)[0][0]
+    return [MRDataset(root, task, plane, train) for train in (True, False)]
 
 
 def mrnet_slices(rng):
