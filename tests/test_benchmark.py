@@ -69,6 +69,11 @@ def test_device_that_is_not_there():
     assert_one_line_error(run_script("tools/benchmark.py", "--device", "cuda"), "--device cpu")
 
 
+def test_a_number_of_rounds_that_is_none():
+    done = run_script("tools/benchmark.py", "--runs", 0)
+    assert done.returncode == 2 and "--runs: '0' is not a whole number of at least 1" in done.stderr
+
+
 def test_a_variant_that_is_not_there():
     done = run_script("tools/benchmark.py", "--only", "nonsense", "--exams", 1, "--valid", 1)
     assert_one_line_error(done, "--only nonsense", "ours")
@@ -83,6 +88,7 @@ def test_exams_of_ones_own(exams, tmp_path):
     done = run_script(*words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "an epoch of sagittal: 3 exams" in done.stdout and "and 8 with" in done.stdout
+    assert "floor" not in done.stdout  # which is of slices of 256 x 256
     assert_one_line_error(run_script(*words, "--growth"), "--data-dir: for the table of an epoch")
 
 

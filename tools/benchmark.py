@@ -60,9 +60,12 @@ def parse_arguments():
     parser.add_argument(
         "--data-dir",
         type=Path,
-        help="the first exams of this folder instead of random ones; for the table of an epoch",
+        help="the first exams of this folder instead of random ones; for the table of an epoch, "
+        "then without the floor, which is of slices of 256 x 256",
     )
-    parser.add_argument("--runs", type=int, default=5, help="rounds; the median of each is shown")
+    parser.add_argument(
+        "--runs", type=cli.positive_int, default=5, help="rounds; the median of each is shown"
+    )
     parser.add_argument(
         "--workers",
         type=int,
@@ -223,10 +226,16 @@ def measure(makers, sets, device, cache, runs):
             yield times, slices
 
 
-def table(times, slices, device, precision):
-    """Rows of plain values: one a variant and the floor."""
+def floor_row(device, precision):
+    """The row of the floor of slices of 256 x 256: the hardware's time for their arithmetic."""
     rate = product_rate(device, precision)
-    floors = [1e3 * flops / rate for flops in flops_a_slice(device)]
+    train, evaluation = (1e3 * flops / rate for flops in flops_a_slice(device))
+    floor = f"floor: {precision} matrix product, {rate / 1e9:,.0f} GFLOP/s"
+    return {"variant": floor, "train ms/slice": train, "evaluate ms/slice": evaluation}
+
+
+def table(times, slices):
+    """Rows of plain values, one a variant."""
     epochs = {name: [a + b for a, b in zip(*t[:2], strict=True)] for name, t in times.items()}
     middle = statistics.median
     rows = []
@@ -250,8 +259,7 @@ def table(times, slices, device, precision):
                 row[title] = middle(a / b if other == OURS else b / a for a, b in pairs)
         row["GB"] = max(used) / 1e9
         rows.append(row)
-    floor = f"floor: {precision} matrix product, {rate / 1e9:,.0f} GFLOP/s"
-    return [*rows, {"variant": floor, "train ms/slice": floors[0], "evaluate ms/slice": floors[1]}]
+    return rows
 
 
 def save(rows, what, device, folder):
@@ -506,7 +514,8 @@ def run(args):
                 )
                 sets = [exams.subset(range(min(n, len(exams)))) for n, exams in both]
                 for times, slices in measure(makers, sets, device, args.cache, args.runs):
-                    rows = table(times, slices, device, precision)
+                    rows = table(times, slices)
+                    rows += [] if args.data_dir else [floor_row(device, precision)]
                     save(rows, what, device, args.out)  # so an interruption leaves some rounds
                 print(
                     f"an epoch of {sets[0].plane}: {len(sets[0])} exams with {slices[0]} slices, "
