@@ -170,7 +170,7 @@ def parse_label(text):
     text = text.strip()
     if not text:
         return UNKNOWN
-    if not re.fullmatch(r"[01]|[01]?\.[0-9]{1,9}", text, re.ASCII) or float(text) > 1:
+    if not re.fullmatch(r"[01]|[01]?\.[0-9]+", text, re.ASCII) or float(text) > 1:
         return None
     return float(text)
 

@@ -160,7 +160,7 @@ def parse_arguments():
     add = parser.add_argument_group("files").add_argument
     add("--models-dir", type=Path, default=Path("models"), help="for models and training states")
     add("--logs-dir", type=Path, default=Path("logs"), help="for TensorBoard")
-    add("--log-every", type=cli.positive_int, default=100, help="steps between points of a curve")
+    add("--log-every", type=cli.positive_int, default=100, help="exams between points of a curve")
     resume = "skip trainings that are finished, continue one that was interrupted"
     add("--resume", action="store_true", help=resume)
     parser.set_defaults(**{f.name: f.default for f in fields(Config) if f.name in THE_ARTICLES})
@@ -173,7 +173,7 @@ class Files(NamedTuple):
 
     models_dir: Path
     logs_dir: Path
-    log_every: int  # steps
+    log_every: int  # exams
     resume: bool
 
 

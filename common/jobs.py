@@ -94,7 +94,7 @@ class Jobs:
         try:
             count, done_work = 0, 0.0
             for done in self.results(jobs):
-                names = [job.name for job in self.running.values()]
+                names = [job.name for job in list(self.running.values())]  # threads change it
                 bar.set_description(", ".join(names[: self.at_once][:4]))
                 bar.update()
                 if done is None:
@@ -231,9 +231,12 @@ def finish(job, process, began, options=0):
 def failures(failed, jobs, what="networks", again="start again"):
     """One line about the jobs that failed: how many, why the last did, and what to do."""
     log = failed[-1].log
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    if log.is_file():
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        why = f"'{lines[-1] if lines else ''}' ({log})"
+    else:  # on the disk of another machine
+        why = f"a log that is not here ({log}: without a shared folder give --fetch)"
     return (
-        f"{len(failed)} of {len(jobs)} {what} failed, the last, {failed[-1].name}, with "
-        f"'{lines[-1] if lines else ''}' ({log}); correct that and {again}, the "
-        "others are not repeated"
+        f"{len(failed)} of {len(jobs)} {what} failed, the last, {failed[-1].name}, with {why}; "
+        f"correct that and {again}, the others are not repeated"
     )

@@ -104,7 +104,7 @@ class TrainingLog:
 
     Args:
         folder: path of the logs.
-        log_every: steps between two points of the curves within an epoch.
+        log_every: exams between two points of the curves within an epoch.
         done: (epochs, exams) that a resumed training has behind it, or None; purge_step then drops
             points that a killed run logged but did not checkpoint.
     """
@@ -127,8 +127,8 @@ class TrainingLog:
         self.writer.add_images(title, slices, epoch, dataformats=dataformats)
 
     def add_steps(self, epoch, labels, logits, losses):
-        """Running means within an epoch, from the steps' own logits; of several findings the AUC is
-        their mean.
+        """Running means within an epoch, from the steps' own logits, of the exams whose label is
+        known; of several findings their means.
 
         Args:
             labels, logits, losses: float32 (n, tasks), in the order of the steps.
@@ -136,12 +136,17 @@ class TrainingLog:
         n = len(labels)
         for end in [*range(self.log_every, n, self.log_every), n]:
             step = (epoch - 1) * n + end
-            self.within.add_scalar("within-epoch/train-loss", losses[:end].mean(), step)
-            aucs = []
-            for label, logit in zip(labels[:end].T, logits[:end].T, strict=True):
+            means, aucs = [], []
+            for label, logit, loss in zip(
+                *(x[:end].T for x in (labels, logits, losses)), strict=True
+            ):
                 known = ~np.isnan(label)
+                if known.any():
+                    means.append(loss[known].mean())
                 if len(set(is_positive(label[known]))) == 2:
                     aucs.append(roc_auc(is_positive(label[known]), logit[known]))
+            if means:
+                self.within.add_scalar("within-epoch/train-loss", np.mean(means), step)
             if aucs:
                 self.within.add_scalar("within-epoch/train-auc", np.mean(aucs), step)
         self.within.flush()

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from conftest import QUICK, ROOT, contents, write_exams
 
-from common.jobs import Job, Jobs, bytes_of_a_job
+from common.jobs import Job, Jobs, bytes_of_a_job, failures
 
 
 def test_gpus_are_shared_out_evenly(tmp_path):
@@ -23,6 +23,18 @@ def test_gpus_are_shared_out_evenly(tmp_path):
     jobs = [Job(str(n), ("-c", code), tmp_path / f"{n}.txt") for n in range(8)]
     assert all(done.status == 0 for done in Jobs(4, 1, ("0", "3")).run(jobs))
     assert Counter(job.log.read_text().split()[-1] for job in jobs) == {"0": 4, "3": 4}
+
+
+@pytest.mark.parametrize(
+    "text, words", [("a\nb\n", "with 'b' ("), ("", "with '' ("), (None, "--fetch")]
+)
+def test_a_failure_is_named_even_without_its_log(tmp_path, text, words):
+    job = Job("acl, axial", ("x",), tmp_path / "log.txt")
+    if text is not None:
+        job.log.write_text(text)
+    said = failures([job], [job, job])
+    assert said.startswith("1 of 2 networks failed, the last, acl, axial, with ")
+    assert words in said and str(job.log) in said
 
 
 def test_a_jobs_memory_is_that_of_its_backbone():

@@ -641,6 +641,22 @@ def test_a_stack_never_sees_the_labels_of_its_own_fold(tmp_path):
     assert roc_auc_score(truth, before.scores[0]) > 0.7
 
 
+def test_each_finding_has_a_picture(tmp_path):
+    folder = write_results(tmp_path / "out", {"article": 1.0, "better": 1.5})
+    done = run_script("tools/sweep_table.py", folder, "--plot", tmp_path / "one.png")
+    assert done.returncode == 0 and [p.name for p in tmp_path.glob("*.png")] == ["one.png"]
+    for path in folder.glob("*.json"):
+        content = json.loads(path.read_text())
+        for network in content.get("networks", {}).values():
+            network["logits"]["other"] = network["logits"]["acl"]
+        if "labels" in content:
+            content["labels"]["other"] = content["labels"]["acl"]
+        path.write_text(json.dumps(content))
+    done = run_script("tools/sweep_table.py", folder, "--plot", tmp_path / "two.png")
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in tmp_path.glob("two*")} == {"two-acl.png", "two-other.png"}
+
+
 def test_labels_without_information_give_no_auc(tmp_path):
     folder = write_results(tmp_path / "out", {"article": 0.0, "other": 0.0})
     labels, stacks, recipes = read_results(folder)

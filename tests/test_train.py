@@ -17,6 +17,7 @@ from common.checkpoint import load_model, lock, read_checkpoint
 from common.config import Config
 from common.datasets import load_exams
 from common.errors import RunError
+from common.logs import TrainingLog
 from common.splits import plan_splits
 from dataloader import Augmentation, MRDataset
 from model import MRNet
@@ -332,6 +333,17 @@ def test_a_whole_run(tmp_path):
     assert [v for _, v in scalars["learning-rate"]] == pytest.approx([1e-3] * 3)
     assert all(value > 0 for _, value in scalars["exams-per-second"])
     assert scalars["best/epoch"][0][1] == best
+
+
+def test_unknown_labels_do_not_count_in_the_curves(tmp_path):
+    """The loss of a finding that an exam has no label of is 0."""
+    unknown = np.nan
+    labels = np.array([[1, 0], [0, unknown], [unknown, 1], [1, 0]], np.float32)
+    losses = np.array([[0.5, 0.25], [1.5, 0], [0, 0.75], [1, 0.5]], np.float32)
+    with TrainingLog(tmp_path, log_every=2) as log:
+        log.add_steps(1, labels, np.zeros_like(losses), losses)
+    points = read_events(tmp_path)["within-epoch/train-loss"]
+    assert points == [(2, (1.0 + 0.25) / 2), (4, (1.0 + 0.5) / 2)]
 
 
 def test_folds_and_their_csv(tmp_path):

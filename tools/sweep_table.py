@@ -46,7 +46,8 @@ AVERAGED_FOLDS = 5  # of the stack of averaged seeds, whose folds differ
 def parse_arguments():
     parser = cli.make_parser(__doc__)
     parser.add_argument("folder", type=Path, help="what tools/sweep.py wrote")
-    parser.add_argument("--plot", type=Path, help="also draw AUC against training time: a PNG")
+    plot = "also draw AUC against training time: a PNG, one a finding where they are several"
+    parser.add_argument("--plot", type=Path, help=plot)
     parser.add_argument(
         "--without",
         type=Path,
@@ -409,7 +410,8 @@ def print_table(folder, plot=None, without=None):
         print(tabulate(cells, HEADS, tablefmt="pipe", disable_numparse=True))
         if plot:
             figure = cost_figure(cost_points(lines))
-            with atomic(plot) as temporary:
+            path = plot.with_stem(f"{plot.stem}-{task}") if len(labels) > 1 else plot
+            with atomic(path) as temporary:
                 figure.savefig(temporary, format="png", dpi=150)
 
 
