@@ -18,7 +18,6 @@ Memory stays constant: what is kept of an exam is its name. Research use only, n
 
 import csv
 import json
-import os
 import re
 import sys
 import time
@@ -35,7 +34,7 @@ from common import cli, engine
 from common.answering import Options, load_tasks, model_of, open_fit_exams
 from common.archive import parts_left, predict_in_parts
 from common.cluster import Machines
-from common.devices import pick_device, pick_precision
+from common.devices import pick_device, pick_precision, usable_cores
 from common.errors import InputError, RunError, one_line, printable
 from common.exams import read_planes
 from common.files import atomic, csv_line, from_cell
@@ -118,7 +117,7 @@ def add_file_arguments(parser):
 
 
 def default_workers():
-    return min(8, max(1, (os.cpu_count() or 1) // 2))
+    return min(8, max(1, usable_cores() // 2))
 
 
 def columns_for(tasks):
