@@ -163,7 +163,7 @@ def explain_one(exam, tasks, output, options):
     for finding, start in zip(shown, starts, strict=True):
         write_pictures(finding, headline(exam, finding), start)
     if output.dicom:
-        write_dicom(exam, shown, model_of(tasks, options), output.dicom)
+        write_dicom(exam, findings, model_of(tasks, options), output.dicom)
     print(NOTICE)
     refuse_unusable(exam, findings)
 
@@ -229,7 +229,6 @@ def explain_all(exams, root, tasks, output, options):
     began, out, model = time.perf_counter(), output.folder, model_of(tasks, options)
     labels = labels_beside(exams, tasks)
     rows = Rows(out, [models.task for models in tasks], model, root, output.overwrite)
-    rows.check_listed(exams)
     known, new, explained, failed = rows.inputs, 0, 0, 0
     if output.dicom:  # explained before is not yet written there, or not by these networks
         report = dicom_results().REPORT
@@ -239,7 +238,6 @@ def explain_all(exams, root, tasks, output, options):
         }  # fmt: skip
     try:
         for exam in cli.progress(exams.each(known), "explain", total=len(exams)):
-            rows.check_same(exam)
             if exam.unchanged:
                 continue
             new += 1
@@ -247,10 +245,9 @@ def explain_all(exams, root, tasks, output, options):
             # A converted exam's name is a hash; its folder's name may say who it is.
             folder = exam.source if isinstance(exams, FolderExams) else ""
             row = write_exam(exam, findings, model, out, Path(folder))
-            shown = [finding for finding in findings if finding.planes]
             if output.dicom:
                 try:
-                    dicom_results().write_results(exam, shown, model, output.dicom)
+                    dicom_results().write_results(exam, findings, model, output.dicom)
                     row = row._replace(dicom=True)
                 except InputError as error:
                     row = row._replace(error="; ".join(filter(None, [row.error, str(error)])))
@@ -288,7 +285,7 @@ def run(args):
             dicom_results()  # what is missing is said before the work
             exams.ask_origin()
         if args.all:
-            where = "\0".join(str(path.resolve()) for path in args.exams)
+            where = "\0".join(str(path.absolute()) for path in args.exams)
             root = hashlib.sha256(os.fsencode(where)).hexdigest()[:16]
             explain_all(exams, root, tasks, output, options)
         else:

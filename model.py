@@ -398,7 +398,7 @@ class MultiPlaneMRNet(nn.Module):
         """As MRNet.heat_maps_of, of all planes together.
 
         Args:
-            maps: `exam_maps` of an exam, {plane: float32 (s, 1 or 3, H, W)}.
+            maps: `exam_maps` of an exam.
 
         Returns:
             {plane: float32 array (s, h, w)} that add up to the joint logit less the bias, and the

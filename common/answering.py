@@ -41,7 +41,7 @@ def open_fit_exams(sources, plane, tasks, allow_synthetic, log=print, workers=1)
     """
     with open_exams(sources, plane, log, tasks, workers) as exams:
         for models in tasks:
-            refuse_unfit(models, exams.datasets, allow_synthetic)
+            refuse_unfit(models, exams.datasets, allow_synthetic, exams.shown)
         yield exams
 
 

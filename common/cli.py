@@ -283,7 +283,7 @@ def print_recipe(config):
 
 
 def describe_dataset(dataset):
-    """A data set in a few words; `dataset` as `dataloader.read_dataset` returns it, or None."""
+    """A data set in a few words; `dataset` as `description.read_dataset` returns it, or None."""
     if dataset is None:
         return "not described (no dataset.json)"
     words = one_line(f"{dataset['name']}, version {dataset['version']}")

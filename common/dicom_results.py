@@ -98,7 +98,7 @@ def write_results(exam, findings, model, out):
 
     Args:
         exam: exams.Exam with its origin.
-        findings: list of explanation.Finding with planes; without any, nothing is left there.
+        findings: list of explanation.Finding; of those without planes nothing is left there.
         model: as `read_origin` takes it.
         out: folder.
 
@@ -109,8 +109,9 @@ def write_results(exam, findings, model, out):
         InputError: there is no study to write to, or its header cannot be repeated.
     """
     folder = out / exam.name
+    tasks, findings = [f.task for f in findings], [f for f in findings if f.planes]
     if not findings:
-        remove_others(folder, ())
+        remove_others(folder, tasks, ())
         return []
     with quiet():
         try:
@@ -125,7 +126,7 @@ def write_results(exam, findings, model, out):
             path = folder / REPORT
             save(make_report(findings, origin, number), path)
             written.append((path, 1))
-            remove_others(folder, [place for place, _ in written])
+            remove_others(folder, tasks, [place for place, _ in written])
             return written
         except (ValueError, TypeError, AttributeError) as error:  # their texts quote the patient
             raise InputError(
@@ -144,13 +145,15 @@ def save_series(series, place):
     return place, len(paths)
 
 
-def remove_others(folder, written):
-    """Remove the series and the report that an earlier answer left in an exam's folder.
+def remove_others(folder, tasks, written):
+    """Remove the series of some tasks and the report that an earlier answer left in an exam's
+    folder.
 
     Args:
         written: paths of those of this answer.
     """
-    named = [f"*-{plane}*/[0-9][0-9][0-9][0-9].dcm" for plane in PLANES]
+    names = [f"{task}-{plane}*" for task in tasks for plane in PLANES]
+    named = [f"{name}/[0-9][0-9][0-9][0-9].dcm" for name in names]
     for path in [path for pattern in named for path in folder.glob(pattern)]:
         if path.parent not in written:
             path.unlink()

@@ -81,6 +81,11 @@ class FolderExams:
         return "" if source == "." else source
 
     @property
+    def shown(self):
+        """The planes that there are volumes of, set."""
+        return {plane for found in self.planes.values() for plane in found}
+
+    @property
     def datasets(self):
         """What the exams are: dataset.json's content of each folder, None where there is none."""
         return [dataset_of(folder) for folder in self.names]
@@ -132,6 +137,10 @@ class FilesExam(FolderExams):
 
     def __iter__(self):
         yield "", self.name
+
+    @property
+    def shown(self):
+        return {*self.paths}
 
     @property
     def datasets(self):
@@ -189,12 +198,13 @@ def read_planes(exam, models, read=None):
     return volumes, unusable
 
 
-def refuse_unfit(models, datasets, allow_synthetic):
+def refuse_unfit(models, datasets, allow_synthetic, shown=PLANES):
     """Refuse exams that the networks of a task have no answer for.
 
     Args:
         models: stacking.TaskModels.
         datasets: what the exams are, as `FolderExams.datasets`.
+        shown: planes that there are volumes of, container.
 
     Raises:
         InputError: the networks were trained on synthetic exams and these are not, or these lie in
@@ -211,7 +221,7 @@ def refuse_unfit(models, datasets, allow_synthetic):
     for trained_on in models.datasets:
         for given in datasets:
             check_preparation(models.task, trained_on or {}, given)
-            check_contrast(models, trained_on, given)
+            check_contrast(models, trained_on, given, shown)
             for plane in dict.fromkeys(map(view_of, models.planes)):
                 mine = ((trained_on or {}).get("orientation") or {}).get(plane)
                 theirs = ((given or {}).get("orientation") or {}).get(plane)
@@ -238,23 +248,25 @@ def check_preparation(task, trained_on, given):
             )
 
 
-def check_contrast(models, trained_on, given):
+def check_contrast(models, trained_on, given, shown):
     """Refuse exams with T1 series in a plane whose networks learnt from fluid-sensitive ones, or
     the other way round.
 
     Args:
         models: stacking.TaskModels.
         trained_on, given: content of dataset.json, None where it is not known.
+        shown: planes that there are volumes of.
     """
     if trained_on is None or given is None:
         return
-    for plane in set(models.planes) & set(PLANES):
+    for plane in set(models.planes) & set(PLANES) & set(shown):
         mine, theirs = contrast(trained_on, plane), contrast(given, plane)
         if mine != theirs:
             raise InputError(
                 f"{given['name']}: its {plane} series are {theirs}, the {models.task} networks "
-                f"were trained on {mine} ones ({trained_on['name']}); prepare the exams with"
-                f"{'' if mine == 'T1' else 'out'} --t1-plane {plane} (data/dicom/prepare.py)"
+                f"were trained on {mine} ones ({trained_on['name']}); leave that plane out, or "
+                f"prepare the exams from DICOM with{'' if mine == 'T1' else 'out'} --t1-plane "
+                f"{plane} (data/dicom/prepare.py)"
             )
 
 
@@ -273,6 +285,7 @@ class DicomExams:
 
     def __init__(self, source, folder, log, preparation, workers=1):
         self.source, self.folder, self.log = source, Path(folder), log
+        self.shown = set(PLANES)  # any of them, as far as is known yet
         self.wants_origin = False  # each exam shall say where it comes from
         importer, workers = ("rsna", workers) if is_rsna(source) else ("dicom", 1)
         if importer == "rsna":  # which pads, so networks of cropped slices refuse its exams
@@ -460,7 +473,8 @@ def open_exams(sources, plane=None, log=print, networks=None, workers=1):
             f"{source}: its .npy files lie in no folder axial, coronal or sagittal; give the "
             "folder above these, or the files of one exam"
         )
-    if any(None in models.datasets for models in networks or ()):
+    trained_on = [one for models in networks or () for one in models.datasets]
+    if trained_on and not any(trained_on):
         log(UNKNOWN_CONTRAST)
     with tempfile.TemporaryDirectory(prefix="mrnet-") as folder:
         exams = DicomExams(source, folder, log, preparation_of(networks or ()), workers)
@@ -489,17 +503,16 @@ def planes_in(name):
 
 
 def plane_of_file(path, plane=None):
-    """The plane of a .npy file: `plane`, or its folder's name, or part of its own.
+    """The plane of a .npy file: `plane`, else its folder's name, else part of its own.
 
     Raises:
-        InputError: nothing tells it, or they contradict each other.
+        InputError: nothing tells it, or two of these are of different views.
     """
     named = planes_in(path.stem.lower())
-    told = {plane, path.absolute().parent.name, *(named if len(named) == 1 else ())}
-    told &= {*ALL_PLANES}
-    told -= {view_of(one) for one in told if view_of(one) != one}  # "sagittal" of "sagittal-t1"
-    if len(told) == 1:
-        return told.pop()
+    told = [plane, path.absolute().parent.name, *(named if len(named) == 1 else ())]
+    told = [one for one in told if one in ALL_PLANES]
+    if len({view_of(one) for one in told}) == 1:
+        return told[0]
     if told:
         raise InputError(
             f"{path}: {' or '.join(in_order(told))}? Its name, its folder and --plane contradict "

@@ -143,12 +143,9 @@ class Rows:
     def __init__(self, out, names, model, root, overwrite):
         self.out, self.path, self.names = Path(out), Path(out) / ROWS, names
         self.root, self.rows = root, {}
-        self.elsewhere = {}  # (source, name): hash of the files, of exams of another folder
         make_folder(self.out)
         if not overwrite:
             for row in self.read():
-                if row.root not in ("", root):
-                    self.elsewhere[row.key] = row.input
                 if row.model == model and (row.page is None or (self.out / row.page).is_file()):
                     self.rows[row.key] = row
         self.write()
@@ -167,22 +164,11 @@ class Rows:
                 row = Row(**json.loads(line))
                 if row.tasks != self.names:
                     raise self.refusal(f"holds exams explained for {', '.join(row.tasks)}")
+                if row.root not in ("", self.root):  # its exams may have the same numbers
+                    raise self.refusal("holds exams of another folder, or this one has moved")
             except (ValueError, TypeError, AttributeError, RecursionError):
                 raise self.refusal(f"{ROWS} was not written by this command") from None
             yield row
-
-    def check_listed(self, keys):
-        """Raise InputError where exams of another folder are not all among `keys`: the index would
-        lose them."""
-        if self.elsewhere.keys() - set(keys):
-            raise self.refusal("holds pages of other exams")
-
-    def check_same(self, exam):
-        """Raise InputError where an exam of another folder has the name of `exam`, but other files;
-        else it is known to be of this folder, too."""
-        if self.elsewhere.get(exam.key) not in (None, exam.input):
-            raise self.refusal(f"holds the page of another exam {exam.name}")
-        self.elsewhere.pop(exam.key, None)
 
     def refusal(self, why):
         return InputError(f"{self.out}: {why}; give another folder as --out, or --overwrite")
@@ -205,10 +191,7 @@ class Rows:
     def finish(self, keys):
         """Write the rows of `keys`, in their order and no others, and return them as a list."""
         ours = {key: self.rows[key] for key in keys if key in self.rows}
-        self.rows = {
-            key: row if key in self.elsewhere else row._replace(root=self.root)
-            for key, row in ours.items()
-        }
+        self.rows = {key: row._replace(root=self.root) for key, row in ours.items()}
         self.write()
         return list(self.rows.values())
 

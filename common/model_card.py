@@ -97,12 +97,14 @@ def write_card(subject, library, file, out):
         "facts": facts,
         "exams": None,
         "row": None,
+        "other_exams": "",
         "why_not": subject.why_not,
         "notice": NOTICE,
         "made": cli.made(),
     }
     if results:
-        data_dir = None if results.why_not_at(results.data_dir) else results.data_dir
+        other_exams = results.why_not_at(results.data_dir)
+        data_dir = None if other_exams else results.data_dir
         whole = facts_of(results, data_dir)
         subgroups = []
         if subject.column == STACK:
@@ -116,6 +118,7 @@ def write_card(subject, library, file, out):
             "of_several": sum(column == subject.column for column, _ in results.networks),
             "worst": worst_of(results, subject.column),
             "subgroups": subgroups,
+            "other_exams": other_exams,
             "caveats": [line.lstrip("* ") for line in results.content["caveats"]],
         }
     write_text(out, environment().get_template("model_card.md").render(context))

@@ -427,7 +427,9 @@ def write_report(found, out, data_dir=None, metadata=None, pages=None):
         known = None if why else place  # what another folder says of exams is not about these
         mistakes, why = explain_mistakes(results, place, why, pages, out)
         subgroups, skipped = subgroups_of(results, read_columns(known, metadata))
-        if why and mistakes:
+        if known is None:
+            missing.append(f"{results.task}: no pictures of mistakes and no groups: {why}")
+        elif why and mistakes:
             missing.append(f"{results.task}: no pictures of the exams it gets wrong: {why}")
         missing += [f"{results.task}: no subgroups by {reason}" for reason in skipped]
         tasks.append(

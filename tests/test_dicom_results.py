@@ -319,12 +319,10 @@ def test_all_exams_go_on_where_dicom_is_missing(trained, scan, tmp_path):
     # What is of other networks is written again, and nothing of theirs stays.
     rows = tmp_path / "report" / "exams.jsonl"
     rows.write_text(rows.read_text().replace('"dicom": true', '"dicom": false'))
-    shutil.copytree(folder / "acl-axial", folder / "cyst-axial")
-    (folder / "mine").mkdir()
-    (folder / "mine" / "0001.dcm").write_text("mine")
+    shutil.copytree(folder / "acl-axial", folder / "acl-axial-of-axial+coronal")
     done = run_script(*args, "--dicom", tmp_path / "dicom")
     assert done.returncode == 1 and "2 exams explained" in done.stdout
-    assert (folder / "mine").exists() and not (folder / "cyst-axial").exists()
+    assert not (folder / "acl-axial-of-axial+coronal").exists()
     # The study has its results, the other is tried again.
     done = run_script(*args, "--dicom", tmp_path / "dicom")
     assert done.returncode == 1 and "1 exams explained, 1 were there" in done.stdout
@@ -332,15 +330,16 @@ def test_all_exams_go_on_where_dicom_is_missing(trained, scan, tmp_path):
 
 def test_results_go_where_nothing_is_said_any_more(tmp_path):
     folder = tmp_path / "abc"
-    for name in ("acl-axial", "acl-sagittal", "acl-axial-of-axial+sagittal", "mine"):
+    for name in ("acl-axial", "acl-sagittal", "acl-axial-of-axial+sagittal", "cyst-axial"):
         (folder / name).mkdir(parents=True)
         (folder / name / "0001.dcm").touch()
     (folder / "report.dcm").touch()
-    dicom_results.remove_others(folder, [folder / "acl-axial", folder / "report.dcm"])
-    assert sorted(p.name for p in folder.iterdir()) == ["acl-axial", "mine", "report.dcm"]
+    dicom_results.remove_others(folder, ["acl"], [folder / "acl-axial", folder / "report.dcm"])
+    assert sorted(p.name for p in folder.iterdir()) == ["acl-axial", "cyst-axial", "report.dcm"]
+    finding = Finding(TaskModels("acl", {}, None, "d", [], 0.5), {}, None, {})
     exam = SimpleNamespace(name="abc")
-    assert dicom_results.write_results(exam, [], "", tmp_path) == []
-    assert [p.name for p in folder.iterdir()] == ["mine"]
+    assert dicom_results.write_results(exam, [finding], "", tmp_path) == []
+    assert [p.name for p in folder.iterdir()] == ["cyst-axial"]
 
 
 def test_long_names_of_findings_have_codes_of_their_own():

@@ -96,23 +96,20 @@ def test_index_has_the_labels_that_are_known(work, index):
 
 def test_a_second_run_does_what_is_new_or_changed(work, index):
     copy = work / "again"
-    shutil.copytree(work / "report", copy)
     shutil.copytree(work / "data", work / "more" / "data")
     (work / "more" / "models").symlink_to(work / "models")
-    before = (copy / ROWS).read_text()
     more = work / "more"
+    assert "5 exams explained" in explain(more, out=copy).stdout
+    before = (copy / ROWS).read_text()
     done = explain(more, out=copy)
-    assert "0 exams explained, 5 were there" in done.stdout
-    moved = (copy / ROWS).read_text()
-    root = re.compile('"root": "[^"]*"')
-    assert root.sub("", moved) == root.sub("", before) and moved != before
+    assert "0 exams explained, 5 were there" in done.stdout and (copy / ROWS).read_text() == before
     # One exam changed, one has gone, one page was lost, the last line was cut off.
     first, second, third = sorted((more / "data" / "valid" / "axial").iterdir())
     np.save(first, np.flip(np.load(first)).copy())
     for plane in PLANES:
         (more / "data" / "valid" / plane / second.name).unlink()
     (copy / "valid" / f"{third.stem}-acl+cyst.html").unlink()
-    (copy / ROWS).write_text(moved[:-20])
+    (copy / ROWS).write_text(before[:-20])
     done = explain(more, out=copy)
     assert done.returncode == 0 and "3 exams explained, 1 were there" in done.stdout
     rows = [json.loads(line)["exam"] for line in (copy / ROWS).read_text().splitlines()]
@@ -133,23 +130,15 @@ def test_a_second_run_does_what_is_new_or_changed(work, index):
 
 
 def test_pages_of_other_exams_with_the_same_numbers_stay(work, index, tmp_path):
+    """Whatever the networks, and however often it is asked."""
     copy = shutil.copytree(work / "report", tmp_path / "report")
     before = {path: path.read_bytes() for path in copy.rglob("*.*")}
+    shutil.copytree(work / "data", tmp_path / "data")
     (tmp_path / "models").symlink_to(work / "models")
-    data = shutil.copytree(work / "data", tmp_path / "data")
-    first, *others = sorted((data / "valid" / "axial").iterdir())
-    volume = np.load(first)
-    np.save(first, 255 - volume)
-    done = explain(tmp_path, out=copy)
-    assert_one_line_error(done, f"holds the page of another exam {first.stem}", "--overwrite")
-    np.save(first, volume)
-    for plane in PLANES:
-        (data / "valid" / plane / others[0].name).rename(data / "valid" / plane / "0999.npy")
-    assert_one_line_error(explain(tmp_path, out=copy), "holds pages of other exams")
-    pages = [path for path in before if path.name not in ("index.html", ROWS)]
-    assert pages and all(path.read_bytes() == before[path] for path in pages)
-    rows = [json.loads(line) for line in (copy / ROWS).read_text().splitlines()]
-    assert len(rows) == len(index["rows"])
+    for more in ((), ("--partial",), ("--partial",)):
+        done = explain(tmp_path, *more, out=copy)
+        assert_one_line_error(done, "holds exams of another folder", "--overwrite")
+        assert {path: path.read_bytes() for path in copy.rglob("*.*")} == before
 
 
 def test_twice_the_same_files_but_for_the_time(work, index):

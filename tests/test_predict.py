@@ -201,7 +201,10 @@ def test_which_plane_a_file_is(tmp_path):
     path = tmp_path / "x.npy"
     assert exam_of_files([path], "sagittal") == ("x", {"sagittal": path})
     path = tmp_path / "sagittal" / "7-sagittal-t1.npy"
-    assert exam_of_files([path]) == ("7-sagittal-t1", {"sagittal-t1": path})
+    assert exam_of_files([path]) == ("7-sagittal-t1", {"sagittal": path})  # the folder tells
+    path = tmp_path / "coronal-t1.npy"
+    assert exam_of_files([path], "coronal") == ("coronal-t1", {"coronal": path})
+    assert list(exam_of_files([path])[1]) == ["coronal-t1"]
     named = tmp_path / "7-sagittal.npy"
     assert exam_of_files([named]) == ("7", {"sagittal": named})
     # Each has an exam 7 of its own.

@@ -68,7 +68,7 @@ def test_a_t1_never_takes_the_place_of_a_fluid_sensitive_series(tmp_path):
         (["T1 sag", "PD FS sag"], ("coronal",), "PD FS sag"),
         (["PD FS sag"], ("sagittal",), None),
         (["sag DESS", "T1 sag"], (), "sag DESS"),  # nothing tells, so it may be
-        (["sag DESS", "PD sag"], ("sagittal",), "sag DESS"),
+        (["sag DESS", "PD sag"], ("sagittal",), None),
     ],
 )
 def test_a_plane_is_of_one_contrast(tmp_path, descriptions, t1_planes, taken):
@@ -110,6 +110,7 @@ def test_exams_of_another_contrast_are_refused(tmp_path):
     given = [FROM_DICOM | {"t1_planes": ["coronal"]}]
     refuse_unfit(networks(["coronal"]), given, False)
     refuse_unfit(networks([], ["sagittal"]), given, False)  # they take no coronal plane
+    refuse_unfit(networks([]), given, False, {"sagittal"})  # there is none
     for theirs, mine in (([], given[0]), (["coronal"], FROM_DICOM)):
         with pytest.raises(InputError, match="coronal series are .*--t1-plane coronal"):
             refuse_unfit(networks(theirs), [mine], False)

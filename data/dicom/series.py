@@ -118,14 +118,15 @@ class Series:
         return 2 if FAT_SUPPRESSED.search(words) and not NOT_SUPPRESSED.search(words) else 1
 
     def suits(self, t1):
-        """2 for a series of the wanted contrast, 0 for one of the other, 1 where nothing tells.
+        """2 for a series of the wanted contrast, 0 for one of the other, 1 where nothing tells. A
+        T1 is called so wherever a series is described.
 
         Args:
             t1: whether T1 is wanted, not fluid-sensitive.
         """
-        if self.is_t1:
-            return 2 if t1 else 0
-        return (0 if t1 else 2) if self.contrast else 1
+        if t1:
+            return 2 if self.is_t1 else int(not self.words and not self.contrast)
+        return 0 if self.is_t1 else 2 if self.contrast else 1
 
     def rank(self, axis, wanted, t1):
         """Sort key, the highest is taken: named by the user, of the wanted contrast, usable,
