@@ -601,6 +601,16 @@ def test_a_stack_of_averaged_seeds_is_compared_with_each_seed(tmp_path):
     assert stack_row("two", parts, truth, average_seeds=True).cpu_seconds == [(10 + 5) * 2]
 
 
+def test_recipes_of_different_numbers_of_seeds_are_stacked_by_the_seeds_of_both(tmp_path):
+    folder = write_results(tmp_path / "out", {"article": 1.0, "other": 1.0}, seeds=3)
+    keep_seeds(folder / "other.json", 2)
+    about = json.loads((folder / "sweep.json").read_text())
+    stacks = {"both": {"recipes": ["article", "other"]}}
+    (folder / "sweep.json").write_text(json.dumps(about | {"stacks": stacks}))
+    _, found = lines(folder)
+    assert len(found["both"].aucs) == 2 and len(found["article"].aucs) == 3
+
+
 def test_a_seed_that_has_only_begun_waits(tmp_path):
     folder = write_results(tmp_path / "out", {"article": 1.0, "better": 1.5}, seeds=2)
     _, whole = lines(folder)

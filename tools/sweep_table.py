@@ -227,11 +227,17 @@ def all_rows(labels, stacks, recipes, task):
         options = {key: value for key, value in table.items() if key != "recipes"}
         for title, found in ((name, columns), (name + VIEWS, seen)):
             parts = [row for (recipe, _), row in found.items() if recipe in table["recipes"]]
-            same = all(np.array_equal(row.folds, parts[0].folds) for row in parts)
+            same = all(same_folds(row, parts[0]) for row in parts)
             if len(parts) > 1 and same:
                 rows.append(stack_row(title, parts, truth, **options))
     rows += [row._replace(recipe=row.recipe + VIEWS) for row in seen.values()]
     return truth, rows
+
+
+def same_folds(row, other):
+    """Whether two Rows have the same folds, as far as both have predicted."""
+    both = (row.folds > 0) & (other.folds > 0)
+    return np.array_equal(row.folds[both], other.folds[both])
 
 
 def bases_of(rows):
