@@ -302,6 +302,7 @@ def test_what_is_not_there_in_one_line(work, tmp_path):
     assert_one_line_error(done, "cyst", "acl")
 
 
+@pytest.mark.whole
 def test_a_report_of_other_exams_with_the_same_numbers(work, tmp_path):
     data = shutil.copytree(work / "data", tmp_path / "data")
     (data / "valid-groups.csv").write_text("".join(f"{n},{n % 2}\n" for n in range(100)))

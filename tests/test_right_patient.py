@@ -445,6 +445,7 @@ def test_8_folds_say_what_their_thresholds_are_applied_to(exams):
     assert "applied to means of 2" in stack(exams, "--folds", "2").stdout
 
 
+@pytest.mark.whole
 def test_9_logits_stay_as_they_are(trained, tmp_path):
     """Networks so sure that a float32 probability is 1: the regression sees 37 as 37."""
     shutil.copytree(trained[0] / "models", tmp_path / "models")

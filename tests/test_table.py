@@ -29,6 +29,7 @@ def test_of_one_finding_it_is_delongs():
     )
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("shared", [0.0, 0.9])
 def test_with_many_exams_it_is_the_bootstraps(shared):
     """Exams drawn with all their findings: what no formula about correlations went into."""
