@@ -168,7 +168,7 @@ class Rows:
                     raise self.refusal("holds exams of another folder, or this one has moved")
             except (ValueError, TypeError, AttributeError, RecursionError):
                 raise self.refusal(f"{ROWS} was not written by this command") from None
-            yield row
+            yield row._replace(root=self.root)
 
     def refusal(self, why):
         return InputError(f"{self.out}: {why}; give another folder as --out, or --overwrite")
@@ -190,8 +190,7 @@ class Rows:
 
     def finish(self, keys):
         """Write the rows of `keys`, in their order and no others, and return them as a list."""
-        ours = {key: self.rows[key] for key in keys if key in self.rows}
-        self.rows = {key: row._replace(root=self.root) for key, row in ours.items()}
+        self.rows = {key: self.rows[key] for key in keys if key in self.rows}
         self.write()
         return list(self.rows.values())
 

@@ -106,18 +106,19 @@ def explain_mistakes(results, data_dir, why, pages, out):
     Returns:
         [Mistake], and why they have no pictures: a line, or "".
     """
-    wanted, found = mistakes_of(results), []
+    wanted, found, keys = mistakes_of(results), [], {}
     try:
-        device = pick_device("auto")
-        models = load_task(results.folder, results.task, device, results.content["recipes"])
-        exams = FolderExams(data_dir)
-        keys = {name.lstrip("0") or "0": (source, name) for source, name in exams
-                if source == "valid"}  # fmt: skip
-        explain = partial(explain_planes, device=device, precision=pick_precision("auto", device))
+        if not why:
+            device = pick_device("auto")
+            models = load_task(results.folder, results.task, device, results.content["recipes"])
+            exams = FolderExams(data_dir)
+            keys = {name.lstrip("0") or "0": (source, name) for source, name in exams
+                    if source == "valid"}  # fmt: skip
+            explain = partial(
+                explain_planes, device=device, precision=pick_precision("auto", device)
+            )
     except InputError as error:
-        why = why or one_line(error)
-    if why:
-        keys = {}
+        why = one_line(error)
     for row, kind in cli.progress(wanted, f"{results.task}, exams it gets wrong"):
         exam_id, pictures = results.ids[row], []
         if exam_id in keys:

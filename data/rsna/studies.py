@@ -173,10 +173,11 @@ def convert(study, reader):
         return refuse(done, study, reader.choice, refused)
     ours = {id(member) for member in members}
     ranked = sorted((one for one in series if id(one.series) in ours), key=rank, reverse=True)
+    shown = shown_planes(study, series, done)
     for plane in planes_of(reader.choice):
-        ours = [one for one in ranked if one.name(reader.choice) == plane]
-        take_plane(plane, ours, study, reader, done)
-    done.not_scanned = done.missing.keys() - shown_planes(study, series, done)
+        of_plane = [one for one in ranked if one.name(reader.choice) == plane]
+        take_plane(plane, of_plane, study, reader, done)
+    done.not_scanned = done.missing.keys() - shown
     done.mirrored = reader.choice.mirrors(done.side)
     if reader.choice.mirror and not done.side and done.volumes:
         done.doubts.append(
@@ -283,14 +284,14 @@ def take_plane(plane, ranked, study, reader, done):
 
 
 def shown_planes(study, series, done):
-    """The planes that were scanned, in whatever contrast, or may have been: where a series has a
-    fault or cannot be placed, all of TARGET.
+    """The planes that were scanned, in whatever contrast, or may have been: where files could not
+    be read or a series not be placed, all of TARGET.
 
     Args:
         series: list of Candidate.
     """
+    planes = {one.plane for one in series} | {row.plane for row in study.rows.values()}
     lost = [note for note in done.notes if note.startswith(NOT_USED)]
     if done.faults or any(reason in note for note in lost for reason in (*UNPLACED, NO_FILE)):
-        return {*TARGET, *(one.plane + "-t1" for one in series if not one.fluid)}
-    planes = {one.plane for one in series} | {row.plane for row in study.rows.values()}
+        planes |= TARGET.keys()
     return planes | {f"{one.plane}-t1" for one in series if not one.fluid}
