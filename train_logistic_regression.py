@@ -56,6 +56,7 @@ from common.predictions import (
 from common.stacking import (
     DIGITS,
     FEATURES,
+    STACK,
     combine_all,
     cross_fitted,
     fit_combinations,
@@ -71,7 +72,6 @@ from common.stacking import (
 )
 from dataloader import SPLITS, in_order, is_positive, planes_of
 
-STACK = "stack"
 STAR = "*"  # beside each threshold: explained below the table
 GAIN = "stack against best plane"
 DECIDED = ("sensitivity", "specificity", "accuracy", "tp", "fp", "tn", "fn")

@@ -164,8 +164,8 @@ def digest_of(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def check_writable(folder):
-    """Raise InputError before the first epoch if models cannot be written to `folder`."""
+def check_writable(folder, option="--models-dir"):
+    """Raise InputError before the first epoch if nothing can be written to `folder`."""
     if not ranks.is_first():
         return
     try:
@@ -175,7 +175,7 @@ def check_writable(folder):
         probe.unlink()
     except OSError as error:
         raise InputError(
-            f"{folder}: cannot write models there ({error.strerror}); give another --models-dir"
+            f"{folder}: cannot write there ({error.strerror}); give another {option}"
         ) from None
 
 

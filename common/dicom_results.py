@@ -359,13 +359,15 @@ def measured(finding, origin):
     algorithm = f"{MODEL} {task}, {NOTICE}"
     if finding.models.is_synthetic:
         algorithm += f" {SYNTHETIC_ONLY}"
+    fewer = finding.decided_from  # than the planes whose probabilities are given
+    parameters = [f"Decided from {fewer} alone"] if fewer else None
     return sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=sr.TrackingIdentifier(
             uid=origin.uid("finding", task), identifier=f"{task}, {BURNT_IN.lower()}"
         ),
         finding_type=sr.CodedConcept(short_code(task, "task-", task), SCHEME, task[:64]),
         finding_sites=[sr.FindingSite(codes.SCT.Knee, laterality=laterality)],
-        algorithm_id=sr.AlgorithmIdentification(algorithm, finding.models.digest),
+        algorithm_id=sr.AlgorithmIdentification(algorithm, finding.models.digest, parameters),
         measurements=[
             sr.Measurement(name, round(value, 6), codes.UCUM.NoUnits) for name, value in numbers
         ],

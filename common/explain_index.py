@@ -97,6 +97,7 @@ def describe(finding):
         "probability": decision.probability if decision else sum(parts.values()) / len(parts),
         "threshold": decision.threshold if decision else None,
         "decision": decision.label if decision else None,
+        "decided_from": finding.decided_from,
         "planes": parts,
     }
 

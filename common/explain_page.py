@@ -82,6 +82,7 @@ def describe_finding(finding):
     return {
         "task": finding.task,
         "decision": finding.decision._asdict() if finding.decision else None,
+        "decided_from": finding.decided_from,
         "stacked": models.stack is not None,
         "unusable": finding.unusable,
         "synthetic": models.is_synthetic,
@@ -139,6 +140,7 @@ def headline(exam, finding):
     results = ", ".join(f"{name} {value:.2f}" for name, value in finding.probabilities.items())
     if finding.decision:
         results += ", stack {:.2f}, threshold {:.2f}: {}".format(*finding.decision[:3])
+        results += f", decided from {finding.decided_from}" if finding.decided_from else ""
     return f"{warning}{finding.task}, exam {printable(exam.name)}: {results}"
 
 

@@ -127,6 +127,13 @@ class Finding(NamedTuple):
         """{plane or planes that a network joins: probability}."""
         return {title.split(" of ")[-1]: one.probability for title, one in self.planes.items()}
 
+    @property
+    def decided_from(self):
+        """Planes of a decision that leaves out some of those shown, "axial+coronal"; else ""."""
+        shown = {title.split()[0] for title in self.planes}
+        fewer = self.decision and set(self.decision.planes) != shown
+        return "+".join(self.decision.planes) if fewer else ""
+
 
 def unusable_of(findings):
     """What could not be used of an exam, for any of its Findings, in one line; "" for nothing."""

@@ -32,13 +32,12 @@ from common.figures import as_svg, learning_figure, reliability_figure, roc_figu
 from common.files import write_text
 from common.metrics import auc_interval, wilson_interval
 from common.results import find_results, read_results
-from common.stacking import load_task
+from common.stacking import STACK, load_task
 from dataloader import SPLITS, read_groups
 
 WORST = 4  # exams of each kind of error that are shown
 PICTURE_SIDE, PICTURE_QUALITY = 224, 85
 MOST_VALUES = 12  # of a column that makes subgroups
-STACK = "stack"
 
 # (who, protocol, {task: AUC}); none of these is ours.
 PUBLISHED = (

@@ -11,7 +11,7 @@ from common.checkpoint import digest_of, load_model, recorded
 from common.config import selection_of
 from common.errors import InputError, one_line
 from common.predictions import exams_of_any, load_exams
-from common.stacking import load_stack, order_of, reaches, start_of_results
+from common.stacking import STACK, load_stack, order_of, reaches, start_of_results
 from dataloader import SPLITS, is_positive
 
 END = "-results.json"
@@ -42,9 +42,9 @@ class Results(NamedTuple):
     def called(self):
         """Whether the stack calls each exam positive, as predict.py does: bool (n,). An exam that
         lacks a plane has the threshold of the planes that it has."""
-        whole, others = self.rows["stack"]["threshold"], self.content["other_thresholds"]
+        whole, others = self.rows[STACK]["threshold"], self.content["other_thresholds"]
         thresholds = np.array([others.get(exam_id, whole) for exam_id in self.ids])
-        return reaches(self.scores["stack"], thresholds)
+        return reaches(self.scores[STACK], thresholds)
 
     @property
     def selection(self):
@@ -107,7 +107,7 @@ def read_results(path):
         content = json.loads(path.read_text(encoding="utf-8"))
         task, recipes = content["task"], content["recipes"]
         start = Path(start_of_results(path.parent, task, recipes))
-        count, _ = content["valid"]["stack"]["n"], content["arguments"]["data_dir"]
+        count, _ = content["valid"][STACK]["n"], content["arguments"]["data_dir"]
         if path.name != f"{start.name}{END}" or not content.keys() >= NEEDED:
             raise ValueError
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -158,7 +158,7 @@ def read_predictions(path, split="valid"):
         labels = is_positive(np.array([float(row["label"]) for row in rows])).astype(float)
         names = [name for name in rows[0] if name not in ("split", "id", "label")]
         scores = {name: np.array([float(row[name] or "nan") for row in rows]) for name in names}
-        is_whole = np.isfinite(scores["stack"]).all() or split != "valid"
+        is_whole = np.isfinite(scores[STACK]).all() or split != "valid"
         if not is_whole or np.isinf(list(scores.values())).any():
             raise ValueError
     except (OSError, LookupError, TypeError, ValueError, csv.Error):

@@ -38,6 +38,7 @@ FORMAT = "mrnet-stack-4"
 FORMATS = (FORMAT, "mrnet-stack-3", "mrnet-stack-2", "mrnet-stack-1")  # that can be read
 ROUNDED_LOGITS = "mrnet-stack-1"  # its logits had gone through rounded probabilities
 FEATURES = ("probability", "logit")
+STACK = "stack"  # its column, beside those of planes
 DIGITS = 8  # of a probability, where it is written
 ANY_PLANE = "|".join(sorted(ALL_PLANES, key=len, reverse=True))  # as a regular expression
 

@@ -20,8 +20,10 @@ from scipy.spatial.transform import Rotation
 from test_explain import write_dicom
 
 from common import dicom_results
+from common.explain_index import describe
+from common.explain_page import headline
 from common.explanation import Finding, PlaneMaps
-from common.stacking import TaskModels
+from common.stacking import Decision, TaskModels
 from data.common import TARGET
 from data.dicom.origin import frames_of, place
 from data.dicom.series import Series, ways_to_cut
@@ -363,6 +365,21 @@ def test_probabilities_of_joined_planes_are_their_own():
     assert [item.ConceptNameCodeSequence[0].CodeMeaning for item in said] == [
         f"Probability, {name}" for name in names
     ]
+
+
+def test_a_decision_from_fewer_planes_than_are_shown_says_which():
+    """Networks of three planes, a stack that knows two of them only."""
+    planes = {plane: PlaneMaps(*[None] * 6, 0.5, [], False) for plane in PLANES}
+    decision = Decision(0.6, 0.5, "positive", ["axial", "coronal"])
+    finding = Finding(TaskModels("acl", {}, None, "d", [], 0.5), planes, decision, {})
+    whole = finding._replace(decision=decision._replace(planes=[*PLANES]))
+    exam = SimpleNamespace(name="7")
+    for one, words in ((finding, "axial+coronal"), (whole, "")):
+        assert one.decided_from == describe(one)["decided_from"] == words
+        assert headline(exam, one).endswith(f", decided from {words}" if words else ": positive")
+        (group,) = dicom_results.measured(one, dicom_results.Origin(None, {}, "L", "key"))
+        said = [item.TextValue for item in group.ContentSequence if item.ValueType == "TEXT"]
+        assert ("Decided from axial+coronal alone" in said) == bool(words)
 
 
 @pytest.mark.parametrize("count, frames, named", [

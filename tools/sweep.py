@@ -296,7 +296,7 @@ def run(args):
     about = cli.print_start_up(vars(args), device, setting.precision)
     with ExitStack() as locks:
         for folder, option in {setting.out: "--out", setting.models_dir: "--models-dir"}.items():
-            check_writable(folder)
+            check_writable(folder, option)
             busy = f"{folder}: another sweep writes there; wait for it, or give another {option}"
             locks.enter_context(held(folder / ".sweep.lock", busy))
         for stem in ("sweep", *sweep.recipes):

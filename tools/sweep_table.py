@@ -34,10 +34,10 @@ from common.errors import InputError, one_line
 from common.figures import cost_figure
 from common.files import atomic
 from common.metrics import Difference, brier, holm, mean_auc_difference, roc_auc
+from common.stacking import STACK
 
 HEADS = ("recipe", "network", "AUC (SD)", "in a fold", "- article's [95 %]", "p", "Holm", "Brier",
          "time", "GB")  # fmt: skip
-STACK = "stack"
 VIEWS = ", views"  # end of the name of a row of means over random views
 CERTAIN = 0.05  # of dropping a recipe that is behind by chance, after one fold
 AVERAGED_FOLDS = 5  # of the stack of averaged seeds, whose folds differ

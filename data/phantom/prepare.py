@@ -21,7 +21,6 @@ knee set of 2026 instead (data/phantom/rsna.py).
 import argparse
 import importlib.util
 import json
-import os
 import shutil
 import signal
 import sys
@@ -34,6 +33,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
 
+from common.devices import usable_cores  # noqa: E402
 from common.errors import InputError  # noqa: E402
 from common.files import write_csv, write_text  # noqa: E402
 from data.common import ORIENTATION, TARGET, write_dataset, write_volume  # noqa: E402
@@ -95,7 +95,7 @@ def parse_arguments():
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=Path, default=Path(__file__).parent, help="data folder")
     run.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes of about 250 MB each"
+        "--workers", type=int, default=usable_cores(), help="processes of about 250 MB each"
     )
     args = parser.parse_args()
     for name, least in (("exams", 5), ("valid", 5), ("seed", 0), ("size", 63), ("workers", 1)):

@@ -21,7 +21,6 @@ on. Nothing here was run on the set itself.
 import argparse
 import logging
 import math
-import os
 import random
 import signal
 import sys
@@ -37,6 +36,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
 
+from common.devices import usable_cores  # noqa: E402
 from common.errors import InputError  # noqa: E402
 from common.files import write_csv, write_text  # noqa: E402
 from data.common import (  # noqa: E402
@@ -86,7 +86,7 @@ def parse(argv):
     valid = "share of the studies to validate on, cut by groups"
     group.add_argument("--valid", type=float, default=0.1, help=valid)
     workers = "processes that decode, about 500 MB each"
-    group.add_argument("--workers", type=int, default=os.cpu_count(), help=workers)
+    group.add_argument("--workers", type=int, default=usable_cores(), help=workers)
     group.add_argument("--overwrite", action="store_true", help="convert studies again")
     group.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
