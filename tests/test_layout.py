@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = {"train", "train_logistic_regression", "predict", "explain", "reproduce"}
 LAYERS = [  # each imports from itself and from those before it only
     {"common.errors", "common.files", "common.kernels", "common.pickles"},
-    {"model", "dataloader", "data", "common.description"},
+    {"model", "dataloader", "data", "common.description", "common.devices"},
     {"common"},
     SCRIPTS | {"hubconf"},
     {"tools"},

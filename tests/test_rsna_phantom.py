@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pydicom
 import pytest
-from conftest import run_script
+from conftest import assert_one_line_error, run_script
 from filelock import FileLock
 from sklearn.metrics import roc_auc_score
 
@@ -164,6 +164,7 @@ def test_from_dicom_to_a_submission_by_the_documented_commands(tree, data, tmp_p
     models = tmp_path / "models"
     content = json.loads((data / "dataset.json").read_text())
     assert content["mirrored"] and content["may_lack_planes"]
+    assert content["synthetic"] and content["name"] == "phantom" and content["licence"] == "MIT"
     done = run_script("reproduce.py", "--data-dir", data, "--models-dir", models, "--logs-dir",
                       tmp_path / "logs", "--together", "--tasks", "effusion", "contusion", "--",
                       "--epochs", "1", "--no-pretrained", "--slices", "0.1", "--backbone",
@@ -173,6 +174,8 @@ def test_from_dicom_to_a_submission_by_the_documented_commands(tree, data, tmp_p
     assert list(results) == ["effusion", "contusion"]
     sample = tree / "sample_submission.csv"
     rows = read_rows(sample)
+    done = run_script("predict.py", tree / "test_series", "--models-dir", models)
+    assert_one_line_error(done, "--allow-synthetic")
     done = run_script("predict.py", tree / "test_series", "--submission", sample, "--models-dir",
                       models, "--allow-synthetic", "--precision", "fp32", "--out",
                       tmp_path / "mine.csv")  # fmt: skip

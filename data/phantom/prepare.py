@@ -42,6 +42,7 @@ from data.phantom.lesions import PREVALENCE, draw_labels  # noqa: E402
 from data.phantom.rsna import NEEDS, TRUTH, make_study, write_tables  # noqa: E402
 from data.phantom.scanner import place, scan  # noqa: E402
 
+LESIONS = "lesions.json"
 VERSION = "5"  # of the knees that are drawn; raise it with every change of the pixels
 SPLITS = ("train", "valid")
 
@@ -113,7 +114,7 @@ def parse_arguments():
         p for s in SPLITS for form in (f"{s}-*.csv", f"{s}/*/*.npy") for p in args.out.glob(form)
     ]
     held += args.out.glob("*_series")
-    mark = {"mrnet": "lesions.json", "rsna": TRUTH}[args.form]
+    mark = {"mrnet": LESIONS, "rsna": TRUTH}[args.form]
     if held and not (args.out / mark).exists():
         parser.error(f"{held[0]} belongs to another data set; give --out a folder of its own")
     return parser, args
@@ -121,6 +122,32 @@ def parse_arguments():
 
 def quiet_interrupt():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+
+
+def begin(out, form, source):
+    """Say in dataset.json that the knees are synthetic, and remove those of an earlier run.
+
+    Args:
+        form: "mrnet" or "rsna".
+        source: the command that makes them.
+    """
+    write_dataset(
+        out,
+        name="phantom",
+        version=VERSION,
+        synthetic=True,
+        source=source,
+        licence="MIT",
+        orientation=ORIENTATION if form == "mrnet" else None,  # DICOM has its own
+    )
+    if form == "rsna":
+        for old in out.glob("*_series"):
+            shutil.rmtree(old)
+        return
+    write_text(out / LESIONS, "{}")  # this folder is the phantom's, and not complete without CSVs
+    for split in SPLITS:
+        for old in (*out.glob(f"{split}-*.csv"), *out.glob(f"{split}/*/*.npy")):
+            old.unlink()
 
 
 def make_exams(make, jobs, workers):
@@ -143,33 +170,19 @@ def main():
     rng = np.random.default_rng(args.seed)
     splits = {"train": draw_labels(rng, args.exams), "valid": draw_labels(rng, args.valid)}
     jobs = [(split, labels) for split, rows in splits.items() for labels in rows]
-    if args.form == "rsna":
-        for old in args.out.glob("*_series"):  # of a run with other arguments
-            shutil.rmtree(old)
-        make = partial(make_study, seed=args.seed, out=args.out, total=len(jobs))
-        write_tables(args.out, make_exams(make, jobs, args.workers), args.seed)
-        return
-    lesions = args.out / "lesions.json"
     try:
-        write_dataset(
-            args.out,
-            name="phantom",
-            version=VERSION,
-            synthetic=True,
-            source=f"data/phantom/prepare.py --seed {args.seed} --size {args.size}",
-            licence="MIT",
-            orientation=ORIENTATION,
-        )
-        write_text(lesions, "{}")  # this folder is the phantom's, and not complete without CSVs
-        old = [p for s in SPLITS for end in ("-*.csv", "/*/*.npy") for p in args.out.glob(s + end)]
-        for path in old:
-            path.unlink()
+        source = f"data/phantom/prepare.py --seed {args.seed} --size {args.size}"
+        begin(args.out, args.form, source)
     except InputError as error:
         parser.error(str(error))
     except OSError as error:
         parser.error(f"cannot write to {args.out}: {error.strerror}; give another --out")
+    if args.form == "rsna":
+        make = partial(make_study, seed=args.seed, out=args.out, total=len(jobs))
+        write_tables(args.out, make_exams(make, jobs, args.workers), args.seed)
+        return
     make = partial(make_exam, seed=args.seed, size=args.size, out=args.out)
-    write_text(lesions, json.dumps(dict(make_exams(make, jobs, args.workers))))
+    write_text(args.out / LESIONS, json.dumps(dict(make_exams(make, jobs, args.workers))))
     first = 0
     for split, rows in splits.items():
         for task in PREVALENCE:
@@ -178,7 +191,7 @@ def main():
         first += len(rows)
         positive = ", ".join(f"{sum(r[task] for r in rows)} {task}" for task in PREVALENCE)
         print(f"{split}: {len(rows)} exams, {positive}")
-    print(f"written to {args.out}; where the lesions are: {lesions.name}")
+    print(f"written to {args.out}; where the lesions are: {LESIONS}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     OUT/train.csv, train_series.csv, train_series/<study>/<series>/<file>.dcm
     OUT/test.csv, test_series.csv, test_series/..., sample_submission.csv
     OUT/soft.csv     labels from 0 to 1, as a language model would take them from the reports
+    OUT/dataset.json says that they are synthetic: data/rsna/prepare.py hands it on
     OUT/truth.csv    what the phantom knows of every study, the test's too: not part of such a set
 
 Each scanner has habits of its own: size and field of view of its pictures, transfer syntax, order

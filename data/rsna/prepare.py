@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
 
+from common.description import read_dataset  # noqa: E402
 from common.devices import usable_cores  # noqa: E402
 from common.errors import InputError  # noqa: E402
 from common.files import write_csv, write_text  # noqa: E402
@@ -56,6 +57,12 @@ from data.rsna.studies import convert, digest_of, find_studies, identity_of, pla
 from data.rsna.tables import FINDINGS, combine_labels, read_labels, read_series  # noqa: E402
 
 VERSION = "1"  # of what is written from the same files; raise it with every change of the pixels
+THE_SET = {
+    "name": "rsna-knee-2026",
+    "synthetic": False,
+    "source": "RSNA Knee Abnormality Detection 2026 (Kaggle), by data/rsna/prepare.py",
+    "licence": "RSNA MIRA licence: not to be passed on",
+}
 SEED = 0  # of the cut into train and valid
 NOT_THERE, NO_ROW = "in the CSVs, but not in train_series", "no row in train.csv"
 OF_A_PATIENT = 20  # studies; a PatientID that more share is a word such as "anonymous"
@@ -261,13 +268,13 @@ def run(args, choice, report, pool):
     report.log(f"groups by scanner, patient and report: {len(sizes)}, the largest of "
                f"{max(sizes.values())} studies")  # fmt: skip
     register, numbers, todo = number_studies(studies, valid, args.out, args.overwrite, report)
+    given = (
+        read_dataset(args.root) or {}
+    )  # the set has none; phantoms in its form say what they are
     write_dataset(
         args.out,
-        name="rsna-knee-2026",
+        **{name: given.get(name, value) for name, value in THE_SET.items()},
         version=VERSION,
-        synthetic=False,
-        source="RSNA Knee Abnormality Detection 2026 (Kaggle), by data/rsna/prepare.py",
-        licence="RSNA MIRA licence: not to be passed on",
         orientation=ORIENTATION,
         mirrored=args.mirror,
         field_of_view=args.field_of_view,
