@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pydicom
 import pytest
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
 from test_dicom import (
     PLANES,
     SLICES,
@@ -82,6 +84,62 @@ def test_a_plane_is_of_one_contrast(tmp_path, descriptions, t1_planes, taken):
         kind = "T1" if t1_planes else "fluid-sensitive"
         assert not volumes and f"is no {kind} series and not taken" in unusable["sagittal"]
     assert read(tmp_path, t1_planes=t1_planes, series=["sag"])[0].keys() == {"sagittal"}
+
+
+@pytest.mark.parametrize("description, contrast", [
+    # As Philips (a letter for the plane), Siemens, GE and their users call series.
+    ("cT1W_TSE", 0), ("sT1W TSE SENSE", 0), ("SagT1", 0), ("3DT1", 0), ("t1_tse_fs_sag", 0),
+    ("PD left1", 1), ("SAG PD w/o FS", 1), ("SAG PD NFS", 1), ("sag PD w/out fat sat", 1),
+    ("PD non fat sat", 1), ("sag pdfs", 2), ("T2_SPAIR_sag", 2), ("PDW_SPAIR_COR", 2),
+    ("t2_tse_dixon_sag_W", 2), ("t2_tse_dixon_sag_in", 1), ("WATER: Sag T2 FLEX", 2),
+    ("InPhase: Sag T2 FLEX", 1),
+])  # fmt: skip
+def test_the_contrast_that_a_description_tells(tmp_path, description, contrast):
+    sagittal(tmp_path, 1, description)
+    (exam,) = find_exams(tmp_path, Report(collect=True))
+    (series,) = exam.series
+    assert series.contrast == contrast and series.is_t1 == (contrast == 0)
+
+
+@pytest.mark.parametrize("description, kind", [
+    ("t2_tse_dixon_sag_F", "M"), ("t2_tse_dixon_sag_opp", "M"), ("FAT: Sag T2 FLEX", "M"),
+    ("OutPhase: Sag T2 IDEAL", "M"), ("sag mDIXON", "F"), ("sag mDIXON", "OP"),
+    ("SAG T2 MAP", "M"), ("sag cartilage", "T2 MAP"), ("sag PD", "P"),
+])  # fmt: skip
+def test_fat_opposed_phases_and_maps_are_no_pictures(tmp_path, description, kind):
+    """The file order must not decide: here the others come first."""
+    sagittal(tmp_path, 1, description, ImageType=["DERIVED", "PRIMARY", kind])
+    sagittal(tmp_path, 2, "t2_tse_dixon_sag_W", ImageType=["DERIVED", "PRIMARY", "M"])
+    volumes, unusable, said = read(tmp_path)
+    assert "sagittal: series 2 't2_tse_dixon_sag_W'" in said and not unusable
+    assert f"skipped: series 1 '{description}', " in said and "picture" in said
+
+
+@pytest.mark.parametrize("part, series, study, is_knee", [
+    ("KNEE", "PD FS sag", "", True), ("", "PD FS sag", "", True), ("LEG", "PD FS sag", "", True),
+    ("LOWER EXTREMITY", "PD FS sag", "", True), ("ANKLE", "PD FS sag", "", False),
+    ("LSPINE", "T2 sag", "", False), ("HEAD", "T2 sag", "", False),
+    ("HEAD", "PD FS knee sag", "", True),  # the tag is a leftover of the scan before
+    ("HIP", "PD FS sag", "MRI KNEE LEFT", True),
+    ("ANKLE", "PD FS sag ankle", "MRI knee and ankle", False),
+])  # fmt: skip
+def test_another_part_of_the_body_is_not_answered_as_a_knee(tmp_path, part, series, study, is_knee):
+    more = {name: value for name, value in
+            (("BodyPartExamined", part), ("StudyDescription", study)) if value}  # fmt: skip
+    sagittal(tmp_path, 1, series, **more)
+    volumes, unusable, said = read(tmp_path)
+    assert bool(volumes) == is_knee
+    if not is_knee:
+        assert f"{part} by its header (BodyPartExamined), not a knee" in unusable["sagittal"]
+
+
+def test_an_anatomic_region_tells_the_part_too(tmp_path):
+    region, anatomy, shared = Dataset(), Dataset(), Dataset()
+    region.CodeMeaning = "Lumbar spine"
+    anatomy.AnatomicRegionSequence = Sequence([region])
+    shared.FrameAnatomySequence = Sequence([anatomy])
+    sagittal(tmp_path, 1, "T2 sag", SharedFunctionalGroupsSequence=Sequence([shared]))
+    assert "SPINE by its header" in read(tmp_path)[1]["sagittal"]
 
 
 def networks(t1_planes, planes=("coronal", "sagittal")):

@@ -47,9 +47,28 @@ FLUID_ECHO = 25.0  # ms; a longer echo time is fluid-sensitive, where no words s
 
 # Contrast in a series' description: lower case, words separated by single spaces.
 FAT_SUPPRESSED = re.compile(r"fs\b|fat ?sat|fat ?sup|spair|\bspir\b|stir|tirm|water")
-NOT_SUPPRESSED = re.compile(r"\b(no|non|without|wo) ?(fs|fat)")
+NOT_SUPPRESSED = re.compile(r"\b(no|non|without|wo|w o|w out) ?(fs|fat)|\b(n|un)fs\b")
 FLUID = re.compile(r"pd|t2|proton|stir|tirm|spair|\bspir\b|fs\b|fat ?sat|water")
-T1 = re.compile(r"\bt1")
+# Philips puts a letter before T1W (cT1W_TSE: coronal), others the plane or 3D.
+T1 = re.compile(
+    r"\b([a-z]|[23]d|ax|axial|tra|trans|cor|coronal|sag|sagittal|obl|f?se|tse)?t1(?!\d)"
+)
+# A Dixon scan is four series: water, fat, in phase and out of phase.
+DIXON = re.compile(r"dixon|\bflex\b|\bideal\b")
+DIXON_WATER = re.compile(r"\bw\b(?! ?o)|water")
+DIXON_OTHER = re.compile(
+    r"\b(f|fat(?! ?(sat|sup))|opp|(?<!post )op|oop|(?<!w )out|out ?phase|opposed)\b"
+)
+MAP = re.compile(r"\b(t[12]|t1rho)?maps?\b|\bmapping\b")
+MAPS = {"ADC", "T1 MAP", "T2 MAP", "T2_STAR MAP", "R2 MAP", "R2_STAR MAP", "PHASE MAP", "P"}
+FAT_KINDS = {"FAT", "F", "FAT_FRACTION", "FF", "OUT_PHASE", "OPP_PHASE", "OPPOSED_PHASE", "OP"}
+# Words of BodyPartExamined (PS3.16 annex L) or of an anatomic region that is no knee.
+OTHER_PARTS = re.compile(
+    r"\b((abdomen|ankle|arm|brain|breast|buttock|chest|clavicle|coccyx|elbow|eye|face|finger|foot|"
+    r"forearm|hand|head|heart|hip|humerus|jaw|kidney|liver|neck|orbit|pelvis|prostate|sacrum|"
+    r"shoulder|skull|thorax|thumb|toe|wrist|si ?joint|[clst]{0,2} ?spine|spinal)s?)+\b"
+)
+KNEE = re.compile("knee|knie|genou|rodilla|ginocch|joelho|patell")
 
 HEADER = [  # all that is read of a file before its pixels
     "StudyInstanceUID", "SeriesInstanceUID", "Modality", "ImageType", "SeriesNumber",
@@ -57,7 +76,8 @@ HEADER = [  # all that is read of a file before its pixels
     "PhotometricInterpretation", "Rows", "Columns", "ImagePositionPatient",
     "ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept",
     "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "Laterality",
-    "ImageLaterality", "FrameOfReferenceUID", "PatientID", "IssuerOfPatientID", "PatientName",
+    "ImageLaterality", "BodyPartExamined", "AnatomicRegionSequence", "StudyDescription",
+    "FrameOfReferenceUID", "PatientID", "IssuerOfPatientID", "PatientName",
     "PatientBirthDate",
 ]  # fmt: skip
 
@@ -98,8 +118,8 @@ class Series:
 
     @property
     def words(self):
-        """The description in lower case, its words separated by single spaces."""
-        return " ".join(re.findall("[a-z0-9]+", self.description.lower()))
+        """Of the description, as `words_of` returns them."""
+        return words_of(self.description)
 
     @property
     def is_t1(self):
@@ -115,7 +135,9 @@ class Series:
             return int(max((frame.echo for frame in self.frames), default=0) >= FLUID_ECHO)
         if self.is_t1 or not FLUID.search(words):
             return 0
-        return 2 if FAT_SUPPRESSED.search(words) and not NOT_SUPPRESSED.search(words) else 1
+        is_water = DIXON.search(words) and DIXON_WATER.search(words)
+        is_suppressed = is_water or FAT_SUPPRESSED.search(words)
+        return 2 if is_suppressed and not NOT_SUPPRESSED.search(words) else 1
 
     def suits(self, t1):
         """2 for a series of the wanted contrast, 0 for one of the other, 1 where nothing tells. A
@@ -142,6 +164,25 @@ class Series:
         if pattern.isdecimal():
             return str(self.number) == pattern
         return pattern.lower() in self.description.lower()
+
+
+def words_of(text):
+    """A text in lower case, its words separated by single spaces."""
+    return " ".join(re.findall("[a-z0-9]+", text.lower()))
+
+
+def other_picture(words, kinds=frozenset()):
+    """What a series shows in place of the anatomy in one of its contrasts, or ''.
+
+    Args:
+        words: its description's, as `words_of` returns them.
+        kinds: values of DICOM's ImageType from the third on, upper case.
+    """
+    if kinds & MAPS or MAP.search(words):
+        return "a map of a quantity, not a picture"
+    if kinds & FAT_KINDS or (DIXON.search(words) and DIXON_OTHER.search(words)):
+        return "the fat or opposed-phase picture of a Dixon scan"
+    return ""
 
 
 def ways_to_cut(spacing, thickest):
@@ -203,11 +244,33 @@ def lookup(header, index, sequence, name):
     return header.get(name)
 
 
+def other_part(header):
+    """The part of the body, "ANKLE", that a header names where it is no knee, or ''.
+
+    BodyPartExamined is often a scanner's leftover: a series or study that is called a knee is one.
+    """
+    regions = lookup(header, 0, "FrameAnatomySequence", "AnatomicRegionSequence") or ()
+    named = [text_of(header, "BodyPartExamined"), *(text_of(r, "CodeMeaning") for r in regions)]
+    named, series, study = (
+        words_of(" ".join(texts))
+        for texts in (
+            named,
+            [text_of(header, "SeriesDescription"), text_of(header, "ProtocolName")],
+            [text_of(header, "StudyDescription")],
+        )
+    )
+    part = OTHER_PARTS.search(named)
+    if not part or KNEE.search(f"{named} {series}"):
+        return ""
+    is_knee = KNEE.search(study) and not OTHER_PARTS.search(series)
+    return "" if is_knee else part[0].upper()
+
+
 def why_not(file, header, count):
     """Why a file holds no slice of a knee volume, or ''."""
     rows, columns, samples = (header.get(k) for k in ("Rows", "Columns", "SamplesPerPixel"))
     modality = str(header.get("Modality") or "")
-    kind = {str(v).upper() for v in header.get("ImageType") or ()}
+    kinds = [str(v).upper() for v in header.get("ImageType") or ()]
     colours = str(header.get("PhotometricInterpretation") or "")
     if not rows or not columns:
         if header.file_meta.get("MediaStorageSOPClassUID") in MR_IMAGES:
@@ -219,19 +282,23 @@ def why_not(file, header, count):
         return f"colour or unknown pixels ({colours or 'no PhotometricInterpretation'}, {samples})"
     if rows < 2 or columns < 2:
         return f"one-dimensional ({rows} x {columns} px)"
-    if "LOCALIZER" in kind:
-        return "localiser"
-    if "PROJECTION IMAGE" in kind:
-        return "projection"
-    if "MOSAIC" in kind:
-        return "mosaic of slices"
+    for kind, word in (("LOCALIZER", "localiser"), ("PROJECTION IMAGE", "projection"),
+                       ("MOSAIC", "mosaic of slices")):  # fmt: skip
+        if kind in kinds:
+            return word
+    if other := other_picture(words_of(description_of(header)), set(kinds[2:])):
+        return other
     if rows * columns * count > MAX_VOXELS:
         return f"{TOO_LARGE} ({count} x {rows} x {columns})"
     return ""
 
 
-def read_header(file):
-    """One DICOM file, all but its pixels -> Header."""
+def read_header(file, only_knees=True):
+    """One DICOM file, all but its pixels -> Header.
+
+    Args:
+        only_knees: leave out what its header calls another part of the body.
+    """
     import pydicom
 
     with reading(file), file.open() as stream:
@@ -240,9 +307,10 @@ def read_header(file):
         header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=HEADER)
         count = int(header.get("NumberOfFrames") or 1)
         number = header.get("SeriesNumber")
-        description = str(header.get("SeriesDescription") or header.get("ProtocolName") or "")[:60]
-        title = None if number is None else int(number), description
+        title = None if number is None else int(number), description_of(header)
         reason = why_not(file, header, count)
+        if not reason and only_knees and (part := other_part(header)):
+            reason = f"{part} by its header (BodyPartExamined), not a knee"
         return Header(
             # the path's folder is no UID: it holds a slash
             study=text_of(header, "StudyInstanceUID") or f"folder {file.folder.resolve()}",
@@ -253,6 +321,10 @@ def read_header(file):
             frames=[] if reason else [read_frame(header, file, i) for i in range(count)],
             reason=reason,
         )
+
+
+def description_of(header):
+    return str(header.get("SeriesDescription") or header.get("ProtocolName") or "")[:60]
 
 
 def text_of(header, name):
@@ -384,7 +456,8 @@ def place_fault(placed, normal):
 
 
 def decode(file, size):
-    """The pixels of one DICOM file, as stored: (frames, rows, columns) with `size` of a frame."""
+    """The pixels of one DICOM file, as stored: (frames, rows, columns) with `size` of a frame; NaN
+    where its scanner had nothing to show (padding)."""
     import pydicom
     from pydicom.pixels import get_decoder
 
@@ -409,7 +482,12 @@ def decode(file, size):
             raise InputError(
                 f"{file}: pixel data ends after {there} of {needed} bytes, {COPY_AGAIN}"
             )
-        return data.pixel_array.reshape(-1, *size)
+        pixels = data.pixel_array.reshape(-1, *size)
+        padding = data.get("PixelPaddingValue")
+        if padding is None:
+            return pixels
+        low, high = sorted((padding, data.get("PixelPaddingRangeLimit", padding)))
+        return np.where((pixels < low) | (pixels > high), pixels, np.float32(np.nan))
 
 
 def read_pixels(frames):
@@ -462,6 +540,9 @@ def read_nifti(file):
         return f"{TOO_LARGE}, shape {shape}"
     if not coded:
         return NOT_CODED
+    description = re.sub(r"\.nii(\.gz)?$", "", file.name, flags=re.IGNORECASE)
+    if other := other_picture(words_of(description)):
+        return other
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if not (np.isfinite(affine).all() and (spacing > 0).all()):
         return NO_AFFINE
@@ -475,7 +556,7 @@ def read_nifti(file):
         file=file,
         name=f"file '{file.name}'",
         number=None,
-        description=re.sub(r"\.nii(\.gz)?$", "", file.name, flags=re.IGNORECASE),
+        description=description,
         shape=shape[:3],
         directions=directions,
         spacing=spacing,

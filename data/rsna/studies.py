@@ -234,7 +234,7 @@ def read_series(study, uid, done):
         return None
     for path in paths:
         try:
-            headers.append(read_header(File(path)))
+            headers.append(read_header(File(path), only_knees=False))  # the set has no others
         except InputError as error:
             done.faults.append(f"study {study.uid}: {error}")
             unread.append(File(path))
