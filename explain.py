@@ -9,6 +9,11 @@ Writes OUT/<exam>-<task>.html (one file, opens without a server or a network, a 
 sort and filter the exams by probability and error, and a page for each; a second run goes on where
 the first one stopped. The maps are exact: summed over all slices, plus the bias, they are the logit
 (MRNet.heat_maps). Research use only, not a medical device.
+
+OUT/exams.jsonl has a line for each exam of --all: exam, source (its folder), input and model
+(hashes of the exam and of the networks), page, error (what could not be used), tasks, findings
+(of each task probability, threshold, decision, decided_from, planes, picture), root (hash of where
+the exams are), dicom (whether --dicom wrote its results).
 """
 
 import hashlib

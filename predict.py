@@ -14,6 +14,11 @@ a logistic regression for each set of planes, and the row says which ones were u
 was scanned and cannot be used, the row says why and has no decision (--partial also decides from
 the other planes); such exams are named on stderr, the others go on, and the exit status is 1.
 Memory stays constant: what is kept of an exam is its name. Research use only, not a medical device.
+
+Columns: exam, source (its folder), task; a probability for each plane; joint, that of networks that
+join several planes; stack, threshold, decision; planes that were used, planes that are missing;
+note, such as a plane without volume or model, and why there is no decision; error, what could not
+be used; trained_on, the networks' data sets; model and input, hashes of networks and of the exam.
 """
 
 import csv

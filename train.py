@@ -8,13 +8,13 @@
     python train.py --task acl --plane axial coronal sagittal              # three planes in one
 
 Writes models/<task>-<plane>.pt (the epoch with the best AUC on the validation exams, or with
-`--protocol held-out` on the tuning exams; about 10 MB) and
-logs/<task>/<plane>/<time>/ for `tensorboard --logdir logs`. With a recipe other than the article's
-its name follows the plane's.
+`--protocol held-out` on the tuning exams; with recipes best, fast, phantom and rsna the last epoch;
+about 10 MB) and logs/<task>/<plane>/<time>/ for `tensorboard --logdir logs`. With a recipe other
+than the article's its name follows the plane's.
 
 The default recipe is the article's ("How to train an MRI classifier with PyTorch"): Adam, lr 1e-5,
 weight decay 0.1, one exam per step, class-weighted binary cross-entropy, rotation, shift and flip,
-learning rate times 0.3 after 3 epochs without a better validation loss, stop after 5.
+learning rate times 0.3 after the fourth epoch without a better validation loss, stop after 5.
 docs/differences.md lists where the article's code differs and why, docs/improvements.md what its
 list of improvements became; common/splits.py describes protocols and folds.
 

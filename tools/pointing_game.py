@@ -1,7 +1,7 @@
 """How often a heat map points at the lesion: the pointing game (Zhang et al., IJCV 2018).
 
     python -m tools.pointing_game data/phantom
-    python -m tools.pointing_game data/phantom --task acl --models-dir models/reproduce
+    python -m tools.pointing_game data/phantom --models-dir models/reproduce --recipes phantom
 
 Counts for how many exams the strongest voxel of the heat map, of all slices, lies in a lesion or
 within 15 mm of its extent in 3-D. It needs the places of the lesions, so it is for the phantom.

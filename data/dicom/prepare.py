@@ -1,8 +1,8 @@
 """DICOM exams and NIfTI volumes to MRNet's layout.
 
     pip install -r requirements-dicom.txt
-    python data/dicom/prepare.py ~/scans data/mine               # folders or zips of DICOM or NIfTI
-    python data/dicom/prepare.py exam.zip data/mine --overwrite --series "T2 TSE" --series 7
+    python data/dicom/prepare.py ~/scans data/scans              # folders or zips of DICOM or NIfTI
+    python data/dicom/prepare.py exam.zip data/scans --overwrite --series "T2 TSE" --series 7
     python data/dicom/prepare.py ~/scans data/mine --split train --labels labels.csv
 
 Writes OUT/<split>/<plane>/0000.npy, uint8 (s, 256, 256). One exam is one knee of one DICOM study,

@@ -1,8 +1,9 @@
 """The Rijeka KneeMRI volumes to MRNet's layout.
 
     python data/kneemri/prepare.py ~/kneemri data/kneemri                   # 60:20:20 by exam
-    python data/kneemri/prepare.py ~/kneemri data/kneemri --split folder    # Stanford's split
+    python data/kneemri/prepare.py ~/kneemri data/kneemri-stanford --split folder   # Stanford's
     python train.py --task acl --plane sagittal --data-dir data/kneemri
+    python train_logistic_regression.py --planes sagittal --data-dir data/kneemri
 
 917 sagittal volumes (proton density, fat-suppressed, 1.5 T) with the state of the anterior cruciate
 ligament: Stajduhar et al., Computer Methods and Programs in Biomedicine 140, 2017. Unpack the

@@ -10,9 +10,10 @@ Reads train.csv, train_series.csv and train_series/<study>/<series>/*.dcm and wr
 OUT/{train,valid}/<plane>/0000.npy, uint8 (s, 256, 256), the best fluid-sensitive series of each
 plane; twelve CSVs OUT/{train,valid}-<finding>.csv, a label from 0 to 1 or nothing;
 OUT/{train,valid}-groups.csv, one group for studies of one scanner, one patient or one report, which
-no fold and no split shares; OUT/exams.csv (numbers) and OUT/problems.txt: every study, series and
-row that could not be used, by its UID, and why. Nothing else leaves the DICOM and the CSVs but
-pixels, labels, numbers and hashes.
+no fold and no split shares (those of a patient or report that several scanners saw go with the
+scanner that saw most of them); OUT/exams.csv (numbers) and OUT/problems.txt: every study, series,
+file and row that could not be used, by its UID or path, and why. Nothing else leaves the DICOM and
+the CSVs but pixels, labels, numbers and hashes.
 
 The set's format is taken from its published description; its licence (RSNA MIRA) forbids passing it
 on. Nothing here was run on the set itself.
