@@ -42,7 +42,7 @@ from common.explain_index import (
 )
 from common.explain_page import FRAME_SECONDS, NOTICE, animation, contact_sheet, headline, make_page
 from common.explanation import explain_exam, unusable_of
-from common.files import write_text
+from common.files import held, write_text
 
 
 class Output(NamedTuple):
@@ -236,11 +236,13 @@ def explain_all(exams, root, tasks, output, options):
     rows = Rows(out, [models.task for models in tasks], model, root, output.overwrite)
     known, new, explained, failed = rows.inputs, 0, 0, 0
     if output.dicom:  # explained before is not yet written there, or not by these networks
-        report = dicom_results().REPORT
-        known = {
-            key: i for key, i in known.items()
-            if rows.rows[key].dicom and (output.dicom / key[1] / report).exists()
-        }  # fmt: skip
+        name_of = dicom_results().report_name
+
+        def is_written(key):
+            row, folder = rows.rows[key], output.dicom / key[1]
+            return row.dicom and all((folder / name_of(task)).exists() for task in row.findings)
+
+        known = {key: digest for key, digest in known.items() if is_written(key)}
     try:
         for exam in cli.progress(exams.each(known), "explain", total=len(exams)):
             if exam.unchanged:
@@ -292,7 +294,10 @@ def run(args):
         if args.all:
             where = "\0".join(str(path.absolute()) for path in args.exams)
             root = hashlib.sha256(os.fsencode(where)).hexdigest()[:16]
-            explain_all(exams, root, tasks, output, options)
+            make_folder(args.out)
+            busy = f"{args.out}: another run writes pages there; wait for that one"
+            with held(args.out / ".pages.lock", busy):
+                explain_all(exams, root, tasks, output, options)
         else:
             exam = exams.load(pick_exam(exams, args.exam, args.exams[0]))
             explain_one(exam, tasks, output, options)

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from common import cli, engine
 from common.answering import Options, load_tasks, model_of, open_fit_exams
-from common.archive import parts_left, predict_in_parts
+from common.archive import held_rows, parts_left, predict_in_parts, unwritable
 from common.cluster import Machines
 from common.devices import pick_device, pick_precision, usable_cores
 from common.errors import InputError, RunError, one_line, printable
@@ -295,9 +295,7 @@ def open_output(path, resume):
     try:
         return open(path, "a" if resume else "w", encoding="utf-8", newline="")
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}); give another --out"
-        ) from None
+        raise unwritable(path, error) from None
 
 
 def predict_all(exams, tasks, saved, file, options, jsonl):
@@ -396,45 +394,55 @@ def run(args):
     to_stdout = str(args.out) == "-"
     where = torch.device("cpu") if in_parts else device
     tasks = load_tasks(args.models_dir, args.task, where, args.recipes)
-    saved = None
-    if args.resume:
-        if not in_parts and parts_left(args.out):
-            raise InputError(f"{args.out}.parts: of an interrupted run with --jobs; give --jobs "
-                             f"{parts_left(args.out)}")  # fmt: skip
-        names, model = [models.task for models in tasks], model_of(tasks, options)
-        saved = saved_exams(args.out, columns_for(tasks), names, model, args.jsonl)
-    elif not to_stdout and args.out.exists() and not args.overwrite:
-        raise InputError(f"{args.out}: exists; --resume continues it, --overwrite replaces it")
-    if args.part:
-        beside(args.out).unlink(missing_ok=True)
-    if not to_stdout:
-        cli.print_start_up(vars(args), device, precision)
-        for models in tasks:
-            print_models(models)
-    if in_parts:
-        runner = Machines.of(values).pick(device.type, args.jobs)
-        is_whole = predict_in_parts(values, args.out, runner, args.resume)
-        unusable = "" if is_whole else "not all exams or files could be used, named above"
-    else:
-        # Pipelines get rows and nothing else.
-        log = partial(print, file=sys.stderr) if to_stdout else print
-        about = args.exams, args.plane, tasks, args.allow_synthetic, log, args.workers
-        opened = open_fit_exams(*about)
-        with opened as exams:
-            if args.part:
-                keys = [(printable(source), printable(name)) for source, name in exams]
-                check_names(keys)
-                exams.keep(args.part)
-            counts, seconds = write_rows(exams, tasks, options, args.out, args.jsonl, saved)
-            if args.part:
-                write_part(args.out, args.part, keys)
-        log(summary_line(counts, seconds))
-        unusable = why_not_all(exams, counts)
-    if sample:
-        why = unusable, submit(submission, sample, args.out, tasks)
-        unusable = "; ".join(filter(None, why))
-    if unusable:
-        raise RunError(unusable)
+    check_output(args.out, args.resume, args.overwrite, in_parts)
+    with nullcontext() if to_stdout else held_rows(args.out):
+        saved = None
+        if args.resume:
+            names, model = [models.task for models in tasks], model_of(tasks, options)
+            saved = saved_exams(args.out, columns_for(tasks), names, model, args.jsonl)
+        if args.part:
+            beside(args.out).unlink(missing_ok=True)
+        if not to_stdout:
+            cli.print_start_up(vars(args), device, precision)
+            for models in tasks:
+                print_models(models)
+        if in_parts:
+            runner = Machines.of(values).pick(device.type, args.jobs)
+            is_whole = predict_in_parts(values, args.out, runner, args.resume)
+            unusable = "" if is_whole else "not all exams or files could be used, named above"
+        else:
+            # Pipelines get rows and nothing else.
+            log = partial(print, file=sys.stderr) if to_stdout else print
+            about = args.exams, args.plane, tasks, args.allow_synthetic, log, args.workers
+            opened = open_fit_exams(*about)
+            with opened as exams:
+                if args.part:
+                    keys = [(printable(source), printable(name)) for source, name in exams]
+                    check_names(keys)
+                    exams.keep(args.part)
+                counts, seconds = write_rows(exams, tasks, options, args.out, args.jsonl, saved)
+                if args.part:
+                    write_part(args.out, args.part, keys)
+            log(summary_line(counts, seconds))
+            unusable = why_not_all(exams, counts)
+        if sample:
+            why = unusable, submit(submission, sample, args.out, tasks)
+            unusable = "; ".join(filter(None, why))
+        if unusable:
+            raise RunError(unusable)
+
+
+def check_output(out, resume, overwrite, in_parts):
+    """Refuse to replace rows that nobody asked to replace, or to lose those of parts.
+
+    Raises:
+        InputError: what is there and what to do.
+    """
+    if resume and not in_parts and parts_left(out):
+        raise InputError(f"{out}.parts: of an interrupted run with --jobs; give --jobs "
+                         f"{parts_left(out)}")  # fmt: skip
+    if not resume and not overwrite and str(out) != "-" and out.exists():
+        raise InputError(f"{out}: exists; --resume continues it, --overwrite replaces it")
 
 
 def sample_for(path, out, may_replace):

@@ -77,24 +77,41 @@ def parts_left(out):
     return max((int(match[1]) for match in found if match), default=0)
 
 
+def made_folder(out):
+    """The folder of the parts, made where it is not there yet.
+
+    Raises:
+        InputError: it cannot be.
+    """
+    folder = folder_of(out)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise unwritable(out, error) from None
+    return folder
+
+
+def unwritable(out, error):
+    return InputError(f"{out}: cannot be written ({error.strerror}); give another --out")
+
+
 @contextmanager
-def opened_folder(out):
-    """The folder of the parts, held against another run.
+def held_rows(out):
+    """Hold a file of rows, which need not be there, against another run.
 
     Raises:
         InputError: it cannot be written, or another run holds it.
     """
-    folder, busy = folder_of(out), f"{out}: another run predicts it; wait for that one"
+    busy = f"{out}: another run predicts it; wait for that one"
     with ExitStack() as stack:
         try:
             if out.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            folder.mkdir(exist_ok=True)
-            stack.enter_context(held(folder / ".lock", busy))
+            out.parent.stat()  # the lock would make the folder
+            stack.enter_context(held(out.with_name(f".{out.name}.lock"), busy))
         except OSError as error:
-            raise InputError(f"{out}: cannot be written ({error.strerror}); give another --out"
-                             ) from None  # fmt: skip
-        yield folder
+            raise unwritable(out, error) from None
+        yield
 
 
 def prepare_rows(jobs, out, resume):
@@ -113,10 +130,8 @@ def clean_up(folder, jobs, logs):
     for job in jobs:
         for path in (rows_of(job), job.ended, *([job.log] if logs else [])):
             path.unlink(missing_ok=True)
-    if logs:
-        (folder / ".lock").unlink(missing_ok=True)
-        if not any(folder.iterdir()):
-            folder.rmdir()
+    if logs and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def errors_in(log):
@@ -153,19 +168,19 @@ def predict_in_parts(values, out, runner, resume):
     if left and not (resume or values["overwrite"]):
         raise InputError(f"{folder_of(out)}: of an interrupted run; --resume continues it, "
                          "--overwrite begins anew")  # fmt: skip
-    with opened_folder(out) as folder:
-        jobs = make_jobs(values, folder, left or runner.at_once)
-        prepare_rows(jobs, out, resume)
-        print(f"{len(jobs)} parts; what they print: {folder}", flush=True)
-        try:
-            ended = list(runner.run(jobs))
-        except Interrupted as error:
-            raise Interrupted(error.number, cli.resume_with()) from None
-        if failed := [done.job for done in ended if not done.is_fine]:
-            raise RunError(failures(failed, jobs, "parts", "start again with --resume"))
-        merge([rows_of(job) for job in jobs], out)
-        said = dict.fromkeys(line for job in jobs for line in errors_in(job.log))  # each once
-        print("".join(f"{line}\n" for line in said), end="", file=sys.stderr)
-        is_whole = all(done.status == 0 for done in ended)
-        clean_up(folder, jobs, logs=is_whole)
+    folder = made_folder(out)
+    jobs = make_jobs(values, folder, left or runner.at_once)
+    prepare_rows(jobs, out, resume)
+    print(f"{len(jobs)} parts; what they print: {folder}", flush=True)
+    try:
+        ended = list(runner.run(jobs))
+    except Interrupted as error:
+        raise Interrupted(error.number, cli.resume_with()) from None
+    if failed := [done.job for done in ended if not done.is_fine]:
+        raise RunError(failures(failed, jobs, "parts", "start again with --resume"))
+    merge([rows_of(job) for job in jobs], out)
+    said = dict.fromkeys(line for job in jobs for line in errors_in(job.log))  # each once
+    print("".join(f"{line}\n" for line in said), end="", file=sys.stderr)
+    is_whole = all(done.status == 0 for done in ended)
+    clean_up(folder, jobs, logs=is_whole)
     return is_whole

@@ -1,7 +1,7 @@
 """An explained exam as DICOM: heat maps as a series of its study, probabilities as a report.
 
     OUT/<exam>/acl-axial/0001.dcm   Secondary Capture, colour, a slice each, where the source's lie
-    OUT/<exam>/report.dcm           Enhanced SR by template TID 1500, Measurement Report
+    OUT/<exam>/report-<task>.dcm    Enhanced SR by template TID 1500, Measurement Report
 
 Both by highdicom, and both say "research use only". Files only: nothing is sent anywhere. UIDs are
 hashes of the input, the networks and this code's version, so the same answer has the same UIDs.
@@ -35,7 +35,7 @@ MAKER, MODEL = "MRNet project", "MRNet"
 SCHEME = "99MRNET"  # designator of our own codes; private ones begin with 99 (PS3.16 8.2)
 FIRST_SERIES = 9001  # scanners count from 1
 BURNT_IN = "RESEARCH USE ONLY"
-REPORT = "report.dcm"
+ONE_REPORT = "report.dcm"  # of all tasks, as earlier versions wrote it
 # Attributes of patient and study that must be there and may be empty.
 TYPE_2 = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate",
           "StudyTime", "AccessionNumber", "ReferringPhysicianName")  # fmt: skip
@@ -123,9 +123,11 @@ def write_results(exam, findings, model, out):
                     place = folder / f"{finding.task}-{title.replace(' ', '-')}"
                     written.append(save_series(series, place))
                     number += 1
-            path = folder / REPORT
-            save(make_report(findings, origin, number), path)
-            written.append((path, 1))
+            for finding in findings:
+                path = folder / report_name(finding.task)
+                save(make_report(finding, origin, number), path)
+                written.append((path, 1))
+                number += 1
             remove_others(folder, tasks, [place for place, _ in written])
             return written
         except (ValueError, TypeError, AttributeError) as error:  # their texts quote the patient
@@ -146,8 +148,7 @@ def save_series(series, place):
 
 
 def remove_others(folder, tasks, written):
-    """Remove the series of some tasks and the report that an earlier answer left in an exam's
-    folder.
+    """Remove the series and reports of some tasks that an earlier answer left in an exam's folder.
 
     Args:
         written: paths of those of this answer.
@@ -159,8 +160,14 @@ def remove_others(folder, tasks, written):
             path.unlink()
             with suppress(OSError):  # something else lies there
                 path.parent.rmdir()
-    if folder / REPORT not in written:
-        (folder / REPORT).unlink(missing_ok=True)
+    reports = {folder / report_name(task) for task in tasks}
+    for path in (reports | {folder / ONE_REPORT}) - set(written):
+        path.unlink(missing_ok=True)
+
+
+def report_name(task):
+    """File name of what a task's networks say: a report each, as tasks are explained one by one."""
+    return f"report-{task}.dcm"
 
 
 def save(dataset, path):
@@ -295,8 +302,8 @@ def burn_in(picture, words):
 # --- the report -----------------------------------------------------------------------------------
 
 
-def make_report(findings, origin, number):
-    """The probabilities and decisions as a structured report: EnhancedSR by TID 1500."""
+def make_report(finding, origin, number):
+    """A task's probabilities and decision as a structured report: EnhancedSR by TID 1500."""
     observer = sr.DeviceObserverIdentifyingAttributes(
         uid=generate_uid(entropy_srcs=[MAKER, cli.git_sha()]),
         name=f"{MODEL}, {NOTICE}"[:64],
@@ -306,20 +313,20 @@ def make_report(findings, origin, number):
     context = sr.ObserverContext(
         observer_type=codes.DCM.Device, observer_identifying_attributes=observer
     )
-    planes = {title.split()[0] for finding in findings for title in finding.planes}
+    planes = {title.split()[0] for title in finding.planes}
     evidence = [source for plane in sorted(planes) for source in origin.sources(plane)]
     content = sr.MeasurementReport(
         observation_context=sr.ObservationContext(observer_device_context=context),
         procedure_reported=codes.LN.MRIUnspecifiedBodyRegion,
-        imaging_measurements=[measured(finding, origin) for finding in findings],
+        imaging_measurements=[measured(finding, origin)],
         title=codes.DCM.ImagingMeasurementReport,
     )
     report = sr.EnhancedSR(
         evidence=list({source.SOPInstanceUID: source for source in evidence}.values()),
         content=content[0],
-        series_instance_uid=origin.uid("report"),
+        series_instance_uid=origin.uid("report", finding.task),
         series_number=number,
-        sop_instance_uid=origin.uid("report", 1),
+        sop_instance_uid=origin.uid("report", finding.task, 1),
         instance_number=1,
         manufacturer=MAKER,
         manufacturer_model_name=MODEL,
@@ -360,14 +367,18 @@ def measured(finding, origin):
     if finding.models.is_synthetic:
         algorithm += f" {SYNTHETIC_ONLY}"
     fewer = finding.decided_from  # than the planes whose probabilities are given
-    parameters = [f"Decided from {fewer} alone"] if fewer else None
+    parameters = [f"Decided from {fewer} alone"] if fewer else []
+    if finding.unusable:  # what the reasons quote may name folders
+        parameters.append(f"Scanned, but not usable: {', '.join(sorted(finding.unusable))}")
     return sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=sr.TrackingIdentifier(
             uid=origin.uid("finding", task), identifier=f"{task}, {BURNT_IN.lower()}"
         ),
         finding_type=sr.CodedConcept(short_code(task, "task-", task), SCHEME, task[:64]),
         finding_sites=[sr.FindingSite(codes.SCT.Knee, laterality=laterality)],
-        algorithm_id=sr.AlgorithmIdentification(algorithm, finding.models.digest, parameters),
+        algorithm_id=sr.AlgorithmIdentification(
+            algorithm, finding.models.digest, parameters or None
+        ),
         measurements=[
             sr.Measurement(name, round(value, 6), codes.UCUM.NoUnits) for name, value in numbers
         ],

@@ -295,7 +295,7 @@ class DicomExams:
         if preparation.get("field_of_view"):
             options += ["--field-of-view", str(preparation["field_of_view"])]
         options += ["--square", preparation["square"]] if preparation.get("square") else []
-        options += ["--t1"] if preparation.get("t1") and importer == "rsna" else []
+        options += ["--t1"] if preparation.get("t1") else []
         options += [f"--t1-plane={plane}" for plane in preparation.get("t1_planes", ())]
         script = ROOT / "data" / importer / "prepare.py"
         self.importers = []

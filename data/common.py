@@ -351,7 +351,7 @@ def merge_csv(path, values):
 
 
 def add_preparation(group, mirror=False):
-    """--field-of-view, --t1-plane and --mirror, the same for every importer of DICOM."""
+    """--field-of-view, --t1-plane, --t1 and --mirror, the same for every importer of DICOM."""
     group.add_argument(
         "--field-of-view",
         type=millimetres,
@@ -368,6 +368,8 @@ def add_preparation(group, mirror=False):
         help="take T1 series for this plane, not fluid-sensitive ones, for networks that learnt "
         "from such: MRNet's coronal series are T1 (Bien et al. 2018); may be repeated",
     )
+    t1 = "also the best series that are not fluid-sensitive, as planes coronal-t1 and sagittal-t1"
+    group.add_argument("--t1", action="store_true", help=t1)
     group.add_argument(
         "--mirror",
         action=argparse.BooleanOptionalAction,

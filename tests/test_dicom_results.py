@@ -203,7 +203,7 @@ def test_report_says_what_was_predicted(trained, scan, results):
     done = run_script("predict.py", scan, "--task", "acl", "--jsonl", "--precision", "fp32",
                       "--models-dir", trained[0] / "models", "--allow-synthetic")  # fmt: skip
     row = json.loads(done.stdout)
-    report = sr.srread(results[0] / "report.dcm")
+    report = sr.srread(results[0] / "report-acl.dcm")
     (group,) = report.content.get_image_measurement_groups()
     said = {one.name.meaning: one.value for one in group.get_measurements()}
     for plane in PLANES:
@@ -317,7 +317,7 @@ def test_all_exams_go_on_where_dicom_is_missing(trained, scan, tmp_path):
     done = run_script(*args, "--dicom", tmp_path / "dicom")
     assert done.returncode == 1 and "NIfTI belongs to no DICOM study" in done.stderr
     (folder,) = (tmp_path / "dicom").iterdir()
-    assert (folder / "report.dcm").is_file() and len(list(folder.iterdir())) == 4
+    assert (folder / "report-acl.dcm").is_file() and len(list(folder.iterdir())) == 4
     # What is of other networks is written again, and nothing of theirs stays.
     rows = tmp_path / "report" / "exams.jsonl"
     rows.write_text(rows.read_text().replace('"dicom": true', '"dicom": false'))
@@ -335,13 +335,15 @@ def test_results_go_where_nothing_is_said_any_more(tmp_path):
     for name in ("acl-axial", "acl-sagittal", "acl-axial-of-axial+sagittal", "cyst-axial"):
         (folder / name).mkdir(parents=True)
         (folder / name / "0001.dcm").touch()
-    (folder / "report.dcm").touch()
-    dicom_results.remove_others(folder, ["acl"], [folder / "acl-axial", folder / "report.dcm"])
-    assert sorted(p.name for p in folder.iterdir()) == ["acl-axial", "cyst-axial", "report.dcm"]
+    for name in ("report.dcm", "report-acl.dcm", "report-cyst.dcm"):  # the first of all tasks
+        (folder / name).touch()
+    report, others = folder / "report-acl.dcm", ["cyst-axial", "report-cyst.dcm"]
+    dicom_results.remove_others(folder, ["acl"], [folder / "acl-axial", report])
+    assert {p.name for p in folder.iterdir()} == {"acl-axial", "report-acl.dcm", *others}
     finding = Finding(TaskModels("acl", {}, None, "d", [], 0.5), {}, None, {})
     exam = SimpleNamespace(name="abc")
     assert dicom_results.write_results(exam, [finding], "", tmp_path) == []
-    assert [p.name for p in folder.iterdir()] == ["cyst-axial"]
+    assert sorted(p.name for p in folder.iterdir()) == others
 
 
 def test_long_names_of_findings_have_codes_of_their_own():
@@ -380,6 +382,18 @@ def test_a_decision_from_fewer_planes_than_are_shown_says_which():
         (group,) = dicom_results.measured(one, dicom_results.Origin(None, {}, "L", "key"))
         said = [item.TextValue for item in group.ContentSequence if item.ValueType == "TEXT"]
         assert ("Decided from axial+coronal alone" in said) == bool(words)
+        assert not any("usable" in text for text in said)
+
+
+def test_a_report_says_which_plane_could_not_be_used():
+    """With --partial there is a decision all the same."""
+    planes = {plane: PlaneMaps(*[None] * 6, 0.5, [], False) for plane in ("axial", "coronal")}
+    decision = Decision(0.6, 0.5, "positive", ["axial", "coronal"])
+    unusable = {"sagittal": "/home/smith/knee.dcm: gap after it"}
+    finding = Finding(TaskModels("acl", {}, None, "d", [], 0.5), planes, decision, unusable)
+    (group,) = dicom_results.measured(finding, dicom_results.Origin(None, {}, "L", "key"))
+    said = [item.TextValue for item in group.ContentSequence if item.ValueType == "TEXT"]
+    assert "Scanned, but not usable: sagittal" in said and "smith" not in str(group)
 
 
 @pytest.mark.parametrize("count, frames, named", [

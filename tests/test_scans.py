@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 
@@ -140,6 +141,31 @@ def test_an_anatomic_region_tells_the_part_too(tmp_path):
     shared.FrameAnatomySequence = Sequence([anatomy])
     sagittal(tmp_path, 1, "T2 sag", SharedFunctionalGroupsSequence=Sequence([shared]))
     assert "SPINE by its header" in read(tmp_path)[1]["sagittal"]
+
+
+def test_t1_planes_of_their_own(tmp_path):
+    """For networks that take them beside the fluid-sensitive planes."""
+    sagittal(tmp_path, 1, "PD FS sag")
+    assert read(tmp_path, t1=True)[0].keys() == {"sagittal"}  # none was scanned
+    sagittal(tmp_path, 2, "T1 sag", keep=range(SLICES - 1))
+    volumes, unusable, said = read(tmp_path, t1=True)
+    assert {p: len(v) for p, v in volumes.items()} == {"sagittal": SLICES,
+                                                       "sagittal-t1": SLICES - 1}  # fmt: skip
+    assert "sagittal-t1: series 2 'T1 sag'" in said and not unusable
+    assert read(tmp_path)[0].keys() == {"sagittal"}
+    shutil.rmtree(tmp_path / "2")
+    sagittal(tmp_path, 2, "T1 sag", keep=[0, 1, 2, 3, 6, 7, 8])
+    volumes, unusable, _ = read(tmp_path, t1=True)
+    assert volumes.keys() == {"sagittal"} and "missing" in unusable["sagittal-t1"]
+
+
+def test_networks_of_t1_planes_get_them_from_scans(tmp_path):
+    for number, description in enumerate(("T1 sag", "PD FS sag")):
+        sagittal(tmp_path / "scan", number, description)
+    models = networks([], ("sagittal", "sagittal-t1"))
+    with open_exams([tmp_path / "scan"], log=print, networks=[models]) as exams:
+        (exam,) = exams.each()
+        assert exam.paths.keys() == {"sagittal", "sagittal-t1"}
 
 
 def networks(t1_planes, planes=("coronal", "sagittal")):

@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it fi
 from common.errors import InputError  # noqa: E402
 from data.common import (  # noqa: E402
     ORIENTATION,
-    TARGET,
     Register,
     Report,
     add_preparation,
@@ -97,8 +96,8 @@ def write_exam(exam, number, folder, choice, report):
     """
     title = f"exam {number:04d} ({exam.source})"
     volumes, *_ = volumes_of(exam, choice, report, title)
-    write_planes(folder, number, TARGET, volumes)
-    missing = sorted(TARGET.keys() - volumes.keys())
+    write_planes(folder, number, choice.planes, volumes)
+    missing = sorted(set(choice.planes) - volumes.keys())
     if volumes and missing:
         report.log(f"{title}  planes missing: {', '.join(missing)}")
     return sum(len(volume) for volume in volumes.values())
@@ -170,6 +169,7 @@ def run(args, choice, report):
         mirrored=args.mirror,
         field_of_view=args.field_of_view,
         square="crop" if args.square == "crop" and not args.field_of_view else None,
+        t1=args.t1,
         t1_planes=sorted(set(args.t1_plane)),
         may_lack_planes=True,
     )
@@ -304,8 +304,8 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 def main(argv=None):
     args = parse(argv)
     report = Report(collect=args.serve)
-    choice = Choice(args.series, args.square, args.field_of_view, args.mirror,
-                    t1_planes=tuple(args.t1_plane))  # fmt: skip
+    choice = Choice(args.series, args.square, args.field_of_view, args.mirror, args.t1,
+                    tuple(args.t1_plane))  # fmt: skip
     work = partial(run, args, choice, report)
     if args.serve:
         work = partial(serve_exams, args.source, args.out, choice, report)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from common.errors import InputError
-from data.common import TARGET, exam_name, window
+from data.common import T1_PLANES, TARGET, exam_name, window
 from data.dicom.files import find_files, reading
 from data.dicom.knees import split_knees
 from data.dicom.series import (
@@ -266,6 +266,10 @@ def candidates(exam, choice):
         for axis in series.through:
             if series.slices(axis) >= MIN_SLICES:
                 found[plane_of(series.directions[axis])[0]].append((series, axis))
+    for plane in T1_PLANES if choice.t1 else ():
+        of_view = found.get(plane.removesuffix("-t1"), ())
+        if t1 := [(series, axis) for series, axis in of_view if series.is_t1]:
+            found[plane] = t1
     for plane, ranked in found.items():
         order = choice.series, choice.wants_t1(plane)
         ranked.sort(key=lambda pair, order=order: pair[0].rank(pair[1], *order), reverse=True)
@@ -279,12 +283,17 @@ class Choice(NamedTuple):
     square: str  # "pad" or "crop"
     field_of_view: float | None = None  # mm; side of what is kept, None for all
     mirror: bool = False  # right knees to left
-    t1: bool = False  # of RSNA's set also the planes of T1_PLANES
+    t1: bool = False  # also the planes of T1_PLANES
     t1_planes: tuple = ()  # that are T1 where they are fluid-sensitive by default
 
     def wants_t1(self, plane):
         """Whether a plane's volume shall be a T1 and not fluid-sensitive."""
-        return plane in self.t1_planes
+        return plane in self.t1_planes or plane in T1_PLANES
+
+    @property
+    def planes(self):
+        """Those that are taken of each exam."""
+        return (*TARGET, *T1_PLANES) if self.t1 else tuple(TARGET)
 
     def mirrors(self, side):
         """Whether a knee of this side, L, R or "", is mirrored."""
@@ -349,9 +358,9 @@ def volumes_of(exam, choice, report, title):
         report.log(f"{title}  skipped: {name}, {reason} (files: {count})")
     if not volumes and not unusable:
         why = "; ".join(f"{series}, {reason}" for series, reason in sorted(exam.study.skipped))
-        unusable = dict.fromkeys(TARGET, f"no usable series: {why}")
+        unusable = dict.fromkeys(choice.planes, f"no usable series: {why}")
         report.fault(f"{title}: no usable series: {why}")
-    for plane in sorted(TARGET.keys() - volumes.keys() - unusable.keys()):
+    for plane in sorted(set(choice.planes) - volumes.keys() - unusable.keys()):
         if reason := may_be_lost(exam):
             unusable[plane] = reason
     return volumes, unusable, reader.taken
@@ -377,7 +386,7 @@ def take_plane(plane, ranked, side, reader, report, title):
                 passed.append(f"{series.name} is no {kind} series and not taken ({TO_TAKE_IT})")
                 break
         try:
-            volume = reader.cut(series, axis, side)
+            volume = reader.cut(series, axis, side, "-t1" if plane in T1_PLANES else "")
         except InputError as error:
             passed.append(str(error))
             continue

@@ -54,7 +54,7 @@ from data.common import (  # noqa: E402
 from data.dicom.origin import describe  # noqa: E402
 from data.dicom.serve import run_importer, serve  # noqa: E402
 from data.dicom.studies import Choice, Volumes  # noqa: E402
-from data.rsna.studies import convert, digest_of, find_studies, identity_of, planes_of  # noqa: E402
+from data.rsna.studies import convert, digest_of, find_studies, identity_of  # noqa: E402
 from data.rsna.tables import FINDINGS, combine_labels, read_labels, read_series  # noqa: E402
 
 VERSION = "2"  # of what is written from the same files; raise it with every change of the pixels
@@ -88,8 +88,6 @@ def parse(argv):
     add("--gold-weight", type=float, default=1.0, help=gold)
     group = parser.add_argument_group("pictures")
     add_preparation(group, mirror=True)
-    t1 = "also the best series that are not fluid-sensitive, as planes coronal-t1 and sagittal-t1"
-    group.add_argument("--t1", action="store_true", help=t1)
     group = parser.add_argument_group("run")
     valid = "share of the studies to validate on, cut by groups"
     group.add_argument("--valid", type=float, default=0.1, help=valid)
@@ -206,7 +204,7 @@ def write_study(study, number, folder, choice):
         warnings.simplefilter("ignore")
         done = convert(study, Volumes(choice))
     slices = {plane: len(volume) for plane, volume in done.volumes.items()}
-    write_planes(folder, number, planes_of(choice), done.volumes)
+    write_planes(folder, number, choice.planes, done.volumes)
     done.volumes = {}
     return Outcome(slices, done)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from common.errors import InputError
-from data.common import T1_PLANES, TARGET, exam_name
+from data.common import TARGET, exam_name
 from data.dicom.files import File, reading
 from data.dicom.knees import split_knees
 from data.dicom.series import UNPLACED, Series, read_header
@@ -174,7 +174,7 @@ def convert(study, reader):
     ours = {id(member) for member in members}
     ranked = sorted((one for one in series if id(one.series) in ours), key=rank, reverse=True)
     shown = shown_planes(study, series, done)
-    for plane in planes_of(reader.choice):
+    for plane in reader.choice.planes:
         of_plane = [one for one in ranked if one.name(reader.choice) == plane]
         take_plane(plane, of_plane, study, reader, done)
     done.not_scanned = done.missing.keys() - shown
@@ -187,18 +187,13 @@ def convert(study, reader):
     return done
 
 
-def planes_of(choice):
-    """The planes that are taken of each study."""
-    return (*TARGET, *T1_PLANES) if choice.t1 else tuple(TARGET)
-
-
 def is_wanted(row):
     """Whether a series can be fluid-sensitive, by its row of the CSV or None."""
     return row is None or row.fluid is not False
 
 
 def refuse(done, study, choice, why):
-    done.missing = dict.fromkeys(planes_of(choice), why)
+    done.missing = dict.fromkeys(choice.planes, why)
     done.faults.append(f"study {study.uid}: {why}")
     return done
 
@@ -279,7 +274,7 @@ def take_plane(plane, ranked, study, reader, done):
         break
     done.faults += passed
     if plane not in done.volumes:
-        t1 = plane in T1_PLANES or reader.choice.wants_t1(plane)
+        t1 = reader.choice.wants_t1(plane)
         done.missing[plane] = passed[0] if passed else NO_T1 if t1 else NO_SERIES
 
 
