@@ -116,14 +116,11 @@ METADATA = (
     "examId,seriesNo,aclDiagnosis,kneeLR,roiX,roiY,roiZ,roiHeight,roiWidth,roiDepth,volumeFilename\n"
     "1,2,0,1,3,4,5,6,7,8,1-2.pck\n2,2,2,0,3,4,5,6,7,8,2-2.pck\n"
 )
-ROW = {
-    "exam": "7",
-    "split": "valid",
-    "task": "acl",
-    "axial": 0.25,
-    "stack": 0.5,
-    "planes": ["axial"],
-}
+# Of one exam; the columns are all there and in their order, whatever they are.
+ROW = {"exam": "7", "source": "valid", "task": "acl", "axial": 0.25, "stack": 0.5}
+ROW = (
+    dict.fromkeys(predict.columns_for([])) | ROW | {"planes": ["axial"], "model": "m", "input": "i"}
+)
 
 
 def nifti():
@@ -187,49 +184,55 @@ def read_scan(path):
         raise InputError("refused")
 
 
-READERS = {
+READERS = {  # what it is: sound files, hostile ones, how it is read
     "volume": (
-        [npy(VOLUME), npy(VOLUME.astype(float)), npy(np.array([Evil()], object), allow_pickle=True),
+        [npy(VOLUME), npy(VOLUME.astype(float))],
+        [npy(np.array([Evil()], object), allow_pickle=True),
          headed("(99999, 99999, 99999)"), headed("(1, 64, 64)", "|O"), pickle.dumps(Evil())],
         read_volume,
     ),
-    "labels": ([b"0,1\n1,0\n0002,1\n", "\ufeff1,0\r\n2,1\r\n".encode()], read_csv_of_labels),
+    "labels": (
+        [b"0,1\n1,0\n0002,1\n", "\ufeff1,0\r\n2,1\r\n".encode()], [], read_csv_of_labels,
+    ),
     "model": (
-        [saved({"format": FORMAT, "model": MRNet().state_dict(), "metadata": OF_MODEL}),
-         saved({"format": FORMAT, "model": {}, "metadata": OF_MODEL}), hostile_archive(),
+        [saved({"format": FORMAT, "model": MRNet().state_dict(), "metadata": OF_MODEL})],
+        [saved({"format": FORMAT, "model": {}, "metadata": OF_MODEL}), hostile_archive(),
          saved(Evil())],
         load_model,
     ),
     "state": (
-        [saved({"format": STATE_FORMAT, "training": {"partial_epoch": torch.zeros(3)}}),
-         hostile_archive()],
+        [saved({"format": STATE_FORMAT, "training": {"partial_epoch": torch.zeros(3)}})],
+        [hostile_archive()],
         lambda path: read_checkpoint(path, STATE_FORMAT),
     ),
-    "stack": ([json.dumps(STACK).encode()], read_stack),
-    "lesions": ([b'{"7": {"planes": {}, "lesions": []}}'], read_lesions),
+    "stack": ([json.dumps(STACK).encode()], [], read_stack),
+    "lesions": ([b'{"7": {"planes": {}, "lesions": []}}'], [], read_lesions),
     "predictions": (
-        [csv_line(predict.columns_for([])).encode() + b"7,valid,acl,,,,,,,,,,,,m,i\n" * 3],
+        [(csv_line(ROW) + predict.as_text(ROW, jsonl=False) * 3).encode()],
+        [],
         lambda path: predict.saved_exams(path, predict.columns_for([]), ["acl"], "m", False),
     ),
     "json predictions": (
-        [(json.dumps(dict.fromkeys(predict.columns_for([])) | ROW) + "\n").encode() * 3],
+        [predict.as_text(ROW, jsonl=True).encode() * 3],
+        [],
         lambda path: predict.saved_exams(path, predict.columns_for([]), ["acl"], "m", True),
     ),
-    "data set": ([json.dumps(DATASET).encode()], named("dataset.json", read_dataset)),
-    "groups": ([b"0,1\n1,0\n0002,1\n"], named("train-groups.csv", read_groups, "train")),
-    "register": ([b"id,exam,patient\n0,abc,\n1,def-L,77\n"], named("exams.csv", Register)),
+    "data set": ([json.dumps(DATASET).encode()], [], named("dataset.json", read_dataset)),
+    "groups": ([b"0,1\n1,0\n0002,1\n"], [], named("train-groups.csv", read_groups, "train")),
+    "register": ([b"id,exam,patient\n0,abc,\n1,def-L,77\n"], [], named("exams.csv", Register)),
     "pck": (
-        [pickle.dumps(VOLUME.astype(np.int16), protocol=p) for p in (0, 2, 4, 5)]
-        + [pickle.dumps(Evil(), protocol=p) for p in (0, 4)],
+        [pickle.dumps(VOLUME.astype(np.int16), protocol=p) for p in (0, 2, 4, 5)],
+        [pickle.dumps(Evil(), protocol=p) for p in (0, 4)],
         kneemri.read_pck,
     ),
-    "metadata": ([METADATA.encode()], kneemri.read_metadata),
+    "metadata": ([METADATA.encode()], [], kneemri.read_metadata),
     "dicom": (
         [mr_slice(5, name) for name in ("MR_small.dcm", "MR_small_RLE.dcm",
          "MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm")],
+        [],
         read_scan,
     ),
-    "nifti": ([nifti()], read_scan),
+    "nifti": ([nifti()], [], read_scan),
 }  # fmt: skip
 SUFFIX = {"dicom": ".dcm", "nifti": ".nii", "volume": ".npy"}
 REFUSALS = (InputError, kneemri.InputError)
@@ -269,9 +272,18 @@ def mutate(whole, edits):
 
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_and_hostile_files(name, tmp_path, monkeypatch, capsys):
-    wholes, read = READERS[name]
+    sound, hostile, read = READERS[name]
+    wholes = sound + hostile
     path = tmp_path / f"fuzzed{SUFFIX.get(name, '')}"
     monkeypatch.setattr(os, "fsync", lambda _: None)  # waiting for the disk takes longest
+    for whole in sound:
+        path.write_bytes(whole)
+        found = read(path)
+        assert found is None or len(found), "nothing was found in it"
+    for whole in hostile:
+        path.write_bytes(whole)
+        with pytest.raises(REFUSALS):
+            read(path)
     outcomes, before = Counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     @settings(
