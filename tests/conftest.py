@@ -1,10 +1,12 @@
 """Small exams in MRNet's layout, made in a temporary folder."""
 
 import contextlib
+import csv
 import importlib
 import io
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -132,6 +134,37 @@ def content_of(path):
 
 def contents(folder):
     return {path.name: content_of(path) for path in folder.glob("*.pt")}
+
+
+def assert_same_training(one, two):
+    """Two saved models of the same epochs, to the last bit.
+
+    Args:
+        one, two: as checkpoint.read_checkpoint returns them.
+    """
+    for name in ("metrics", "epoch"):
+        assert one["metadata"][name] == two["metadata"][name]
+    histories = one["metadata"]["history"], two["metadata"]["history"]
+    for ours, theirs in zip(*histories, strict=True):
+        assert ours | {"seconds": 0} == theirs | {"seconds": 0}
+    assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
+
+
+def rows_of(path):
+    """The rows of a CSV, dicts."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def page_content(path):
+    """What a page of explain.py holds."""
+    return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text("utf-8"), re.S)[1])
+
+
+def finding_of(path):
+    """What a page says of its only finding."""
+    (finding,) = page_content(path)["findings"]
+    return finding
 
 
 def run_script(script, *args):

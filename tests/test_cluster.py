@@ -100,10 +100,6 @@ def reproduce(work, models, *words):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
 
 
-def is_finished(path):
-    return not path.with_suffix(".state").exists()
-
-
 def test_a_signal_reaches_the_nodes(cluster, tmp_path):
     """What runs gets a SIGTERM, and what it has saved comes back; what waits does not begin."""
     from common.cluster import RayJobs

@@ -525,8 +525,7 @@ def test_three_dimensional_series_serves_all_planes(convert, tmp_path):
         ("sagittal", lps.transpose(0, 2, 1)[:, ::-1]),
     ):
         slabs = windowed(lay).reshape(20, 3, 60, 60).mean(axis=1)
-        got = volume(tmp_path, plane)[:, 2::4, 2::4][:, :60, :60].astype(float)  # 256 px of 60
-        positions = ((np.arange(60) + 0.5) * 256 / 60).astype(int)
+        positions = ((np.arange(60) + 0.5) * 256 / 60).astype(int)  # 256 px of 60
         got = volume(tmp_path, plane)[:, positions][:, :, positions]
         assert got.shape == slabs.shape
         assert np.corrcoef(got.ravel(), slabs.ravel())[0, 1] > 0.98
@@ -547,7 +546,6 @@ def test_fat_suppressed_fluid_series_is_preferred_and_series_overrides(convert, 
     status, out, err = convert(tmp_path / "scan")
     assert (status, err) == (0, "")
     assert "sagittal: series 3 'pd_tse_fs_sag', 9 slices" in out and "series 1" in out
-    assert "'T1'" not in out
     status, out, _ = convert(tmp_path / "scan", "--series", "stir", "--overwrite")
     assert status == 0 and "sagittal: series 5 'T2 STIR short', 7 slices" in out
     assert len(volume(tmp_path, "sagittal")) == 7
@@ -628,15 +626,13 @@ def test_a_folder_called_as_a_number_is_that_folder(convert, tmp_path):
         ("exam,task,label\n.,acl,2\n", "label 0 or 1"),
         ("exam,task,label\n.,../acl,1\n", "the task of letters"),
         ("a,b\n1,2\n", "columns exam,task,label"),
-        ("\0", "l.csv"),
     ],
 )
 def test_wrong_labels(convert, tmp_path, text, words):
     write_series(tmp_path / "scan", "axial")
     (tmp_path / "l.csv").write_text(text)
     status, _, err = convert(tmp_path / "scan", "--labels", tmp_path / "l.csv")
-    if text != "\0":
-        assert status == 2 and words in err and len(err.splitlines()) == 1
+    assert status == 2 and words in err and len(err.splitlines()) == 1
 
 
 def test_no_identifier_leaves(convert, tmp_path):
@@ -644,9 +640,9 @@ def test_no_identifier_leaves(convert, tmp_path):
     write_exam(tmp_path / "scan/a", "1.2.840.77")
     bad = write_series(tmp_path / "scan/b", "axial", study="1.2.840.78")
     bad[3].write_bytes(bad[3].read_bytes()[:-1000])
-    edit(bad[2], PatientName=NAME)
-    broken = bad[1].read_bytes().replace(b"PixelSpacing", b"")
-    bad[1].write_bytes(broken.replace(b"0.6\\0.6 ", b"SECRET^J"))
+    sound = bad[1].read_bytes()
+    bad[1].write_bytes(sound.replace(b"0.6\\0.6 ", b"SECRET^J"))  # its pixel spacing
+    assert bad[1].read_bytes() != sound
     write(tmp_path / "scan/c.dcm", enhanced(study="1.2.840.79"))
     (tmp_path / "l.csv").write_text("exam,task,label\na,acl,1\n")
     status, out, err = convert(tmp_path / "scan", "--labels", tmp_path / "l.csv")

@@ -12,7 +12,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from conftest import PLANES, assert_one_line_error, run_script
+from conftest import PLANES, assert_one_line_error, finding_of, page_content, run_script
 from PIL import Image
 from pydicom.uid import MRImageStorage
 
@@ -141,18 +141,6 @@ def explained(trained, tmp_path_factory):
     return out, done.stdout
 
 
-def content_of(page):
-    text = page.read_text(encoding="utf-8")
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text,
-                                re.S)[1])  # fmt: skip
-
-
-def finding_of(page):
-    """What the page says of its only finding."""
-    (finding,) = content_of(page)["findings"]
-    return finding
-
-
 def test_page_says_what_was_predicted(trained, explained):
     work, (out, said) = trained[0], explained
     done = run_script("predict.py", work / "data", "--jsonl", "--models-dir", work / "models",
@@ -160,7 +148,7 @@ def test_page_says_what_was_predicted(trained, explained):
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     row = next(r for r in rows if (r["source"], r["exam"]) == ("valid", "0020"))
     page = out / "0020-acl.html"
-    finding, images = finding_of(page), content_of(page)["images"]
+    finding, images = finding_of(page), page_content(page)["images"]
     assert finding["decision"]["probability"] == pytest.approx(row["stack"], abs=1e-6)
     assert finding["decision"]["label"] == row["decision"] and row["decision"] in said
     for plane in finding["planes"]:
@@ -179,7 +167,7 @@ def test_picture_and_film(explained):
     sheet = Image.open(explained[0] / "0020-acl.png")
     assert sheet.width >= 1000 and np.asarray(sheet.convert("RGB")).std() > 20
     film = Image.open(explained[0] / "0020-acl.gif")
-    images = content_of(explained[0] / "0020-acl.html")["images"]
+    images = page_content(explained[0] / "0020-acl.html")["images"]
     slices = max(len(image["slices"]) for image in images.values())
     assert film.n_frames == slices and film.info["loop"] == 0
 
@@ -195,7 +183,7 @@ def test_a_name_cannot_put_code_into_the_page(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     (page,) = (tmp_path / "out").glob("*.html")
     assert "<img src=x" not in page.read_text(encoding="utf-8")
-    assert content_of(page)["exam"] == name
+    assert page_content(page)["exam"] == name
     assert finding_of(page)["missing"] == ["coronal", "sagittal"]
 
 
@@ -256,7 +244,7 @@ def test_readmes_commands_from_dicom_to_the_page(trained, tmp_path):
     done = run_script("explain.py", scan, "--task", "acl", "--out", tmp_path / "report", *models)
     assert done.returncode == 0, done.stdout + done.stderr
     (page,) = (tmp_path / "report").glob("*.html")
-    images = content_of(page)["images"]
+    images = page_content(page)["images"]
     for plane in PLANES:  # the very slices of the exam, in their order
         volume = np.load(trained[0] / "data" / "valid" / plane / "0020.npy")
         assert len(images[plane]["slices"]) == len(volume)
@@ -285,7 +273,7 @@ COLOUR = 40  # grey levels between red, green and blue; a grey slice has 0
 
 def test_page_in_a_browser(browser, explained, tmp_path):
     page = explained[0] / "0020-acl.html"
-    images, planes = content_of(page)["images"], finding_of(page)["planes"]
+    images, planes = page_content(page)["images"], finding_of(page)["planes"]
     browser.get(page.as_uri())
     find = browser.find_elements
     sections, sliders = find("css selector", "section"), find("css selector", "input.slice")

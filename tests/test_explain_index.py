@@ -12,17 +12,20 @@ from urllib.parse import unquote, unquote_to_bytes
 import numpy as np
 import pytest
 import torch
-from conftest import PLANES, ROOT, assert_one_line_error, run_process, run_script, write_exams
+from conftest import (
+    PLANES,
+    ROOT,
+    assert_one_line_error,
+    page_content,
+    run_process,
+    run_script,
+    write_exams,
+)
 from PIL import Image
 
 from common.explain_index import ROWS
 
 HOSTILE = "<img src=x onerror=alert(1)>#?%41"
-
-
-def content_of(page):
-    text = page.read_text(encoding="utf-8")
-    return json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
 
 
 def second_finding(models):
@@ -62,7 +65,7 @@ def index(work):
     done = explain(work)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "5 exams explained" in done.stdout
-    return content_of(work / "report" / "index.html")
+    return page_content(work / "report" / "index.html")
 
 
 def test_index_says_what_was_predicted(work, index):
@@ -114,7 +117,7 @@ def test_a_second_run_does_what_is_new_or_changed(work, index):
     assert done.returncode == 0 and "3 exams explained, 1 were there" in done.stdout
     rows = [json.loads(line)["exam"] for line in (copy / ROWS).read_text().splitlines()]
     assert second.stem not in rows and len(rows) == 4 == len(
-        content_of(copy / "index.html")["rows"]
+        page_content(copy / "index.html")["rows"]
     )
     assert (copy / "valid" / f"{third.stem}-acl+cyst.html").is_file()
     # Other findings, or another's folder, are refused.
@@ -160,7 +163,7 @@ def test_a_faulty_exam_is_named_and_the_others_go_on(work, tmp_path):
     assert done.returncode == 1 and "error: train/bad?[2J: " in done.stderr
     assert "5 exams explained, 1 not, " in done.stdout
     assert "1 exams and 0 files" in done.stderr and "\x1b" not in done.stdout + done.stderr
-    rows = content_of(tmp_path / "report" / "index.html")["rows"]
+    rows = page_content(tmp_path / "report" / "index.html")["rows"]
     (bad,) = [row for row in rows if row["exam"] == "bad\x1b[2J"]
     assert bad["page"] is None and "bad" in bad["error"] and len(rows) == 6
     # It is tried again, the others are not.
@@ -176,7 +179,7 @@ def test_an_exam_without_an_answer_for_every_task(work, tmp_path):
     (tmp_path / "models" / "cyst-sagittal.pt").unlink()
     shutil.copytree(work / "data", tmp_path / "data")
     assert explain(tmp_path).returncode == 0
-    row = content_of(tmp_path / "report" / "index.html")["rows"][-1]
+    row = page_content(tmp_path / "report" / "index.html")["rows"][-1]
     assert row["exam"] == HOSTILE and list(row["findings"]) == ["acl"]
     assert "5 were there" in explain(tmp_path).stdout
 

@@ -67,8 +67,8 @@ def test_every_backbone_pooling_and_number_of_planes(tmp_path, backbone, pooling
     torch.manual_seed(0)
     model = build_model({"backbone": backbone, "pooling": pooling}, list(planes)).eval()
     network = Network(model, planes, "standardized", channels, False, "")
-    difference = export.to_onnx(ExamModel("acl", network).eval(), tmp_path / "model.onnx")
-    assert difference < export.TOLERANCE  # to_onnx compares at five sizes
+    # Raises unless onnxruntime answers as torch does, at five sizes.
+    export.to_onnx(ExamModel("acl", network).eval(), tmp_path / "model.onnx")
 
 
 def figures_of(card):

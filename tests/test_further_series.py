@@ -2,13 +2,12 @@
 
 import csv
 import json
-import re
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import PLANES, QUICK, assert_one_line_error, run_script, write_exams
+from conftest import PLANES, QUICK, assert_one_line_error, finding_of, run_script, write_exams
 
 from common.augmentation import make_augmentation
 from common.checkpoint import load_model
@@ -89,9 +88,7 @@ def test_it_is_explained(work, tmp_path):
     command = ("explain.py", work / "data/valid", "--models-dir", work / "models", "--precision",
                "fp32", "--out", tmp_path)  # fmt: skip
     assert run_script(*command, "--exam", "12", "--task", "acl").returncode == 0
-    page = (tmp_path / "0012-acl.html").read_text()
-    found = re.search(r'id="data">(.*?)</script>', page, re.S)
-    (finding,) = json.loads(found[1])["findings"]
+    finding = finding_of(tmp_path / "0012-acl.html")
     assert [one["plane"] for one in finding["planes"]] == [*PLANES, T1]
     assert finding["missing"] == []
     done = run_script(*command[:-1], tmp_path / "all", "--all", "--task", "acl")

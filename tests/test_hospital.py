@@ -3,12 +3,11 @@
 The long versions run with `pytest -m slow tests/test_hospital.py`.
 """
 
-import csv
 import shutil
 
 import numpy as np
 import pytest
-from conftest import PLANES, run_script
+from conftest import PLANES, rows_of, run_script
 from hospital import KINDS, code_said, damage, predict_code, write_hospital, write_study
 
 from common.stacking import Network
@@ -20,11 +19,6 @@ def predict(trained, monkeypatch):
     monkeypatch.setattr(Network, "logit", predict_code)
     models = ("--models-dir", trained[0] / "models", "--precision", "fp32", "--allow-synthetic")
     return lambda *args: run_script("predict.py", *models, *args)
-
-
-def rows_of(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("studies", [10, pytest.param(60, marks=pytest.mark.slow)])

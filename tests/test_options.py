@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import random
-import re
 import shutil
 import signal
 from dataclasses import fields
@@ -13,7 +12,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from conftest import PLANES, assert_one_line_error, run_script, write_exams
+from conftest import PLANES, assert_one_line_error, finding_of, run_script, write_exams
 from torch.nn import functional as F
 
 import reproduce
@@ -33,7 +32,7 @@ from common.optimization import (
     steps_with_optimizer,
 )
 from common.splits import plan_splits, split_exams
-from dataloader import Augmentation, MRDataset, MultiPlaneDataset, preprocess
+from dataloader import MRDataset, MultiPlaneDataset, preprocess
 from model import BACKBONES, MRNet
 
 
@@ -232,7 +231,7 @@ def write_findings(root):
     return root
 
 
-def test_soft_and_unknown_labels(tmp_path, capsys):
+def test_soft_and_unknown_labels(tmp_path):
     exams = MRDataset(write_findings(tmp_path / "data"), ["acl", "soft", "some"], "axial")
     assert exams.labels.shape == (12, 3) and exams.unknown == {"acl": 0, "soft": 0, "some": 3}
     assert np.isnan(exams.labels[[1, 5, 9], 2]).all() and np.isfinite(exams.labels).sum() == 33
@@ -449,13 +448,6 @@ def stop_at_step(monkeypatch, number):
     return steps
 
 
-def page_content(path):
-    """What a page of explain.py says of its only finding."""
-    content = json.loads(re.search(r'id="data">(.*?)</script>', path.read_text(), re.S)[1])
-    (finding,) = content["findings"]
-    return finding
-
-
 MORE = ("--augment", "strong", "--slices", "0.7", "--accumulate", "5", "--head-lr", "1e-3",
         "--average-weights", "0.9", "--clip", "1", "--optimizer", "adamw")  # fmt: skip
 
@@ -485,7 +477,7 @@ def test_a_resumed_run_goes_on_to_the_last_digit(work, monkeypatch, options):
 
 
 @pytest.mark.whole
-def test_several_findings_in_one_network(tmp_path, capsys):
+def test_several_findings_in_one_network(tmp_path):
     write_findings(tmp_path / "data")
     done = train_quickly(tmp_path, "--task", "all", "--plane", "axial", "--lr", "1e-4")
     assert "valid auc of each" in done.stdout and "3 exams without a label of some" in done.stdout
@@ -573,7 +565,7 @@ def test_joined_planes_are_predicted_and_explained(joined):
     done = run_script("explain.py", joined / "data/valid", "--exam", "12", "--task", "acl", "--out",
                       out, "--models-dir", joined / "models", "--precision", "fp32")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    data = page_content(out / "0012-acl.html")
+    data = finding_of(out / "0012-acl.html")
     titles = [plane["plane"] for plane in data["planes"]]
     assert titles == [*PLANES, *(f"{plane} of axial+coronal+sagittal" for plane in PLANES)]
     for plane in data["planes"]:
@@ -707,7 +699,6 @@ def test_random_combinations_train_or_are_refused(tmp_path, count):
         outcomes[done.returncode] += 1
         if done.returncode == 2:
             assert len(done.stderr.strip().splitlines()) == 1, (words, done.stderr)
-    print(outcomes)
     assert outcomes[0] and outcomes[2]
 
 
@@ -733,7 +724,7 @@ def test_every_backbone_trains_resumes_predicts_and_explains(tmp_path, monkeypat
                       "--out", tmp_path / "report", "--models-dir", tmp_path / "models",
                       "--precision", "fp32")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    data = page_content(tmp_path / "report" / "0012-acl.html")
+    data = finding_of(tmp_path / "report" / "0012-acl.html")
     for plane in data["planes"]:
         total = sum(plane["sums"]) + plane["bias"]
         assert total == pytest.approx(plane["logit"], rel=1e-4, abs=1e-5)
@@ -753,6 +744,6 @@ def test_what_the_configuration_refuses(shared_exams):
     ):
         with pytest.raises(InputError, match=fault):
             config(**more).check()
-    for exams in load_exams(config(augment="strong", slices=0.5), shared_exams):
-        assert exams.slices == (0.3, 0.5)
-    assert isinstance(exams.transform, Augmentation | None)
+    train_set, valid_set = load_exams(config(augment="strong", slices=0.5), shared_exams)
+    assert train_set.slices == valid_set.slices == (0.3, 0.5)
+    assert isinstance(train_set.transform, StrongAugmentation) and valid_set.transform is None

@@ -1,6 +1,5 @@
 """predict.py: the same numbers as training printed, missing planes, resuming, hostile files."""
 
-import csv
 import json
 import math
 import os
@@ -11,7 +10,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from conftest import PLANES, assert_one_line_error, run_process, run_script
+from conftest import PLANES, assert_one_line_error, rows_of, run_process, run_script
 
 from common.answering import Options
 from common.checkpoint import read_checkpoint, write_checkpoint
@@ -25,11 +24,6 @@ from predict import Answer, make_row
 def predict(trained, *args):
     models = ("--models-dir", trained[0] / "models", "--precision", "fp32")
     return run_script("predict.py", *models, *args)
-
-
-def rows_of(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")

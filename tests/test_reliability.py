@@ -12,7 +12,15 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import PLANES, ROOT, assert_one_line_error, run_script, small_file_system, write_exams
+from conftest import (
+    PLANES,
+    ROOT,
+    assert_one_line_error,
+    assert_same_training,
+    run_script,
+    small_file_system,
+    write_exams,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common import cli, engine
@@ -36,12 +44,6 @@ def work(tmp_path):
 
 def model_of(work, models="models"):
     return torch.load(work / models / "acl-axial.pt", weights_only=True)
-
-
-def assert_same_training(one, two):
-    assert one["metadata"]["metrics"] == two["metadata"]["metrics"]
-    assert one["metadata"]["epoch"] == two["metadata"]["epoch"]
-    assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
 
 
 # --- kills ----------------------------------------------------------------------------------------

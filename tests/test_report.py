@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import assert_one_line_error, run_script
 
+from common import report
 from common.config import read_recipe
 from common.description import MRNET
 from common.errors import InputError
@@ -174,7 +175,8 @@ def test_subgroups(work):
 HOSTILE = "<script>alert(1)</script>"
 
 
-def test_names_stay_text_and_what_is_left_out_is_said(work):
+def test_names_stay_text_and_what_is_left_out_is_said(work, monkeypatch):
+    monkeypatch.setattr(report, "MOST_VALUES", 9)  # each of the ten exams has an age of its own
     metadata = work / "metadata.csv"
     results = read_results(work / "models/acl-results.json")
     rows = [f'{i},"{HOSTILE}",{n},=1+1\x07\n' for n, i in enumerate(results.ids)]
@@ -184,8 +186,7 @@ def test_names_stay_text_and_what_is_left_out_is_said(work):
     page = Page(text)
     assert "script" not in page.tags and "b" not in page.tags
     assert HOSTILE in page.text and "<b>site</b>" in page.text
-    if len(results.ids) > 12:
-        assert "left out  acl: no subgroups by age" in said and "no subgroups by age" in text
+    assert "left out  acl: no subgroups by age" in said and "no subgroups by age" in text
 
 
 def test_pages_are_linked(work):

@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, assert_one_line_error, let_planes_lack, run_script, write_exams
+from conftest import (
+    QUICK,
+    assert_one_line_error,
+    assert_same_training,
+    let_planes_lack,
+    run_script,
+    write_exams,
+)
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
@@ -242,20 +249,6 @@ def test_diverging_run_says_where(tmp_path):
 def saved(exams, suffix="", models="models"):
     path = exams.parent / models / f"acl-axial{suffix}.pt"
     return torch.load(path, weights_only=True)
-
-
-def assert_same_training(one, two):
-    assert one["metadata"]["metrics"] == two["metadata"]["metrics"]
-    assert one["metadata"]["epoch"] == two["metadata"]["epoch"]
-    curves = [
-        [
-            {k: v for k, v in epoch.items() if k != "seconds"}
-            for epoch in each["metadata"]["history"]
-        ]
-        for each in (one, two)
-    ]
-    assert curves[0] == curves[1]
-    assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
 
 
 def test_resumed_is_uninterrupted_to_the_last_digit(exams, monkeypatch):
