@@ -6,7 +6,9 @@
 A clone does as well: torch.hub.load("path/to/clone", "mrnet", source="local", weights=...).
 """
 
-dependencies = ["torch", "torchvision", "numpy", "tqdm", "filelock", "scipy", "sklearn"]
+dependencies = [
+    "torch", "torchvision", "numpy", "scipy", "sklearn", "PIL", "psutil", "filelock", "tqdm",
+]  # fmt: skip
 
 
 def mrnet(weights, task=None, plane=None):

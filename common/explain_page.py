@@ -58,7 +58,6 @@ def make_page(exam, findings):
     content = {
         "exam": as_text(exam.name),
         "input": exam.input,
-        "source": exam.source,
         "images": {
             plane: {
                 "height": volume.shape[1],
@@ -154,13 +153,13 @@ def contact_sheet(explained, title):
     rows = figure.subplots(len(explained), SHEET_SLICES, squeeze=False)
     colours = ListedColormap(heat_colours() / 255)
     for row, (plane, one) in zip(rows, explained.items(), strict=True):
-        pictures = overlay(one.volume, one.maps, one.backbone)
         best = np.argsort(-one.slice_sums, kind="stable")[:SHEET_SLICES]
+        pictures = overlay(one.volume[best], one.maps[best], one.backbone, scale=one.scale)
         for axes in row:
             axes.set_axis_off()
-        for axes, s in zip(row, best, strict=False):
-            axes.imshow(pictures[s])
-            text = f"{plane.split()[0]} {s + 1} of {len(pictures)}: {one.slice_sums[s]:+.2f}"
+        for axes, s, picture in zip(row, best, pictures, strict=False):
+            axes.imshow(picture)
+            text = f"{plane.split()[0]} {s + 1} of {len(one.volume)}: {one.slice_sums[s]:+.2f}"
             axes.set_title(text, color="w", fontsize=9)
         shown = one.slice_sums[best].sum()
         others = one.slice_sums.sum() - shown

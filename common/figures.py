@@ -162,14 +162,13 @@ def heat_colours():
     return (matplotlib.colormaps["managua_r"](np.linspace(0, 1, 256))[:, :3] * 255).astype(np.uint8)
 
 
-def overlay(volume, maps, backbone="alexnet", opacity=OPACITY, scale=None):
-    """Slices with their heat maps on top.
+def overlay(volume, maps, backbone="alexnet", scale=None):
+    """Slices with their heat maps on top, as strong as OPACITY where the map is strongest.
 
     Args:
         volume: uint8 array (s, H, W).
         maps: float32 array (s, h, w), as `MRNet.heat_maps` returns them.
         backbone: whose maps they are.
-        opacity: of the strongest colour, 0 to 1; it falls to 0 where the map is 0.
         scale: the map's value that gets the end of the colour scale; by default its largest.
 
     Returns:
@@ -178,6 +177,6 @@ def overlay(volume, maps, backbone="alexnet", opacity=OPACITY, scale=None):
     scale = scale or float(np.abs(maps).max()) or 1.0
     heat = np.clip(enlarge_maps(maps, *volume.shape[1:], backbone) / scale, -1, 1)  # (s, H, W)
     colour = heat_colours()[np.rint((heat + 1) * 127.5).astype(np.uint8)]  # (s, H, W, 3)
-    cover = (opacity * np.abs(heat))[..., None]
+    cover = (OPACITY * np.abs(heat))[..., None]
     grey = np.asarray(volume, np.float32)[..., None]
     return np.rint(grey + cover * (colour - grey)).astype(np.uint8)

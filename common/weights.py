@@ -45,12 +45,12 @@ def cache_file(backbone="alexnet"):
     return Path(torch.hub.get_dir()) / "checkpoints" / f"{backbone}-features-imagenet1k-v1.pt"
 
 
-def imagenet_features(backbone="alexnet", log=print):
-    """A backbone's convolutional part as trained on ImageNet.
+def imagenet_features(backbone="alexnet"):
+    """A backbone's convolutional part as trained on ImageNet; prints a line before a download and
+    one after it.
 
     Args:
         backbone: name in model.BACKBONES.
-        log: called with one line of text before and after a download.
 
     Returns:
         state dict for `model.make_features(backbone)`, float32.
@@ -64,7 +64,7 @@ def imagenet_features(backbone="alexnet", log=print):
     reasons = []
     for host, download in sources(backbone).items():
         try:
-            log(f"downloading {backbone}'s ImageNet features from {host} (once)")
+            print(f"downloading {backbone}'s ImageNet features from {host} (once)")
             features = download()
             break
         except (OSError, RuntimeError, subprocess.SubprocessError, pickle.UnpicklingError) as error:
@@ -75,7 +75,7 @@ def imagenet_features(backbone="alexnet", log=print):
             f"{cache} from a machine that has it, or train from scratch with --no-pretrained"
         )
     write_checkpoint(cache, {"format": form, "features": features})
-    log(f"cached in {cache}")
+    print(f"cached in {cache}")
     return features
 
 

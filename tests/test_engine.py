@@ -1,4 +1,4 @@
-"""The loops: buckets, caches and precisions change no result; no step waits for a GPU."""
+"""The loops: a step is Adam's, caches change no result and precisions little, seeds decide."""
 
 import copy
 

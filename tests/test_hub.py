@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_layout import FILES, imports_of, module_of
 
+import hubconf
 from common.checkpoint import load_model
 from common.errors import InputError
 from common.exam_model import ExamModel, load_exam_model
@@ -36,6 +38,18 @@ def test_hub_gives_the_probabilities_that_the_stack_was_fitted_on(trained, tmp_p
     assert done.returncode == 0, done.stderr
     found = [float(line) for line in done.stdout.split()]
     assert found == pytest.approx([float(row["axial"]) for row in rows], abs=1e-6)
+
+
+def test_the_dependencies_are_all_that_it_imports():
+    files, todo, others = {module_of(path): path for path in FILES}, ["hubconf"], set()
+    for module in todo:
+        for name in imports_of(files[module]):
+            if name not in files:
+                others.add(name.split(".")[0])
+            elif name not in todo:
+                todo.append(name)
+    optional = {"triton"}  # of the kernels, which do without
+    assert sorted(others - sys.stdlib_module_names - optional) == sorted(hubconf.dependencies)
 
 
 def test_other_models_are_refused(trained):

@@ -132,7 +132,7 @@ def test_stanfords_split_by_folder(convert, tmp_path):
 
 
 def test_pixels(tmp_path):
-    """Order and direction stay as stored; percentile window; padded to square, then resized."""
+    """Order and direction stay as stored; percentile window; resized, then padded to square."""
     volume = knee(shape=(4, 256, 200))
     low, high = np.percentile(volume, (0.5, 99.5))
     want = np.rint(np.clip((volume - low) / (high - low) * 255, 0, 255)).astype(np.uint8)

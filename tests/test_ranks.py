@@ -81,8 +81,8 @@ def test_two_ranks_train_as_one_process_over_20_steps(tmp_path):
 
 
 def test_a_rank_without_exams_and_planes_that_are_dropped(tmp_path):
-    """41 exams in steps of 4 leave a rank of three nothing; a plane that is dropped in all exams of
-    a step is not updated, as in one process."""
+    """The last of 13 exams, in steps of 4, leaves two of three ranks nothing; a plane dropped in
+    all exams of a step is not updated, as in one process."""
     data = write_exams(tmp_path / "data", train=13, valid=8)
     let_planes_lack(data)
     more = ("--plane", "axial", "sagittal", "--plane-dropout", "0.7", "--epochs", 2)

@@ -71,7 +71,7 @@ def write_study(root, study, side="L", planes=PLANES, scanner="A", laterality=Tr
 
 
 def write_set(root, studies=6, **special):
-    """A set: every third study has an ACL tear; two scanners for every three studies."""
+    """A set: every third study has an ACL tear; each study has a scanner of its own."""
     series, rows = [], []
     for study in range(studies):
         series += write_study(root, study, "LR"[study % 2], scanner=f"scanner {study}",

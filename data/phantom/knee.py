@@ -57,9 +57,9 @@ class Knee:
         where, points = self.box(low - 3 * soft, high + 3 * soft)  # no edge of the box shows
         self.paint(where, distance(*points), value, soft)
 
-    def add_chain(self, points, radius, value, flat=(1, 1, 1), soft=0.6):
+    def add_chain(self, points, radius, value, flat=(1, 1, 1)):
         for start, end in zip(points[:-1], points[1:], strict=True):
-            self.add(capsule(start, end, radius, flat=flat), value, soft)
+            self.add(capsule(start, end, radius, flat=flat), value, soft=0.6)
 
     def note(self, kind, where, mask):
         """Remember a lesion's voxels in a box: kind is one of TASK_OF."""
