@@ -380,15 +380,15 @@ class Augmentation:
 
     on_device = True
 
-    def __init__(self, rotation=MAX_ROTATION, shift=MAX_SHIFT, flip=FLIP, mirror="columns"):
-        self.rotation, self.shift, self.flip, self.mirror = rotation, shift, flip, mirror
+    def __init__(self, mirror="columns"):
+        self.mirror = mirror
 
     def draw(self, n):
         """Random poses for n exams: float32 (n, 4), angle in radians, shift in sides, +1 or -1."""
         u = torch.rand(n, 4)
-        angle = (2 * u[:, 0] - 1) * math.radians(self.rotation)
-        shift = (2 * u[:, 1:3] - 1) * self.shift
-        flip = 1 - 2 * (u[:, 3] < self.flip).float()
+        angle = (2 * u[:, 0] - 1) * math.radians(MAX_ROTATION)
+        shift = (2 * u[:, 1:3] - 1) * MAX_SHIFT
+        flip = 1 - 2 * (u[:, 3] < FLIP).float()
         return torch.stack((angle, shift[:, 0], shift[:, 1], flip), dim=1)
 
     def apply(self, grey, drawn):
@@ -399,10 +399,6 @@ class Augmentation:
         axis = ("slices", "rows").index(self.mirror)
         grey = torch.where(pose[3] < 0, grey.flip(axis), grey)  # waits for no device
         return resample(grey, torch.cat([pose[:3], torch.ones_like(pose[3:])]))
-
-    def __call__(self, grey):
-        """Grey levels float32 (s, H, W) moved by a fresh draw."""
-        return self.apply(grey, self.draw(1)[0])
 
 
 def resample(grey, pose):
@@ -514,7 +510,7 @@ class MRDataset(Dataset):
         rows = [[weights.get(exam_id, 1.0) for weights in trust] for exam_id in self.ids]
         self.label_weights = np.array(rows, np.float32)
         ratios = [class_ratio(read_labels(root_dir, t, "train")[1]) for t in self.tasks]
-        self.set_class_weights(1.0, ratios)
+        self.set_class_weights(ratios)
         self.paths = [self.find(exam_id) for exam_id in self.ids]
         self.shapes = [self.read_shape(path) for path in self.paths]
         self.cached = [None] * len(self.paths)
@@ -535,17 +531,17 @@ class MRDataset(Dataset):
                     "put more exams into this split"
                 )
 
-    def set_class_weights(self, negative, positive):
-        """Weights of the loss of either class, for each finding or one for all; at first 1 and
-        negatives/positives, counted on the training labels for both splits.
+    def set_class_weights(self, positive):
+        """Weight of the loss of positives, for each finding or one for all, that of negatives being
+        1; at first negatives/positives, counted on the training labels for both splits.
 
         A label between 0 and 1 is that part of a positive and the rest of a negative exam.
         """
         positive = np.broadcast_to(np.float64(positive), len(self.tasks))
         pairs = zip(self.tasks, positive.tolist(), strict=True)
-        self.class_weights = {task: (negative, weight) for task, weight in pairs}
+        self.class_weights = {task: (1.0, weight) for task, weight in pairs}
         labels = self.labels.astype(np.float64)
-        weights = labels * positive + (1 - labels) * negative
+        weights = labels * positive + (1 - labels)
         self.targets = np.nan_to_num(labels * positive / weights).astype(np.float32)
         self.weights = np.nan_to_num(weights * self.label_weights).astype(np.float32)
 

@@ -43,7 +43,7 @@ def load_exams(config, data_dir):
         exams.channels, exams.slices = config.channels, (least * most, most)
         exams.plane_dropout = config.plane_dropout
         if not config.class_weights:
-            exams.set_class_weights(1.0, 1.0)
+            exams.set_class_weights(1.0)
         smallest = BACKBONES[config.backbone].smallest_side
         exams.check_sides(smallest, config.backbone)
         if len(config.planes) > 1 and config.plane_dropout == 0 and exams.lacking:

@@ -154,12 +154,13 @@ def seconds(work, device):
     return time.perf_counter() - began
 
 
-def product_rate(device, precision, side=2048, runs=15):
-    """FLOP/s of a square matrix product, median: what the hardware gives at best."""
+def product_rate(device, precision):
+    """FLOP/s of a square matrix product, median of 15: what the hardware gives at best."""
+    side = 2048
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     a @ b
-    return 2 * side**3 / statistics.median(seconds(lambda: a @ b, device) for _ in range(runs))
+    return 2 * side**3 / statistics.median(seconds(lambda: a @ b, device) for _ in range(15))
 
 
 @lru_cache

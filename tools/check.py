@@ -201,10 +201,10 @@ def check_copies(volumes):
     return faults
 
 
-def shorten(names, most=3):
-    """The first few names, and how many more there are."""
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+def shorten(names):
+    """The first three names, and how many more there are."""
+    more = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")
 
 
 def check(root, workers):

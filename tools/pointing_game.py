@@ -88,8 +88,9 @@ def strongest_voxel(maps, backbone="alexnet"):
     return np.array([s, step * i + first, step * j + first], float)
 
 
-def chance_of(volume, step, boxes, every=4):
-    """Share of the limb's voxels (each `every`-th row and column) that would count as a hit."""
+def chance_of(volume, step, boxes):
+    """Share of the limb's voxels (each fourth row and column) that would count as a hit."""
+    every = 4
     grey = torch.from_numpy(volume[:, None].astype(np.float32))
     grey = F.avg_pool2d(grey, 2 * every, every)[:, 0].numpy()  # (s, 1, H, W) -> (s, h, w)
     inside = np.argwhere(grey > LIMB_SIGNAL * np.quantile(volume, 0.995))  # (n, 3)
