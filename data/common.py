@@ -392,6 +392,10 @@ def millimetres(text):
 # --- messages ------------------------------------------------------------------------------------
 
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults shown, the epilog's lines kept."""
+
+
 class Report:
     """Prints messages without breaking the progress bar, and counts failures.
 

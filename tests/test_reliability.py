@@ -24,7 +24,7 @@ from conftest import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common import cli, engine
-from common.checkpoint import STATE_FORMAT, load_model, lock, read_checkpoint
+from common.checkpoint import STATE_FORMAT, load_model, read_checkpoint
 from common.jobs import Job, Jobs
 
 RECIPE = ("--task", "acl", "--plane", "axial", "--no-pretrained", "--lr", "1e-4", "--log-every",
@@ -326,13 +326,6 @@ def test_logs_that_cannot_be_written(work):
     done = run_script("train.py", *arguments(work, "--epochs", 1))
     assert done.returncode == 0 and "NONE" in done.stdout and done.stderr == ""
     assert (work / "models" / "acl-axial.pt").exists()
-
-
-def test_two_runs_of_one_model(work):
-    with lock(work / "models" / "acl-axial.pt"):
-        done = run_script("train.py", *arguments(work, "--epochs", 1))
-        assert_one_line_error(done, "acl-axial.pt", "another run", "--models-dir")
-    assert run_script("train.py", *arguments(work, "--epochs", 1)).returncode == 0
 
 
 @pytest.mark.parametrize("everything", [False, True])

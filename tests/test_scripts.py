@@ -225,22 +225,6 @@ def test_models_folder_that_cannot_be_written(exams):
     assert_one_line_error(train(exams), "models", "--models-dir")
 
 
-@pytest.mark.parametrize(
-    "flag, value",
-    [
-        ("--lr", "-1"),
-        ("--epochs", "0"),
-        ("--plane", "oblique"),
-        ("--lr", "nan"),
-        ("--seed", "-1"),
-        ("--dropout", "1"),
-    ],
-)
-def test_bad_arguments(exams, flag, value):
-    done = train(exams, flag, value)
-    assert done.returncode == 2 and flag in done.stderr and "Traceback" not in done.stderr
-
-
 def test_diverging_run_says_where(tmp_path):
     done = train(write_exams(tmp_path / "data"), "--lr", "1e30")
     assert_one_line_error(done, "epoch", ".npy", "--lr", status=1)
@@ -282,22 +266,6 @@ def test_resume_starts_where_there_is_nothing_and_repeats_nothing(exams):
     assert (exams.parent / "models" / "acl-axial.pt").read_bytes() == before
     assert train(exams, "--seed", "1").returncode == 0
     assert (exams.parent / "models" / "acl-axial.pt").read_bytes() != before
-
-
-def test_a_resumed_training_with_more_epochs_is_finished_then(exams, monkeypatch):
-    calls, real = [], engine.predict
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "predict", interrupted)
-        assert train(exams).returncode == 130
-    assert train(exams, "--resume", "--epochs", "3").returncode == 0
-    assert "finished before" in train(exams, "--resume", "--epochs", "3").stdout
 
 
 def test_an_unfinished_plane_is_not_stacked(trained, tmp_path):

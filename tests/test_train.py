@@ -86,6 +86,8 @@ def test_every_argument_is_taken(monkeypatch):
     "words, fault",
     [
         ("--epochs 0", "'0' is not a whole number of at least 1"),
+        ("--lr -1", "'-1' is not a number above 0"),
+        ("--lr nan", "'nan' is not a number above 0"),
         ("--lr 0", "'0' is not a number above 0"),
         ("--lr inf", "'inf' is not a number above 0"),
         ("--weight-decay -1", "'-1' is not a number of at least 0"),
@@ -422,7 +424,7 @@ def test_a_model_that_another_run_trains_is_left_alone(shared_exams, tmp_path, s
     path.parent.mkdir()
     with lock(path):
         done = trained_on(shared_exams, tmp_path, *more)
-    assert_one_line_error(done, path, "another run")
+    assert_one_line_error(done, path, "another run", "--models-dir")
     assert not path.exists()
 
 

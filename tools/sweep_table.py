@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import PredefinedSplit, StratifiedKFold, cross_val_predict
 from tabulate import tabulate
 
 from common import cli
@@ -203,12 +203,9 @@ def stack_row(name, rows, labels, features="probability", average_seeds=False):
             folds[0, out] = number
     scores = np.full(folds.shape, np.nan)
     for s, fold in enumerate(folds):
-        if np.isnan(x[s]).any():
-            continue
-        for number in np.unique(fold):
-            there, other = fold == number, fold != number
-            fitted = LogisticRegression().fit(x[s, other], labels[other])
-            scores[s, there] = fitted.predict_proba(x[s, there])[:, 1]
+        if not np.isnan(x[s]).any():
+            given = {"cv": PredefinedSplit(fold), "method": "predict_proba"}
+            scores[s] = cross_val_predict(LogisticRegression(), x[s], labels, **given)[:, 1]
     seconds = sum(row.mean_seconds for row in rows)
     seconds *= complete.sum() if average_seeds else 1
     memory = max(row.peak_memory for row in rows)

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it fi
 from common.errors import InputError  # noqa: E402
 from data.common import (  # noqa: E402
     ORIENTATION,
+    Formatter,
     Register,
     Report,
     add_preparation,
@@ -295,10 +296,6 @@ def parse(argv):
     )
     group.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
-
-
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults shown, the epilog's lines kept."""
 
 
 def main(argv=None):

@@ -44,6 +44,7 @@ from common.files import write_csv, write_text  # noqa: E402
 from data.common import (  # noqa: E402
     ORIENTATION,
     OWN_LABELS,
+    Formatter,
     Register,
     Report,
     add_preparation,
@@ -101,10 +102,6 @@ def parse(argv):
     if args.workers < 1 or not 0 < args.gold_weight <= 1000:
         parser.error("--workers is at least 1, --gold-weight above 0 and at most 1000")
     return args
-
-
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults shown, the epilog's lines kept."""
 
 
 # --- groups and splits ----------------------------------------------------------------------------
