@@ -26,12 +26,13 @@ from common.checkpoint import column_name, run_suffix
 from common.cluster import Machines
 from common.config import ARTICLE, THE_ARTICLES, read_recipe
 from common.datasets import all_tasks, trainable_planes
+from common.description import read_own_labels
 from common.errors import Interrupted, RunError
 from common.files import write_text
 from common.jobs import ROOT, Job, bytes_of_a_job, failures
 from common.report import read_all, write_report
 from common.stacking import start_of_results
-from common.table import markdown, read_own_labels
+from common.table import markdown
 
 
 def parse_arguments():

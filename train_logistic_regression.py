@@ -40,6 +40,7 @@ from common import cli, engine
 from common.checkpoint import column_name, digest_of
 from common.config import SELECTED, selection_of
 from common.datasets import all_tasks
+from common.description import read_own_labels
 from common.devices import pick_device, pick_precision
 from common.errors import InputError
 from common.figures import reliability_figure, roc_figure
@@ -333,7 +334,7 @@ def print_report(title, labels, rows, training_auc, caveats):
     print(*caveats, sep="\n")
 
 
-def list_caveats(decided, folds, thresholds, scores, groups):
+def list_caveats(decided, folds, thresholds, scores, groups, derived=0):
     """What limits the table's figures, one line each.
 
     Args:
@@ -341,6 +342,7 @@ def list_caveats(decided, folds, thresholds, scores, groups):
         thresholds: `threshold_source`.
         scores: {column: probabilities (n,)} of the validation exams.
         groups: of the validation exams, list.
+        derived: `count_derived` of them.
     """
     caveats = [f"{STAR} thresholds: {thresholds}"]
     lacking = np.isnan(list(scores.values())).any(axis=0)
@@ -356,6 +358,14 @@ def list_caveats(decided, folds, thresholds, scores, groups):
             "scanner) with another (valid-groups.csv): intervals take exams as independent and are "
             "too narrow"
         )
+    if derived:
+        which = "agreement with them is measured, not truth"
+        if derived < len(groups):
+            which = "an AUC on both kinds says nothing about either"
+        caveats.append(
+            f"{derived} of the {len(groups)} validation labels are derived, not the set's own "
+            f"(own-labels.csv): {which}"
+        )
     if decided == SELECTED:
         caveats.append("OPTIMISTIC: the epochs were selected on the validation exams reported here")
     elif decided:
@@ -365,6 +375,16 @@ def list_caveats(decided, folds, thresholds, scores, groups):
             "the stack was fitted on exams that the networks were trained on (the article)"
         )
     return caveats
+
+
+def count_derived(exams):
+    """How many labels of an MRDataset of one finding are not the set's own; 0 where all are alike.
+
+    Raises:
+        InputError: `read_own_labels`.
+    """
+    (task,), own = exams.tasks, read_own_labels(exams.root)
+    return 0 if own is None else len(set(exams.ids) - own.get(task, set()))
 
 
 def prediction_rows(sets, scores):
@@ -460,6 +480,7 @@ def run(args):
     exams = {task: exams_of_any(found, args.data_dir, task) for task, found in sets.items()}
     for one in findings:
         check_base_models(one, args.data_dir)
+    read_own_labels(args.data_dir)  # a damaged file is refused before the networks are asked
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     about = {"folds": args.folds, "recipes": args.recipes}
     about |= cli.print_start_up(vars(args), device, precision)
@@ -503,9 +524,9 @@ def stack_finding(base_models, exams, found, fit, about, logs_dir):
         "thresholds": chosen,
         "data": {split: exams[split].fingerprint() for split in SPLITS},
     }
-    caveats = list_caveats(
-        selection_of(optimistic), folds, chosen, scores["valid"], exams["valid"].groups
-    )
+    groups, derived = exams["valid"].groups, count_derived(exams["valid"])
+    decided = selection_of(optimistic)
+    caveats = list_caveats(decided, folds, chosen, scores["valid"], groups, derived)
     title = f"{task}: protocol {protocol}, folds {folds}, stacked on {kind}"
     training_auc = "out-of-fold AUC" if folds > 1 else "train AUC"
     print_report(title, labels, rows, training_auc, caveats)

@@ -1,11 +1,12 @@
-"""What the exams of a data folder are: dataset.json, or what is known of MRNet, which has none."""
+"""What the exams of a data folder are: dataset.json, or what is known of MRNet, which has none;
+and which labels are the set's own: own-labels.csv."""
 
 import csv
 import json
 from pathlib import Path
 
 from common.errors import InputError, one_line
-from data.common import ORIENTATION
+from data.common import ORIENTATION, OWN_LABELS
 
 MRNET = {
     "name": "MRNet",
@@ -73,3 +74,21 @@ def read_dataset(root_dir):
 def contrast(dataset, plane):
     """Of which series a plane of MRNet's is: "T1" or "fluid-sensitive"; `dataset` as read."""
     return "T1" if plane in (dataset.get("t1_planes") or ()) else "fluid-sensitive"
+
+
+def read_own_labels(data_dir):
+    """{task: ids of the exams whose label is the set's own}, or None where all labels are alike.
+
+    Raises:
+        InputError: damaged.
+    """
+    path, own = Path(data_dir) / OWN_LABELS, {}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for exam_id, task in csv.reader(file):
+                own.setdefault(task, set()).add(str(int(exam_id)))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, csv.Error):
+        raise InputError(f"{path}: not a CSV of id,task; run data/rsna/prepare.py again") from None
+    return own

@@ -5,17 +5,13 @@ network, are tables of their own: a figure of both says nothing about either. Wh
 in <data folder>/own-labels.csv (data/rsna/prepare.py); without it all labels are alike.
 """
 
-import csv
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tabulate import tabulate
 
-from common.errors import InputError
 from common.metrics import answered, auc_interval, mean_auc_interval
 from common.report import PUBLISHED
-from data.common import OWN_LABELS
 
 ALL, OWN, DERIVED = "", "the set's own labels", "derived labels"
 
@@ -29,30 +25,12 @@ class Part(NamedTuple):
     scores: dict  # {column, and "stack": float64 (n, findings)}, NaN where there is no answer
 
 
-def read_own_labels(data_dir):
-    """{task: ids of the exams whose label is the set's own}, or None where all labels are alike.
-
-    Raises:
-        InputError: damaged.
-    """
-    path, own = Path(data_dir) / OWN_LABELS, {}
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            for exam_id, task in csv.reader(file):
-                own.setdefault(task, set()).add(str(int(exam_id)))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, csv.Error):
-        raise InputError(f"{path}: not a CSV of id,task; run data/rsna/prepare.py again") from None
-    return own
-
-
 def parts_of(found, own):
     """The Part of all exams, or those of own and of derived labels.
 
     Args:
         found: [Results], one a finding.
-        own: as `read_own_labels` returns it.
+        own: as `description.read_own_labels` returns it.
     """
     ids = sorted({exam_id for results in found for exam_id in results.ids}, key=int)
     row_of = {exam_id: row for row, exam_id in enumerate(ids)}

@@ -15,9 +15,9 @@ from conftest import assert_one_line_error, run_script
 from hospital import PIXEL, SIDE, code_of, damage, read_code, write_series
 from pydicom.uid import ImplicitVRLittleEndian, JPEG2000Lossless
 
+from common.description import read_own_labels
 from common.errors import InputError
 from common.submission import read_sample, task_of
-from common.table import read_own_labels
 from data.common import exam_name
 from data.rsna.prepare import count_elsewhere, group_studies, split_groups, write_problems
 from data.rsna.studies import StudyFolder, identity_of

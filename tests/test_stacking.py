@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from common.stacking import (
 )
 from model import MRNet
 from train_logistic_regression import (
+    count_derived,
     evaluate_scores,
     list_caveats,
     make_stack,
@@ -256,6 +258,25 @@ def test_exams_of_one_group_are_said_to_narrow_the_intervals():
         "(valid-groups.csv): intervals take exams as independent and are too narrow"
     ]
     assert len(list_caveats("", 5, "chosen", scores, sorted(set(groups)))) == 1
+
+
+def test_labels_that_are_not_the_sets_own_are_said(tmp_path):
+    def caveats(ids):
+        exams = SimpleNamespace(root=tmp_path, tasks=("acl",), ids=ids)
+        scores = {"axial": np.full(len(ids), 0.5)}
+        return list_caveats("", 5, "chosen", scores, ids, count_derived(exams))[1:]
+
+    assert caveats(["1", "2", "3"]) == []  # nothing says that the labels are not alike
+    (tmp_path / "own-labels.csv").write_text("0001,acl\n2,acl\n3,effusion\n")
+    assert caveats(["1", "2"]) == []
+    assert caveats(["1", "2", "3", "4"]) == [
+        "2 of the 4 validation labels are derived, not the set's own (own-labels.csv): an AUC on "
+        "both kinds says nothing about either"
+    ]
+    assert caveats(["3", "4"]) == [
+        "2 of the 2 validation labels are derived, not the set's own (own-labels.csv): agreement "
+        "with them is measured, not truth"
+    ]
 
 
 def test_a_stack_is_read_as_it_was_written(tmp_path):

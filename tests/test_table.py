@@ -7,10 +7,11 @@ import pytest
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
+from common.description import read_own_labels
 from common.errors import InputError
 from common.metrics import MetricError, OneClassError, auc_interval, mean_auc_interval
 from common.results import Results
-from common.table import DERIVED, OWN, markdown, read_own_labels
+from common.table import DERIVED, OWN, markdown
 
 
 def some(n=300, findings=3, shared=0.0, seed=0):
