@@ -61,6 +61,7 @@ from common.stacking import (
     combine_all,
     cross_fitted,
     fit_combinations,
+    largest_combination,
     of_both_classes,
     order_of,
     planes_of_exams,
@@ -170,8 +171,7 @@ def make_stack(task, kind, logits, labels, tuning, sensitivity=None):
         found = answered(labels["train"], scores["train"][column], np.where(tuning, 1.0, 0.0))
         known, p, ours = found
         thresholds[column] = threshold_for(known, p, ours > 0, sensitivity)
-    largest = max(combinations, key=lambda planes: planes.count("+"))
-    thresholds[STACK] = combinations[largest]["threshold"]
+    thresholds[STACK] = combinations[largest_combination(combinations)]["threshold"]
     return stack, scores, thresholds, own
 
 

@@ -32,7 +32,7 @@ from common.figures import as_svg, learning_figure, reliability_figure, roc_figu
 from common.files import write_text
 from common.metrics import auc_interval, wilson_interval
 from common.results import find_results, read_results
-from common.stacking import STACK, load_task
+from common.stacking import STACK, largest_combination, load_task
 from dataloader import SPLITS, read_groups
 
 WORST = 4  # exams of each kind of error that are shown
@@ -316,8 +316,8 @@ def selections_of(tasks):
 
 
 def weights_of(stack):
-    """{column: weight, "intercept": weight} of a stack's regression on all its columns."""
-    whole = max(stack["combinations"].values(), key=lambda one: len(one["columns"]))
+    """{column: weight, "intercept": weight} of a stack's regression of most planes."""
+    whole = stack["combinations"][largest_combination(stack["combinations"])]
     weights = dict(zip(whole["columns"], whole["coefficients"], strict=True))
     return weights | {"intercept": whole["intercept"]}
 

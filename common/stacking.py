@@ -261,7 +261,12 @@ def combination_of(stack, planes):
     within = [name for name in stack["combinations"] if set(name.split("+")) <= set(planes)]
     if not within:
         raise KeyError("+".join(planes))
-    return max(within, key=lambda name: name.count("+"))
+    return largest_combination(within)
+
+
+def largest_combination(names):
+    """The set of most planes; of equals the first."""
+    return max(names, key=lambda name: name.count("+"))
 
 
 class Decision(NamedTuple):

@@ -16,7 +16,7 @@ from common.config import read_recipe
 from common.description import MRNET
 from common.errors import InputError
 from common.model_card import Subject, contrast_of, worst_of, write_card
-from common.report import mistakes_of, subgroup, write_report
+from common.report import mistakes_of, subgroup, weights_of, write_report
 from common.results import Results, read_results
 
 
@@ -159,6 +159,17 @@ def test_a_card_says_which_contrast_the_networks_know(work, tmp_path):
     networks = [(p, {"plane": p, "dataset": MRNET}) for p in ("sagittal", "coronal", "sagittal-t1")]
     assert contrast_of(networks) == {"coronal": "T1", "sagittal": "fluid-sensitive"}
     assert contrast_of([("axial", {"plane": "axial", "dataset": None})]) == {}
+
+
+def test_the_weights_are_those_of_the_regression_of_most_planes():
+    """With plane dropout a joint network is the one column of every set of planes."""
+    sets = {"axial": 1.0, "coronal": 2.0, "axial+coronal": 3.0}
+    combinations = {
+        planes: {"columns": ["axial+coronal"], "coefficients": [weight], "intercept": -weight}
+        for planes, weight in sets.items()
+    }
+    found = weights_of({"combinations": combinations})
+    assert found == {"axial+coronal": 3.0, "intercept": -3.0}
 
 
 def test_subgroups(work):
