@@ -275,7 +275,7 @@ def facts_of(results, data_dir):
         data_dir: Path of the folder with its exams' groups, or None.
     """
     metadata = [one for _, one in results.networks]
-    groups = groups_of(data_dir)
+    groups = groups_of(results, data_dir)
     exams = {split: {"groups": len(found)} for split, found in groups.items()}
     for split, labels in (("train", results.train_labels), ("valid", results.labels)):
         exams[split] |= {"n": len(labels), "positives": int(labels.sum())}
@@ -295,11 +295,13 @@ def facts_of(results, data_dir):
     }
 
 
-def groups_of(data_dir):
-    """{split: groups of its exams, set}, empty where no file lists them."""
-    return {
-        split: set(read_groups(data_dir, split).values()) if data_dir else set() for split in SPLITS
-    }
+def groups_of(results, data_dir):
+    """{split: groups of the stack's exams, set}, empty where no file lists them."""
+    found = {}
+    for split, ids in zip(SPLITS, (results.train_ids, results.ids), strict=True):
+        listed = read_groups(data_dir, split) if data_dir else {}
+        found[split] = {listed[exam_id] for exam_id in ids if exam_id in listed}
+    return found
 
 
 def selections_of(tasks):

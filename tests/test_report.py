@@ -230,15 +230,21 @@ def test_groups_in_both_splits_are_said_in_report_card_and_checklist(work, tmp_p
         write_card(subject, "onnx", "acl-stack.onnx", tmp_path / "README.md")
         return [(tmp_path / n).read_text() for n in ("report.html", "claim.md", "README.md")]
 
-    (data / "train-groups.csv").write_text("0,Anna\n1,Berta\n2,Berta\n3,Carla\n")
+    def write_groups(split, ids, groups):
+        # Exam 900 has no label of this finding: its group is nothing to it.
+        rows = [*zip(ids, groups, strict=False), (900, "Emma")]
+        (data / f"{split}-groups.csv").write_text("".join(f"{i},{g}\n" for i, g in rows))
+
+    write_groups("train", results.train_ids, ["Anna", "Berta", "Berta", "Carla"])
     page, claim, card = texts()
     assert "3 groups, not known whether validation exams are of them" in page
-    assert "as no valid-groups.csv was given" in claim and "BOTH" not in page + claim + card
-    (data / "valid-groups.csv").write_text("7,Berta\n8,Carla\n9,Dora\n")
+    assert "as no valid-groups.csv lists them" in claim and "BOTH" not in page + claim + card
+    assert "of 3 groups" in card
+    write_groups("valid", results.ids, ["Berta", "Carla", "Dora"])
     found = texts()
     assert all("2 groups are in BOTH splits" in text for text in found)
-    assert "none split" not in found[0]
-    (data / "valid-groups.csv").write_text("7,Dora\n8,Dora\n")
+    assert "none split" not in found[0] and "positive, 3 groups</dd>" in found[0]
+    write_groups("valid", results.ids, ["Dora", "Dora"])
     page, claim, card = texts()
     assert "3 groups, none split" in page and "BOTH" not in page + claim + card
     assert "*-groups.csv (3 in training)." in claim
