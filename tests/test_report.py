@@ -197,6 +197,8 @@ def test_names_stay_text_and_what_is_left_out_is_said(work, monkeypatch):
     page = Page(text)
     assert "script" not in page.tags and "b" not in page.tags
     assert HOSTILE in page.text and "<b>site</b>" in page.text
+    assert "at the threshold for the planes that an exam has" in text
+    assert "intervals that overlap do not show that there is no difference" in text
     assert "left out  acl: no subgroups by age" in said and "no subgroups by age" in text
 
 
