@@ -76,14 +76,12 @@ class StackModel(nn.Module):
 
     Attributes:
         task, planes: as in ExamModel.
-        threshold: the probability from which on the stack says positive.
     """
 
     def __init__(self, models):
         super().__init__()
         self.task, self.planes, self.kind = models.task, models.planes, models.stack["features"]
         whole = models.stack["combinations"]["+".join(self.planes)]
-        self.threshold = whole["threshold"]
         self.columns = nn.ModuleList(
             nn.ModuleList(ExamModel(models.task, network) for network in models.networks[name])
             for name in whole["columns"]

@@ -26,7 +26,7 @@ from common.report import (
     unique,
 )
 from common.results import END, read_results
-from common.stacking import load_stack, reaches, start_of_results
+from common.stacking import DIGITS, largest_combination, load_stack, reaches, start_of_results
 from dataloader import PLANES, in_order, read_groups
 
 
@@ -39,6 +39,7 @@ class Subject(NamedTuple):
     column: str  # of the results' rows: of one network, or "stack"
     results: object  # results.Results of the stack that it is part of, or None
     why_not: str  # why there are no results
+    threshold: float | None = None  # from which on it says positive; None where none is its own
 
 
 def subject_of_network(path):
@@ -54,24 +55,27 @@ def subject_of_network(path):
             why = one_line(error)
             continue
         if results.stack["digests"].get(path.name) == digest_of(path):
-            return Subject(*about, results, "")
+            count = sum(of == column for of, _ in results.networks)  # of several: of their mean
+            threshold = results.rows[column]["threshold"] if count == 1 else None
+            return Subject(*about, results, "", threshold)
     return Subject(*about, None, why)
 
 
 def subject_of_stack(path, task, recipes):
     """The Subject of a task's stack."""
+    stack = load_stack(path.parent, task, recipes)
+    whole = stack["combinations"][largest_combination(stack["combinations"])]
     try:
-        results = read_results(Path(start_of_results(path.parent, task, recipes) + END))
-        return Subject(path.stem, task, results.networks, STACK, results, "")
+        results, why = read_results(Path(start_of_results(path.parent, task, recipes) + END)), ""
+        networks = results.networks
     except InputError as error:
-        why = one_line(error)
-    columns = load_stack(path.parent, task, recipes)["base_models"]
-    networks = [
-        (column, load_model(path.parent / name)[1])
-        for column, names in columns.items()
-        for name in names
-    ]
-    return Subject(path.stem, task, networks, STACK, None, why)
+        results, why = None, one_line(error)
+        networks = [
+            (column, load_model(path.parent / name)[1])
+            for column, names in stack["base_models"].items()
+            for name in names
+        ]
+    return Subject(path.stem, task, networks, STACK, results, why, whole["threshold"])
 
 
 def write_card(subject, library, file, out):
@@ -99,6 +103,7 @@ def write_card(subject, library, file, out):
         "row": None,
         "other_exams": "",
         "why_not": subject.why_not,
+        "has_threshold": subject.threshold is not None,
         "notice": NOTICE,
         "made": cli.made(),
     }
@@ -115,6 +120,7 @@ def write_card(subject, library, file, out):
             "protocol": whole["protocol"],
             "selection": results._replace(networks=subject.networks).selection,
             "row": results.rows[subject.column],
+            "threshold": f"{results.rows[subject.column]['threshold']:.{DIGITS}f}",
             "of_several": sum(column == subject.column for column, _ in results.networks),
             "worst": worst_of(results, subject.column),
             "subgroups": subgroups,

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -49,7 +50,10 @@ def test_onnxruntime_answers_as_the_stack_does(trained, tmp_path):
                           ("specificity", "specificity"), ("Brier score", "brier"))
     }  # fmt: skip
     assert card.data.license == "other" and card.data.library_name == "onnx"
-    assert f"misses {written['fn']} of {written['positives']} positive" in card.text
+    decides = f"At the threshold {written['threshold']:.8f} it misses {written['fn']} of "
+    assert f"{decides}{written['positives']} positive" in card.text
+    inside = session.get_modelmeta().custom_metadata_map
+    assert (inside["task"], float(inside["threshold"])) == ("acl", written["threshold"])
     for name in ("Intended use", "Data", "Training", "Figures", "Where it fails"):
         assert f"## {name}" in card.text
     for key in ("auc", "sensitivity", "specificity"):
@@ -68,7 +72,7 @@ def test_every_backbone_pooling_and_number_of_planes(tmp_path, backbone, pooling
     model = build_model({"backbone": backbone, "pooling": pooling}, list(planes)).eval()
     network = Network(model, planes, "standardized", channels, False, "")
     # Raises unless onnxruntime answers as torch does, at five sizes.
-    export.to_onnx(ExamModel("acl", network).eval(), tmp_path / "model.onnx")
+    export.to_onnx(ExamModel("acl", network).eval(), None, tmp_path / "model.onnx")
 
 
 def figures_of(card):
@@ -94,6 +98,8 @@ def test_safetensors_hold_the_weights(trained, tmp_path):
     card = ModelCard.load(out / "README.md")
     rows = json.loads((trained[0] / "models/acl-results.json").read_text())["valid"]
     assert figures_of(card)["AUC"] == rows["axial"]["auc"]
+    assert config["threshold"] == rows["axial"]["threshold"]
+    assert f"At the threshold {config['threshold']:.8f} it misses" in card.text
     assert "synthetic-training" in card.data.tags and "says nothing" not in card.data.tags
     assert "Trained on synthetic exams" in card.text and "acl-axial" in card.text
     assert_one_line_error(export_to(out, path, "safetensors"), "exists", "--overwrite")
@@ -112,6 +118,7 @@ def test_a_card_of_a_lone_network_with_a_hostile_name(trained, tmp_path):
     text = (tmp_path / "out" / "README.md").read_text()
     card = ModelCard(text)
     assert card.data.license_name == HOSTILE and "model-index" not in card.data.to_dict()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["threshold"] is None
     assert "<script>" not in card.text and "Not measured: no stack with this network" in card.text
 
 
@@ -119,10 +126,24 @@ def test_a_card_of_a_stack_whose_results_are_lost(trained, tmp_path):
     shutil.copytree(trained[0] / "models", tmp_path / "models")
     (tmp_path / "models" / "acl-results.json").unlink()
     subject = subject_of_stack(tmp_path / "models" / "acl-stack.json", "acl", ["article"])
+    stack = json.loads((tmp_path / "models" / "acl-stack.json").read_text())
+    assert subject.threshold == stack["combinations"]["axial+coronal+sagittal"]["threshold"]
     write_card(subject, "onnx", "acl-stack.onnx", tmp_path / "README.md")
     text = (tmp_path / "README.md").read_text()
     assert "Not measured: " in text and "acl-results.json" in text.replace("\\", "")
     assert "3 networks" in text and "TO DO" in text
+
+
+def test_an_onnx_file_holds_what_decides(tmp_path, monkeypatch):
+    program = Program()
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **more: program)
+    monkeypatch.setattr(export, "largest_difference", lambda model, out: 0.0)
+    model = SimpleNamespace(task="acl", planes=["axial"])
+    export.to_onnx(model, 0.1234567890123, tmp_path / "a.onnx")
+    assert program.model.metadata_props == {"task": "acl", "threshold": "0.1234567890123"}
+    program.model.metadata_props.clear()
+    export.to_onnx(model, None, tmp_path / "a.onnx")
+    assert program.model.metadata_props == {"task": "acl"}
 
 
 @pytest.mark.parametrize("difference", [2e-5, float("nan")])
@@ -137,6 +158,9 @@ def test_a_difference_is_an_error_and_leaves_no_file(trained, tmp_path, monkeypa
 
 class Program:
     """Stands in for an exported program."""
+
+    def __init__(self):
+        self.model = SimpleNamespace(metadata_props={})
 
     def save(self, path):
         path.write_bytes(b"onnx")

@@ -11,6 +11,8 @@ ONNX: preprocessing is inside. Each plane is an input of its name, uint8 (slices
 any size from the backbone's smallest on, in MRNet's orientation; the output is `probability`,
 float32 (). After export onnxruntime answers about random exams of five sizes and is compared with
 torch. Safetensors: the weights as torch has them; the configuration says how to prepare slices.
+Task and threshold are in ONNX's metadata_props or the configuration, where figures of the very
+model chose one.
 Needs `pip install -r requirements-export.txt`.
 """
 
@@ -72,8 +74,11 @@ def random_exam(planes, size, seed):
     return tuple(torch.from_numpy(rng.integers(0, 256, size, dtype=np.uint8)) for _ in planes)
 
 
-def to_onnx(model, out):
+def to_onnx(model, threshold, out):
     """Write an ExamModel or StackModel as ONNX -> its largest difference from torch.
+
+    Args:
+        threshold: of its Subject; with the task among the file's metadata_props.
 
     Raises:
         RunError: onnxruntime answers otherwise; nothing is written.
@@ -90,6 +95,9 @@ def to_onnx(model, out):
             external_data=False,
             verbose=False,
         )
+        program.model.metadata_props["task"] = model.task
+        if threshold is not None:
+            program.model.metadata_props["threshold"] = repr(threshold)  # to the last bit
         program.save(temporary)
         difference = largest_difference(model, temporary)
         if not difference <= TOLERANCE:
@@ -111,14 +119,15 @@ def largest_difference(model, path):
     return float(np.max(differences))  # NaN if any is
 
 
-def to_safetensors(path, out):
+def to_safetensors(path, threshold, out):
     """Write the weights of a model of train.py, and config.json beside them, which says what they
-    are."""
+    are and from which probability on they mean positive (`threshold`, of its Subject)."""
     from safetensors.torch import save_file
 
     network, metadata = load_model(path)
     config = {name: metadata.get(name) for name in ("task", "plane", "recipe", "architecture",
               "intensity", "channels", "dataset", "metrics", "protocol", "git")}  # fmt: skip
+    config["threshold"] = threshold
     config["preprocessing"] = {
         "input": "uint8 (slices, height, width); raw: grey levels as they are; standardized: "
         "stretched to 0..255 over the exam, minus mean, by std",
@@ -147,14 +156,14 @@ def run(args):
     about = ", ".join(model.planes)
     if is_onnx:
         try:
-            difference = to_onnx(model, file)
+            difference = to_onnx(model, subject.threshold, file)
         except RunError:
             with suppress(OSError):
                 out.rmdir()  # where it is new
             raise
         about += f"; differs from torch by at most {difference:.1g} over {len(SIZES)} sizes"
     else:
-        to_safetensors(args.model, file)
+        to_safetensors(args.model, subject.threshold, file)
     write_card(subject, "onnx" if is_onnx else "pytorch", file.name, out / "README.md")
     print(f"model  {file}  {file.stat().st_size / 1e6:.1f} MB, {about}")
     print(f"card   {out / 'README.md'}  complete what is marked TO DO before you pass it on")
