@@ -6,7 +6,7 @@ from torch import nn
 from common.checkpoint import load_model
 from common.config import ARTICLE
 from common.errors import InputError, one_line
-from common.stacking import as_network, load_task
+from common.stacking import as_network, load_task, stack_path
 from dataloader import preprocess
 
 
@@ -105,9 +105,15 @@ def load_stack_model(models_dir, task, recipes=(ARTICLE,)):
     """The StackModel of a finding, in evaluation mode on the CPU.
 
     Raises:
-        InputError: no stack, or as `stacking.load_task`.
+        InputError: no stack, none of all planes, or as `stacking.load_task`.
     """
     models = load_task(models_dir, task, recipes=recipes)
     if models.stack is None:
         raise InputError(f"{models_dir}: {task} has no stack; run train_logistic_regression.py")
+    if (whole := "+".join(models.planes)) not in models.stack["combinations"]:
+        first = next(name for names in models.stack["base_models"].values() for name in names)
+        raise InputError(
+            f"{stack_path(models_dir, task, recipes)}: has no regression of {whole}, too few "
+            f"training exams have all of these planes; export its networks singly, such as {first}"
+        )
     return StackModel(models).eval()

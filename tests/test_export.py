@@ -166,6 +166,16 @@ class Program:
         path.write_bytes(b"onnx")
 
 
+def test_a_stack_without_a_regression_of_all_planes_is_refused_in_one_line(trained, tmp_path):
+    models = shutil.copytree(trained[0] / "models", tmp_path / "models")
+    stack = json.loads((models / "acl-stack.json").read_text())
+    del stack["combinations"]["axial+coronal+sagittal"]
+    (models / "acl-stack.json").write_text(json.dumps(stack))
+    done = export_to(tmp_path / "out", models / "acl-stack.json", "onnx")
+    assert_one_line_error(done, "acl-stack.json", "axial+coronal+sagittal", "acl-axial.pt")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_missing_is_named(trained, tmp_path, monkeypatch):
     def run(name, form):
         return run_script("tools/export.py", trained[0] / "models" / name, "--format", form)
