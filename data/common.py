@@ -283,11 +283,19 @@ class Register:
         self.next = 1 + max([-1, *taken, *numbers_in(out)])
 
     def number(self, exam, patient=""):
-        """The exam's number: the one it has, else the next after the folder's highest."""
-        if exam not in self.rows:
-            self.rows[exam] = self.next, patient
-            self.next += 1
-        return self.rows[exam][0]
+        """The exam's number: the one it has, else the next after the folder's highest. A patient
+        that is known now takes the place of what an earlier run knew."""
+        number, before = self.rows.get(exam, (self.next, ""))
+        self.rows[exam] = number, patient or before
+        self.next = max(self.next, number + 1)
+        return number
+
+    def rename_patients(self, hashes):
+        """Replace the hashes that an earlier version had of patients: {its hash: ours}."""
+        self.rows = {
+            exam: (number, hashes.get(patient, patient))
+            for exam, (number, patient) in self.rows.items()
+        }
 
     def clear(self, report):
         """Delete the volumes of the exams that a killed process left unfinished, say so, and

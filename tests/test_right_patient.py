@@ -33,6 +33,9 @@ from common.checkpoint import load_model, read_checkpoint, write_checkpoint
 from common.metrics import choose_threshold
 from common.splits import split_exams
 from common.stacking import Network
+from data.common import Register, Report, keyed_hash, write_volume
+from data.dicom.prepare import number_exams, write_groups
+from data.dicom.studies import Exam, Study
 from dataloader import MRDataset
 
 
@@ -160,6 +163,28 @@ def test_3_importers_tell_patients_apart(tmp_path):
         file.write(f"99,{groups['0']}\n")
     done = run_script("tools/check.py", mine)
     assert done.returncode == 2 and "group" in done.stdout and "both splits" in done.stdout
+
+
+def exam_of(name, number, issuer=""):
+    return Exam(name, "", Study(patients={("PatientID", number, issuer)}), "L", [], "")
+
+
+def test_3_a_patient_whose_issuer_one_study_leaves_out_is_one_group(tmp_path):
+    """Also of exams that an earlier version imported, with the issuer in the patient's hash."""
+    key, register = b"key", Register(tmp_path)
+    for name, text in (("a", "p|H"), ("b", "p|H"), ("c", "p|"), ("d", "q|"), ("e", "")):
+        number = register.number(name, keyed_hash(key, text))
+        write_volume(tmp_path / "train/axial" / f"{number:04d}.npy", np.zeros(1))
+    register.save()
+    (tmp_path / "train-groups.csv").write_text("0,0\n1,0\n2,1\n3,2\n4,3\n")
+    # Of those only a is given again; d is another patient's, as its corrected header says.
+    exams = [exam_of("a", "p", "H"), exam_of("d", "r"), exam_of("f", "p"), exam_of("g", "q")]
+    register, *_ = number_exams(exams, tmp_path, "train", False, key, Report())
+    write_volume(tmp_path / "valid/axial/0005.npy", np.zeros(1))
+    register.save()
+    write_groups(tmp_path, Register(tmp_path))
+    assert (tmp_path / "train-groups.csv").read_text() == "0,0\n1,0\n2,0\n3,1\n4,2\n"
+    assert (tmp_path / "valid-groups.csv").read_text() == "5,0\n"
 
 
 def test_3_two_knees_of_one_study_are_one_group(tmp_path):

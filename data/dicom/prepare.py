@@ -116,8 +116,10 @@ def number_exams(exams, out, split, overwrite, key, report):
     """
     register, numbered, wanted = Register(out), {}, []
     register.clear(report)
-    for exam in exams:
-        patient = keyed_hash(key, exam.study.patient)
+    patients = [keyed_hash(key, exam.study.patient) for exam in exams]
+    earlier = [keyed_hash(key, exam.study.patient_and_issuer) for exam in exams]
+    register.rename_patients(dict(zip(earlier, patients, strict=True)))
+    for exam, patient in zip(exams, patients, strict=True):
         number = register.number(exam.name, patient)
         numbered[number] = exam
         found = register.split_of(number)
@@ -187,8 +189,8 @@ def run(args, choice, report):
     register.clear(report)
     done = {n for n in numbered if n not in wanted} | {n for n, count in slices.items() if count}
     if full is None:
-        labels["groups"] = register.groups()  # of which those that are done are written
         write_labels(args.out, args.split, labels, done)
+        write_groups(args.out, register)
         if args.id_map:
             write_id_map(args.id_map, numbered, done)
     kept = len(numbered) - len(wanted)
@@ -213,6 +215,17 @@ def write_labels(out, split, columns, done):
     """Merge {name: {exam's number: value}} of the exams `done` into OUT/<split>-<name>.csv."""
     for name, values in columns.items():
         merge_csv(out / f"{split}-{name}.csv", {n: v for n, v in values.items() if n in done})
+
+
+def write_groups(out, register):
+    """Write OUT/<split>-groups.csv of all exams with volumes: what this run tells of a patient
+    changes the groups of earlier runs' exams, too."""
+    found = defaultdict(dict)
+    for number, group in register.groups().items():
+        found[register.split_of(number)][number] = group
+    found.pop(None, None)  # those without a volume
+    for split, groups in found.items():
+        merge_csv(out / f"{split}-groups.csv", groups)
 
 
 def write_id_map(path, numbered, done):

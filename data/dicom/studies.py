@@ -68,9 +68,24 @@ class Study:
 
     @property
     def patient(self):
-        """Text that identifies the patient, "" if unknown."""
-        _, first, second = max(self.patients, key=lambda one: one[2], default=("", "", ""))
+        """Text that identifies the patient, "" if unknown: the number, else name and birth date.
+
+        Not the number's issuer, which some studies leave out: a patient would become two, whose
+        exams splits may part. Equal numbers of two hospitals are one patient instead.
+        """
+        kind, number, _ = self.identity
+        return f"{number}|" if kind == "PatientID" else self.patient_and_issuer
+
+    @property
+    def patient_and_issuer(self):
+        """What earlier versions took for `patient`; the same where there is no issuer."""
+        _, first, second = self.identity
         return f"{first}|{second}" if first else ""
+
+    @property
+    def identity(self):
+        """As series.patient_of, of the file that tells most; ("", "", "") if unknown."""
+        return max(self.patients, key=lambda one: one[2], default=("", "", ""))
 
     @property
     def mixed(self):
