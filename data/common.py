@@ -319,10 +319,11 @@ class Register:
         write_csv(self.path, [self.HEAD, *rows])
 
     def groups(self):
-        """{exam's number: running number of its patient}; an unknown patient is one of its own."""
+        """{exam's number: running number of its patient}; an unknown patient is its study's."""
         running, groups = {}, {}
         for number, exam, patient in sorted((n, exam, p) for exam, (n, p) in self.rows.items()):
-            groups[number] = running.setdefault(patient or ("exam", exam), len(running))
+            study = exam.partition("-")[0]  # of both knees (`exam_name`)
+            groups[number] = running.setdefault(patient or ("study", study), len(running))
         return groups
 
 

@@ -33,7 +33,7 @@ from common.checkpoint import load_model, read_checkpoint, write_checkpoint
 from common.metrics import choose_threshold
 from common.splits import split_exams
 from common.stacking import Network
-from data.common import Register, Report, keyed_hash, write_volume
+from data.common import Register, Report, exam_name, keyed_hash, write_volume
 from data.dicom.prepare import number_exams, write_groups
 from data.dicom.studies import Exam, Study
 from dataloader import MRDataset
@@ -185,6 +185,13 @@ def test_3_a_patient_whose_issuer_one_study_leaves_out_is_one_group(tmp_path):
     write_groups(tmp_path, Register(tmp_path))
     assert (tmp_path / "train-groups.csv").read_text() == "0,0\n1,0\n2,0\n3,1\n4,2\n"
     assert (tmp_path / "valid-groups.csv").read_text() == "5,0\n"
+
+
+def test_3_both_knees_of_a_study_that_names_nobody_are_one_group(tmp_path):
+    register = Register(tmp_path)
+    for name in (exam_name("1.2", "L"), exam_name("1.3", "L"), exam_name("1.2", "R")):
+        register.number(name)
+    assert register.groups() == {0: 0, 1: 1, 2: 0}
 
 
 def test_3_two_knees_of_one_study_are_one_group(tmp_path):
