@@ -18,8 +18,14 @@ from pydicom.uid import ImplicitVRLittleEndian, JPEG2000Lossless
 from common.description import read_own_labels
 from common.errors import InputError
 from common.submission import read_sample, task_of
-from data.common import exam_name
-from data.rsna.prepare import count_elsewhere, group_studies, split_groups, write_problems
+from data.common import Report, exam_name, write_volume
+from data.rsna.prepare import (
+    count_elsewhere,
+    group_studies,
+    number_studies,
+    split_groups,
+    write_problems,
+)
 from data.rsna.studies import StudyFolder, identity_of
 from data.rsna.tables import (
     FINDINGS,
@@ -357,6 +363,22 @@ def test_a_knee_of_unknown_side_is_said(tmp_path):
     assert done.returncode == 0 and "side unknown: 1" in done.stdout
     (line,) = (tmp_path / "out" / "problems.txt").read_text().splitlines()
     assert line.startswith(f"study {uid_of(1)}: left or right knee not known, so it is not mirr")
+
+
+def test_other_studies_do_not_take_the_place_of_earlier_ones(tmp_path):
+    """Their labels would be lost without a word, and groups of both be numbered from 0."""
+    first, other = ([StudyFolder(uid, {}, {}) for uid in uids] for uids in ("ab", "c"))
+    for overwrite in (False, True):
+        out = tmp_path / str(overwrite)
+        register, numbers, _ = number_studies(first, {"a"}, out, overwrite, Report())
+        register.save()
+        number_studies(other, set(), out, overwrite, Report())  # nothing is written yet
+        write_volume(out / "train/axial" / f"{numbers['b']:04d}.npy", np.zeros(1))
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        with pytest.raises(InputError, match="exam 0001 of train .* all studies .* another OUT"):
+            number_studies(other, set(), out, overwrite, Report())
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+        number_studies([*first, *other], {"a"}, out, overwrite, Report())
 
 
 @pytest.mark.parametrize("ends", ["error", "killed"])

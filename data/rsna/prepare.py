@@ -320,10 +320,20 @@ def number_studies(studies, valid, out, overwrite, report):
     their split.
 
     Raises:
-        InputError: a study is in the other split already.
+        InputError: a study is in the other split already, or one that `out` has is not given.
     """
     register, numbers, todo = Register(out), {}, []
     register.clear(report)
+    given = {study.name for study in studies}
+    others = [number for exam, (number, _) in register.rows.items() if exam not in given]
+    for number in sorted(others):
+        # The tables are written anew, of these studies; groups are numbered among them.
+        if there := register.split_of(number):
+            raise InputError(
+                f"{out}: exam {number:04d} of {there} is of a study that is not given now, in "
+                "train_series or train.csv, and would lose its labels; give all studies at once, "
+                "or another OUT"
+            )
     for study in studies:
         number = numbers[study.uid] = register.number(study.name)
         split = "valid" if study.uid in valid else "train"
