@@ -46,7 +46,7 @@ from common.errors import InputError
 from common.figures import reliability_figure, roc_figure
 from common.files import atomic, write_csv, write_text
 from common.logs import open_writer
-from common.metrics import answered, auc_difference, auc_interval, summary
+from common.metrics import answered, auc_difference, operating_point, roc_auc, summary
 from common.predictions import (
     BaseModels,
     check_base_models,
@@ -76,7 +76,7 @@ from dataloader import SPLITS, in_order, is_positive, planes_of
 
 STAR = "*"  # beside each threshold: explained below the table
 GAIN = "stack against best plane"
-DECIDED = ("sensitivity", "specificity", "accuracy", "tp", "fp", "tn", "fn")
+RATES = ("sensitivity", "specificity", "accuracy")
 
 
 def parse_arguments():
@@ -288,12 +288,14 @@ def evaluate_scores(labels, scores, thresholds, own):
     for name in scores["valid"]:
         known, p = answered(labels["valid"], scores["valid"][name])
         row = summary(known, p, thresholds[name])
-        half = summary(known, p, 0.5)
         called = reaches(p, own if name == STACK else thresholds[name])  # as predict.py decides
-        decided = summary(known, called.astype(float), 0.5)
-        row |= {key: decided[key] for key in decided if key.startswith(DECIDED)}
-        row["train_auc"] = auc_interval(*answered(labels["train"], scores["train"][name])).value
-        row |= {f"{key}_at_half": half[key] for key in ("sensitivity", "specificity", "accuracy")}
+        decided = operating_point(known, called.astype(float), 0.5)
+        for key in RATES:
+            row |= zip((key, f"{key}_low", f"{key}_high"), getattr(decided, key), strict=True)
+        row |= {key: getattr(decided, key) for key in ("tp", "fp", "tn", "fn")}
+        row["train_auc"] = roc_auc(*answered(labels["train"], scores["train"][name]))
+        half = operating_point(known, p, 0.5)
+        row |= {f"{key}_at_half": getattr(half, key).value for key in RATES}
         rows[name] = row
     columns = [name for name in rows if name != STACK]
     best = max(columns, key=lambda column: rows[column]["train_auc"])
@@ -316,8 +318,8 @@ def print_report(title, labels, rows, training_auc, caveats):
     for name in (name for name in rows if name != GAIN):
         row = rows[name]
         auc = f"{row['auc']:.4f} [{row['auc_low']:.3f}, {row['auc_high']:.3f}]"
-        point = [f"{row[key]:.3f}" for key in ("sensitivity", "specificity", "accuracy")]
-        half = [row[f"{key}_at_half"] for key in ("sensitivity", "specificity", "accuracy")]
+        point = [f"{row[key]:.3f}" for key in RATES]
+        half = [row[f"{key}_at_half"] for key in RATES]
         at_half = " ".join(f"{value:.3f}" for value in half)
         errors = [f"{row['brier']:.3f}", f"{row['ece']:.3f}"]
         threshold = f"{row['threshold']:.3f}{STAR}"
@@ -415,7 +417,7 @@ def save_figures(start, log_dir, task, labels, scores):
             writer.add_figure(name, figure)
         writer.add_pr_curve("precision-recall", labels["valid"], scores["valid"][STACK])
         for name, values in scores["valid"].items():
-            auc = auc_interval(*answered(labels["valid"], values)).value
+            auc = roc_auc(*answered(labels["valid"], values))
             writer.add_scalar(f"valid-auc/{name}", auc)
 
 
@@ -452,7 +454,7 @@ def seeds_aucs(found, exams, fit):
         seed = {column: [ones[k]] for column, ones in found.items()}
         _, scores, *_ = fit(logits=join_seeds(seed), tuning=tuning_mask(exams["train"], seed))
         labels = labels_of(exams["valid"])
-        aucs.append(auc_interval(labels, scores["valid"][STACK]).value)
+        aucs.append(roc_auc(labels, scores["valid"][STACK]))
     print(f"stack of each seed, validation AUC: {', '.join(f'{auc:.4f}' for auc in aucs)}")
     mean, sd = statistics.mean(aucs), statistics.stdev(aucs)
     print(f"{len(aucs)} seeds: mean {mean:.4f}, SD {sd:.4f}")

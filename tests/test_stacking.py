@@ -12,6 +12,7 @@ from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from common import stacking
 from common.checkpoint import save_model
 from common.errors import InputError
+from common.metrics import roc_auc, wilson_interval
 from common.stacking import (
     combination_of,
     combinations_of,
@@ -32,6 +33,7 @@ from common.stacking import (
 )
 from model import MRNet
 from train_logistic_regression import (
+    RATES,
     count_derived,
     evaluate_scores,
     list_caveats,
@@ -218,6 +220,11 @@ def test_counts_are_of_the_decisions_that_are_given():
     rows = evaluate_scores(*both, thresholds, own)
     counts = {name: [rows[name][key] for key in ("tp", "fn", "fp", "tn")] for name in scores}
     assert counts == {"axial": [2, 1, 1, 2], "stack": [3, 0, 1, 2]}
+    row = rows["stack"]
+    assert [row[f"sensitivity{end}"] for end in ("", "_low", "_high")] == [*wilson_interval(3, 3)]
+    assert [row[f"accuracy{end}"] for end in ("", "_low", "_high")] == [*wilson_interval(5, 6)]
+    assert [row[f"{key}_at_half"] for key in RATES] == [1 / 3, 1, 4 / 6]
+    assert row["train_auc"] == roc_auc(labels, p)
 
 
 def test_what_the_tuning_exams_could_not_choose_is_named():
