@@ -296,7 +296,8 @@ def run(args):
             root = hashlib.sha256(os.fsencode(where)).hexdigest()[:16]
             make_folder(args.out)
             busy = f"{args.out}: another run writes pages there; wait for that one"
-            with held(args.out / ".pages.lock", busy):
+            pages = args.out.resolve()  # which are passed on without the lock
+            with held(pages.with_name(f".{pages.name}.lock"), busy):
                 explain_all(exams, root, tasks, output, options)
         else:
             exam = exams.load(pick_exam(exams, args.exam, args.exams[0]))

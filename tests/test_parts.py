@@ -328,6 +328,7 @@ def test_two_runs_do_not_write_one_file(trained, tmp_path):
             assert_one_line_error(done, "x.csv: another run predicts it; wait for that one")
     with held(tmp_path / ".pages.lock", ""):
         done = run_script("explain.py", work / "data", "--all", "--models-dir", work / "models",
-                          "--out", tmp_path)  # fmt: skip
+                          "--out", tmp_path / "pages")  # fmt: skip
     assert_one_line_error(done, "another run writes pages there; wait for that one")
-    assert {path.name for path in tmp_path.iterdir()} == {".x.csv.lock", ".pages.lock"}
+    found = {path.name for path in tmp_path.rglob("*")}
+    assert found == {".x.csv.lock", ".pages.lock", "pages"}
