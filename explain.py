@@ -42,7 +42,7 @@ from common.explain_index import (
 )
 from common.explain_page import FRAME_SECONDS, NOTICE, animation, contact_sheet, headline, make_page
 from common.explanation import explain_exam, unusable_of
-from common.files import held, write_text
+from common.files import alone_at, write_text
 
 
 class Output(NamedTuple):
@@ -296,8 +296,7 @@ def run(args):
             root = hashlib.sha256(os.fsencode(where)).hexdigest()[:16]
             make_folder(args.out)
             busy = f"{args.out}: another run writes pages there; wait for that one"
-            pages = args.out.resolve()  # which are passed on without the lock
-            with held(pages.with_name(f".{pages.name}.lock"), busy):
+            with alone_at(args.out, busy):
                 explain_all(exams, root, tasks, output, options)
         else:
             exam = exams.load(pick_exam(exams, args.exam, args.exams[0]))

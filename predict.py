@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from common import cli, engine
 from common.answering import Options, load_tasks, model_of, open_fit_exams
-from common.archive import held_rows, parts_left, predict_in_parts, unwritable
+from common.archive import alone_with_rows, parts_left, predict_in_parts, unwritable
 from common.cluster import Machines
 from common.devices import pick_device, pick_precision, usable_cores
 from common.errors import InputError, RunError, one_line, printable
@@ -395,7 +395,7 @@ def run(args):
     where = torch.device("cpu") if in_parts else device
     tasks = load_tasks(args.models_dir, args.task, where, args.recipes)
     check_output(args.out, args.resume, args.overwrite, in_parts)
-    with nullcontext() if to_stdout else held_rows(args.out):
+    with nullcontext() if to_stdout else alone_with_rows(args.out):
         saved = None
         if args.resume:
             names, model = [models.task for models in tasks], model_of(tasks, options)

@@ -9,13 +9,12 @@ import os
 import re
 import shutil
 import sys
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from common import cli
 from common.errors import InputError, Interrupted, RunError
 from common.exams import check_there
-from common.files import held
+from common.files import alone_at
 from common.jobs import ROOT, Job, failures
 from common.parts import beside, merge
 
@@ -85,6 +84,8 @@ def made_folder(out):
     """
     folder = folder_of(out)
     try:
+        if out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise unwritable(out, error) from None
@@ -95,23 +96,9 @@ def unwritable(out, error):
     return InputError(f"{out}: cannot be written ({error.strerror}); give another --out")
 
 
-@contextmanager
-def held_rows(out):
-    """Hold a file of rows, which need not be there, against another run.
-
-    Raises:
-        InputError: it cannot be written, or another run holds it.
-    """
-    busy = f"{out}: another run predicts it; wait for that one"
-    with ExitStack() as stack:
-        try:
-            if out.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            out.parent.stat()  # the lock would make the folder
-            stack.enter_context(held(out.with_name(f".{out.name}.lock"), busy))
-        except OSError as error:
-            raise unwritable(out, error) from None
-        yield
+def alone_with_rows(out):
+    """Within it no other run writes these rows. Raises InputError where one does."""
+    return alone_at(out, f"{out}: another run predicts it; wait for that one")
 
 
 def prepare_rows(jobs, out, resume):

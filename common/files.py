@@ -6,7 +6,9 @@ importers under data/ write with it too.
 """
 
 import csv
+import getpass
 import glob
+import hashlib
 import io
 import os
 import re
@@ -41,6 +43,18 @@ def held(path, busy):
         yield
     finally:
         lock.release()
+
+
+def alone_at(path, busy):
+    """Within it no other process of this user on this machine is within it for the same path, which
+    need not exist. Nothing is left beside it: the lock lies among the temporary files.
+
+    Raises:
+        InputError: another one is; `busy` is its text.
+    """
+    user = getattr(os, "getuid", getpass.getuser)()  # a container's user may have no name
+    whose = hashlib.sha256(f"{user} {Path(path).resolve()}".encode()).hexdigest()[:16]
+    return held(Path(tempfile.gettempdir()) / f"mrnet-{whose}.lock", busy)
 
 
 @contextmanager

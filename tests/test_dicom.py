@@ -266,8 +266,11 @@ def test_monochrome1_slope_and_intercept(convert, tmp_path):
     assert_same(volume(tmp_path, "coronal", 1), expected("coronal"))
 
 
-@pytest.mark.parametrize("inverted", [False, True])
-def test_padding_is_no_signal(convert, tmp_path, inverted):
+@pytest.mark.parametrize("inverted, vr, value, limit", [
+    (False, "SS", -32768, None), (True, "SS", -32768, None), (False, "US", 32768, None),
+    (False, "SS", -32768, ""), (False, "SS", -32767, -32768),
+])  # fmt: skip
+def test_padding_is_no_signal(convert, tmp_path, inverted, vr, value, limit):
     """Far below the signal, as GE writes it: the window would be of padding alone."""
     for k, path in enumerate(write_series(tmp_path / "scan", "coronal")):
         ds = pydicom.dcmread(path)
@@ -276,7 +279,9 @@ def test_padding_is_no_signal(convert, tmp_path, inverted):
         image[:, :2] = -32768
         ds.PhotometricInterpretation = "MONOCHROME1" if inverted else "MONOCHROME2"
         ds.PixelRepresentation = 1
-        ds.add_new("PixelPaddingValue", "SS", -32768)
+        ds.add_new("PixelPaddingValue", vr, value)
+        if limit is not None:
+            ds.add_new("PixelPaddingRangeLimit", vr, limit)
         ds.PixelData = image.astype("<i2").tobytes()
         ds.save_as(path)
     assert convert(tmp_path / "scan")[0] == 0

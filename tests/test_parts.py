@@ -13,9 +13,9 @@ import psutil
 import pytest
 from conftest import ROOT, assert_one_line_error, run_script
 
-from common.archive import held_rows, make_jobs
+from common.archive import alone_with_rows, make_jobs
 from common.errors import InputError
-from common.files import csv_line, from_cell, held
+from common.files import alone_at, csv_line, from_cell
 from common.jobs import Done
 from common.parts import Part, check_names, write_part
 
@@ -241,8 +241,7 @@ def test_jobs_with_bad_input_start_no_process(trained, tmp_path):
         assert_one_line_error(jobs(work / "data", out, "--overwrite"), f"{out}: cannot be written")
     (tmp_path / "y.csv.parts").write_text("a file of that name")
     assert_one_line_error(jobs(work / "data", tmp_path / "y.csv"), "y.csv: cannot be written")
-    names = {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"}
-    assert names == {"folder", "y.csv.parts"}
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "y.csv.parts"}
 
 
 def test_jobs_with_other_options_go_on_after_a_signal(trained, tmp_path):
@@ -312,9 +311,9 @@ def test_a_part_that_dies_with_status_1_is_not_a_part_that_ended(trained, tmp_pa
 
 def test_an_archive_that_another_run_predicts(tmp_path):
     with (
-        held_rows(tmp_path / "x.csv"),
+        alone_with_rows(tmp_path / "x.csv"),
         pytest.raises(InputError, match="x.csv: another run predicts it; wait for that one"),
-        held_rows(tmp_path / "x.csv"),
+        alone_with_rows(tmp_path / "x.csv"),
     ):
         pass
 
@@ -322,13 +321,12 @@ def test_an_archive_that_another_run_predicts(tmp_path):
 def test_two_runs_do_not_write_one_file(trained, tmp_path):
     """Such as a cron job that lasts longer than an hour, with --resume."""
     work, out = trained[0], tmp_path / "x.csv"
-    with held_rows(out):
+    with alone_with_rows(out):
         for how in (("--resume",), ("--overwrite",), ("--resume", "--jobs", 2)):
             done = predict(work, work / "data", out, *how)
             assert_one_line_error(done, "x.csv: another run predicts it; wait for that one")
-    with held(tmp_path / ".pages.lock", ""):
+    with alone_at(tmp_path / "pages", ""):
         done = run_script("explain.py", work / "data", "--all", "--models-dir", work / "models",
                           "--out", tmp_path / "pages")  # fmt: skip
     assert_one_line_error(done, "another run writes pages there; wait for that one")
-    found = {path.name for path in tmp_path.rglob("*")}
-    assert found == {".x.csv.lock", ".pages.lock", "pages"}
+    assert {path.name for path in tmp_path.rglob("*")} == {"pages"}

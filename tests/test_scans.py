@@ -90,7 +90,10 @@ def test_a_plane_is_of_one_contrast(tmp_path, descriptions, t1_planes, taken):
 @pytest.mark.parametrize("description, contrast", [
     # As Philips (a letter for the plane), Siemens, GE and their users call series.
     ("cT1W_TSE", 0), ("sT1W TSE SENSE", 0), ("SagT1", 0), ("3DT1", 0), ("t1_tse_fs_sag", 0),
-    ("PD left1", 1), ("SAG PD w/o FS", 1), ("SAG PD NFS", 1), ("sag PD w/out fat sat", 1),
+    ("PD left1", 1), ("cor T2 SET1", 1), ("sag PD PT1", 1), ("sag DP", 1), ("sag FSPD", 2),
+    ("Ax PD F/S", 2), ("t2_de3d_we_sag", 2), ("Sag PD F/S IDEAL", 2), ("Ax T2 Flex (F/S)", 2),
+    ("Knee Flex 8ch PD F/S cor", 2), ("PD FS flex with op", 2), ("PD DIXON NO FAT SAT", 1),
+    ("SAG PD w/o FS", 1), ("SAG PD NFS", 1), ("sag PD w/out fat sat", 1),
     ("PD non fat sat", 1), ("sag pdfs", 2), ("T2_SPAIR_sag", 2), ("PDW_SPAIR_COR", 2),
     ("t2_tse_dixon_sag_W", 2), ("t2_tse_dixon_sag_in", 1), ("WATER: Sag T2 FLEX", 2),
     ("InPhase: Sag T2 FLEX", 1),
@@ -122,16 +125,21 @@ def test_fat_opposed_phases_and_maps_are_no_pictures(tmp_path, description, kind
     ("LSPINE", "T2 sag", "", False), ("HEAD", "T2 sag", "", False),
     ("HEAD", "PD FS knee sag", "", True),  # the tag is a leftover of the scan before
     ("HIP", "PD FS sag", "MRI KNEE LEFT", True),
+    ("HEAD", "PD FS sag hand coil", "MR KNEE", True), ("HEAD", "PD FS sag", "膝関節MRI", True),
+    ("FOOT", "PD FS sag", "knä höger", True), ("SPINE", "PD FS sag", "MR kolano L", True),
     ("ANKLE", "PD FS sag ankle", "MRI knee and ankle", False),
 ])  # fmt: skip
 def test_another_part_of_the_body_is_not_answered_as_a_knee(tmp_path, part, series, study, is_knee):
     more = {name: value for name, value in
             (("BodyPartExamined", part), ("StudyDescription", study)) if value}  # fmt: skip
-    sagittal(tmp_path, 1, series, **more)
+    sagittal(tmp_path, 1, series, SpecificCharacterSet="ISO_IR 192", **more)
     volumes, unusable, said = read(tmp_path)
     assert bool(volumes) == is_knee
     if not is_knee:
-        assert f"{part} by its header (BodyPartExamined), not a knee" in unusable["sagittal"]
+        assert f"{part} by its header, not a knee" in unusable["sagittal"]
+        write_series(tmp_path / "2", "coronal", series="1.2.3.4.2", number=2, description="PD FS")
+        unusable = read(tmp_path)[1]  # it may be that plane, of a knee with a wrong header
+        assert f"it may be series 1 '{series}': {part}" in unusable["sagittal"]
 
 
 def test_an_anatomic_region_tells_the_part_too(tmp_path):

@@ -46,19 +46,17 @@ JUMP = 10.0  # mm within the slices' plane from one slice to the next: another p
 FLUID_ECHO = 25.0  # ms; a longer echo time is fluid-sensitive, where no words say so
 
 # Contrast in a series' description: lower case, words separated by single spaces.
-FAT_SUPPRESSED = re.compile(r"fs\b|fat ?sat|fat ?sup|spair|\bspir\b|stir|tirm|water")
+FAT_SUPPRESSED = re.compile(r"fs\b|\bfspd|fat ?sat|fat ?sup|spair|\bspir\b|stir|tirm|water|\bwe\b")
 NOT_SUPPRESSED = re.compile(r"\b(no|non|without|wo|w o|w out) ?(fs|fat)|\b(n|un)fs\b")
-FLUID = re.compile(r"pd|t2|proton|stir|tirm|spair|\bspir\b|fs\b|fat ?sat|water")
-# Philips puts a letter before T1W (cT1W_TSE: coronal), others the plane or 3D.
-T1 = re.compile(
-    r"\b([a-z]|[23]d|ax|axial|tra|trans|cor|coronal|sag|sagittal|obl|f?se|tse)?t1(?!\d)"
-)
-# A Dixon scan is four series: water, fat, in phase and out of phase.
+FLUID = re.compile(r"pd|t2|proton|\bdp\b|stir|tirm|spair|\bspir\b|fs\b|fat ?sat|water")
+T1 = re.compile(r"\bt1(?!\d)")
+# Philips puts a letter before T1W (cT1W_TSE: coronal), others the plane or 3D; SET1 is no contrast.
+FUSED_T1 = re.compile(r"\b([a-z]|[23]d|ax|axial|tra|trans|cor|coronal|sag|sagittal|obl)t1(?!\d)")
+NOT_T1 = re.compile("pd|t2|proton|stir")
+# A Dixon scan is four series: water, fat, in phase and out of phase. "Flex" is a coil, too.
 DIXON = re.compile(r"dixon|\bflex\b|\bideal\b")
 DIXON_WATER = re.compile(r"\bw\b(?! ?o)|water")
-DIXON_OTHER = re.compile(
-    r"\b(f|fat(?! ?(sat|sup))|opp|(?<!post )op|oop|(?<!w )out|out ?phase|opposed)\b"
-)
+DIXON_OTHER = re.compile(r"^fat\b|\b(f|fat|op|out)$|\b(opp|oop|out ?phase|opposed)\b")
 MAP = re.compile(r"\b(t[12]|t1rho)?maps?\b|\bmapping\b")
 MAPS = {"ADC", "T1 MAP", "T2 MAP", "T2_STAR MAP", "R2 MAP", "R2_STAR MAP", "PHASE MAP", "P"}
 FAT_KINDS = {"FAT", "F", "FAT_FRACTION", "FF", "OUT_PHASE", "OPP_PHASE", "OPPOSED_PHASE", "OP"}
@@ -68,7 +66,12 @@ OTHER_PARTS = re.compile(
     r"forearm|hand|head|heart|hip|humerus|jaw|kidney|liver|neck|orbit|pelvis|prostate|sacrum|"
     r"shoulder|skull|thorax|thumb|toe|wrist|si ?joint|[clst]{0,2} ?spine|spinal)s?)+\b"
 )
-KNEE = re.compile("knee|knie|genou|rodilla|ginocch|joelho|patell")
+COILS = {"arm", "foot", "hand", "head", "neck"}  # in descriptions these are coils and positions
+KNEE = re.compile(
+    "knee|knie|kn[äæ]|genou|rodilla|ginocch|joelho|patell|kolan|kolen|polvi|genunchi|térd|γόνα|"
+    "γονα|колен|膝|무릎"
+)
+OTHER_PART = "by its header, not a knee (if it is one: dcmodify -i 0018,0015=KNEE)"
 
 HEADER = [  # all that is read of a file before its pixels
     "StudyInstanceUID", "SeriesInstanceUID", "Modality", "ImageType", "SeriesNumber",
@@ -124,7 +127,9 @@ class Series:
     @property
     def is_t1(self):
         """Whether the description says so."""
-        return T1.search(self.words) is not None
+        words = self.words
+        is_fused = FUSED_T1.search(words) and not NOT_T1.search(words)
+        return bool(is_fused or T1.search(words))
 
     @property
     def contrast(self):
@@ -167,8 +172,8 @@ class Series:
 
 
 def words_of(text):
-    """A text in lower case, its words separated by single spaces."""
-    return " ".join(re.findall("[a-z0-9]+", text.lower()))
+    """A text in lower case, its words separated by single spaces; GE writes F/S for fs."""
+    return " ".join(re.findall("[a-z0-9]+", re.sub(r"\bf/s\b", "fs", text.lower())))
 
 
 def other_picture(words, kinds=frozenset()):
@@ -180,7 +185,9 @@ def other_picture(words, kinds=frozenset()):
     """
     if kinds & MAPS or MAP.search(words):
         return "a map of a quantity, not a picture"
-    if kinds & FAT_KINDS or (DIXON.search(words) and DIXON_OTHER.search(words)):
+    is_other = DIXON.search(words) and DIXON_OTHER.search(words)
+    is_suppressed = FAT_SUPPRESSED.search(words) or NOT_SUPPRESSED.search(words)
+    if kinds & FAT_KINDS or (is_other and not is_suppressed):
         return "the fat or opposed-phase picture of a Dixon scan"
     return ""
 
@@ -251,18 +258,13 @@ def other_part(header):
     """
     regions = lookup(header, 0, "FrameAnatomySequence", "AnatomicRegionSequence") or ()
     named = [text_of(header, "BodyPartExamined"), *(text_of(r, "CodeMeaning") for r in regions)]
-    named, series, study = (
-        words_of(" ".join(texts))
-        for texts in (
-            named,
-            [text_of(header, "SeriesDescription"), text_of(header, "ProtocolName")],
-            [text_of(header, "StudyDescription")],
-        )
-    )
-    part = OTHER_PARTS.search(named)
+    named = " ".join(named).lower()
+    series = f"{text_of(header, 'SeriesDescription')} {text_of(header, 'ProtocolName')}".lower()
+    part = OTHER_PARTS.search(words_of(named))
     if not part or KNEE.search(f"{named} {series}"):
         return ""
-    is_knee = KNEE.search(study) and not OTHER_PARTS.search(series)
+    others = {found[0] for found in OTHER_PARTS.finditer(words_of(series))} - COILS
+    is_knee = KNEE.search(text_of(header, "StudyDescription").lower()) and not others
     return "" if is_knee else part[0].upper()
 
 
@@ -310,7 +312,7 @@ def read_header(file, only_knees=True):
         title = None if number is None else int(number), description_of(header)
         reason = why_not(file, header, count)
         if not reason and only_knees and (part := other_part(header)):
-            reason = f"{part} by its header (BodyPartExamined), not a knee"
+            reason = f"{part} {OTHER_PART}"
         return Header(
             # the path's folder is no UID: it holds a slash
             study=text_of(header, "StudyInstanceUID") or f"folder {file.folder.resolve()}",
@@ -483,11 +485,13 @@ def decode(file, size):
                 f"{file}: pixel data ends after {there} of {needed} bytes, {COPY_AGAIN}"
             )
         pixels = data.pixel_array.reshape(-1, *size)
-        padding = data.get("PixelPaddingValue")
-        if padding is None:
+        padding, limit = data.get("PixelPaddingValue"), data.get("PixelPaddingRangeLimit")
+        if not isinstance(padding, int):  # none, or a wrong header
             return pixels
-        low, high = sorted((padding, data.get("PixelPaddingRangeLimit", padding)))
-        return np.where((pixels < low) | (pixels > high), pixels, np.float32(np.nan))
+        limit = limit if isinstance(limit, int) else padding
+        ends = np.array([padding, limit]).astype(pixels.dtype)  # 63536 is written for -2000
+        is_signal = (pixels < ends.min()) | (pixels > ends.max())
+        return np.where(is_signal, pixels, np.float32(np.nan))
 
 
 def read_pixels(frames):

@@ -4,18 +4,13 @@ As a server it converts the exams that they ask for, in a process of its own, so
 foreign files shares no memory with the networks.
 """
 
-import getpass
-import hashlib
 import json
-import os
 import sys
-import tempfile
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
-from pathlib import Path
 
 from common.errors import InputError
-from common.files import held
+from common.files import alone_at
 from data.common import TARGET, write_volume
 from data.dicom.files import quiet
 
@@ -54,16 +49,9 @@ def run_importer(work, out, report, what="exams"):
 
 
 def alone_in(out):
-    """Within it no other importer of this user writes to the folder: they would give out the same
-    numbers, and delete each other's unfinished exams.
-
-    Raises:
-        InputError: another one does.
-    """
-    user = getattr(os, "getuid", getpass.getuser)()  # a container's user may have no name
-    whose = hashlib.sha256(f"{user} {out.resolve()}".encode()).hexdigest()[:16]
-    path = Path(tempfile.gettempdir()) / f"mrnet-import-{whose}.lock"
-    return held(path, f"{out}: another import is writing to it; wait for that one")
+    """Within it no other importer writes to the folder: they would give out the same numbers, and
+    delete each other's unfinished exams. Raises InputError where one does."""
+    return alone_at(out, f"{out}: another import is writing to it; wait for that one")
 
 
 def serve(exams, digest, convert, out, report):

@@ -23,6 +23,7 @@ from data.dicom.knees import split_knees
 from data.dicom.series import (
     MIN_SLICES,
     NO_IMAGE,
+    OTHER_PART,
     UNPLACED,
     Series,
     assemble,
@@ -429,7 +430,7 @@ def log_choice(plane, series, axis, others, report, title):
 def may_be_lost(exam):
     """Why a plane that no series shows may have been scanned all the same, or ''."""
     for (name, reason), _ in sorted(exam.study.skipped.items()):
-        if reason.startswith(UNPLACED):
+        if reason.startswith(UNPLACED) or reason.endswith(OTHER_PART):
             return f"it may be {name}: {reason}"
     if exam.study.unread:
         return f"files beside it cannot be read: {len(exam.study.unread)}"
