@@ -264,9 +264,7 @@ def run(args, choice, report, pool):
     report.log(f"groups by scanner, patient and report: {len(sizes)}, the largest of "
                f"{max(sizes.values())} studies")  # fmt: skip
     register, numbers, todo = number_studies(studies, valid, args.out, args.overwrite, report)
-    given = (
-        read_dataset(args.root) or {}
-    )  # the set has none; phantoms in its form say what they are
+    given = read_dataset(args.root) or {}  # of a phantom in the set's form; the set has none
     write_dataset(
         args.out,
         **{name: given.get(name, value) for name, value in THE_SET.items()},
