@@ -39,10 +39,11 @@ from common import cli, engine
 from common.answering import Options, load_tasks, model_of, open_fit_exams
 from common.archive import alone_with_rows, parts_left, predict_in_parts, unwritable
 from common.cluster import Machines
-from common.devices import pick_device, pick_precision, usable_cores
+from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, one_line, printable
 from common.exams import read_planes
 from common.files import atomic, csv_line, from_cell
+from common.machine import usable_cores
 from common.parts import beside, check_names, part_argument, write_part
 from common.stacking import DIGITS, decide, saved_tasks
 from common.submission import UNTRAINED, read_sample, write_submission

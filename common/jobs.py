@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from common.cli import catch_signals
 from common.config import THE_ARTICLES
-from common.devices import available_memory, usable_cores
 from common.errors import Interrupted
+from common.machine import available_memory, usable_cores
 from model import BACKBONES, MOST_ACTIVATIONS
 
 ROOT = Path(__file__).parent.parent

@@ -28,7 +28,7 @@ from conftest import (
 from hospital import KNEE, code_of, name_of, write_series, write_study
 from sklearn.linear_model import LogisticRegression
 
-from common import cli, devices, engine, jobs, weights
+from common import cli, devices, engine, jobs, machine, weights
 from common.checkpoint import load_model, read_checkpoint, write_checkpoint
 from common.metrics import choose_threshold
 from common.splits import split_exams
@@ -605,8 +605,8 @@ def test_12_memory_is_that_of_the_container(tmp_path, version):
         (tmp_path / folder / place / limit).write_text(f"{most}\n")
         (tmp_path / folder / place / usage).write_text("500000000\n")
         (tmp_path / folder / place / "memory.stat").write_text(f"anon 1\n{stat} 100000000\n")
-    assert devices.available_memory(tmp_path) == 300_000_000
-    assert devices.available_memory(tmp_path / "nowhere") > 300_000_000
+    assert machine.available_memory(tmp_path) == 300_000_000
+    assert machine.available_memory(tmp_path / "nowhere") > 300_000_000
 
 
 def test_12_jobs_are_as_many_as_the_container_has_room_for(monkeypatch):

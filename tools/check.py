@@ -21,8 +21,8 @@ from tabulate import tabulate
 
 from common import cli
 from common.description import read_dataset
-from common.devices import usable_cores
 from common.errors import InputError
+from common.machine import usable_cores
 from dataloader import (
     ALL_PLANES,
     GROUPS,

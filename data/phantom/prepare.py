@@ -33,9 +33,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
 
-from common.devices import usable_cores  # noqa: E402
 from common.errors import InputError  # noqa: E402
 from common.files import write_csv, write_text  # noqa: E402
+from common.machine import usable_cores  # noqa: E402
 from data.common import ORIENTATION, TARGET, write_dataset, write_volume  # noqa: E402
 from data.phantom.exam import draw_exam  # noqa: E402
 from data.phantom.lesions import PREVALENCE, draw_labels  # noqa: E402

@@ -38,9 +38,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
 
 from common.description import read_dataset  # noqa: E402
-from common.devices import usable_cores  # noqa: E402
 from common.errors import InputError  # noqa: E402
 from common.files import write_csv, write_text  # noqa: E402
+from common.machine import usable_cores  # noqa: E402
 from data.common import (  # noqa: E402
     ORIENTATION,
     OWN_LABELS,
