@@ -7,7 +7,7 @@ A clone does as well: torch.hub.load("path/to/clone", "mrnet", source="local", w
 """
 
 dependencies = [
-    "torch", "torchvision", "numpy", "scipy", "sklearn", "PIL", "psutil", "filelock", "tqdm",
+    "torch", "torchvision", "numpy", "scipy", "sklearn", "PIL", "filelock", "tqdm",
 ]  # fmt: skip
 
 
