@@ -182,10 +182,12 @@ def to_square(grey, height, width, square="pad", field_of_view=None):
 # --- dataset.json ---------------------------------------------------------------------------------
 
 
-def write_dataset(out, **content):
+def write_dataset(out, written=None, report=None, **content):
     """Write OUT/dataset.json: what the exams are, which a model that learns from them repeats.
 
     Args:
+        written: numbers of the exams that this run converts, None for all. Where others stay, the
+            version is theirs and this one, "2, 3", and `report` warns.
         content: name, version, synthetic (bool), source, licence, and orientation: ORIENTATION, or
             None where it is not known. The name and the licence that the file has already stay:
             its owner may have written better ones.
@@ -217,6 +219,14 @@ def write_dataset(out, **content):
                 )
             )
     content |= {name: there[name] for name in ("name", "licence") if there.get(name)}
+    if there and written is not None and set(numbers_in(out)) - set(written):
+        versions = [*str(there.get("version") or "?").split(", "), content["version"]]
+        content["version"] = ", ".join(dict.fromkeys(versions))
+        if len(set(versions)) > 1:
+            report.warn(
+                f"{out}: holds exams of several versions of the importer now "
+                f"({content['version']}), whose pixels may differ; --overwrite converts all again"
+            )
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     write_text(path, text)
 

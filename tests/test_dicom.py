@@ -670,6 +670,30 @@ def zipped(path, folder):
     return path
 
 
+def test_labels_without_rows_are_refused(tmp_path, convert):
+    write_exam(tmp_path / "scan")
+    (tmp_path / "l.csv").write_text("exam,task,label\n")
+    status, _, err = convert(tmp_path / "scan", "--labels", tmp_path / "l.csv")
+    assert status == 2 and "l.csv: no labels in it" in err
+
+
+def test_a_folder_of_two_versions_says_so(tmp_path, convert, monkeypatch):
+    out = tmp_path / "out"
+
+    def version():
+        return json.loads((out / "dataset.json").read_text())["version"]
+
+    write_exam(tmp_path / "scan" / "a", "1.2.3.4")
+    monkeypatch.setattr(prepare, "VERSION", "old")
+    assert not convert(tmp_path / "scan")[2] and version() == "old"
+    monkeypatch.setattr(prepare, "VERSION", "new")
+    write_exam(tmp_path / "scan" / "b", "1.2.3.5")
+    _, _, err = convert(tmp_path / "scan")
+    assert "several versions of the importer now (old, new)" in err and version() == "old, new"
+    assert "(old, new)" in convert(tmp_path / "scan")[2] and version() == "old, new"
+    assert not convert(tmp_path / "scan", "--overwrite")[2] and version() == "new"
+
+
 def test_zip_as_source_and_in_a_folder(convert, tmp_path):
     write_exam(tmp_path / "exam")
     (tmp_path / "scan").mkdir()

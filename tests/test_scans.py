@@ -119,6 +119,25 @@ def test_fat_opposed_phases_and_maps_are_no_pictures(tmp_path, description, kind
     assert f"skipped: series 1 '{description}', " in said and "picture" in said
 
 
+def test_a_dixon_scan_in_one_series_is_its_water(tmp_path):
+    """Philips' way: four pictures of each place, told apart by ImageType alone."""
+    for number, kind in enumerate(("IP", "W", "OP", "F")):
+        for path in write_series(tmp_path / kind, "sagittal", description="PD sag mDIXON",
+                                 ImageType=["DERIVED", "PRIMARY", kind, kind]):  # fmt: skip
+            edit(path, RescaleSlope=1, RescaleIntercept=1000 * number)
+    (exam,) = find_exams(tmp_path, Report(collect=True))
+    (series,) = exam.series
+    assert {frame.file.folder.name for frame in series.frames} == {"W"}
+    assert not series.fault and series.contrast == 2 and series.shape[0] == SLICES
+
+
+def test_the_water_of_a_dixon_scan_goes_before_its_in_phase_picture(tmp_path):
+    for number, kind in ((1, "IP"), (2, "W"), (3, "IN_PHASE")):
+        sagittal(tmp_path, number, "PD sag mDIXON", ImageType=["DERIVED", "PRIMARY", kind])
+    _, unusable, said = read(tmp_path)
+    assert "sagittal: series 2 " in said and not unusable
+
+
 @pytest.mark.parametrize("part, series, study, is_knee", [
     ("KNEE", "PD FS sag", "", True), ("", "PD FS sag", "", True), ("LEG", "PD FS sag", "", True),
     ("LOWER EXTREMITY", "PD FS sag", "", True), ("ANKLE", "PD FS sag", "", False),
@@ -319,7 +338,7 @@ def test_a_series_whose_end_cannot_be_read_is_not_whole(tmp_path):
 
 
 def test_one_odd_file_beside_many_slices_does_not_matter(tmp_path):
-    rest = *[None] * 4, 0.0, 1.0, 0.0, False, ""
+    rest = *[None] * 4, 0.0, 1.0, 0.0, False, False, ""
     frames = [Frame(file, 0, *rest) for file in files(tmp_path / "a", 20)]
     for unread, lost in ((files(tmp_path / "a", 2), False), (files(tmp_path / "a", 3), True),
                          (files(tmp_path / "b", 9), False)):  # fmt: skip

@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it fi
 
 from common.errors import InputError  # noqa: E402
 from data.common import (  # noqa: E402
-    ORIENTATION,
     Formatter,
     Register,
     Report,
@@ -44,7 +43,7 @@ from data.dicom.origin import describe  # noqa: E402
 from data.dicom.serve import run_importer, serve  # noqa: E402
 from data.dicom.studies import Choice, digest_of, find_exams, volumes_of  # noqa: E402
 
-VERSION = "2"  # of what is written from the same files; raise it with every change of the pixels
+VERSION = "3"  # of what is written from the same files; raise it with every change of the pixels
 CONVENTION = """\
 orientation of what is written (the patient's right and left):
   sagittal  rows superior to inferior, columns anterior to posterior, slices right to left
@@ -70,6 +69,8 @@ def read_labels(path, numbered):
             rows = list(csv.DictReader(file))
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as a CSV ({error})") from None
+    if not rows:
+        raise InputError(f"{path}: no labels in it; write a row of exam,task,label for each")
     for line, row in enumerate(rows, start=2):
         exam, task, label = (str(row.get(k) or "").strip() for k in ("exam", "task", "label"))
         if not re.fullmatch("[A-Za-z0-9_-]{1,40}", task) or label not in ("0", "1"):
@@ -162,19 +163,16 @@ def run(args, choice, report):
         raise InputError(f"{args.id_map}: exists; give another file or --overwrite")
     write_dataset(
         args.out,
+        wanted,
+        report,
         name=args.out.resolve().name,
         version=VERSION,
         synthetic=False,
         source="DICOM or NIfTI, by data/dicom/prepare.py",
         licence="",
-        orientation=ORIENTATION,
         patient_key=hashlib.sha256(key).hexdigest()[:8],
-        mirrored=args.mirror,
-        field_of_view=args.field_of_view,
         square="crop" if args.square == "crop" and not args.field_of_view else None,
-        t1=args.t1,
-        t1_planes=sorted(set(args.t1_plane)),
-        may_lack_planes=True,
+        **choice.record,
     )
     register.save()  # first, so that an interrupted run goes on under the same numbers
     slices, full = {}, None

@@ -59,6 +59,7 @@ DIXON_WATER = re.compile(r"\bw\b(?! ?o)|water")
 DIXON_OTHER = re.compile(r"^fat\b|\b(f|fat|op|out)$|\b(opp|oop|out ?phase|opposed)\b")
 MAP = re.compile(r"\b(t[12]|t1rho)?maps?\b|\bmapping\b")
 MAPS = {"ADC", "T1 MAP", "T2 MAP", "T2_STAR MAP", "R2 MAP", "R2_STAR MAP", "PHASE MAP", "P"}
+WATER_KINDS = {"WATER", "W"}
 FAT_KINDS = {"FAT", "F", "FAT_FRACTION", "FF", "OUT_PHASE", "OPP_PHASE", "OPPOSED_PHASE", "OP"}
 # Words of BodyPartExamined (PS3.16 annex L) or of an anatomic region that is no knee.
 OTHER_PARTS = re.compile(
@@ -141,6 +142,7 @@ class Series:
         if self.is_t1 or not FLUID.search(words):
             return 0
         is_water = DIXON.search(words) and DIXON_WATER.search(words)
+        is_water = is_water or (self.frames and all(frame.is_water for frame in self.frames))
         is_suppressed = is_water or FAT_SUPPRESSED.search(words)
         return 2 if is_suppressed and not NOT_SUPPRESSED.search(words) else 1
 
@@ -214,6 +216,7 @@ class Frame:
     slope: float
     intercept: float
     inverted: bool
+    is_water: bool  # the water picture of a Dixon scan, by ImageType
     side: str  # L, R, B or ""
 
 
@@ -288,7 +291,7 @@ def why_not(file, header, count):
                        ("MOSAIC", "mosaic of slices")):  # fmt: skip
         if kind in kinds:
             return word
-    if other := other_picture(words_of(description_of(header)), set(kinds[2:])):
+    if other := other_picture(words_of(description_of(header)), kinds_of(header)):
         return other
     if rows * columns * count > MAX_VOXELS:
         return f"{TOO_LARGE} ({count} x {rows} x {columns})"
@@ -323,6 +326,12 @@ def read_header(file, only_knees=True):
             frames=[] if reason else [read_frame(header, file, i) for i in range(count)],
             reason=reason,
         )
+
+
+def kinds_of(header):
+    """What kind of picture ImageType says it is, set of upper-case words: its values from the third
+    on (PS3.3 C.8.3.1.1.1)."""
+    return {str(value).upper() for value in list(header.get("ImageType") or ())[2:]}
 
 
 def description_of(header):
@@ -362,6 +371,7 @@ def read_frame(header, file, i):
         float(1 if slope is None else slope),
         float(lookup(header, i, rescale, "RescaleIntercept") or 0),
         str(header.PhotometricInterpretation).strip() == "MONOCHROME1",
+        bool(WATER_KINDS & kinds_of(header)),
         side if side in ("L", "R", "B") else "",
     )
 
@@ -388,9 +398,12 @@ def assemble(title, frames, frame_of_reference=""):
     normal = np.cross(across, down)
     depth = {id(f): float(normal @ f.position) for f in placed}  # mm
     if len({round(d, 2) for d in depth.values()}) < len(placed):
-        # several echoes of one place: the last is the most fluid-sensitive
-        last = max(f.echo for f in placed)
-        frames, placed = ([f for f in some if f.echo == last] for some in (frames, placed))
+        # several pictures of one place: a Dixon scan's water, and of echoes the last, which is the
+        # most fluid-sensitive
+        best = max((f.is_water, f.echo) for f in placed)
+        frames, placed = (
+            [f for f in some if (f.is_water, f.echo) == best] for some in (frames, placed)
+        )
     if len(placed) < MIN_SLICES:
         return f"fewer than {MIN_SLICES} slices"
     placed.sort(key=lambda f: depth[id(f)])

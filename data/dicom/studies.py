@@ -17,7 +17,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from common.errors import InputError
-from data.common import T1_PLANES, TARGET, exam_name, window
+from data.common import ORIENTATION, T1_PLANES, TARGET, exam_name, window
 from data.dicom.files import find_files, reading
 from data.dicom.knees import split_knees
 from data.dicom.series import (
@@ -310,6 +310,18 @@ class Choice(NamedTuple):
     def planes(self):
         """Those that are taken of each exam."""
         return (*TARGET, *T1_PLANES) if self.t1 else tuple(TARGET)
+
+    @property
+    def record(self):
+        """What dataset.json says of volumes that are made so."""
+        return {
+            "orientation": ORIENTATION,
+            "mirrored": self.mirror,
+            "field_of_view": self.field_of_view,
+            "t1": self.t1,
+            "t1_planes": sorted(set(self.t1_planes)),
+            "may_lack_planes": True,
+        }
 
     def mirrors(self, side):
         """Whether a knee of this side, L, R or "", is mirrored."""

@@ -42,7 +42,6 @@ from common.errors import InputError  # noqa: E402
 from common.files import write_csv, write_text  # noqa: E402
 from common.machine import usable_cores  # noqa: E402
 from data.common import (  # noqa: E402
-    ORIENTATION,
     OWN_LABELS,
     Formatter,
     Register,
@@ -58,7 +57,7 @@ from data.dicom.studies import Choice, Volumes  # noqa: E402
 from data.rsna.studies import convert, digest_of, find_studies, identity_of  # noqa: E402
 from data.rsna.tables import FINDINGS, combine_labels, read_labels, read_series  # noqa: E402
 
-VERSION = "2"  # of what is written from the same files; raise it with every change of the pixels
+VERSION = "3"  # of what is written from the same files; raise it with every change of the pixels
 THE_SET = {
     "name": "rsna-knee-2026",
     "synthetic": False,
@@ -267,14 +266,11 @@ def run(args, choice, report, pool):
     given = read_dataset(args.root) or {}  # of a phantom in the set's form; the set has none
     write_dataset(
         args.out,
+        [numbers[study.uid] for study, _ in todo],
+        report,
         **{name: given.get(name, value) for name, value in THE_SET.items()},
         version=VERSION,
-        orientation=ORIENTATION,
-        mirrored=args.mirror,
-        field_of_view=args.field_of_view,
-        t1=args.t1,
-        t1_planes=sorted(set(args.t1_plane)),
-        may_lack_planes=True,
+        **choice.record,
     )
     register.save()
     items = [(study, numbers[study.uid], args.out / split, choice) for study, split in todo]
