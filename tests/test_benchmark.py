@@ -74,6 +74,12 @@ def test_a_number_of_rounds_that_is_none():
     assert done.returncode == 2 and "--runs: '0' is not a whole number of at least 1" in done.stderr
 
 
+@pytest.mark.parametrize("words", [("--growth", "--whole-run"), ("--at-once", 2, "--backbones")])
+def test_two_measurements_at_once_are_a_usage_error(words):
+    done = run_script("tools/benchmark.py", *words)
+    assert done.returncode == 2 and "not allowed with argument" in done.stderr
+
+
 def test_a_variant_that_is_not_there():
     done = run_script("tools/benchmark.py", "--only", "nonsense", "--exams", 1, "--valid", 1)
     assert_one_line_error(done, "--only nonsense", "ours")

@@ -73,10 +73,11 @@ def parse_arguments():
         help="of the article's DataLoader; 11 are the article's, as many as cores may be faster",
     )
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="leave out the other variants")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--growth", action="store_true", help="time against slices and exams instead"
     )
-    parser.add_argument(
+    instead.add_argument(
         "--backbones",
         nargs="*",
         choices=BACKBONES,
@@ -84,14 +85,14 @@ def parse_arguments():
         help="every backbone (or those named) beside torchvision's plain three-channel fp32 loop, "
         "and the memory of an exam of 30 and of 61 slices",
     )
-    parser.add_argument(
+    instead.add_argument(
         "--at-once",
         nargs="+",
         type=cli.positive_int,
         metavar="N",
         help="networks an hour when N processes share the device (training epochs only)",
     )
-    parser.add_argument(
+    instead.add_argument(
         "--whole-run",
         action="store_true",
         help="two epochs of train.py instead: start-up, seconds per epoch, memory",
