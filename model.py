@@ -440,22 +440,23 @@ class GreyConv2d(nn.Conv2d):
         """(s, 3 or 1, H, W) -> (s, out, h, w)."""
         has_large_stride = self.stride[0] >= 4  # AlexNet's, ConvNeXt's
         if has_large_stride and x.is_cuda:
-            return convolution_of_patches(x, self)
+            return im2col_convolution(x, self)
         if x.shape[1] == self.in_channels:
             return super().forward(x)
         if has_large_stride:
-            return first_convolution_of_grey(x, self)
+            return space_to_depth_convolution(x, self)
         # As one channel that lies last: torch then keeps the layout of what follows.
         x = x.squeeze(1)[..., None].permute(0, 3, 1, 2)  # (s, 1, H, W), strides of (s, H, W, 1)
         weight = self.weight.sum(dim=1)[..., None].permute(0, 3, 1, 2)  # -> (out, 1, k, k)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 
-def convolution_of_patches(x, conv):
+def im2col_convolution(x, conv):
     """A first convolution as one matrix product, for a GPU.
 
-    Its input has so few channels that cuDNN takes the gradient of its weights in one block of
-    threads, for a quarter of AlexNet's training step (docs/speed.md). The bias is one more column.
+    At each position of the kernel the pixels under it become a row (im2col). The input has so few
+    channels that cuDNN takes the gradient of its weights in one block of threads, for a quarter of
+    AlexNet's training step (docs/speed.md). The bias is one more column.
 
     Args:
         x: float (s, 1 or 3, H, W); one channel is taken as three equal ones.
@@ -484,7 +485,7 @@ def convolution_of_patches(x, conv):
     return F.linear(patches, weight).permute(0, 3, 1, 2)
 
 
-def first_convolution_of_grey(x, conv):
+def space_to_depth_convolution(x, conv):
     """A convolution of large stride on a grey image: what `conv` gives for three equal channels.
 
     The weights are summed over their input channels on the way in, so the parameter keeps its
@@ -518,7 +519,7 @@ def first_convolution_of_grey(x, conv):
     return F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, conv.bias)
 
 
-def enlarge_maps(maps, height, width, backbone="alexnet"):
+def upsample_maps(maps, height, width, backbone="alexnet"):
     """Heat maps resampled to the size of the slices, bilinearly.
 
     Each cell is placed at the centre of its receptive field, cell_step * i + cell_first px:

@@ -181,7 +181,7 @@ def run(args):
     """Train every network that the arguments ask for: one, or one for each fold and seed."""
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    with ranks.joined(device, args.accumulate):
+    with ranks.process_group(device, args.accumulate):
         check_writable(args.models_dir)
         args.device, args.precision = device.type, precision  # what "auto" became
         args.task = "+".join(all_tasks(args.data_dir) if args.task == ["all"] else args.task)
@@ -243,7 +243,7 @@ def train_network(config, split, files, provenance):
         left = state.partial_epoch
         steps = f" and {len(left['logits']) // config.accumulate} steps" if left else ""
         print(f"\nresumed {state_path} after epoch {state.epoch}{steps}")
-    ranks.wait()  # all have read what there was
+    ranks.barrier()  # all have read what there was
     column = column_name(config.plane, config.recipe) + split.suffix
     state.log_dir = state.log_dir or new_log_dir(files.logs_dir / config.task / column)
     fingerprints = fingerprints_of(split.data_sets)

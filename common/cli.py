@@ -382,9 +382,8 @@ def catch_signals(handler):
 def resume_with():
     """The message with the command line that resumes this run."""
     words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
-    start = (
-        ["torchrun", "--nproc-per-node", str(ranks.count())] if ranks.count() > 1 else ["python"]
-    )
+    n = ranks.world_size()
+    start = ["torchrun", "--nproc-per-node", str(n)] if n > 1 else ["python"]
     return "Resume with: " + shlex.join([*start, Path(sys.argv[0]).name, *words, "--resume"])
 
 

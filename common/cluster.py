@@ -19,10 +19,19 @@ import torch
 from common.devices import pick_device
 from common.errors import InputError, one_line
 from common.files import write_bytes
-from common.jobs import ROOT, Done, Jobs, bytes_of_a_job, finish, most_at_once, start, tried_twice
+from common.jobs import (
+    ROOT,
+    Done,
+    Jobs,
+    bytes_of_a_job,
+    finish,
+    most_at_once,
+    start,
+    with_one_retry,
+)
 
 TRIES = 5  # on other nodes, where one is lost
-LOOK = 0.5  # s between looks at what has ended, and at the flag
+POLL_SECONDS = 0.5  # between queries of the jobs that have ended, and of the flag
 NEVER_ENDED = -1  # status of a job that was lost with its machine
 LOG = ".output"  # name of a job's log among its files
 
@@ -55,7 +64,7 @@ class RayJobs(Jobs):
         share = math.floor(10_000 / jobs_per_gpu) / 10_000 if jobs_per_gpu else 0
         options = {"num_cpus": threads, "num_gpus": share, "max_retries": TRIES}
         self.remote = self.ray.remote(**options)(run_on_node)
-        self.flag = self.ray.remote(num_cpus=0, max_restarts=-1)(Flag).remote()
+        self.flag = self.ray.remote(num_cpus=0, max_restarts=-1)(StopFlag).remote()
 
     def results(self, jobs):
         """Hand all jobs to Ray, and yield the Done of each, or None, as it ends."""
@@ -64,7 +73,7 @@ class RayJobs(Jobs):
             reference = self.remote.remote(job, self.threads, os.getcwd(), self.flag, sent)
             self.running[reference], self.sent[reference] = job, sent
         while self.running:
-            ended, _ = self.ray.wait(list(self.running), timeout=LOOK)
+            ended, _ = self.ray.wait(list(self.running), timeout=POLL_SECONDS)
             for reference in ended:
                 job, sent = self.running[reference], self.sent.pop(reference)
                 try:
@@ -78,7 +87,7 @@ class RayJobs(Jobs):
 
     def stop(self, number, frame=None):
         self.stopped_by = number
-        self.flag.up.remote()
+        self.flag.set.remote()
 
 
 def room_of(node, threads, jobs_per_gpu):
@@ -87,17 +96,17 @@ def room_of(node, threads, jobs_per_gpu):
     return min(room, int(node.get("GPU", 0) * jobs_per_gpu)) if jobs_per_gpu else room
 
 
-class Flag:
-    """Says to all nodes that jobs shall stop: an actor of Ray."""
+class StopFlag:
+    """An actor of Ray that all nodes ask whether jobs shall stop."""
 
     def __init__(self):
-        self.is_up = False
+        self.stopped = False
 
-    def up(self):
-        self.is_up = True
+    def set(self):
+        self.stopped = True
 
-    def look(self):
-        return self.is_up
+    def is_set(self):
+        return self.stopped
 
 
 class Machines(NamedTuple):
@@ -203,7 +212,7 @@ def run_on_node(job, threads, folder, flag, sent=None):
 
     Args:
         folder: that the job's paths are relative to.
-        flag: actor of Flag.
+        flag: actor of StopFlag.
         sent: {name: bytes} that it finds in a --models-dir of its own; None where that is shared.
     """
     os.chdir(folder)
@@ -229,29 +238,29 @@ def is_below(word, folder):
 
 
 def run_here(job, threads, flag):
-    """Run a job to its end: Done, or None if the flag was up before."""
-    if is_up(flag):
+    """Run a job to its end: Done, or None if the flag was set before."""
+    if is_set(flag):
         return None
-    return tried_twice(partial(try_here, job, threads, flag), partial(is_up, flag))
+    return with_one_retry(partial(try_here, job, threads, flag), partial(is_set, flag))
 
 
 def try_here(job, threads, flag):
-    """Run a job's process: Done. When the flag goes up, it gets a SIGTERM and saves its state."""
+    """Run a job's process: Done. When the flag is set, it gets a SIGTERM and saves its state."""
     began, asked = time.perf_counter(), False
     process = start(job, threads)
     while (done := finish(job, process, began, os.WNOHANG)) is None:
-        time.sleep(LOOK)
-        if not asked and is_up(flag):
+        time.sleep(POLL_SECONDS)
+        if not asked and is_set(flag):
             process.send_signal(signal.SIGTERM)
             asked = True
     return done
 
 
-def is_up(flag):
-    """Whether a Flag is up; one that was lost with its node is not."""
+def is_set(flag):
+    """Whether a StopFlag is set; one that was lost with its node is not."""
     import ray
 
     try:
-        return ray.get(flag.look.remote())
+        return ray.get(flag.is_set.remote())
     except ray.exceptions.RayError:
         return False

@@ -16,7 +16,7 @@ from common.metrics import (
     expected_calibration_error,
     roc_band,
 )
-from model import enlarge_maps
+from model import upsample_maps
 
 matplotlib.use("Agg")
 
@@ -175,7 +175,7 @@ def overlay(volume, maps, backbone="alexnet", scale=None):
         uint8 array (s, H, W, 3).
     """
     scale = scale or float(np.abs(maps).max()) or 1.0
-    heat = np.clip(enlarge_maps(maps, *volume.shape[1:], backbone) / scale, -1, 1)  # (s, H, W)
+    heat = np.clip(upsample_maps(maps, *volume.shape[1:], backbone) / scale, -1, 1)  # (s, H, W)
     colour = heat_colours()[np.rint((heat + 1) * 127.5).astype(np.uint8)]  # (s, H, W, 3)
     cover = (OPACITY * np.abs(heat))[..., None]
     grey = np.asarray(volume, np.float32)[..., None]

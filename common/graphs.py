@@ -28,7 +28,7 @@ def use_graphs(asked, config, device, cached):
     other = ["--augment strong"] if config.augment == "strong" else []
     other += ["--lr-scheduler one-cycle"] if config.lr_scheduler == "one-cycle" else []
     other += [f"--plane {' '.join(config.planes)}"] if len(config.planes) > 1 else []
-    other += ["torchrun"] if ranks.count() > 1 else []
+    other += ["torchrun"] if ranks.world_size() > 1 else []
     if asked and other:
         raise InputError(f"--cuda-graphs: not with {', '.join(other)}; leave one of them out")
     return on_gpu and not other and asked is not False
@@ -61,7 +61,7 @@ class GraphedStep(TrainingStep):
 
         eager, given = super().backward, (volume, *view, target, weight)
         if self.model.chunks(volume.shape, self.device) > 1 or self.eager_left:
-            with self.aside():
+            with self.on_capture_stream():
                 return work(*given)
         key = (id(exams), exams_in_step, *(None if one is None else one.shape for one in given))
         return self.replay(key, work, given)
@@ -69,13 +69,13 @@ class GraphedStep(TrainingStep):
     def update(self):
         if self.eager_left:
             self.eager_left -= 1
-            with self.aside():
+            with self.on_capture_stream():
                 super().update()
         else:
             self.replay("update", super().update)
 
     @contextmanager
-    def aside(self):
+    def on_capture_stream(self):
         """On the stream that graphs are captured on: no work of another may be part of one."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -93,7 +93,7 @@ class GraphedStep(TrainingStep):
         """
         if key not in self.graphs:
             if len(self.graphs) >= self.MOST:
-                with self.aside():
+                with self.on_capture_stream():
                     return work(*given)
             self.graphs[key] = self.capture(work, given)
         graph, buffers, results = self.graphs[key]

@@ -40,7 +40,7 @@ class Job(NamedTuple):
     log: Path  # gets all that it prints
     work: float = 1.0  # how long it takes, in any unit: the longest begin first
     files: tuple = ()  # names of what it reads and writes in its --models-dir
-    ended: Path | None = None  # a file that is there once it has ended well, if with status 1
+    ended: Path | None = None  # marker file: exists if the job completed, even with status 1
 
 
 class Done(NamedTuple):
@@ -130,7 +130,7 @@ class Jobs:
         """Run one job to its end: Done; None if a signal came before it began."""
         if self.stopped_by:
             return None
-        return tried_twice(partial(self.try_one, job), lambda: self.stopped_by)
+        return with_one_retry(partial(self.try_one, job), lambda: self.stopped_by)
 
     def try_one(self, job):
         """Run a job's process: Done."""
@@ -148,8 +148,8 @@ class Jobs:
 
 
 def bytes_of_a_job(backbone=THE_ARTICLES["backbone"], planes=1):
-    """Memory that training a network takes at most on a CPU, with exams of MRNet's size; of a
-    backbone that there is not, which train.py refuses, the article's."""
+    """Memory that training a network takes at most on a CPU, with exams of MRNet's size; an
+    unknown backbone counts as the article's (train.py rejects it)."""
     known = BACKBONES.get(backbone, BACKBONES[THE_ARTICLES["backbone"]])
     activations = min(MOST_ACTIVATIONS, PIXELS_OF_AN_EXAM * known.activations)
     return BYTES_OF_A_PROCESS + planes * BYTES_OF_AN_ACTIVATION * activations
@@ -161,7 +161,7 @@ def most_at_once(count, bytes_each):
     return int(max(1, min(usable_cores(), available_memory() // bytes_each, count)))
 
 
-def tried_twice(attempt, is_stopped):
+def with_one_retry(attempt, is_stopped):
     """The Done of a job that is tried once more if it fails, unless its input is bad: the status of
     the second time, and the time of both.
 

@@ -15,7 +15,7 @@ PLATEAU_PATIENCE, PLATEAU_FACTOR, PLATEAU_THRESHOLD = 3, 0.3, 1e-4  # the articl
 STEP_EPOCHS, STEP_FACTOR = 3, 0.5  # the article's
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SCHEDULERS = ("plateau", "step", "cosine", "one-cycle", "none")
-STALE = 0.01  # share of an average that may still be its start
+MAX_INITIAL_WEIGHT = 0.01  # share of the first weights left in the average
 ONE_CYCLE_WARMUP = 0.3  # of all steps, where --warmup is 0; torch's and fastai's
 
 
@@ -115,11 +115,11 @@ def average_advice(config, exams):
         exams: int, to train on.
     """
     steps = -(-exams // config.accumulate) * config.epochs
-    stale = config.average_weights**steps
-    if stale < STALE:
+    initial_weight = config.average_weights**steps
+    if initial_weight < MAX_INITIAL_WEIGHT:
         return ""
-    faster = next((decay for decay in (0.99, 0.9) if decay**steps < STALE), 0)
+    faster = next((decay for decay in (0.99, 0.9) if decay**steps < MAX_INITIAL_WEIGHT), 0)
     return (
-        f"average    after {steps} steps {stale:.0%} of the averaged weights are still those of "
-        f"the first; --average-weights {faster} forgets them"
+        f"average    after {steps} steps {initial_weight:.0%} of the averaged weights are "
+        f"still those of the first; --average-weights {faster} forgets them"
     )

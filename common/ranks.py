@@ -18,7 +18,7 @@ from common.errors import InputError
 
 
 @contextmanager
-def joined(device, exams_in_step):
+def process_group(device, exams_in_step):
     """Within it this process is one of torchrun's ranks, if torchrun started it.
 
     Args:
@@ -52,34 +52,34 @@ def joined(device, exams_in_step):
     dist.destroy_process_group()  # after an error the others may be waiting: not then
 
 
-def index():
+def rank():
     """Number of this rank, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def count():
+def world_size():
     """How many ranks there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_first():
     """Whether this rank writes files and prints."""
-    return index() == 0
+    return rank() == 0
 
 
 def share(items):
-    """This rank's part of a list or range that all ranks have: every count()-th."""
-    return items[index() :: count()]
+    """This rank's part of a list or range that all ranks have: every world_size()-th."""
+    return items[rank() :: world_size()]
 
 
 @contextmanager
 def first_alone():
     """Within it the first rank is alone; the others come when it has left."""
     if not is_first():
-        wait()
+        barrier()
     yield
     if is_first():
-        wait()
+        barrier()
 
 
 def differ(seed, step):
@@ -91,26 +91,26 @@ def differ(seed, step):
         seed: of the epoch.
         step: number within the epoch.
     """
-    if index():
-        torch.manual_seed(seed + (index() << 40) + step)
+    if rank():
+        torch.manual_seed(seed + (rank() << 40) + step)
 
 
-def wait():
+def barrier():
     """Go on when all ranks have come here."""
-    if count() > 1:
-        dist.all_reduce(torch.zeros(1))  # on the CPU: barrier() would take a GPU's queue
+    if world_size() > 1:
+        dist.all_reduce(torch.zeros(1))  # on the CPU: dist.barrier() would take a GPU's queue
 
 
 def add_up(tensor):
     """Sum a tensor over the ranks, in place."""
-    if count() > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor)
 
 
 def add_up_step(model, results):
     """Sum a step's gradients over the ranks, and the tensors `results`, in place and in one
     message."""
-    if count() == 1:
+    if world_size() == 1:
         return
     parameters = [p for p in model.parameters() if p.requires_grad]
     # What no exam of the step reaches (a plane that was dropped) is not updated, as in one process.
@@ -133,7 +133,7 @@ def any_stops(stop_requested):
     Args:
         stop_requested: list of signals' numbers; one that reached another rank is added.
     """
-    if count() == 1:
+    if world_size() == 1:
         return bool(stop_requested)
     number = torch.tensor(stop_requested[0] if stop_requested else 0)
     dist.all_reduce(number, dist.ReduceOp.MAX)

@@ -135,7 +135,8 @@ def planes_of_exams(logits):
     n = len(next(iter(next(iter(logits.values())).values())))
     there = [set() for _ in range(n)]
     for found in logits.values():
-        # A network that can do with fewer planes answers under its first key in any case.
+        # With plane dropout the full set is evaluated for every exam, so only the subsets tell
+        # which planes an exam has.
         for planes in list(found)[1:] or found:
             for row in np.flatnonzero(np.isfinite(found[planes][:, 0])):
                 there[row].update(planes.split("+"))

@@ -19,7 +19,7 @@ from pydicom.uid import MRImageStorage
 from common import devices
 from common.figures import heat_colours, overlay
 from dataloader import preprocess
-from model import MRNet, enlarge_maps
+from model import MRNet, upsample_maps
 from tools import pointing_game
 
 
@@ -77,7 +77,7 @@ def test_maps_point_at_a_planted_square(row, column):
     found = pointing_game.strongest_voxel(maps)
     assert found[0] == 6
     assert np.abs(found[1:] - (row, column)).max() <= 24  # a cell is 32 px, its pooling 96
-    big = enlarge_maps(maps, 256, 256)
+    big = upsample_maps(maps, 256, 256)
     peak = np.unravel_index(big.argmax(), big.shape)
     assert peak[0] == 6 and np.abs(np.array(peak[1:]) - (row, column)).max() <= 24
 

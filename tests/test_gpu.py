@@ -16,7 +16,7 @@ from common.errors import InputError
 from common.graphs import GraphedStep, use_graphs
 from common.optimization import make_average, make_optimizer, make_scheduler
 from dataloader import MRDataset, MultiPlaneDataset
-from model import BACKBONES, POOLINGS, GreyConv2d, MRNet, MultiPlaneMRNet, convolution_of_patches
+from model import BACKBONES, POOLINGS, GreyConv2d, MRNet, MultiPlaneMRNet, im2col_convolution
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -110,12 +110,12 @@ def test_the_pooling_kernel_is_torchs():
 
 
 @pytest.mark.parametrize("channels, stride, bias", [(1, 4, True), (3, 4, True), (3, 2, False)])
-def test_a_convolution_of_patches_is_a_convolution(channels, stride, bias):
+def test_the_im2col_convolution_is_a_convolution(channels, stride, bias):
     torch.manual_seed(0)
     conv = GreyConv2d(3, 8, 11, stride, 2, bias=bias).double()
     x = torch.randn(2, channels, 70, 65, dtype=torch.float64)
     wanted = F.conv2d(x.expand(-1, 3, -1, -1), conv.weight, conv.bias, stride, 2)
-    ours, gradient = convolution_of_patches(x, conv), torch.randn_like(wanted)
+    ours, gradient = im2col_convolution(x, conv), torch.randn_like(wanted)
     torch.testing.assert_close(ours, wanted)
     for a, b in zip(*(torch.autograd.grad(y, list(conv.parameters()), gradient)
                       for y in (ours, wanted)), strict=True):  # fmt: skip
@@ -173,7 +173,7 @@ def trained(exams, name, kind, precision="fp32", epochs=2, device=CUDA):
 class Replayed(GraphedStep):
     """Graphs without CUDA: a replay computes from the buffers, as a graph would."""
 
-    aside = contextlib.nullcontext
+    on_capture_stream = contextlib.nullcontext
 
     def capture(self, work, given):
         buffers = [None if value is None else torch.empty_like(value) for value in given]

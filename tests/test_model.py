@@ -10,7 +10,7 @@ from conftest import ROOT
 from torch import nn
 from torchvision.models import alexnet
 
-from model import MRNet, enlarge_maps, first_convolution_of_grey
+from model import MRNet, space_to_depth_convolution, upsample_maps
 
 
 def articles_forward(model, x):
@@ -74,7 +74,7 @@ def test_first_convolution_has_the_article_shape_and_pixel_alignment():
     x[0, 0, 0, 0] = 1.0  # a corner: a misplaced border would show here
     x[0, 0, 255, 255] = 1.0
     torch.testing.assert_close(
-        first_convolution_of_grey(x, conv), conv(x.expand(1, 3, 256, 256)), atol=1e-6, rtol=1e-5
+        space_to_depth_convolution(x, conv), conv(x.expand(1, 3, 256, 256)), atol=1e-6, rtol=1e-5
     )
 
 
@@ -126,4 +126,4 @@ def test_enlarged_maps_are_numpys_interpolation_between_the_centres_of_cells(cel
         wanted = np.apply_along_axis(
             lambda row, at=centres, n=side: np.interp(np.arange(n), at, row), axis, wanted
         )
-    np.testing.assert_allclose(enlarge_maps(maps, 230, 256), wanted, atol=1e-4)
+    np.testing.assert_allclose(upsample_maps(maps, 230, 256), wanted, atol=1e-4)

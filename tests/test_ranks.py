@@ -139,7 +139,7 @@ def test_more_ranks_than_exams_in_a_step(tmp_path, shared_exams):
 def test_a_resumed_epoch_draws_what_one_without_a_stop_does(monkeypatch, rank):
     """Of each rank; only the first one's generator is saved, and loaded by all."""
     ours, saved, stop = {"rank": 0}, {}, []
-    monkeypatch.setattr(ranks, "index", lambda: ours["rank"])
+    monkeypatch.setattr(ranks, "rank", lambda: ours["rank"])
 
     def step(_exams, _rows, _views, targets, _weights):
         if stop and len(drawn) == 4:
@@ -166,7 +166,7 @@ def test_a_resumed_epoch_draws_what_one_without_a_stop_does(monkeypatch, rank):
 
 
 def test_one_process_is_all_of_its_ranks():
-    assert (ranks.index(), ranks.count(), ranks.is_first()) == (0, 1, True)
+    assert (ranks.rank(), ranks.world_size(), ranks.is_first()) == (0, 1, True)
     assert ranks.share([3, 4, 5]) == [3, 4, 5]
     stop = []
     assert not ranks.any_stops(stop) and ranks.any_stops([15])
@@ -175,7 +175,7 @@ def test_one_process_is_all_of_its_ranks():
 def test_a_signal_while_ranks_compare_is_for_the_next_time(monkeypatch):
     """Otherwise this rank stops and the others go on, without it."""
     stop = []
-    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
     monkeypatch.setattr(ranks.dist, "all_reduce", lambda number, how: stop.append(15))
     assert not ranks.any_stops(stop)
     monkeypatch.setattr(ranks.dist, "all_reduce", lambda number, how: None)

@@ -835,7 +835,7 @@ def test_15d_the_summit_of_a_map_is_where_the_bright_spot_is(size):
     import torch
 
     from dataloader import preprocess
-    from model import MRNet, enlarge_maps
+    from model import MRNet, upsample_maps
     from tools.pointing_game import strongest_voxel
 
     torch.manual_seed(2)
@@ -854,6 +854,6 @@ def test_15d_the_summit_of_a_map_is_where_the_bright_spot_is(size):
             assert summit[0] == 1 and np.abs(summit[1:] - (row, column)).max() <= 6
             if first + step * (cell + 1) > size - step / 2:
                 continue  # beyond the last cell's middle the map stays as high
-            big = enlarge_maps(maps, size, size)[1]
+            big = upsample_maps(maps, size, size)[1]
             top = np.argwhere(big == big.max()).mean(axis=0)
             assert np.abs(top - (row, column)).max() <= 8

@@ -11,7 +11,7 @@ from common import engine
 from common.devices import has_bf16, pick_precision
 from common.graphs import GraphedStep
 from dataloader import Augmentation, resample
-from model import GreyConv2d, MRNet, first_convolution_of_grey
+from model import GreyConv2d, MRNet, space_to_depth_convolution
 from tools.article_loop import ArticlesLoop
 
 OURS, ARTICLE = "ours", "the article's loop"
@@ -122,7 +122,7 @@ class WithoutChannelsLast(MRNet):
         self.to(memory_format=torch.contiguous_format)
 
     def feature_maps(self, x):
-        x = first_convolution_of_grey(x, self.pretrained_model[0]).contiguous()
+        x = space_to_depth_convolution(x, self.pretrained_model[0]).contiguous()
         return self.pretrained_model[1:](x)
 
 
@@ -130,7 +130,7 @@ class CudnnConv2d(GreyConv2d):
     """The first convolution as a CPU has it: 4 x 4 blocks, and cuDNN's convolution of them."""
 
     def forward(self, x):
-        return first_convolution_of_grey(x, self)
+        return space_to_depth_convolution(x, self)
 
 
 class WithoutPatches(MRNet):
