@@ -45,8 +45,9 @@ from common.exams import read_planes
 from common.files import atomic, csv_line, from_cell
 from common.machine import usable_cores
 from common.parts import beside, check_names, part_argument, write_part
-from common.stacking import DIGITS, decide, saved_tasks
+from common.stacking import DIGITS, decide
 from common.submission import UNTRAINED, read_sample, write_submission
+from common.task_models import saved_tasks
 from dataloader import PLANES, in_order
 
 BEFORE = ("exam", "source", "task")  # columns, then one for each plane

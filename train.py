@@ -37,16 +37,12 @@ from common import cli, engine, ranks
 from common.augmentation import AUGMENTATIONS, SLICES_OF_STRONG
 from common.checkpoint import (
     ARCHITECTURE,
-    SELECTIONS,
-    TrainState,
     build_model,
     check_writable,
     column_name,
-    is_finished,
     load_model,
     lock,
     model_path,
-    restore_state,
     save_model,
 )
 from common.config import ARTICLE, THE_ARTICLES, Config, read_recipe, selection_note
@@ -65,6 +61,7 @@ from common.optimization import (
     steps_with_optimizer,
 )
 from common.splits import PROTOCOLS, fingerprints_of, numbered, plan_splits, write_folds
+from common.train_state import SELECTIONS, TrainState, is_finished, restore_state
 from common.weights import imagenet_features
 from dataloader import CHANNELS, INTENSITIES, PLANES, grey_levels, in_order, is_positive
 from model import BACKBONES, POOLINGS

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from common.exams import open_exams, refuse_unfit
-from common.stacking import load_task, saved_tasks
+from common.task_models import load_task, saved_tasks
 
 
 class Options(NamedTuple):
@@ -22,7 +22,7 @@ def load_tasks(models_dir, names, device, recipes):
     """TaskModels of the tasks `names`, sorted; of every task with a saved model where it is empty.
 
     Raises:
-        InputError: as `stacking.load_task`.
+        InputError: as `task_models.load_task`.
     """
     names = sorted(set(names)) if names else saved_tasks(models_dir, recipes)
     return [load_task(models_dir, name, device, recipes) for name in names]

@@ -2,17 +2,12 @@
 
 import argparse
 import errno
-import functools
-import importlib.metadata
 import math
 import os
-import platform
 import shlex
 import signal
-import subprocess
 import sys
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -22,6 +17,8 @@ from common import ranks
 from common.config import ARTICLE
 from common.devices import PRECISIONS, device_name
 from common.errors import InputError, Interrupted, RunError, one_line, printable
+from common.provenance import git_sha, versions
+from common.provenance import made as made  # as cli.made: model_card.py
 from dataloader import ALL_PLANES, PLANES, SEQUENCES, is_positive
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -225,37 +222,6 @@ def probability(text):
 
 
 # --- what is printed ------------------------------------------------------------------------------
-
-
-@functools.cache
-def git_sha():
-    """Commit of the code, "+" appended when files differ from it; "unknown" outside git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        sha = subprocess.run(
-            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return sha + ("+" if changed else "")
-
-
-def made():
-    """When and by which code something is made, for the foot of a page."""
-    return f"{datetime.now():%Y-%m-%d %H:%M}, commit {git_sha()}"
-
-
-def versions():
-    """Versions of what the numbers depend on: {name: version}."""
-    names = ("torchvision", "numpy", "scikit-learn")
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        **{name: importlib.metadata.version(name) for name in names},
-    }
 
 
 def print_start_up(arguments, device, precision):

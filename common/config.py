@@ -109,7 +109,7 @@ def selection_note(arguments, is_on_others):
 
 @dataclass(frozen=True)
 class Config:
-    """One training's arguments; a resumed training must agree on them (`checkpoint.check_same`).
+    """One training's arguments; a resumed training must agree on them (`train_state.check_same`).
 
     What they mean: recipes/article.toml, `train.py --help`.
     """

@@ -6,7 +6,8 @@ from torch import nn
 from common.checkpoint import load_model
 from common.config import ARTICLE
 from common.errors import InputError, one_line
-from common.stacking import as_network, load_task, stack_path
+from common.stacking import stack_path
+from common.task_models import as_network, load_task
 from dataloader import preprocess
 
 
@@ -15,7 +16,7 @@ class ExamModel(nn.Module):
 
     Args:
         task: the finding.
-        network: stacking.Network.
+        network: task_models.Network.
 
     Attributes:
         task: the finding.
@@ -72,7 +73,7 @@ class StackModel(nn.Module):
     What `stacking.combine` does with arrays, as a graph that can be exported.
 
     Args:
-        models: stacking.TaskModels with a stack.
+        models: task_models.TaskModels with a stack.
 
     Attributes:
         task, planes: as in ExamModel.
@@ -105,7 +106,7 @@ def load_stack_model(models_dir, task, recipes=(ARTICLE,)):
     """The StackModel of a finding, in evaluation mode on the CPU.
 
     Raises:
-        InputError: no stack, none of all planes, or as `stacking.load_task`.
+        InputError: no stack, none of all planes, or as `task_models.load_task`.
     """
     models = load_task(models_dir, task, recipes=recipes)
     if models.stack is None:

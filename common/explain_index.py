@@ -23,6 +23,7 @@ from common.errors import InputError
 from common.explain_page import as_text, fill, make_page, slice_picture
 from common.explanation import unusable_of
 from common.files import write_bytes, write_text
+from common.provenance import made
 from dataloader import PLANES, in_order, label_rows
 
 ROWS, INDEX = "exams.jsonl", "index.html"
@@ -208,7 +209,7 @@ def make_index(rows, tasks, labels, unfinished):
 
     Args:
         rows: list of Row.
-        tasks: list of stacking.TaskModels.
+        tasks: list of task_models.TaskModels.
         labels: as `labels_beside` returns them.
         unfinished: exams that were not reached.
     """
@@ -238,7 +239,7 @@ def make_index(rows, tasks, labels, unfinished):
         "synthetic": any(models.is_synthetic for models in tasks),
         "mirrored": any(models.is_mirrored for models in tasks),
         "trained_on": {models.task: cli.describe_datasets(models.datasets) for models in tasks},
-        "made": cli.made(),
+        "made": made(),
     }
     return fill(PAGE, f"{', '.join(content['tasks'])}: {len(rows)} exams", content)
 
@@ -253,7 +254,7 @@ def labels_beside(exams, tasks):
 
     Args:
         exams: FolderExams, or others, which have no labels.
-        tasks: list of stacking.TaskModels.
+        tasks: list of task_models.TaskModels.
 
     Returns:
         {(source, task): {id without leading zeros: label 0 to 1}}, of the exams with a label.

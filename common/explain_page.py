@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from common import cli
 from common.errors import printable
 from common.figures import OPACITY, heat_colours, overlay
+from common.provenance import made
 from dataloader import PLANES, in_order
 from model import BACKBONES
 
@@ -69,7 +70,7 @@ def make_page(exam, findings):
         "findings": [describe_finding(finding) for finding in findings],
         "opacity": OPACITY,
         "colours": heat_colours().ravel().tolist(),
-        "made": cli.made(),
+        "made": made(),
     }
     title = f"{', '.join(finding.task for finding in findings)}, exam {exam.name}"
     return fill(PAGE, title, content)

@@ -10,7 +10,8 @@ import numpy as np
 
 from common.engine import sigmoid
 from common.exams import read_planes
-from common.stacking import Decision, TaskModels, decide
+from common.stacking import Decision, decide
+from common.task_models import TaskModels
 from model import BACKBONES, regrid
 
 
@@ -45,7 +46,7 @@ def explain_networks(networks, volumes, device, precision, known):
     """Probability and maps of networks that take the same planes.
 
     Args:
-        networks: list of stacking.Network.
+        networks: list of task_models.Network.
         volumes: {plane: uint8 array (s, H, W)}.
         known: as `Network.heat_maps` takes it.
 
@@ -87,7 +88,7 @@ def explain_planes(models, volumes, device, precision, known=None):
     """What each group of a task's networks that take the same planes says.
 
     Args:
-        models: stacking.TaskModels.
+        models: task_models.TaskModels.
         volumes: {plane: uint8 array (s, H, W)}.
         known: as `Network.heat_maps` takes it; None for an exam that no other task asks about.
 
@@ -146,7 +147,7 @@ def explain_exam(exam, tasks, device, precision, partial=False):
 
     Args:
         exam: exams.Exam.
-        tasks: list of stacking.TaskModels.
+        tasks: list of task_models.TaskModels.
         partial: also decide where a plane cannot be used.
     """
     findings, read, known = [], {}, {}

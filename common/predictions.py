@@ -16,7 +16,8 @@ from common.checkpoint import (
     unfinished_states,
 )
 from common.errors import InputError
-from common.stacking import Body, combinations_of
+from common.stacking import combinations_of
+from common.task_models import Body
 from dataloader import CHANNELS, SPLITS, MRDataset, MultiPlaneDataset, in_order
 
 

@@ -31,8 +31,10 @@ from common.explanation import explain_planes
 from common.figures import as_svg, learning_figure, reliability_figure, roc_figure
 from common.files import write_text
 from common.metrics import auc_interval, wilson_interval
+from common.provenance import made
 from common.results import find_results, read_results
-from common.stacking import STACK, largest_combination, load_task
+from common.stacking import STACK, largest_combination
+from common.task_models import load_task
 from dataloader import SPLITS, read_groups
 
 WORST = 4  # exams of each kind of error that are shown
@@ -458,7 +460,7 @@ def write_report(found, out, data_dir=None, metadata=None, pages=None):
         "caveats": unique(line.lstrip("* ") for t in tasks for line in t["results"]["caveats"]),
         "missing": missing,
         "notice": NOTICE,
-        "made": cli.made(),
+        "made": made(),
     }
     templates = environment()
     write_text(out, templates.get_template("report.html").render(context))

@@ -50,7 +50,7 @@ def read_code(volume):
 
 
 def predict_code(network, volumes, device, precision, known):
-    """Stands in for stacking.Network.logit: the code as a logit of two decimals."""
+    """Stands in for task_models.Network.logit: the code as a logit of two decimals."""
     return read_code(volumes[network.planes[0]]) / 1000 - 1
 
 

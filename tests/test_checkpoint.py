@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from common import checkpoint, weights
-from common.checkpoint import TrainState, check_same, load_model, save_model
+from common.checkpoint import load_model, save_model
 from common.config import Config
 from common.errors import InputError
 from common.files import atomic
 from common.pickles import ArrayUnpickler
+from common.train_state import TrainState, check_same, restore_state
 from model import MRNet
 
 METADATA = {
@@ -216,9 +217,9 @@ def test_epochs_are_added_where_no_schedule_was_planned_for_their_number(
     path, state = tmp_path / "acl-axial.state", a_state()
     config = asdict(Config("acl", "axial", lr_scheduler=schedule, warmup=warmup, epochs=10))
     state.save(path, config, {})
-    assert checkpoint.restore_state(path, a_state(), config, {})
+    assert restore_state(path, a_state(), config, {})
     with nullcontext() if may_grow else pytest.raises(InputError, match="--epochs 10"):
-        assert checkpoint.restore_state(path, a_state(), config | {"epochs": 50}, {})
+        assert restore_state(path, a_state(), config | {"epochs": 50}, {})
 
 
 def test_each_finding_has_its_own_best_epoch():

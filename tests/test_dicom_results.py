@@ -23,7 +23,8 @@ from common import dicom_results
 from common.explain_index import describe
 from common.explain_page import headline
 from common.explanation import Finding, PlaneMaps
-from common.stacking import Decision, TaskModels
+from common.stacking import Decision
+from common.task_models import TaskModels
 from data.common import TARGET
 from data.dicom.origin import frames_of, place
 from data.dicom.series import Series, ways_to_cut

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from common.checkpoint import build_model
 from common.exam_model import ExamModel
 from common.model_card import subject_of_stack, write_card
-from common.stacking import Network
+from common.task_models import Network
 from model import BACKBONES
 from tools import export
 

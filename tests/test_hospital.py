@@ -10,7 +10,7 @@ import pytest
 from conftest import PLANES, rows_of, run_script
 from hospital import KINDS, code_said, damage, predict_code, write_hospital, write_study
 
-from common.stacking import Network
+from common.task_models import Network
 
 
 @pytest.fixture

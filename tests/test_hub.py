@@ -14,7 +14,7 @@ import hubconf
 from common.checkpoint import load_model
 from common.errors import InputError
 from common.exam_model import ExamModel, load_exam_model
-from common.stacking import as_network
+from common.task_models import as_network
 
 ROOT = Path(__file__).parent.parent
 LOAD = """

@@ -11,7 +11,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"train", "train_logistic_regression", "predict", "explain", "reproduce"}
 LAYERS = [  # each imports from itself and from those before it only
-    {"common.errors", "common.files", "common.kernels", "common.machine", "common.pickles"},
+    {
+        "common.errors",
+        "common.files",
+        "common.kernels",
+        "common.machine",
+        "common.pickles",
+        "common.provenance",
+    },
     {"model", "dataloader", "data", "common.description"},
     {"common"},
     SCRIPTS | {"hubconf"},

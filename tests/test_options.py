@@ -20,7 +20,7 @@ import train
 from common import config as configuration
 from common import engine
 from common.augmentation import StrongAugmentation, make_augmentation
-from common.checkpoint import TrainState, load_model
+from common.checkpoint import load_model
 from common.config import Config, read_recipe, selection_note, selection_of
 from common.datasets import load_exams
 from common.errors import InputError
@@ -32,6 +32,7 @@ from common.optimization import (
     steps_with_optimizer,
 )
 from common.splits import plan_splits, split_exams
+from common.train_state import TrainState
 from dataloader import MRDataset, MultiPlaneDataset, preprocess
 from model import BACKBONES, MRNet
 

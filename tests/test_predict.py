@@ -17,7 +17,7 @@ from common.checkpoint import read_checkpoint, write_checkpoint
 from common.errors import InputError
 from common.exams import Exam, FolderExams, exam_of_files
 from common.files import as_cell, from_cell
-from common.stacking import Network, TaskModels
+from common.task_models import Network, TaskModels
 from predict import Answer, make_row
 
 

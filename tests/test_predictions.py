@@ -13,7 +13,7 @@ from test_options import files, train_quickly, write_findings
 from common import engine
 from common.checkpoint import body_digest, load_model, save_model
 from common.predictions import Predictor
-from common.stacking import as_network
+from common.task_models import as_network
 from dataloader import MRDataset, MultiPlaneDataset
 from model import MRNet, MultiPlaneMRNet
 

@@ -32,7 +32,7 @@ from common import cli, devices, engine, jobs, machine, weights
 from common.checkpoint import load_model, read_checkpoint, write_checkpoint
 from common.metrics import choose_threshold
 from common.splits import split_exams
-from common.stacking import Network
+from common.task_models import Network
 from data.common import Register, Report, exam_name, keyed_hash, write_volume
 from data.dicom.prepare import number_exams, write_groups
 from data.dicom.studies import Exam, Study

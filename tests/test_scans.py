@@ -28,7 +28,7 @@ from test_dicom import (
 from common.cli import status_of
 from common.errors import InputError
 from common.exams import FROM_DICOM, UNKNOWN_CONTRAST, open_exams, refuse_unfit
-from common.stacking import Network, TaskModels
+from common.task_models import Network, TaskModels
 from data.common import Report
 from data.dicom import serve
 from data.dicom.series import Frame

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
 from common import stacking
-from common.checkpoint import save_model
+from common.checkpoint import digest_of, save_model
 from common.errors import InputError
 from common.metrics import roc_auc, wilson_interval
 from common.stacking import (
@@ -22,15 +22,14 @@ from common.stacking import (
     decide,
     fit_combinations,
     load_stack,
-    load_task,
     planes_of_exams,
     reaches,
     save_stack,
-    saved_tasks,
     stack_features,
     stack_path,
     threshold_for,
 )
+from common.task_models import load_task, saved_tasks
 from model import MRNet
 from train_logistic_regression import (
     RATES,
@@ -402,7 +401,7 @@ def test_a_task_with_a_stack_has_the_stacks_networks(tmp_path):
     names = [f"acl-axial-fold{k}of2" for k in (1, 2)]
     write_models(tmp_path, *names, "acl-axial")
     files = [f"{name}.pt" for name in names]
-    digests = {name: stacking.digest_of(tmp_path / name) for name in files}
+    digests = {name: digest_of(tmp_path / name) for name in files}
     combinations = {"axial": one_combination("axial")}
     stack = a_stack(base_models={"axial": files}, digests=digests, combinations=combinations)
     save_stack(stack_path(tmp_path, "acl"), stack)

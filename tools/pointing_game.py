@@ -19,7 +19,8 @@ from common.devices import pick_device, pick_precision
 from common.errors import InputError, one_line
 from common.explanation import explain_planes
 from common.metrics import wilson_interval
-from common.stacking import decide, load_task, saved_tasks
+from common.stacking import decide
+from common.task_models import load_task, saved_tasks
 from dataloader import is_positive, read_labels, read_volume, volume_path
 from model import BACKBONES
 

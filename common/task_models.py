@@ -1,0 +1,250 @@
+"""The trained networks of a finding and their stack, loaded to answer about exams.
+
+from common.task_models import load_task
+models = load_task("models", "acl")
+logits = models.logits({"sagittal": volume}, torch.device("cpu"), "fp32", {})
+"""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from common.checkpoint import body_digest, column_name, digest_of, load_model, model_path
+from common.config import ARTICLE
+from common.devices import autocast
+from common.errors import InputError
+from common.stacking import is_combination_name, load_stack, order_of, stack_name, stack_path
+from dataloader import ALL_PLANES, CHANNELS, check_side, in_order, preprocess
+from model import BACKBONES
+
+ANY_PLANE = "|".join(sorted(ALL_PLANES, key=len, reverse=True))  # as a regular expression
+
+
+class Body(NamedTuple):
+    """What the features of an exam depend on, beside the exam, the device and the precision."""
+
+    digest: str  # `body_digest`
+    planes: tuple  # that went through it
+    intensity: str
+    channels: str
+
+
+class Network(NamedTuple):
+    """A saved network, ready to answer."""
+
+    model: torch.nn.Module  # MRNet or MultiPlaneMRNet in evaluation mode, of one finding
+    planes: tuple  # that it takes
+    intensity: str
+    channels: str
+    may_lack: bool  # it was trained with plane dropout, so a plane may be missing
+    body_digest: str  # of the model
+
+    @property
+    def bias(self):
+        return self.model.classifier.bias.item()
+
+    def takes(self, planes):
+        """Whether it can answer about an exam with these planes."""
+        there = sum(plane in planes for plane in self.planes)
+        return there == len(self.planes) or (self.may_lack and there > 0)
+
+    def prepare(self, volumes, device):
+        """{plane: uint8 array (s, H, W)} -> input of the network on `device`."""
+        exam = {
+            plane: preprocess(
+                torch.from_numpy(volumes[plane]).to(device), self.intensity, self.channels
+            )
+            for plane in self.planes
+            if plane in volumes
+        }
+        return exam if len(self.planes) > 1 else exam[self.planes[0]]
+
+    @torch.inference_mode()
+    def logit(self, volumes, device, precision, known):
+        """The logit of one exam, float.
+
+        Args:
+            volumes: as `prepare` takes them.
+            known: {Body: features} of this exam on this device in this precision, brought up to
+                date: networks that differ in their classifiers alone share the rest.
+        """
+        body = self.body(volumes)
+        with autocast(device, precision):
+            if body not in known:
+                known[body] = self.model.exam_features(self.prepare(volumes, device))
+            return self.model.classify(known[body]).item()
+
+    def body(self, planes):
+        """The Body of an exam with these planes, container."""
+        ours = tuple(plane for plane in self.planes if plane in planes)
+        return Body(self.body_digest, ours, self.intensity, self.channels)
+
+    def heat_maps(self, volumes, device, precision, known):
+        """{plane: float32 array (s, h, w)}, as `MRNet.heat_maps`, and the logit.
+
+        Args:
+            known: as `logit` takes it, with `MRNet.exam_maps` in the place of features.
+        """
+        body = self.body(volumes)
+        with autocast(device, precision):
+            if body not in known:
+                known[body] = self.model.exam_maps(self.prepare(volumes, device))
+            maps, logit = self.model.heat_maps_of(known[body])
+        return (maps if len(self.planes) > 1 else {self.planes[0]: maps}), logit
+
+
+class TaskModels(NamedTuple):
+    """Everything saved for one task."""
+
+    task: str
+    networks: dict  # column -> [Network, ...]; several with folds
+    stack: dict | None  # as `load_stack` returns it
+    digest: str  # of the files of all networks and the stack, 12 hex digits
+    datasets: list  # that the networks were trained on: dataset.json's content, None if unknown
+    prevalence: float  # mean label of the exams that the networks were trained on
+
+    @property
+    def is_synthetic(self):
+        """Whether any of the networks was trained on synthetic exams."""
+        return any(dataset is not None and dataset["synthetic"] for dataset in self.datasets)
+
+    @property
+    def is_mirrored(self):
+        """Whether any of the networks sees right knees as left ones."""
+        return any(dataset is not None and dataset.get("mirrored") for dataset in self.datasets)
+
+    @property
+    def planes(self):
+        """The planes that any network takes, in the order of ALL_PLANES."""
+        return in_order({p for networks in self.networks.values() for p in networks[0].planes})
+
+    @property
+    def by_planes(self):
+        """{(planes that they take): {column: [Network, ...]}}, single planes first."""
+        found = {}
+        for column, networks in self.networks.items():
+            found.setdefault(networks[0].planes, {})[column] = networks
+        order = sorted(found, key=lambda planes: (len(planes), ALL_PLANES.index(planes[0])))
+        return {planes: found[planes] for planes in order}
+
+    def check_volume(self, path, volume, plane):
+        """Raise InputError where a plane's slices are smaller than one of its networks needs."""
+        for networks in self.networks.values():
+            backbone = networks[0].model.backbone
+            if plane in networks[0].planes:
+                check_side(path, volume.shape, BACKBONES[backbone].smallest_side, backbone)
+
+    def logits(self, volumes, device, precision, known):
+        """{column: [float, one for each network]} of the columns that can do with the planes.
+
+        Args:
+            volumes: {plane: uint8 array (s, H, W)}.
+            known: as `Network.logit` takes it.
+        """
+        return {
+            column: [network.logit(volumes, device, precision, known) for network in networks]
+            for column, networks in self.networks.items()
+            if networks[0].takes(volumes)
+        }
+
+
+def saved_tasks(models_dir, recipes=(ARTICLE,)):
+    """Names of the tasks that have a stack or a model of some recipes, sorted.
+
+    Raises:
+        InputError: there is none.
+    """
+    folder, end = Path(models_dir), f"-{stack_name(recipes)}.json"
+    names = {path.name.removesuffix(end) for path in folder.glob(f"*{end}")}
+    names |= saved_columns(folder, recipes).keys()
+    if not names:
+        of = f" of recipe {' or '.join(recipes)}" if tuple(recipes) != (ARTICLE,) else ""
+        raise InputError(
+            f"{folder}: no saved models{of}; run `make demo`, or train.py and "
+            "train_logistic_regression.py, or give another --models-dir or --recipes"
+        )
+    return sorted(names)
+
+
+def saved_columns(models_dir, recipes):
+    """The networks of some recipes in a folder, but those of folds and seeds: {task: [column]}."""
+    found = {}
+    for recipe in recipes:
+        planes = rf"((?:{ANY_PLANE})(?:\+(?:{ANY_PLANE}))*)"
+        pattern = re.compile(rf"(.+)-{planes}{re.escape(column_name('', recipe))}\.pt")
+        parts = [pattern.fullmatch(path.name) for path in Path(models_dir).glob("*.pt")]
+        parts = [match.groups() for match in parts if match and is_combination_name(match[2])]
+        for task, planes in sorted(parts, key=lambda part: order_of(part[1])):
+            found.setdefault(task, []).append(column_name(planes, recipe))
+    return found
+
+
+def as_network(model, metadata, device):
+    """A loaded model and its metadata as a Network on `device`."""
+    digest = body_digest(model)
+    return Network(
+        model.to(device),
+        tuple(metadata["plane"].split("+")),
+        metadata["intensity"],
+        metadata.get("channels", CHANNELS[0]),
+        metadata.get("plane_dropout", 0) > 0,
+        digest,
+    )
+
+
+def load_task(models_dir, task, device="cpu", recipes=(ARTICLE,)):
+    """The networks of a task, on `device`, and its stack if there is one: TaskModels.
+
+    Args:
+        recipes: of the networks.
+
+    Raises:
+        InputError: no such task, or a saved model that is damaged or of another task or plane.
+    """
+    folder = Path(models_dir)
+    if task not in saved_tasks(folder, recipes):
+        raise InputError(
+            f"{folder}: no models of task '{task}'; tasks here: "
+            f"{', '.join(saved_tasks(folder, recipes))}"
+        )
+    stack = None
+    if stack_path(folder, task, recipes).is_file():
+        stack = load_stack(folder, task, recipes)
+    if stack:
+        paths = {
+            column: [folder / name for name in names]
+            for column, names in stack["base_models"].items()
+        }
+    else:
+        columns = saved_columns(folder, recipes)[task]
+        paths = {column: [model_path(folder, task, column)] for column in columns}
+    networks, digests, datasets, prevalences = {}, [], [], []
+    for column in paths:
+        loaded = [load_model(path, task, column) for path in paths[column]]
+        for path in paths[column]:
+            digests.append(digest_of(path))
+            if stack and stack["digests"].get(path.name) != digests[-1]:
+                raise InputError(
+                    f"{path}: trained again after the stack was fitted; run python "
+                    f"train_logistic_regression.py --task {task} with the same arguments"
+                )
+        networks[column] = [as_network(*one, device) for one in loaded]
+        for _, metadata in loaded:
+            prevalences.append(prevalence_of(metadata))
+            if metadata.get("dataset") not in datasets:
+                datasets.append(metadata.get("dataset"))
+    if stack:
+        digests.append(digest_of(stack_path(folder, task, recipes)))
+    digest = hashlib.sha256(" ".join(digests).encode()).hexdigest()[:12]
+    prevalence = sum(prevalences) / len(prevalences)
+    return TaskModels(task, networks, stack, digest, datasets, prevalence)
+
+
+def prevalence_of(metadata):
+    """Mean label of a network's training exams; earlier versions recorded the class weights only:
+    1 for negatives, negatives / positives for positives."""
+    negative, positive = metadata.get("class_weights", (1.0, 1.0))
+    return metadata.get("prevalence", negative / (negative + positive))
