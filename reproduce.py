@@ -22,7 +22,6 @@ import sys
 from pathlib import Path
 
 from common import cli
-from common.checkpoint import column_name, run_suffix
 from common.cluster import Machines
 from common.config import ARTICLE, THE_ARTICLES, read_recipe
 from common.datasets import all_tasks, trainable_planes
@@ -30,8 +29,8 @@ from common.description import read_own_labels
 from common.errors import Interrupted, RunError
 from common.files import write_text
 from common.jobs import ROOT, Job, bytes_of_a_job, failures
+from common.names import column_name, folds_path, list_runs, model_path, results_path, state_path
 from common.report import read_all, write_report
-from common.stacking import start_of_results
 from common.table import markdown
 
 
@@ -95,25 +94,15 @@ def read_training(recipe):
     backbone = known.pop("backbone") or (THE_ARTICLES | values)["backbone"]
     words = [word for name, value in known.items() if value for word in (f"--{name}", value)]
     given = {key: known[key] or "" for key in ("folds", "repeat", "seed")}
+    # What is not a number train.py objects to.
     folds, repeat, seed = (int(text) if text.isdecimal() else 0 for text in given.values())
     return (
         [*words, "--recipes", name],
         name,
-        endings(folds, repeat, seed),
+        [run.suffix for run in list_runs(max(1, folds), range(seed, seed + max(1, repeat)))],
         known["device"] or "auto",
         backbone,
     )
-
-
-def endings(folds, repeat, first):
-    """Ends of the file names of a task's and plane's networks, in train.py's order; what is not a
-    number train.py objects to."""
-    seeds, folds = range(first, first + max(1, repeat)), max(1, folds)
-    return [
-        run_suffix(fold, folds, seed if len(seeds) > 1 else None)
-        for seed in seeds
-        for fold in range(1, folds + 1)
-    ]
 
 
 def make_jobs(findings, planes, suffixes, places, training, recipe):
@@ -122,7 +111,7 @@ def make_jobs(findings, planes, suffixes, places, training, recipe):
     Args:
         findings: list of lists of tasks; those of one list share a network.
         planes: list.
-        suffixes: as `endings`.
+        suffixes: of the Run of each network of a task and plane.
         places: {"data", "models", "logs": Path}.
         training: list, arguments of train.py.
         recipe: its name.
@@ -137,9 +126,11 @@ def make_jobs(findings, planes, suffixes, places, training, recipe):
                              *as_arguments(places), "--networks", number, *training)  # fmt: skip
                 log = places["models"] / "output" / f"{name}-{plane}-{number}.txt"
                 title = f"{name}, {plane}" + (f", network {number}" if len(suffixes) > 1 else "")
-                end = f"-{column_name(plane, recipe)}{suffix}"
-                files = (*(f"{task}{end}.pt" for task in together), f"{name}{end}.state",
-                         f"{name}-folds.csv")  # fmt: skip
+                models = {task: model_path("", task, column_name(plane, recipe), suffix)
+                          for task in (*together, name)}  # fmt: skip
+                files = (*(models[task] for task in together), state_path(models[name]),
+                         folds_path("", name))  # fmt: skip
+                files = tuple(map(str, files))
                 jobs.append(Job(title, tuple(map(str, arguments)), log, size, files))
     return jobs
 
@@ -173,8 +164,7 @@ def run(args):
         raise RunError(failures(failed, jobs))
     stacked = ("--task", *wanted, "--planes", *planes)
     call("train_logistic_regression.py", *stacked, *as_arguments(places), *words)
-    starts = [start_of_results(args.models_dir, task, [recipe]) for task in wanted]
-    found = read_all(f"{start}-results.json" for start in starts)
+    found = read_all(results_path(args.models_dir, task, [recipe]) for task in wanted)
     table, means = markdown(found, read_own_labels(args.data_dir))
     for name, content in (
         ("results.json", {results.task: results.content for results in found}),

@@ -39,10 +39,8 @@ from common.checkpoint import (
     ARCHITECTURE,
     build_model,
     check_writable,
-    column_name,
     load_model,
     lock,
-    model_path,
     save_model,
 )
 from common.config import ARTICLE, THE_ARTICLES, Config, read_recipe, selection_note
@@ -52,6 +50,7 @@ from common.errors import Interrupted, RunError
 from common.graphs import GraphedStep, use_graphs
 from common.logs import Epoch, TrainingLog, heads_of_epochs, history_of, new_log_dir
 from common.metrics import auc_interval
+from common.names import column_name, folds_path, model_path, state_path
 from common.optimization import (
     OPTIMIZERS,
     SCHEDULERS,
@@ -199,7 +198,7 @@ def run(args):
         provenance |= {"dataset": train_set.description, "data_dir": str(args.data_dir)}
         seeds = range(config.seed, config.seed + config.repeat)
         splits = plan_splits(train_set, valid_set, config.protocol, config.folds, seeds)
-        write_folds(args.models_dir / f"{config.task}-folds.csv", splits)
+        write_folds(folds_path(args.models_dir, config.task), splits)
         for number, split in numbered(splits, args.networks):
             if len(splits) > 1:
                 of = f"{number} of {len(splits)}"
@@ -226,25 +225,25 @@ def train_network(config, split, files, provenance):
         provenance: dict of plain values for its metadata: commit at the start, machine, data set.
     """
     paths = {task: path_of(config, split, files, task) for task in config.tasks}
-    state_path = path_of(config, split, files, config.task).with_suffix(".state")
+    state_file = state_path(path_of(config, split, files, config.task))
     about = asdict(config), split.data_sets
-    if files.resume and not state_path.is_file():
+    if files.resume and not state_file.is_file():
         done = [is_finished(path, asdict(config), split.finding(t)) for t, path in paths.items()]
         if all(done):
             print(f"\nfinished before: {', '.join(map(str, paths.values()))}")
             return
     state = start_state(config, split)
     done = None
-    if files.resume and restore_state(state_path, state, *about):
+    if files.resume and restore_state(state_file, state, *about):
         done = state.epoch, state.epoch * len(split.train_set)
         left = state.partial_epoch
         steps = f" and {len(left['logits']) // config.accumulate} steps" if left else ""
-        print(f"\nresumed {state_path} after epoch {state.epoch}{steps}")
+        print(f"\nresumed {state_file} after epoch {state.epoch}{steps}")
     ranks.barrier()  # all have read what there was
     column = column_name(config.plane, config.recipe) + split.suffix
     state.log_dir = state.log_dir or new_log_dir(files.logs_dir / config.task / column)
     fingerprints = fingerprints_of(split.data_sets)
-    save_state = partial(state.save, state_path, asdict(config), fingerprints)
+    save_state = partial(state.save, state_file, asdict(config), fingerprints)
     save_state()  # before the first model: a model without a state beside it is a finished one
     with (
         TrainingLog(state.log_dir, files.log_every, done) as log,
@@ -273,7 +272,7 @@ def train_network(config, split, files, provenance):
                 report_best_model(config, split, path, history_of(task, state.history), log)
             print(f"logs   {state.log_dir}")
             if ranks.is_first():
-                state_path.unlink(missing_ok=True)
+                state_file.unlink(missing_ok=True)
         if ranks.any_stops(stop_requested):  # perhaps while reporting: another network may be next
             raise Interrupted(stop_requested[0], cli.resume_with())
 

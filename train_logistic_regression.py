@@ -37,7 +37,7 @@ import numpy as np
 from tabulate import tabulate
 
 from common import cli, engine
-from common.checkpoint import column_name, digest_of
+from common.checkpoint import digest_of
 from common.config import SELECTED, selection_of
 from common.datasets import all_tasks
 from common.description import read_own_labels
@@ -47,6 +47,7 @@ from common.figures import reliability_figure, roc_figure
 from common.files import atomic, write_csv, write_text
 from common.logs import open_writer
 from common.metrics import answered, auc_difference, operating_point, roc_auc, summary
+from common.names import PREDICTIONS, RESULTS, column_name, stack_name, stack_path, start_of_results
 from common.predictions import (
     BaseModels,
     check_base_models,
@@ -67,9 +68,6 @@ from common.stacking import (
     planes_of_exams,
     reaches,
     save_stack,
-    stack_name,
-    stack_path,
-    start_of_results,
     threshold_for,
 )
 from dataloader import SPLITS, in_order, is_positive, planes_of
@@ -555,15 +553,16 @@ def write_results(base_models, logs_dir, results, exams, scores):
     models_dir, task, recipes = base_models.models_dir, base_models.task, results["recipes"]
     name = stack_name(recipes)
     start = start_of_results(models_dir, task, recipes)
-    write_text(f"{start}-results.json", json.dumps(results, indent=2) + "\n")
-    write_csv(f"{start}-predictions.csv", prediction_rows(exams, scores))
+    table, predictions = (f"{start}{end}" for end in (RESULTS, PREDICTIONS))
+    write_text(table, json.dumps(results, indent=2) + "\n")
+    write_csv(predictions, prediction_rows(exams, scores))
     log_dir = logs_dir / task / name / f"{datetime.now():%Y%m%d-%H%M%S}"
     labels = {split: labels_of(exams[split]) for split in SPLITS}
     save_figures(start, log_dir, task, labels, scores)
     stack = stack_path(models_dir, task, recipes)
     print(
-        f"\nstack        {stack}\nresults      {start}-results.json\n"
-        f"predictions  {start}-predictions.csv\n"
+        f"\nstack        {stack}\nresults      {table}\n"
+        f"predictions  {predictions}\n"
         f"figures      {start}-roc.png, -reliability.png\nlogs         {log_dir}"
     )
 

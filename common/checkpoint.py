@@ -6,7 +6,6 @@
 They load with `weights_only=True`, so nothing in them can run, and are written atomically.
 """
 
-import glob
 import hashlib
 import io
 import os
@@ -21,6 +20,7 @@ from common.config import ARTICLE, THE_ARTICLES
 from common.description import is_dataset
 from common.errors import InputError, one_line
 from common.files import held, remove_leftovers, write_bytes
+from common.names import column_name, state_path
 from dataloader import ALL_PLANES, CHANNELS, INTENSITIES
 from model import POOLINGS, MRNet, MultiPlaneMRNet
 
@@ -113,45 +113,9 @@ def lock(path):
         return
     busy = f"{path}: another run is training it; wait for that one, or give another --models-dir"
     with held(path.with_name(f".{path.stem}.lock"), busy):
-        for name in (path, path.with_suffix(".state")):
+        for name in (path, state_path(path)):
             remove_leftovers(name)
         yield
-
-
-def run_suffix(fold=None, folds=1, seed=None):
-    """End of a file name that distinguishes several trainings: "" or "-fold2of5-seed1"."""
-    return (f"-fold{fold}of{folds}" if folds > 1 else "") + ("" if seed is None else f"-seed{seed}")
-
-
-def column_name(plane, recipe=ARTICLE):
-    """What a network of one plane, or of several joined by "+", is to a stack: "sagittal", or
-    "sagittal-vgg16" for a recipe other than the article's."""
-    return plane if recipe == ARTICLE else f"{plane}-{recipe}"
-
-
-def model_path(models_dir, task, column, suffix=""):
-    """Path of the best model of a task.
-
-    Args:
-        column: as `column_name`.
-        suffix: as `run_suffix`.
-    """
-    return Path(models_dir) / f"{task}-{column}{suffix}.pt"
-
-
-def unfinished_states(path, task):
-    """The training states that a model at `path` may yet be overwritten from: its own training's,
-    or that of a network of several findings ("abnormal+acl-sagittal.state").
-
-    Args:
-        task: of the model.
-    """
-    end = path.stem.removeprefix(task)
-    return [
-        state
-        for state in path.parent.glob(f"*{glob.escape(end)}.state")
-        if task in state.stem.removesuffix(end).split("+")
-    ]
 
 
 def digest_of(path):
@@ -212,7 +176,7 @@ def load_model(path, task=None, column=None):
     """A saved model, ready to evaluate, and its description.
 
     Args:
-        task, column: what it must be a model of, if given (`column_name`).
+        task, column: what it must be a model of, if given (`names.column_name`).
 
     Returns:
         MRNet or MultiPlaneMRNet in evaluation mode on the CPU, and its metadata, a dict with at

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import InputError, one_line
+from common.names import ARTICLE
 from dataloader import SEQUENCES
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-ARTICLE = "article"
 PLANNED = ("cosine", "one-cycle")  # schedules that are planned for a number of epochs
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from common.checkpoint import load_model
 from common.config import ARTICLE
 from common.errors import InputError, one_line
-from common.stacking import stack_path
+from common.names import stack_path
 from common.task_models import as_network, load_task
 from dataloader import preprocess
 

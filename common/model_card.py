@@ -11,11 +11,13 @@ from typing import NamedTuple
 import numpy as np
 
 from common import cli
-from common.checkpoint import column_name, digest_of, load_model
+from common.checkpoint import digest_of, load_model
 from common.description import contrast
 from common.errors import InputError, one_line
 from common.explain_page import NOTICE
 from common.files import write_text
+from common.names import RESULTS as END
+from common.names import column_name, start_of_results
 from common.report import (
     STACK,
     environment,
@@ -25,8 +27,8 @@ from common.report import (
     training_facts,
     unique,
 )
-from common.results import END, read_results
-from common.stacking import DIGITS, largest_combination, load_stack, reaches, start_of_results
+from common.results import read_results
+from common.stacking import DIGITS, largest_combination, load_stack, reaches
 from dataloader import PLANES, in_order, read_groups
 
 

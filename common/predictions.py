@@ -7,15 +7,9 @@ import numpy as np
 import torch
 
 from common import engine
-from common.checkpoint import (
-    body_digest,
-    load_model,
-    model_path,
-    recorded,
-    run_suffix,
-    unfinished_states,
-)
+from common.checkpoint import body_digest, load_model, recorded
 from common.errors import InputError
+from common.names import list_runs, model_path, unfinished_states
 from common.stacking import combinations_of
 from common.task_models import Body
 from dataloader import CHANNELS, SPLITS, MRDataset, MultiPlaneDataset, in_order
@@ -35,17 +29,16 @@ class BaseModels(NamedTuple):
     def seeds(self):
         return range(self.first_seed, self.first_seed + self.repeat)
 
-    def paths(self, column, seed):
-        """Files of one column's networks for one seed: one, or one per fold."""
-        named = seed if self.repeat > 1 else None
-        folds = range(1, self.folds + 1) if self.folds > 1 else [0]
-        return [
-            model_path(self.models_dir, self.task, column, run_suffix(fold, self.folds, named))
-            for fold in folds
-        ]
+    @property
+    def runs(self):
+        return list_runs(self.folds, self.seeds)
+
+    def path(self, column, run):
+        """File of one column's network of a Run."""
+        return model_path(self.models_dir, self.task, column, run.suffix)
 
     def all_paths(self, column):
-        return [path for seed in self.seeds for path in self.paths(column, seed)]
+        return [self.path(column, run) for run in self.runs]
 
 
 def check_base_models(base_models, data_dir):
@@ -180,11 +173,13 @@ def predict_column(base_models, column, seed, sets, predict):
         sets: {split: MRDataset} of its planes.
         predict: Predictor.
     """
-    paths, folds, trainings, tuning = base_models.paths(column, seed), base_models.folds, [], []
+    runs = [run for run in base_models.runs if run.seed == seed]
+    paths = [base_models.path(column, run) for run in runs]
+    folds, trainings, tuning = base_models.folds, [], []
     train, valid, fold_of = {}, {}, {}
-    for number, path in enumerate(paths, start=1):
+    for run, path in zip(runs, paths, strict=True):
         model, metadata = load_model(path, base_models.task, column)
-        expected = {"seed": seed, "fold": number if folds > 1 else 0, "folds": folds}
+        expected = {"seed": seed, "fold": run.fold, "folds": folds}
         check_network(path, metadata, sets, expected)
         for exams in sets.values():
             exams.intensity = metadata["intensity"]
@@ -197,7 +192,7 @@ def predict_column(base_models, column, seed, sets, predict):
             logits = train.setdefault(planes, np.full((len(sets["train"]), 1), np.nan))
             logits[rows] = predict(model, sets["train"].subset(rows), path.stem)
             valid.setdefault(planes, []).append(predict(model, sets["valid"], path.stem))
-        fold_of |= dict.fromkeys(out, number) if folds > 1 else {}
+        fold_of |= dict.fromkeys(out, run.fold) if folds > 1 else {}
         protocol = {"protocol": metadata["protocol"]}
         trainings.append(recorded(metadata.get("arguments")) | protocol)
         tuning = metadata.get("tuning", []) if folds == 1 else []

@@ -10,11 +10,11 @@ import numpy as np
 from common.checkpoint import digest_of, load_model, recorded
 from common.config import selection_of
 from common.errors import InputError, one_line
+from common.names import RESULTS, predictions_path, results_path
 from common.predictions import exams_of_any, load_exams
-from common.stacking import STACK, load_stack, order_of, reaches, start_of_results
+from common.stacking import STACK, load_stack, order_of, reaches
 from dataloader import SPLITS, is_positive
 
-END = "-results.json"
 NEEDED = {"data", "digests", "other_thresholds"}  # some earlier versions did not write them
 
 
@@ -85,11 +85,11 @@ def find_results(sources):
     """
     found = []
     for source in map(Path, sources):
-        paths = sorted(source.glob(f"*{END}")) if source.is_dir() else [source]
-        if not paths or not all(path.is_file() and path.name.endswith(END) for path in paths):
+        paths = sorted(source.glob(f"*{RESULTS}")) if source.is_dir() else [source]
+        if not paths or not all(path.is_file() and path.name.endswith(RESULTS) for path in paths):
             raise InputError(
-                f"{source}: no results of a stack; give a folder of models, or a <task>{END} that "
-                "train_logistic_regression.py wrote"
+                f"{source}: no results of a stack; give a folder of models, or a <task>{RESULTS} "
+                "that train_logistic_regression.py wrote"
             )
         found += paths
     return found
@@ -106,15 +106,14 @@ def read_results(path):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         task, recipes = content["task"], content["recipes"]
-        start = Path(start_of_results(path.parent, task, recipes))
         count, _ = content["valid"][STACK]["n"], content["arguments"]["data_dir"]
-        if path.name != f"{start.name}{END}" or not content.keys() >= NEEDED:
+        if path != results_path(path.parent, task, recipes) or not content.keys() >= NEEDED:
             raise ValueError
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise InputError(
             f"{path}: damaged, or of an earlier version; run train_logistic_regression.py again"
         ) from None
-    predictions = path.with_name(f"{start.name}-predictions.csv")
+    predictions = predictions_path(path.parent, task, recipes)
     ids, labels, scores = read_predictions(predictions)
     if len(ids) != count:
         raise InputError(

@@ -11,9 +11,9 @@ import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from common import ranks
-from common.checkpoint import run_suffix
 from common.errors import InputError
 from common.files import write_csv
+from common.names import list_runs
 from dataloader import GROUPS, MRDataset, is_positive
 
 PROTOCOLS = ("article", "held-out")
@@ -86,7 +86,7 @@ class Split:
     valid_set: MRDataset
     out_of_fold: list  # ids of the training exams that this network is not trained on
     tuning: list  # ids of those in `selection_set`, where these are not the validation exams
-    suffix: str  # of its files, as `run_suffix`
+    suffix: str  # of its files, a Run's
 
     @property
     def selected_on(self):
@@ -130,30 +130,30 @@ def plan_splits(train_set, valid_set, protocol, folds, seeds):
         """The same exams as rows of `train_set`, less those that it has no volume of."""
         return train_set.rows_of([ids[row] for row in rows])
 
-    for seed in seeds:
-        left_out = [()]
-        if folds > 1:
-            left_out = split_exams(labels, folds, seed, groups)
-        for number, out in enumerate(left_out):
-            rows = np.setdiff1d(np.arange(len(ids)), out)
-            selection_set, tuning = valid_set, ()
-            if protocol == "held-out":
-                tuning = tuning_rows(labels, rows, seed, groups)
-                selection_set = train_set.subset(there(tuning), transform=None)
-                rows = np.setdiff1d(rows, tuning)
-            fold = number + 1 if folds > 1 else 0
-            splits.append(
-                Split(
-                    seed=seed,
-                    fold=fold,
-                    train_set=train_set.subset(there(rows), transform=train_set.transform),
-                    selection_set=selection_set,
-                    valid_set=valid_set,
-                    out_of_fold=[train_set.ids[row] for row in there(out)],
-                    tuning=[train_set.ids[row] for row in there(tuning)],
-                    suffix=run_suffix(fold, folds, seed if len(seeds) > 1 else None),
-                )
+    def left_out():
+        """The rows that each network is not trained on, in the order of `list_runs`."""
+        for seed in seeds:
+            yield from split_exams(labels, folds, seed, groups) if folds > 1 else [()]
+
+    for run, out in zip(list_runs(folds, seeds), left_out(), strict=True):
+        rows = np.setdiff1d(np.arange(len(ids)), out)
+        selection_set, tuning = valid_set, ()
+        if protocol == "held-out":
+            tuning = tuning_rows(labels, rows, run.seed, groups)
+            selection_set = train_set.subset(there(tuning), transform=None)
+            rows = np.setdiff1d(rows, tuning)
+        splits.append(
+            Split(
+                seed=run.seed,
+                fold=run.fold,
+                train_set=train_set.subset(there(rows), transform=train_set.transform),
+                selection_set=selection_set,
+                valid_set=valid_set,
+                out_of_fold=[train_set.ids[row] for row in there(out)],
+                tuning=[train_set.ids[row] for row in there(tuning)],
+                suffix=run.suffix,
             )
+        )
     return splits
 
 

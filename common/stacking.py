@@ -26,6 +26,7 @@ from common.engine import sigmoid
 from common.errors import InputError
 from common.files import write_text
 from common.metrics import choose_threshold
+from common.names import stack_path
 from dataloader import ALL_PLANES, in_order
 
 FORMAT = "mrnet-stack-4"
@@ -297,22 +298,6 @@ def decide(stack, planes, logits):
 
 
 # --- files ----------------------------------------------------------------------------------------
-
-
-def stack_name(recipes=(ARTICLE,)):
-    """What a stack of the networks of some recipes is called in file names: "stack" for the
-    article's, else "stack-article+vgg16"."""
-    return "stack" if tuple(recipes) == (ARTICLE,) else f"stack-{'+'.join(recipes)}"
-
-
-def stack_path(models_dir, task, recipes=(ARTICLE,)):
-    """Path of a task's stack."""
-    return Path(models_dir) / f"{task}-{stack_name(recipes)}.json"
-
-
-def start_of_results(models_dir, task, recipes=(ARTICLE,)):
-    """Start of the paths of a stack's tables and figures: "acl" or "acl-article+vgg16"."""
-    return str(Path(models_dir) / f"{task}{stack_name(recipes).removeprefix('stack')}")
 
 
 def save_stack(path, stack):

@@ -16,6 +16,7 @@ LAYERS = [  # each imports from itself and from those before it only
         "common.files",
         "common.kernels",
         "common.machine",
+        "common.names",
         "common.pickles",
         "common.provenance",
     },

@@ -13,6 +13,7 @@ from common import stacking
 from common.checkpoint import digest_of, save_model
 from common.errors import InputError
 from common.metrics import roc_auc, wilson_interval
+from common.names import stack_path
 from common.stacking import (
     combination_of,
     combinations_of,
@@ -26,7 +27,6 @@ from common.stacking import (
     reaches,
     save_stack,
     stack_features,
-    stack_path,
     threshold_for,
 )
 from common.task_models import load_task, saved_tasks

@@ -31,7 +31,7 @@ from common.errors import InputError, RunError
 from common.exam_model import load_exam_model, load_stack_model
 from common.files import atomic, write_text
 from common.model_card import subject_of_network, subject_of_stack, write_card
-from common.stacking import stack_name
+from common.names import stack_name
 from dataloader import MEAN, STD
 from model import BACKBONES, SMALLEST_SIDE
 

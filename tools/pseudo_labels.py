@@ -23,7 +23,7 @@ from pathlib import Path
 from common import cli
 from common.errors import InputError
 from common.files import write_csv
-from common.stacking import start_of_results
+from common.names import predictions_path, results_path
 from common.submission import task_of
 from data.common import EXAMS, exam_name
 from data.rsna.tables import FINDINGS, STUDY, read_table
@@ -56,8 +56,8 @@ def out_of_fold(models_dir, task, recipes):
     Raises:
         InputError: the networks have no folds, or a file is damaged.
     """
-    start = start_of_results(models_dir, task, recipes)
-    results, path = Path(f"{start}-results.json"), Path(f"{start}-predictions.csv")
+    results = results_path(models_dir, task, recipes)
+    path = predictions_path(models_dir, task, recipes)
     if not results.is_file():
         return {}
     try:

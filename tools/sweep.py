@@ -29,14 +29,7 @@ import numpy as np
 import torch
 
 from common import cli, engine
-from common.checkpoint import (
-    check_writable,
-    column_name,
-    load_model,
-    model_path,
-    recorded,
-    run_suffix,
-)
+from common.checkpoint import check_writable, load_model, recorded
 from common.cluster import Machines
 from common.config import ARTICLE, THE_ARTICLES, Config
 from common.datasets import make_exams
@@ -44,6 +37,7 @@ from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, one_line
 from common.files import held, remove_leftovers, write_text
 from common.jobs import ROOT, Job, bytes_of_a_job, failures
+from common.names import column_name, list_runs, model_path, state_path
 from common.predictions import check_network, load_exams
 from common.stacking import FEATURES
 from dataloader import in_order
@@ -105,20 +99,19 @@ class Sweep(NamedTuple):
         planes = max(len(each.split("+")) for each in self.planes[recipe])
         return bytes_of_a_job(backbone, planes)
 
-    def seed_and_fold(self, number):
-        """Of a network: seed from 0, fold from 1."""
-        return (number - 1) // self.folds, (number - 1) % self.folds + 1
+    def run_of(self, network):
+        """A network's Run: seed from 0, fold from 1."""
+        return list_runs(self.folds, range(self.seeds))[network.number - 1]
 
     def model_file(self, folder, task, network):
         """Where train.py saves a network's model of one finding."""
-        seed, fold = self.seed_and_fold(network.number)
-        suffix = run_suffix(fold, self.folds, seed if self.seeds > 1 else None)
-        return model_path(folder, task, column_name(network.planes, network.recipe), suffix)
+        column = column_name(network.planes, network.recipe)
+        return model_path(folder, task, column, self.run_of(network).suffix)
 
     def files(self, folder, network):
         """Where train.py saves a network's models, one a finding, and its state."""
         models = [self.model_file(folder, task, network) for task in self.task.split("+")]
-        return models, self.model_file(folder, self.task, network).with_suffix(".state")
+        return models, state_path(self.model_file(folder, self.task, network))
 
 
 def read_sweep(path):
@@ -376,7 +369,7 @@ def train_networks(sweep, networks, setting, runner, results, provenance):
 def make_job(sweep, setting, network):
     """The run of train.py that makes one network."""
     recipe, planes, number = network
-    seed, fold = sweep.seed_and_fold(number)
+    run = sweep.run_of(network)
     folder = setting.models_dir
     arguments = (ROOT / "train.py", "--task", *sweep.task.split("+"), "--plane", *planes.split("+"),
                  "--data-dir", setting.data_dir, "--recipe",
@@ -384,7 +377,7 @@ def make_job(sweep, setting, network):
                  "--folds", sweep.folds, "--repeat", sweep.seeds, "--networks", number,
                  "--device", setting.device, "--precision", setting.precision,
                  "--models-dir", folder, "--logs-dir", folder / "logs", "--resume")  # fmt: skip
-    title = f"{recipe}, {planes}, seed {seed}, fold {fold}"
+    title = f"{recipe}, {planes}, seed {run.seed}, fold {run.fold}"
     log = folder / "output" / f"{recipe}-{planes}-{number}.txt"
     models, state = sweep.files(folder, network)
     files = (*(path.name for path in (*models, state)), f"recipes/{recipe}.toml")
@@ -403,14 +396,15 @@ def predict_out_of_fold(sweep, network, setting):
         InputError: it was trained on other exams, another fold, another seed or by another recipe.
     """
     planes, device = network.planes, torch.device(setting.device)
-    seed, fold = sweep.seed_and_fold(network.number)
+    run = sweep.run_of(network)
+    expected = {"seed": run.seed, "fold": run.fold, "folds": sweep.folds}
     found = {"ids": {}, "logits": {}, "views": {}, "valid": {}, "epochs": {}}
     for task in sweep.task.split("+"):
         path = sweep.model_file(setting.models_dir, task, network)
         model, metadata = load_model(path, task, column_name(planes, network.recipe))
         model = model.to(device)
         sets = exams_of(setting.data_dir, task, planes)
-        check_network(path, metadata, sets, {"seed": seed, "fold": fold, "folds": sweep.folds})
+        check_network(path, metadata, sets, expected)
         check_recipe(path, metadata, sweep.recipes[network.recipe])
         for exams in sets.values():
             exams.intensity, exams.channels = metadata["intensity"], metadata["channels"]
