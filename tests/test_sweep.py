@@ -100,7 +100,7 @@ def test_recipes_are_those_of_the_finalists(name):
 
 
 def test_a_bar_is_the_interval_of_the_difference():
-    gain = Difference(0.03, 0.01, 0.05, 2.9, 0.004)
+    gain = Difference(0.03, 0.01, 0.05, 0.004)
     row = Row("best", "axial", None, None, [], 0.0)
     lines = [
         Line(row, [0.85, 0.87], 0.86, gain, 0.01, 0.1, 0.5),
@@ -446,7 +446,7 @@ def test_a_row_of_the_table(tmp_path):
     assert line.aucs == pytest.approx(aucs) and line.in_folds == pytest.approx(np.mean(inside))
     assert line.brier == pytest.approx(np.mean(briers)) and line.time == 0.5
     gains = np.subtract(aucs, found["article"].aucs)
-    assert line.gain.value == pytest.approx(gains.mean()) and line.gain.p < 1e-3
+    assert line.gain.value == pytest.approx(gains.mean()) and line.gain.p < 0.05
     assert line.gain.low < gains.min() and line.adjusted == line.gain.p
     assert found["article"].gain is None
 
@@ -476,17 +476,16 @@ def test_a_fold_of_one_class_is_left_out(folds):
     assert found == pytest.approx(wanted, nan_ok=True)
 
 
-def test_seeds_widen_the_interval(tmp_path):
-    folder = write_results(tmp_path / "out", {"article": 1.0, "again": 1.0}, seeds=3)
+def test_seeds_widen_the_interval_of_their_own_row_alone(tmp_path):
+    gains = {"article": 1.0, "again": 1.0, "steady": 1.0}
+    folder = write_results(tmp_path / "out", gains, seeds=3)
     labels, stacks, recipes = read_results(folder)
+    recipes["steady"] = recipes["article"]  # its difference does not vary
     truth, rows = all_rows(labels, stacks, recipes, "acl")
-    again, article = rows
-    assert (again.recipe, article.recipe) == ("again", "article")
-    each = [roc_auc_score(truth, b) - roc_auc_score(truth, a)
-            for a, b in zip(article.scores, again.scores, strict=True)]  # fmt: skip
-    wanted = mean_auc_difference(truth, again.scores, article.scores, np.var(each, ddof=1))
-    (line,) = [line for line in lines_of(truth, rows) if line.gain]
-    assert tuple(line.gain) == pytest.approx(tuple(wanted))
+    found = {row.recipe: row for row in rows}
+    wanted = mean_auc_difference(truth, found["again"].scores, found["article"].scores)
+    gains = {line.row.recipe: line.gain for line in lines_of(truth, rows) if line.gain}
+    assert gains["again"] == wanted and gains["steady"] == (0, 0, 0, 1)
 
 
 def test_what_is_clearly_behind_is_dropped_but_never_the_article(tmp_path):

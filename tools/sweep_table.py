@@ -11,9 +11,9 @@ though the networks of the other folds were trained on these.
 
 AUC: over all exams at once (mean and standard deviation over the seeds), and within the folds, each
 of which has a network of its own. The difference to the article's recipe is that of the mean AUCs,
-with DeLong's paired 95 % interval; with two seeds or more it is widened by what seeds change
-(`metrics.mean_auc_difference`), and p is adjusted for the number of rows (Holm). Time is that of
-one core with nothing beside it (user + system time), "–" where no network's is known because the
+with DeLong's paired 95 % interval; with two seeds or more what they change in this difference is
+added (`metrics.mean_auc_difference`), and p is adjusted for the number of rows (Holm). Time is that
+of one core with nothing beside it (user + system time), "–" where no network's is known because the
 sweep was killed; memory is the largest resident size.
 """
 
@@ -252,20 +252,10 @@ def differences(truth, rows, bases):
         for row in rows
         if row.recipe != ARTICLE and (row.recipe, row.column) in bases
     }
-    pairs = {key: pair for key, pair in pairs.items() if len(pair[0])}  # a complete seed in common
-    spreads = {}  # variance from seed to seed: of all rows of a column together, few seeds each
-    for (_, column), (runs, others, known) in pairs.items():
-        if len(runs) > 1:
-            each = [
-                roc_auc(truth[known], a) - roc_auc(truth[known], b)
-                for a, b in zip(runs, others, strict=True)
-            ]
-            spreads.setdefault(column, []).append(np.var(each, ddof=1))
     return {
-        (recipe, column): mean_auc_difference(
-            truth[known], runs, others, float(np.mean(spreads.get(column, [0.0])))
-        )
-        for (recipe, column), (runs, others, known) in pairs.items()
+        key: mean_auc_difference(truth[known], runs, others)
+        for key, (runs, others, known) in pairs.items()
+        if len(runs)  # a complete seed in common
     }
 
 
