@@ -54,6 +54,7 @@ from common.names import column_name, folds_path, model_path, state_path
 from common.optimization import (
     OPTIMIZERS,
     SCHEDULERS,
+    average_advice,
     make_average,
     make_optimizer,
     make_scheduler,
@@ -198,6 +199,8 @@ def run(args):
         provenance |= {"dataset": train_set.description, "data_dir": str(args.data_dir)}
         seeds = range(config.seed, config.seed + config.repeat)
         splits = plan_splits(train_set, valid_set, config.protocol, config.folds, seeds)
+        if advice := average_advice(config, min(len(split.train_set) for split in splits)):
+            print(advice)
         write_folds(folds_path(args.models_dir, config.task), splits)
         for number, split in numbered(splits, args.networks):
             if len(splits) > 1:

@@ -334,7 +334,7 @@ def print_report(title, labels, rows, training_auc, caveats):
     print(*caveats, sep="\n")
 
 
-def list_caveats(decided, folds, thresholds, scores, groups, derived=0):
+def list_caveats(decided, folds, thresholds, scores, groups, derived=()):
     """What limits the table's figures, one line each.
 
     Args:
@@ -342,7 +342,7 @@ def list_caveats(decided, folds, thresholds, scores, groups, derived=0):
         thresholds: `threshold_source`.
         scores: {column: probabilities (n,)} of the validation exams.
         groups: of the validation exams, list.
-        derived: `count_derived` of them.
+        derived: what `derived_caveats` says of the exams.
     """
     caveats = [f"{STAR} thresholds: {thresholds}"]
     lacking = np.isnan(list(scores.values())).any(axis=0)
@@ -358,14 +358,7 @@ def list_caveats(decided, folds, thresholds, scores, groups, derived=0):
             "scanner) with another (valid-groups.csv): intervals take exams as independent and are "
             "too narrow"
         )
-    if derived:
-        which = "agreement with them is measured, not truth"
-        if derived < len(groups):
-            which = "an AUC on both kinds says nothing about either"
-        caveats.append(
-            f"{derived} of the {len(groups)} validation labels are derived, not the set's own "
-            f"(own-labels.csv): {which}"
-        )
+    caveats += derived
     if decided == SELECTED:
         caveats.append("OPTIMISTIC: the epochs were selected on the validation exams reported here")
     elif decided:
@@ -377,14 +370,27 @@ def list_caveats(decided, folds, thresholds, scores, groups, derived=0):
     return caveats
 
 
-def count_derived(exams):
-    """How many labels of an MRDataset of one finding are not the set's own; 0 where all are alike.
+def derived_caveats(exams):
+    """Lines on labels of one finding that are not the set's own; none where all are alike.
+
+    Args:
+        exams: {split: MRDataset}.
 
     Raises:
         InputError: `read_own_labels`.
     """
-    (task,), own = exams.tasks, read_own_labels(exams.root)
-    return 0 if own is None else len(set(exams.ids) - own.get(task, set()))
+    for split, name in (("valid", "validation"), ("train", "training")):
+        (task,), own = exams[split].tasks, read_own_labels(exams[split].root)
+        count = len(exams[split].ids)
+        derived = 0 if own is None else len(set(exams[split].ids) - own.get(task, set()))
+        if derived:
+            which = "an AUC on both kinds says nothing about either"
+            if derived == count:
+                which = "agreement with them is measured, not truth"
+            yield (
+                f"{derived} of the {count} {name} labels are derived, not the set's own "
+                f"(own-labels.csv): {which}"
+            )
 
 
 def prediction_rows(sets, scores):
@@ -524,7 +530,7 @@ def stack_finding(base_models, exams, found, fit, about, logs_dir):
         "thresholds": chosen,
         "data": {split: exams[split].fingerprint() for split in SPLITS},
     }
-    groups, derived = exams["valid"].groups, count_derived(exams["valid"])
+    groups, derived = exams["valid"].groups, derived_caveats(exams)
     decided = selection_of(optimistic)
     caveats = list_caveats(decided, folds, chosen, scores["valid"], groups, derived)
     title = f"{task}: protocol {protocol}, folds {folds}, stacked on {kind}"

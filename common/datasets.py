@@ -5,7 +5,6 @@ from pathlib import Path
 from common.augmentation import SLICES_OF_STRONG, make_augmentation
 from common.cli import print_exams
 from common.errors import InputError
-from common.optimization import average_advice
 from dataloader import SPLITS, MRDataset, MultiPlaneDataset, planes_of, trainable, view_of
 from model import BACKBONES
 
@@ -54,8 +53,6 @@ def load_exams(config, data_dir):
     print_exams(*sets)
     if not config.pretrained:
         print("weights    RANDOM (--no-pretrained): no ImageNet features")
-    if advice := average_advice(config, len(sets[0])):
-        print(advice)
     return sets
 
 

@@ -547,7 +547,11 @@ def _resampled_counts(positive, scores, resamples, seed):
 
 
 def mean_of(metrics):
-    """The mean over findings: {finding: {"loss", "auc"}} -> {"loss", "auc"}."""
+    """The mean over findings: {finding: {"loss", "auc"}} -> {"loss", "auc"}, of the AUCs those that
+    are defined; NaN where none is."""
+    values = {name: np.array([one[name] for one in metrics.values()]) for name in ("loss", "auc")}
+    aucs = values["auc"][~np.isnan(values["auc"])]
     return {
-        name: sum(one[name] for one in metrics.values()) / len(metrics) for name in ("loss", "auc")
+        "loss": float(values["loss"].mean()),
+        "auc": float(aucs.mean()) if len(aucs) else float("nan"),
     }

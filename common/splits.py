@@ -121,7 +121,8 @@ def plan_splits(train_set, valid_set, protocol, folds, seeds):
         seeds: range of int.
 
     Raises:
-        InputError: too few exams of a class.
+        InputError: too few exams of a class, or none with a label of a finding to select an epoch
+            on.
     """
     ids, labels, groups = train_set.listed
     groups, splits = np.array(groups), []
@@ -154,7 +155,20 @@ def plan_splits(train_set, valid_set, protocol, folds, seeds):
                 suffix=run.suffix,
             )
         )
+    for split in splits:
+        check_selection(split.selection_set)
     return splits
+
+
+def check_selection(exams):
+    """Raise InputError where an MRDataset that selects epochs has no label of one of its findings:
+    a plane that many exams lack may have lost all of them."""
+    for task, column in zip(exams.tasks, exams.labels.T, strict=True):
+        if np.isnan(column).all():
+            raise InputError(
+                f"none of the {len(exams)} exams that select the epoch has both this plane and a "
+                f"label of {task}; leave this finding out, or use --protocol article"
+            )
 
 
 def numbered(splits, wanted=None):

@@ -209,3 +209,11 @@ def test_a_plane_that_leaves_one_class_only_is_refused(tmp_path):
     with pytest.raises(InputError, match="train-acl.csv: one class only among the 6 .* axial"):
         MRDataset(root, "acl", "axial")
     assert len(MRDataset(root, "acl", "coronal")) == 9
+
+
+def test_an_epoch_is_not_selected_on_exams_without_labels(sets):
+    train, valid = sets
+    unlabelled = train.subset(range(len(train.ids)), transform=None)
+    unlabelled.labels = np.full_like(unlabelled.labels, np.nan)
+    with pytest.raises(InputError, match="none of the .* exams that select the epoch .* label of"):
+        plan_splits(train, unlabelled, "article", 1, range(1))

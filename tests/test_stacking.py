@@ -33,7 +33,7 @@ from common.task_models import load_task, saved_tasks
 from model import MRNet
 from train_logistic_regression import (
     RATES,
-    count_derived,
+    derived_caveats,
     evaluate_scores,
     list_caveats,
     make_stack,
@@ -269,19 +269,24 @@ def test_exams_of_one_group_are_said_to_narrow_the_intervals():
 def test_labels_that_are_not_the_sets_own_are_said(tmp_path):
     def caveats(ids):
         exams = SimpleNamespace(root=tmp_path, tasks=("acl",), ids=ids)
+        train = SimpleNamespace(root=tmp_path, tasks=("acl",), ids=ids[:3])
         scores = {"axial": np.full(len(ids), 0.5)}
-        return list_caveats("", 5, "chosen", scores, ids, count_derived(exams))[1:]
+        derived = derived_caveats({"valid": exams, "train": train})
+        return list_caveats("", 5, "chosen", scores, ids, derived)[1:]
 
     assert caveats(["1", "2", "3"]) == []  # nothing says that the labels are not alike
     (tmp_path / "own-labels.csv").write_text("0001,acl\n2,acl\n3,effusion\n")
     assert caveats(["1", "2"]) == []
     assert caveats(["1", "2", "3", "4"]) == [
         "2 of the 4 validation labels are derived, not the set's own (own-labels.csv): an AUC on "
-        "both kinds says nothing about either"
+        "both kinds says nothing about either",
+        "1 of the 3 training labels are derived, not the set's own (own-labels.csv): an AUC on "
+        "both kinds says nothing about either",
     ]
     assert caveats(["3", "4"]) == [
-        "2 of the 2 validation labels are derived, not the set's own (own-labels.csv): agreement "
+        f"2 of the 2 {split} labels are derived, not the set's own (own-labels.csv): agreement "
         "with them is measured, not truth"
+        for split in ("validation", "training")
     ]
 
 

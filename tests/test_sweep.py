@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, assert_one_line_error, run_script, write_exams
 from scipy.special import expit
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from common.config import THE_ARTICLES, Config, read_recipe
@@ -44,6 +45,7 @@ from tools.sweep_table import (
     read_results,
     stack_row,
 )
+from tools.sweep_valid import all_valid_rows
 
 HEAD = """
 task = "acl"
@@ -402,6 +404,47 @@ def lines(folder):
     labels, stacks, recipes = read_results(folder)
     truth, rows = all_rows(labels, stacks, recipes, "acl")
     return truth, {line.row.recipe: line for line in lines_of(truth, rows)}
+
+
+def test_the_validation_exams_are_predicted_by_all_folds_and_stacked(tmp_path):
+    folder = write_results(tmp_path / "out", {"article": 1.0, "better": 1.5}, seeds=2)
+    done = run_script("tools/sweep_valid.py", folder)
+    assert_one_line_error(done, "has no labels of the validation exams")
+    rng, truth = np.random.default_rng(7), np.repeat([0, 1], [40, 20])
+    about = json.loads((folder / "sweep.json").read_text())
+    about["valid"] = {"acl": {f"v{i}": int(label) for i, label in enumerate(truth)}}
+    about["in_company"] = {"acl": 7}
+    (folder / "sweep.json").write_text(json.dumps(about))
+    contents = {}
+    for name in ("article", "better"):
+        content = contents[name] = json.loads((folder / f"{name}.json").read_text())
+        networks = content["networks"]
+        for key in list(networks):
+            networks[key]["valid"] = {"acl": (truth + rng.standard_normal(60)).tolist()}
+            logits = [x + rng.standard_normal() for x in networks[key]["logits"]["acl"]]
+            other = networks[key] | {"logits": {"acl": logits}}
+            other["valid"] = {"acl": (2 * truth + rng.standard_normal(60)).tolist()}
+            networks[key.replace("axial", "coronal")] = other
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    labels, _, recipes = read_results(folder)
+    found, rows = all_valid_rows(labels, about["valid"], recipes, "acl")
+    assert (found == truth).all() and len(rows) == 6
+    row = {(row.recipe, row.column): row for row in rows}["better", "stack"]
+    networks, both = contents["better"]["networks"], ("axial", "coronal")
+    train, y = np.empty((400, 2)), np.array(list(labels["acl"].values()))
+    for column, plane in enumerate(both):  # of the second seed
+        for number in (3, 4):
+            network = networks[f"{plane} {number}"]
+            train[np.array(network["ids"], int), column] = expit(network["logits"]["acl"])
+    valid = np.transpose([
+        np.mean([expit(networks[f"{plane} {n}"]["valid"]["acl"]) for n in (3, 4)], axis=0)
+        for plane in both
+    ])  # fmt: skip
+    expected = LogisticRegression().fit(train, y).predict_proba(valid)[:, 1]
+    assert row.scores[1] == pytest.approx(expected)
+    done = run_script("tools/sweep_valid.py", folder)
+    assert "acl: 60 validation exams, 20 positive" in done.stdout
+    assert "7 of the 400 exams share a group" in run_script("tools/sweep_table.py", folder).stdout
 
 
 def test_exams_that_chose_the_recipes_are_left_out(tmp_path):

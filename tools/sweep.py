@@ -20,6 +20,7 @@ tools/sweep_table.py's table.
 import itertools
 import json
 import tomllib
+from collections import Counter
 from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
@@ -55,7 +56,8 @@ def parse_arguments():
     add("sweep", type=Path, help="TOML file: which recipes, planes, folds and seeds")
     add("--data-dir", type=Path, default=Path("data"), help="folder in MRNet's layout")
     drop = "after each fold leave out the recipes whose AUC is below the best one's so far, p < "
-    drop += "0.05 divided by the number of rivals, in every column; the article's stays"
+    drop += "0.05 divided by the number of rivals, in every column; the article's stays. With one "
+    drop += "seed a training that went wrong by chance counts, too"
     add("--drop", action="store_true", help=drop)
     out = "folder of the results; default benchmarks/ and the sweep's name"
     add("--out", type=Path, help=out)
@@ -453,9 +455,10 @@ def exams_of(data_dir, task, planes):
 
 
 def write_about(sweep, setting, has_networks):
-    """OUT/sweep.json: {"labels": {finding: {id: 0 or 1}} of the training exams, "stacks", "exams":
-    {finding and planes: hash of ids, labels and voxels}}, so that the table needs neither the data
-    nor the sweep's file.
+    """OUT/sweep.json, so that the tables need neither the data nor the sweep's file: {"labels":
+    {finding: {id: 0 or 1}} of the training exams, "valid": the same of the validation exams,
+    "in_company": {finding: number of training exams that share a group}, "stacks", "exams":
+    {finding and planes: hash of ids, labels and voxels}}.
 
     Args:
         has_networks: whether there are predictions of an earlier run.
@@ -470,14 +473,12 @@ def write_about(sweep, setting, has_networks):
         with suppress(InputError):  # a damaged volume is named by the trainings that read it
             train = exams_of(setting.data_dir, task, planes)["train"]
             exams[f"{task} {planes}"] = train.fingerprint()
-    about = {"labels": {}, "stacks": sweep.stacks, "exams": exams}
+    about = {"labels": {}, "valid": {}, "in_company": {}, "stacks": sweep.stacks, "exams": exams}
     for task in tasks:
-        train = exams_of(setting.data_dir, task, next(iter(sweep.planes.values()))[0])["train"]
-        about["labels"][task] = {
-            exam_id: int(label >= 0.5)
-            for exam_id, label in zip(train.ids, train.labels[:, 0], strict=True)
-            if not np.isnan(label)
-        }
+        sets = exams_of(setting.data_dir, task, next(iter(sweep.planes.values()))[0])
+        about["labels"][task], about["valid"][task] = map(labels_of, (sets["train"], sets["valid"]))
+        sizes = Counter(sets["train"].groups)
+        about["in_company"][task] = sum(size for size in sizes.values() if size > 1)
     if has_networks and path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         known = before.get("exams", {})  # earlier versions recorded labels only
@@ -494,6 +495,12 @@ def write_about(sweep, setting, has_networks):
                 f"{setting.data_dir} has; give another --out, or the data as before"
             )
     write_text(path, json.dumps(about) + "\n")
+
+
+def labels_of(exams):
+    """{id: 0 or 1} of an MRDataset of one finding, those that are known."""
+    pairs = zip(exams.ids, exams.labels[:, 0], strict=True)
+    return {exam_id: int(label >= 0.5) for exam_id, label in pairs if not np.isnan(label)}
 
 
 if __name__ == "__main__":

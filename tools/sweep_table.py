@@ -118,17 +118,30 @@ class Line(NamedTuple):
         ]  # fmt: skip
 
 
+def read_about(folder):
+    """The content of a sweep's sweep.json, as tools/sweep.py's `write_about` has it.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: no results of a sweep ({one_line(error)})") from None
+
+
 def read_results(folder):
     """What a sweep wrote.
 
     Returns:
-        {finding: {id: 0 or 1}}, {name of a stack: its table}, {recipe: content of its file}.
+        {finding: {id: 0 or 1}} of the training exams, {name of a stack: its table}, {recipe:
+        content of its file}.
 
     Raises:
         InputError: not such a folder.
     """
+    about = read_about(folder)
     try:
-        about = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
         recipes = {
             path.stem: json.loads(path.read_text(encoding="utf-8"))
             for path in sorted(folder.glob("*.json"))
@@ -361,6 +374,15 @@ def leave_out(rows, ids, without):
     return rows, out
 
 
+def in_company(about, task):
+    """A line where exams of one group (a patient, a scanner) are taken as independent, or None."""
+    count = about.get("in_company", {}).get(task)  # earlier versions did not record it
+    return count and (
+        f"{count} of the {len(about['labels'][task])} exams share a group with another "
+        "(train-groups.csv): intervals and p take exams as independent and are too narrow"
+    )
+
+
 def mixed_precision(recipes):
     """A line where networks were trained in several precisions, or None."""
     counts = Counter(
@@ -384,6 +406,14 @@ def begun(rows):
             )
 
 
+def print_lines(truth, rows):
+    """Print some Rows as a table -> their Lines."""
+    lines = lines_of(truth, rows)
+    cells = [line.cells() for line in lines]
+    print(tabulate(cells, HEADS, tablefmt="pipe", disable_numparse=True))
+    return lines
+
+
 def print_table(folder, plot=None, without=None):
     """Print the table of each finding, and draw AUC against time."""
     labels, stacks, recipes = read_results(folder)
@@ -396,11 +426,10 @@ def print_table(folder, plot=None, without=None):
             left = ~out
             print(f"\nwithout {out.sum()} exams that {without} has predicted")
         print(f"\n{task}: {left.sum()} exams, {truth[left].sum()} positive; {networks} networks")
-        lines = lines_of(truth, rows)
-        for words in filter(None, (mixed_precision(recipes), *begun(rows))):
+        company = in_company(read_about(folder), task)
+        for words in filter(None, (company, mixed_precision(recipes), *begun(rows))):
             print(words)
-        cells = [line.cells() for line in lines]
-        print(tabulate(cells, HEADS, tablefmt="pipe", disable_numparse=True))
+        lines = print_lines(truth, rows)
         if plot:
             figure = cost_figure(cost_points(lines))
             path = plot.with_stem(f"{plot.stem}-{task}") if len(labels) > 1 else plot
