@@ -447,8 +447,8 @@ def test_pydicoms_and_nibabels_own_files(convert, tmp_path):
         status, out, err = convert(source, out=tmp_path / name)
         assert status == 2
         for words in {
-            "pydicom": ("modality CT, not MR", "several orientations", "without an image",
-                        "projection", "fewer than 5 slices", "colour"),
+            "pydicom": ("modality CT, not MR", "BRAIN by its header", "without an image",
+                        "projection", "localiser", "colour"),
             "nicom": ("mosaic of slices", "map of a quantity", "projection"),
         }[name]:  # fmt: skip
             assert words in out + err, words
@@ -564,7 +564,7 @@ def test_localisers_and_reports_are_skipped_and_listed(convert, tmp_path):
     write_series(tmp_path / "scan/a", "sagittal")
     for i, plane in enumerate(PLANES):
         write_series(tmp_path / f"scan/loc{i}", plane, keep=[4], series="1.2.9", number=9,
-                     description="survey")  # fmt: skip
+                     description="three planes")  # fmt: skip
     write_series(tmp_path / "scan/b", "coronal", series="1.2.8", number=8, description="loc",
                  ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])  # fmt: skip
     report = header(series="1.2.7", number=7, description="report", Modality="SR")
@@ -573,7 +573,7 @@ def test_localisers_and_reports_are_skipped_and_listed(convert, tmp_path):
     (tmp_path / "scan/readme.txt").write_text("not DICOM")
     status, out, err = convert(tmp_path / "scan")
     assert (status, err) == (0, "")
-    assert "series 9 'survey', several orientations (files: 3)" in out
+    assert "series 9 'three planes', several orientations (files: 3)" in out
     assert "series 8 'loc', localiser (files: 9)" in out
     assert "series 7 'report', no image (files: 1)" in out
     assert "planes missing: axial, coronal" in out

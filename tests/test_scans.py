@@ -11,6 +11,7 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
+from pydicom.uid import MRImageStorage, SecondaryCaptureImageStorage
 from test_dicom import (
     PLANES,
     SLICES,
@@ -147,6 +148,8 @@ def test_the_water_of_a_dixon_scan_goes_before_its_in_phase_picture(tmp_path):
     ("HEAD", "PD FS sag hand coil", "MR KNEE", True), ("HEAD", "PD FS sag", "膝関節MRI", True),
     ("FOOT", "PD FS sag", "knä höger", True), ("SPINE", "PD FS sag", "MR kolano L", True),
     ("ANKLE", "PD FS sag ankle", "MRI knee and ankle", False),
+    ("THIGH", "PD FS sag", "", False), ("LOWERLEG", "PD FS sag", "", False),
+    ("TIBIA", "PD FS sag", "", False), ("FEMUR", "PD FS sag", "MR KNEE", True),
 ])  # fmt: skip
 def test_another_part_of_the_body_is_not_answered_as_a_knee(tmp_path, part, series, study, is_knee):
     more = {name: value for name, value in
@@ -159,6 +162,23 @@ def test_another_part_of_the_body_is_not_answered_as_a_knee(tmp_path, part, seri
         write_series(tmp_path / "2", "coronal", series="1.2.3.4.2", number=2, description="PD FS")
         unusable = read(tmp_path)[1]  # it may be that plane, of a knee with a wrong header
         assert f"it may be series 1 '{series}': {part}" in unusable["sagittal"]
+
+
+@pytest.mark.parametrize("series, study, part", [
+    # As hospitals call them, where BodyPartExamined is missing.
+    ("SAG T2", "MRI LUMBAR SPINE WO CONTRAST", "LUMBAR SPINE"),
+    ("AX PD FS SHOULDER", "", "SHOULDER"), ("T2 sag", "MR HEAD", "HEAD"),
+    ("AX STIR CALF", "MRI LOWER EXTREMITY", "CALF"),
+    ("PD FS sag ankle", "MR knee + ankle", "ANKLE"),
+    ("COR PD FS", "MRI LOWER EXTREMITY JOINT LEFT", ""), ("PD FS sag foot first", "", ""),
+    ("PD FS sag shoulder coil", "", ""), ("sag PD femur", "MRI KNEE LEFT", ""),
+    ("sag PD patella - tibia", "", ""), ("PD FS sag ankle", "MR knee", ""),
+])  # fmt: skip
+def test_titles_tell_the_part_where_the_body_part_is_missing(tmp_path, series, study, part):
+    sagittal(tmp_path, 1, series, **{"StudyDescription": study} if study else {})
+    volumes, unusable, _ = read(tmp_path)
+    assert bool(volumes) == (not part)
+    assert not part or f"{part} by its header, not a knee" in unusable["sagittal"]
 
 
 def test_an_anatomic_region_tells_the_part_too(tmp_path):
@@ -240,6 +260,119 @@ def test_without_a_description_the_echo_time_tells(tmp_path):
     sagittal(tmp_path, 4, "", EchoTime=40.0, keep=range(SLICES - 2))
     volumes, _, said = read(tmp_path)
     assert len(volumes["sagittal"]) == SLICES - 2 and "sagittal: series 4 ''" in said
+
+
+@pytest.mark.parametrize("description, times, contrast", [
+    # Echo and repetition time in ms, as knees are scanned.
+    ("SAG", (12, 550), "T1"), ("SAG", (12, 3000), 1), ("SAG", (80, 3500), 1), ("", (12, 550), "T1"),
+    ("SAG FS", (12, 550), "T1"), ("SAG FS", (35, 3000), 2), ("SAG FAT SAT", (12, 2500), 2),
+    ("SAG FS", (), 2), ("SAG", (), 0), ("PD SAG", (12, 900), 1), ("SAG STIR", (15, 900), 2),
+    ("SAG DESS", (5, 16), 0), ("sag gre", (9, 600), 0), ("SAG FS post Gd", (), "T1"),
+    ("SAG FS +C", (), "T1"), ("SAG VIBE FS POST", (2, 5), "T1"), ("SAG FS POST", (60, 3500), 2),
+    ("SAG PD FS POST", (), 2), ("SAG FS w/o contrast", (), 2), ("SAG FS post-op", (), 2),
+])  # fmt: skip
+def test_times_and_contrast_agent_tell_a_t1(tmp_path, description, times, contrast):
+    """Where the description names no contrast; fat suppression alone is none."""
+    more = dict(zip(("EchoTime", "RepetitionTime"), times, strict=False))
+    sagittal(tmp_path, 1, description, **more)
+    (exam,) = find_exams(tmp_path, Report(collect=True))
+    (series,) = exam.series
+    assert series.is_t1 == (contrast == "T1") and series.contrast == (contrast != "T1" and contrast)
+    assert bool(read(tmp_path)[0]) == (contrast != "T1")
+
+
+def test_the_header_tells_contrast_agent_and_gradient_echoes(tmp_path):
+    sagittal(tmp_path / "a", 1, "SAG FS", ContrastBolusAgent="Gadovist")
+    assert "is no fluid-sensitive series" in read(tmp_path / "a")[1]["sagittal"]
+    sagittal(tmp_path / "b", 1, "SAG 3D", EchoTime=5, RepetitionTime=16, ScanningSequence="GR")
+    assert list(read(tmp_path / "b")[0]) == ["sagittal"]  # nothing tells
+
+
+@pytest.mark.parametrize("name, value, is_used", [
+    ("EchoTime", ["15", "80"], True), ("EchoTime", "short", True), ("RepetitionTime", "x", True),
+    ("SeriesNumber", ["3", "4"], True), ("RescaleSlope", "one", False),
+    ("RescaleSlope", ["1", "2"], False), ("RescaleIntercept", "none", False),
+])  # fmt: skip
+def test_an_odd_number_is_a_fault_only_where_pixels_depend_on_it(tmp_path, name, value, is_used):
+    """Written as text: pydicom itself refuses to write such numbers."""
+    for path in sagittal(tmp_path, 3, "PD FS sag"):
+        ds = pydicom.dcmread(path)
+        ds[name] = pydicom.DataElement(name, "LO", value)
+        ds.save_as(path)
+        raw = path.read_bytes()
+        tag = ds[name].tag
+        tag = tag.group.to_bytes(2, "little") + tag.element.to_bytes(2, "little")
+        vr = b"IS" if name == "SeriesNumber" else b"DS"
+        assert raw.count(tag + b"LO") == 1
+        path.write_bytes(raw.replace(tag + b"LO", tag + vr))
+    report = Report(collect=True)
+    if is_used:
+        assert len(read(tmp_path)[0]["sagittal"]) == SLICES
+    else:
+        assert not find_exams(tmp_path, report) and report.failures == SLICES
+
+
+# --- which series ---------------------------------------------------------------------------------
+
+
+def turn(paths, degrees):
+    """Turn a coronal series about the patient's long axis."""
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    for path in paths:
+        x, y, z = pydicom.dcmread(path).ImagePositionPatient
+        place = c * x - s * y, s * x + c * y, z
+        edit(path, ImageOrientationPatient=[f"{v:.6f}" for v in (c, s, 0, 0, 0, -1)],
+             ImagePositionPatient=[f"{v:.6f}" for v in place])  # fmt: skip
+
+
+def coronal(folder, number, description="PD FS", **more):
+    return write_series(folder / str(number), "coronal", series=f"1.2.3.4.{number}", number=number,
+                        description=description, **more)  # fmt: skip
+
+
+@pytest.mark.parametrize("degrees, taken", [(35, 2), (10, 1)])
+def test_a_straight_series_goes_before_an_oblique_one(tmp_path, degrees, taken):
+    """Though this has more slices: of up to 15 degrees, which are usual, they decide."""
+    turn(coronal(tmp_path, 1), degrees)
+    coronal(tmp_path, 2, keep=range(SLICES - 2))
+    _, unusable, said = read(tmp_path)
+    assert f"coronal: series {taken} " in said and not unusable
+
+
+def test_an_original_series_goes_before_its_copy(tmp_path):
+    coronal(tmp_path, 1, ImageType=["DERIVED", "SECONDARY", "MPR"])
+    coronal(tmp_path, 2)
+    assert "coronal: series 2 'PD FS', 9 slices; not taken: series 1 " in read(tmp_path)[2]
+
+
+@pytest.mark.parametrize("description, kind, why", [
+    ("PD FS sag", "MIP", "projection"), ("PD FS sag", "MAX_IP", "projection"),
+    ("PD FS sag", "SUBTRACTION", "subtraction"), ("PD FS sag", "SUB", "subtraction"),
+    ("PD FS sag", "SCREEN SAVE", "screen capture"), ("PD FS sag", "MPR", ""),
+    ("Survey_SHC", "M", "localiser"), ("3-pl Loc", "M", "localiser"),
+    ("3Plane Loc", "M", "localiser"),
+    ("AAHScout", "M", "localiser"), ("FAST LOCALIZER", "M", "localiser"), ("sag block", "M", ""),
+])  # fmt: skip
+def test_what_is_no_picture_of_a_plane_is_skipped(tmp_path, description, kind, why):
+    sagittal(tmp_path, 1, description, ImageType=["DERIVED", "SECONDARY", kind])
+    volumes, _, said = read(tmp_path)
+    assert bool(volumes) == (not why)
+    assert not why or f"skipped: series 1 '{description}', {why} (files: 9)" in said
+
+
+@pytest.mark.parametrize("count, sop_class, blocks", [
+    (SLICES, MRImageStorage, True), (2, MRImageStorage, False),
+    (SLICES, SecondaryCaptureImageStorage, False),
+])  # fmt: skip
+def test_a_screen_capture_is_no_lost_plane(tmp_path, count, sop_class, blocks):
+    sagittal(tmp_path, 1, "PD FS sag")
+    for path in coronal(tmp_path, 2, keep=range(count), SOPClassUID=sop_class):
+        ds = pydicom.dcmread(path)
+        del ds.ImagePositionPatient
+        ds.save_as(path)
+    volumes, unusable, said = read(tmp_path)
+    assert list(volumes) == ["sagittal"] and bool(unusable) == blocks
+    assert "skipped: series 2 'PD FS', " in said
 
 
 # --- knees ----------------------------------------------------------------------------------------

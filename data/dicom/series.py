@@ -19,6 +19,23 @@ import numpy as np
 from common.errors import InputError
 from data.dicom import files
 from data.dicom.files import COPY_AGAIN, File, reading
+from data.dicom.slices import plane_of
+from data.dicom.words import (
+    DIXON,
+    DIXON_WATER,
+    FAT_SUPPRESSED,
+    FLUID,
+    GRADIENT_ECHO,
+    NO_PICTURES,
+    NOT_SUPPRESSED,
+    NOT_T1,
+    WATER_KINDS,
+    other_part,
+    other_picture,
+    says_agent,
+    says_t1,
+    words_of,
+)
 
 MIN_SLICES = 5  # fewer are a localiser; MRNet's shortest exam has 17
 SAME_PLACE = 0.01  # mm; closer slices are one place scanned or copied twice
@@ -29,6 +46,7 @@ MAX_VOXELS = 2**27  # of one volume, 512 MiB as float32
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax that is zlib as a whole
 ZLIB_BEST = 1032  # zlib's highest compression ratio
 MR_IMAGES = ("1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1")  # SOP classes
+SCREEN_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # how the SOP classes of secondary captures begin
 NO_IMAGE = "no image"  # reports, presentation states, DICOMDIR ...
 # Why a series of images cannot be placed or taken as one volume: it may be any plane.
 NO_GEOMETRY = "no ImagePositionPatient, ImageOrientationPatient or PixelSpacing"
@@ -42,36 +60,13 @@ SHEARED = "its affine is sheared"
 UNPLACED = (NO_GEOMETRY, NO_ROTATION, TOO_LARGE, FOREIGN, SEVERAL_VOLUMES, NOT_CODED, NO_AFFINE,
             SHEARED)  # fmt: skip
 MOSTLY = 0.8  # of a series' slices in one orientation: not a localiser in several
+TILT = 15.0  # degrees; a step in the choice between slices more or less oblique
 JUMP = 10.0  # mm within the slices' plane from one slice to the next: another place
-FLUID_ECHO = 25.0  # ms; a longer echo time is fluid-sensitive, where no words say so
-
-# Contrast in a series' description: lower case, words separated by single spaces.
-FAT_SUPPRESSED = re.compile(r"fs\b|\bfspd|fat ?sat|fat ?sup|spair|\bspir\b|stir|tirm|water|\bwe\b")
-NOT_SUPPRESSED = re.compile(r"\b(no|non|without|wo|w o|w out) ?(fs|fat)|\b(n|un)fs\b")
-FLUID = re.compile(r"pd|t2|proton|\bdp\b|stir|tirm|spair|\bspir\b|fs\b|fat ?sat|water")
-T1 = re.compile(r"\bt1(?!\d)")
-# Philips puts a letter before T1W (cT1W_TSE: coronal), others the plane or 3D; SET1 is no contrast.
-FUSED_T1 = re.compile(r"\b([a-z]|[23]d|ax|axial|tra|trans|cor|coronal|sag|sagittal|obl)t1(?!\d)")
-NOT_T1 = re.compile("pd|t2|proton|stir")
-# A Dixon scan is four series: water, fat, in phase and out of phase. "Flex" is a coil, too.
-DIXON = re.compile(r"dixon|\bflex\b|\bideal\b")
-DIXON_WATER = re.compile(r"\bw\b(?! ?o)|water")
-DIXON_OTHER = re.compile(r"^fat\b|\b(f|fat|op|out)$|\b(opp|oop|out ?phase|opposed)\b")
-MAP = re.compile(r"\b(t[12]|t1rho)?maps?\b|\bmapping\b")
-MAPS = {"ADC", "T1 MAP", "T2 MAP", "T2_STAR MAP", "R2 MAP", "R2_STAR MAP", "PHASE MAP", "P"}
-WATER_KINDS = {"WATER", "W"}
-FAT_KINDS = {"FAT", "F", "FAT_FRACTION", "FF", "OUT_PHASE", "OPP_PHASE", "OPPOSED_PHASE", "OP"}
-# Words of BodyPartExamined (PS3.16 annex L) or of an anatomic region that is no knee.
-OTHER_PARTS = re.compile(
-    r"\b((abdomen|ankle|arm|brain|breast|buttock|chest|clavicle|coccyx|elbow|eye|face|finger|foot|"
-    r"forearm|hand|head|heart|hip|humerus|jaw|kidney|liver|neck|orbit|pelvis|prostate|sacrum|"
-    r"shoulder|skull|thorax|thumb|toe|wrist|si ?joint|[clst]{0,2} ?spine|spinal)s?)+\b"
-)
-COILS = {"arm", "foot", "hand", "head", "neck"}  # in descriptions these are coils and positions
-KNEE = re.compile(
-    "knee|knie|kn[äæ]|genou|rodilla|ginocch|joelho|patell|kolan|kolen|polvi|genunchi|térd|γόνα|"
-    "γονα|колен|膝|무릎"
-)
+# ms, of spin echoes whose words name no contrast: T1 is scanned with short echo and repetition
+# times (10 to 30 and 300 to 700 ms; Westbrook and Talbot, MRI in Practice), proton density with a
+# long repetition time (2000 and more), T2 with both long.
+FLUID_ECHO = 25.0  # from here on fluid-sensitive
+LONG_REPETITION = 1000.0  # from here on no T1
 OTHER_PART = "by its header, not a knee (if it is one: dcmodify -i 0018,0015=KNEE)"
 
 HEADER = [  # all that is read of a file before its pixels
@@ -82,7 +77,8 @@ HEADER = [  # all that is read of a file before its pixels
     "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "Laterality",
     "ImageLaterality", "BodyPartExamined", "AnatomicRegionSequence", "StudyDescription",
     "FrameOfReferenceUID", "PatientID", "IssuerOfPatientID", "PatientName",
-    "PatientBirthDate",
+    "PatientBirthDate", "RepetitionTime", "ScanningSequence", "EchoPulseSequence",
+    "ContrastBolusAgent", "ContrastBolusAgentSequence", "SOPClassUID",
 ]  # fmt: skip
 
 
@@ -127,28 +123,45 @@ class Series:
 
     @property
     def is_t1(self):
-        """Whether the description says so."""
-        words = self.words
-        is_fused = FUSED_T1.search(words) and not NOT_T1.search(words)
-        return bool(is_fused or T1.search(words))
+        """Whether it is T1-weighted: by its description; by its times (`weighting`) where this
+        names no contrast, of which fat suppression is none; where they do not tell, by contrast
+        agent, after which T1 is scanned."""
+        if says_t1(self.words) or NOT_T1.search(self.words):
+            return says_t1(self.words)
+        has_agent = says_agent(self.description) or any(frame.has_agent for frame in self.frames)
+        return self.weighting == "T1" or (not self.weighting and has_agent)
+
+    @property
+    def weighting(self):
+        """By echo and repetition time: "T1", "fluid" or "" if not known. Those of gradient echoes
+        such as DESS are all short and do not tell."""
+        echo = max((frame.echo for frame in self.frames), default=0)
+        repetition = max((frame.repetition for frame in self.frames), default=0)
+        if GRADIENT_ECHO.search(self.words) or not echo:
+            return ""
+        if echo >= FLUID_ECHO:
+            return "fluid"
+        if not repetition or any(frame.is_gradient for frame in self.frames):
+            return ""
+        return "T1" if repetition < LONG_REPETITION else "fluid"
 
     @property
     def contrast(self):
         """2 for fluid-sensitive and fat-suppressed, 1 for fluid-sensitive, else 0: by the
-        description, without one by the echo time."""
+        description, where it does not tell by echo and repetition time."""
         words = self.words
-        if not words:
-            return int(max((frame.echo for frame in self.frames), default=0) >= FLUID_ECHO)
-        if self.is_t1 or not FLUID.search(words):
+        if self.is_t1:
             return 0
+        if not FLUID.search(words):
+            return int(self.weighting == "fluid")
         is_water = DIXON.search(words) and DIXON_WATER.search(words)
         is_water = is_water or (self.frames and all(frame.is_water for frame in self.frames))
         is_suppressed = is_water or FAT_SUPPRESSED.search(words)
         return 2 if is_suppressed and not NOT_SUPPRESSED.search(words) else 1
 
     def suits(self, t1):
-        """2 for a series of the wanted contrast, 0 for one of the other, 1 where nothing tells. A
-        T1 is called so wherever a series is described.
+        """2 for a series of the wanted contrast, 0 for one of the other, 1 where nothing tells; as
+        a T1, only where there is no description either.
 
         Args:
             t1: whether T1 is wanted, not fluid-sensitive.
@@ -159,9 +172,20 @@ class Series:
 
     def rank(self, axis, wanted, t1):
         """Sort key, the highest is taken: named by the user, of the wanted contrast, usable,
-        fat-suppressed, native, slices; `t1` as `suits` takes it."""
-        kind = self.is_wanted(wanted), self.suits(t1), not self.fault
-        return *kind, self.contrast, len(self.through) == 1, self.slices(axis)
+        fat-suppressed, native, straight, slices, original; `t1` as `suits` takes it."""
+        kind = self.is_wanted(wanted), self.suits(t1), not self.fault, self.contrast
+        slices = len(self.through) == 1, -self.tilt(axis), self.slices(axis)
+        return *kind, *slices, self.is_original
+
+    def tilt(self, axis):
+        """How far slices across `axis` are from the nearest plane, in steps of TILT: a little is
+        usual, as along a ligament; much is another picture."""
+        return int(plane_of(self.directions[axis])[1] / TILT)
+
+    @property
+    def is_original(self):
+        """Whether ImageType says that it is computed from no other images."""
+        return all(frame.is_original for frame in self.frames)
 
     def is_wanted(self, patterns):
         """Whether the user named it, by number or part of the description."""
@@ -171,27 +195,6 @@ class Series:
         if pattern.isdecimal():
             return str(self.number) == pattern
         return pattern.lower() in self.description.lower()
-
-
-def words_of(text):
-    """A text in lower case, its words separated by single spaces; GE writes F/S for fs."""
-    return " ".join(re.findall("[a-z0-9]+", re.sub(r"\bf/s\b", "fs", text.lower())))
-
-
-def other_picture(words, kinds=frozenset()):
-    """What a series shows in place of the anatomy in one of its contrasts, or ''.
-
-    Args:
-        words: its description's, as `words_of` returns them.
-        kinds: values of DICOM's ImageType from the third on, upper case.
-    """
-    if kinds & MAPS or MAP.search(words):
-        return "a map of a quantity, not a picture"
-    is_other = DIXON.search(words) and DIXON_OTHER.search(words)
-    is_suppressed = FAT_SUPPRESSED.search(words) or NOT_SUPPRESSED.search(words)
-    if kinds & FAT_KINDS or (is_other and not is_suppressed):
-        return "the fat or opposed-phase picture of a Dixon scan"
-    return ""
 
 
 def ways_to_cut(spacing, thickest):
@@ -212,12 +215,16 @@ class Frame:
     position: tuple | None  # of the first pixel's centre, mm
     orientation: tuple | None  # direction along which columns grow, then along which rows grow
     spacing: tuple | None  # mm between rows, between columns
-    echo: float
+    echo: float  # ms, 0 if unknown
     slope: float
     intercept: float
     inverted: bool
     is_water: bool  # the water picture of a Dixon scan, by ImageType
     side: str  # L, R, B or ""
+    repetition: float = 0.0  # ms, 0 if unknown
+    is_gradient: bool = False  # a gradient echo
+    has_agent: bool = False  # contrast agent was given
+    is_original: bool = True  # not derived from other images, by ImageType
 
 
 class Header(NamedTuple):
@@ -241,6 +248,16 @@ def numbers(value, count):
     return values if len(values) == count and np.isfinite(values).all() else None
 
 
+def optional(header, index, sequence, name):
+    """A number that an image can do without, looked up as by `lookup`: float, of several values the
+    first; None if there is none, or no number."""
+    try:
+        value = float(np.ravel(lookup(header, index, sequence, name))[0])
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+    return value if np.isfinite(value) else None
+
+
 def lookup(header, index, sequence, name):
     """An attribute of one frame: its own functional group, else the shared one, else the file's."""
     for groups, i in (
@@ -254,21 +271,12 @@ def lookup(header, index, sequence, name):
     return header.get(name)
 
 
-def other_part(header):
-    """The part of the body, "ANKLE", that a header names where it is no knee, or ''.
-
-    BodyPartExamined is often a scanner's leftover: a series or study that is called a knee is one.
-    """
+def part_of(header):
+    """The part of the body, "ANKLE", that a header names where it is no knee, or ''."""
     regions = lookup(header, 0, "FrameAnatomySequence", "AnatomicRegionSequence") or ()
     named = [text_of(header, "BodyPartExamined"), *(text_of(r, "CodeMeaning") for r in regions)]
-    named = " ".join(named).lower()
-    series = f"{text_of(header, 'SeriesDescription')} {text_of(header, 'ProtocolName')}".lower()
-    part = OTHER_PARTS.search(words_of(named))
-    if not part or KNEE.search(f"{named} {series}"):
-        return ""
-    others = {found[0] for found in OTHER_PARTS.finditer(words_of(series))} - COILS
-    is_knee = KNEE.search(text_of(header, "StudyDescription").lower()) and not others
-    return "" if is_knee else part[0].upper()
+    series = f"{text_of(header, 'SeriesDescription')} {text_of(header, 'ProtocolName')}"
+    return other_part(" ".join(named), series, text_of(header, "StudyDescription"))
 
 
 def why_not(file, header, count):
@@ -287,10 +295,13 @@ def why_not(file, header, count):
         return f"colour or unknown pixels ({colours or 'no PhotometricInterpretation'}, {samples})"
     if rows < 2 or columns < 2:
         return f"one-dimensional ({rows} x {columns} px)"
-    for kind, word in (("LOCALIZER", "localiser"), ("PROJECTION IMAGE", "projection"),
-                       ("MOSAIC", "mosaic of slices")):  # fmt: skip
-        if kind in kinds:
+    for kind in kinds:
+        if word := NO_PICTURES.get(kind.replace("_", " ")):
             return word
+    if text_of(header, "SOPClassUID").startswith(SCREEN_CAPTURE) and not lookup(
+        header, 0, "PlanePositionSequence", "ImagePositionPatient"
+    ):
+        return "screen capture"
     if other := other_picture(words_of(description_of(header)), kinds_of(header)):
         return other
     if rows * columns * count > MAX_VOXELS:
@@ -311,10 +322,10 @@ def read_header(file, only_knees=True):
             raise InputError(f"{file}: a large deflated file; inflate it with dcmconv first")
         header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=HEADER)
         count = int(header.get("NumberOfFrames") or 1)
-        number = header.get("SeriesNumber")
+        number = optional(header, 0, "", "SeriesNumber")
         title = None if number is None else int(number), description_of(header)
         reason = why_not(file, header, count)
-        if not reason and only_knees and (part := other_part(header)):
+        if not reason and only_knees and (part := part_of(header)):
             reason = f"{part} {OTHER_PART}"
         return Header(
             # the path's folder is no UID: it holds a slash
@@ -355,7 +366,12 @@ def patient_of(header):
 
 def read_frame(header, file, i):
     rescale = "PixelValueTransformationSequence"
-    echo = lookup(header, i, "MREchoSequence", "EffectiveEchoTime") or header.get("EchoTime")
+    echo = optional(header, i, "MREchoSequence", "EffectiveEchoTime")
+    echo = echo or optional(header, i, "MREchoSequence", "EchoTime")
+    timing = "MRTimingAndRelatedParametersSequence"
+    pulses = {str(v) for v in np.ravel(header.get("ScanningSequence") or "")}
+    agent = header.get("ContrastBolusAgent") or header.get("ContrastBolusAgentSequence")
+    # A wrong slope would change the pixels: no number here is a fault.
     slope = lookup(header, i, rescale, "RescaleSlope")
     side = lookup(header, i, "FrameAnatomySequence", "FrameLaterality")
     side = str(side or header.get("ImageLaterality") or header.get("Laterality") or "")
@@ -367,12 +383,16 @@ def read_frame(header, file, i):
         numbers(lookup(header, i, "PlanePositionSequence", "ImagePositionPatient"), 3),
         numbers(lookup(header, i, "PlaneOrientationSequence", "ImageOrientationPatient"), 6),
         numbers(lookup(header, i, "PixelMeasuresSequence", "PixelSpacing"), 2),
-        float(echo or 0),
+        echo or 0.0,
         float(1 if slope is None else slope),
         float(lookup(header, i, rescale, "RescaleIntercept") or 0),
         str(header.PhotometricInterpretation).strip() == "MONOCHROME1",
         bool(WATER_KINDS & kinds_of(header)),
         side if side in ("L", "R", "B") else "",
+        repetition=optional(header, i, timing, "RepetitionTime") or 0.0,
+        is_gradient="GR" in pulses or text_of(header, "EchoPulseSequence") == "GRADIENT",
+        has_agent=bool(agent),
+        is_original=str(np.ravel(header.get("ImageType") or "")[0]).upper() != "DERIVED",
     )
 
 
@@ -384,8 +404,10 @@ def series_name(title):
 def assemble(title, frames, frame_of_reference=""):
     """The frames of one DICOM series -> Series, slices ordered along their normal; or why not."""
     placed = [f for f in frames if f.position and f.orientation and f.spacing]
-    if not placed:
+    if not placed and len(frames) >= MIN_SLICES:
         return NO_GEOMETRY
+    if not placed:  # too few for a plane: a screen capture that does not call itself one
+        return f"fewer than {MIN_SLICES} slices, without geometry"
     axes = np.array([f.orientation for f in placed]).reshape(-1, 2, 3)
     if np.abs(axes - axes[0]).max() > 0.02:  # about 1 degree
         middle = np.median(axes, axis=0)

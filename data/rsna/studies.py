@@ -214,8 +214,10 @@ class Candidate(NamedTuple):
 
 
 def rank(candidate):
-    """Sort key, the highest is taken: usable, fat-suppressed, most slices."""
-    return not candidate.series.fault, candidate.fat, candidate.series.shape[0]
+    """Sort key, the highest is taken: usable, fat-suppressed, straight, most slices, original."""
+    series = candidate.series
+    slices = -series.tilt(0), series.shape[0], series.is_original
+    return not series.fault, candidate.fat, *slices
 
 
 def read_series(study, uid, done):
