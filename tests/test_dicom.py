@@ -26,6 +26,7 @@ from pydicom.uid import (
     BasicTextSRStorage,
     EnhancedMRImageStorage,
     ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
     MRImageStorage,
     RLELossless,
 )
@@ -440,6 +441,26 @@ def test_compressed_series(convert, tmp_path):
     assert_same(volume(tmp_path, "axial"), expected("axial"))
 
 
+@pytest.mark.parametrize("has_meta", [True, False])
+@pytest.mark.parametrize("is_implicit", [True, False])
+def test_dicom_without_preamble(convert, tmp_path, has_meta, is_implicit):
+    """As some scanners' disks and old archives have it: data set alone, or with its meta group."""
+    for path in write_series(tmp_path / "scan", "coronal"):
+        ds = pydicom.dcmread(path)
+        meta = ds.file_meta
+        meta.TransferSyntaxUID = ImplicitVRLittleEndian if is_implicit else ExplicitVRLittleEndian
+        if not has_meta:
+            ds.file_meta = FileMetaDataset()
+        ds.save_as(path, implicit_vr=is_implicit, little_endian=True)
+        ds.preamble = None
+        ds.save_as(path, implicit_vr=is_implicit, little_endian=True)
+        assert path.read_bytes()[:2] == (b"\2\0" if has_meta else b"\10\0")
+    (tmp_path / "scan" / "no.dat").write_bytes(b"\10\0\1\2\3\4\5\6" * 99)
+    status, out, err = convert(tmp_path / "scan")
+    assert (status, err) == (0, "") and "neither DICOM nor NIfTI: 1" in out
+    assert_same(volume(tmp_path, "coronal"), expected("coronal"))
+
+
 def test_pydicoms_and_nibabels_own_files(convert, tmp_path):
     """Everything that the two packages ship: CT, SR, colour, mosaics, localisers, MIPs, broken
     files. None is a knee exam; each is skipped or reported."""
@@ -704,6 +725,34 @@ def test_zip_as_source_and_in_a_folder(convert, tmp_path):
             assert_same(volume(tmp_path, plane), expected(plane))
 
 
+def test_a_zip_beside_its_folder_is_one_exam(convert, tmp_path):
+    write_exam(tmp_path / "scan" / "knee7")
+    zipped(tmp_path / "scan" / "knee7.zip", tmp_path / "scan" / "knee7")
+    status, out, err = convert(tmp_path / "scan")
+    assert (status, err) == (0, "")
+    assert out.count(f"copies of its files: {SLICES}") == 3 == out.count("copies of")
+    for plane in PLANES:
+        assert_same(volume(tmp_path, plane), expected(plane))
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.TAR", "a.rar", "a.7z", "IM1.dcm.gz"])
+def test_an_archive_that_is_not_opened_may_hold_a_plane(convert, tmp_path, name):
+    write_series(tmp_path / "scan" / "axial", "axial")
+    (tmp_path / "scan" / name).write_bytes(b"packed")
+    status, _, err = convert(tmp_path / "scan")
+    assert status == 1 and err.startswith("error: ") and len(err.splitlines()) == 1
+    assert f"{name}: an archive that is not opened; unpack it first" in err
+
+
+def test_a_zip_within_a_zip_may_hold_a_plane(convert, tmp_path):
+    write_series(tmp_path / "exam" / "axial", "axial")
+    zipped(tmp_path / "exam" / "inner.zip", write_exam(tmp_path / "other"))
+    (tmp_path / "scan").mkdir()
+    zipped(tmp_path / "scan" / "outer.zip", tmp_path / "exam")
+    status, _, err = convert(tmp_path / "scan")
+    assert status == 1 and "outer.zip:exam/inner.zip: an archive" in err
+
+
 @pytest.mark.parametrize(
     "name", ["../evil.dcm", "/tmp/evil.dcm", "a\\..\\..\\evil", "C:/evil", "ln"]
 )
@@ -750,8 +799,9 @@ def damage(paths, kind):
     if kind == "duplicate":
         edit(path, ImagePositionPatient=pydicom.dcmread(paths[3]).ImagePositionPatient)
         return "IM", "duplicated position", "at -4.0 mm", "remove one"
-    if kind == "copied":
+    if kind == "copied":  # and changed: which of the two is right?
         shutil.copy(path, path.parent / "copy")
+        edit(path.parent / "copy", RescaleSlope=2)
         return "copy", "duplicated position"
     if kind == "no position":
         ds = pydicom.dcmread(path)

@@ -4,14 +4,16 @@ import errno
 import os
 import shutil
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pydicom
 import pytest
 from pydicom.dataset import Dataset
+from pydicom.fileset import FileSet
 from pydicom.sequence import Sequence
-from pydicom.uid import MRImageStorage, SecondaryCaptureImageStorage
+from pydicom.uid import MediaStorageDirectoryStorage, MRImageStorage, SecondaryCaptureImageStorage
 from test_dicom import (
     PLANES,
     SLICES,
@@ -32,7 +34,7 @@ from common.exams import FROM_DICOM, UNKNOWN_CONTRAST, open_exams, refuse_unfit
 from common.stacking import Network, TaskModels
 from data.common import Report
 from data.dicom import serve
-from data.dicom.series import Frame
+from data.dicom.series import Frame, Patient
 from data.dicom.studies import Choice, Study, exams_mixed, find_exams, slices_lost, volumes_of
 
 
@@ -245,6 +247,17 @@ def test_exams_of_another_contrast_are_refused(tmp_path):
     for theirs, mine in (([], given[0]), (["coronal"], FROM_DICOM)):
         with pytest.raises(InputError, match="coronal series are .*--t1-plane coronal"):
             refuse_unfit(networks(theirs), [mine], False)
+
+
+def test_copies_count_once_and_what_is_no_slice_is_none(tmp_path):
+    path = sagittal(tmp_path, 3, "PD FS sag")[0]
+    shutil.copy(path, tmp_path / "copy")
+    shutil.copy(path, tmp_path / "localiser")
+    edit(tmp_path / "localiser", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    volumes, unusable, said = read(tmp_path)
+    assert len(volumes["sagittal"]) == SLICES and not unusable
+    assert "skipped: series 3 'PD FS sag', copies of its files: 1" in said
+    assert "localiser (files: 1)" in said
 
 
 def test_another_fluid_sensitive_series_does_and_says_so(tmp_path):
@@ -499,6 +512,57 @@ def files(folder, count):
     return [File(folder / f"{k}.dcm") for k in range(count)]
 
 
+@pytest.mark.parametrize("numbers, is_doubted", [
+    (range(9, 18), True), (range(17, 8, -1), True), (range(1, 10), False), (range(9, 0, -1), False),
+    (range(0, 9), False), (range(10, 28, 2), False), ((3, 4, 5, 6, 7, 8, 9, 11, 10), False),
+    ([""] * 9, False), ([7] * 9, False),
+])  # fmt: skip
+def test_a_series_may_lack_slices_at_one_end(tmp_path, numbers, is_doubted):
+    """Where its numbers begin later; no fault, for some scanners count on."""
+    for path, number in zip(sagittal(tmp_path, 3, "PD FS sag"), numbers, strict=True):
+        edit(path, InstanceNumber=number)
+    volumes, unusable, said = read(tmp_path)
+    assert list(volumes) == ["sagittal"] and not unusable
+    words = "series 3 'PD FS sag': slices may be missing at one end: its files are numbered 9 to 17"
+    assert (words in said) == is_doubted == ("warning" in said)
+
+
+def test_the_second_echo_of_a_series_lacks_nothing(tmp_path):
+    """Its numbers begin where those of the first end."""
+    for folder, echo, first in (("a", 15, 1), ("b", 80, SLICES + 1)):
+        for number, path in enumerate(write_series(tmp_path / folder, "sagittal"), start=first):
+            edit(path, EchoTime=echo, InstanceNumber=number)
+    assert "warning" not in read(tmp_path)[2]
+
+
+@pytest.mark.parametrize("lost, is_told", [(0, False), (2, True), (SLICES, False)])
+def test_a_dicomdir_tells_what_is_missing(tmp_path, lost, is_told):
+    """Also at an end, where no gap shows it. A series that is not there at all is not asked for."""
+    disc = FileSet()
+    for paths in (sagittal(tmp_path / "scan", 3, "PD FS sag"), coronal(tmp_path / "scan", 4)):
+        for number, path in enumerate(paths, start=1):
+            edit(path, InstanceNumber=number, StudyTime="120000", StudyID="1")
+            disc.add(path)
+    disc.write(tmp_path / "disc")
+    instances = [pydicom.dcmread(path).SOPInstanceUID for path in paths[SLICES - lost :]]
+    for instance in disc:
+        if instance.SOPInstanceUID in instances:
+            Path(instance.path).unlink()
+    volumes, unusable, said = read(tmp_path / "disc")
+    assert ("DICOMDIR: lists 9 images of it, 2 of them are not there" in said) == is_told
+    assert list(unusable) == ["coronal"] * is_told
+    assert volumes.keys() - {"coronal"} == {"sagittal"}
+
+
+def test_a_damaged_dicomdir_stops_nothing(tmp_path):
+    sagittal(tmp_path, 3, "PD FS sag")
+    ds = header(SOPClassUID=MediaStorageDirectoryStorage)
+    write(tmp_path / "DICOMDIR", ds)
+    volumes, unusable, said = read(tmp_path)
+    assert list(volumes) == ["sagittal"] and not unusable
+    assert "DICOMDIR: AttributeError, truncated or damaged" in said and "not known" in said
+
+
 # --- series that cannot be placed -----------------------------------------------------------------
 
 
@@ -579,12 +643,33 @@ def study(*patients):
 
 def test_who_the_patient_is():
     """An issuer that one of the files leaves out is no second patient."""
-    one, same = ("PatientID", "p1", "H"), ("PatientID", "p1", "")
-    assert not study(one, same).mixed and study(one, same).patient == study(same).patient
-    assert study(one, ("PatientID", "p1", "K")).mixed
-    assert study(one, ("PatientID", "p2", "H")).mixed
-    assert study(one, ("PatientName", "P", "19610203")).mixed
+    one, same = Patient("p1", "H"), Patient("p1", "")
+    assert not study(one, same).mixed and study(one, same).patient == study(same).patient == "p1|"
+    assert study(one, Patient("p1", "K")).mixed
+    assert study(one, Patient("p2", "H")).mixed
     assert not study().mixed and study().patient == ""
+
+
+def test_a_series_without_the_patients_number_is_compared_by_name():
+    """What a series leaves out contradicts nothing."""
+    one, named = Patient("p1", "H", "P", "19610203"), Patient("", "", "P", "19610203")
+    assert not study(one, named).mixed and study(one, named).patient == "p1|"
+    assert study(one, named).patient_and_issuer == "p1|H"
+    assert not study(Patient("p1"), named).mixed and study(named).patient == "P|19610203"
+    assert not study(one, Patient(name="P")).mixed and not study(one, Patient()).mixed
+    assert study(named, Patient(name="P")).patient == "P|19610203"
+    assert not study(one, Patient("p1", "H", "married", "19610203")).mixed
+    for other in (Patient(name="Q"), Patient(name="P", birth="19610204"), Patient("p2", name="P")):
+        assert study(one, other).mixed
+    assert study(named, Patient(name="Q")).mixed
+
+
+def test_a_series_without_the_patients_number_is_of_the_exam(tmp_path):
+    sagittal(tmp_path, 3, "PD FS sag")
+    coronal(tmp_path, 4, PatientID="")
+    assert sorted(read(tmp_path)[0]) == ["coronal", "sagittal"]
+    axial = write_series(tmp_path / "5", "axial", number=5, PatientID="", PatientName="OTHER")
+    assert len(axial) == SLICES and "two patients" in read(tmp_path)[1]["axial"]
 
 
 def test_a_report_of_another_department_is_no_second_patient(tmp_path):

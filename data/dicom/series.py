@@ -43,6 +43,9 @@ GAP = 1.5  # steps between neighbours, above which a slice is missing
 ISOTROPIC = 2.0  # voxel sides up to this ratio: a 3-D scan that can be cut in each plane
 SLAB = 3.0  # mm; a 3-D scan is averaged to about MRNet's slice thickness
 MAX_VOXELS = 2**27  # of one volume, 512 MiB as float32
+# The first element of a DICOM file without preamble: of group 2 or 8, little endian, its value's
+# type given or, if this is implicit, its length less than 256 bytes.
+BARE = re.compile(rb"[\2\10]\0.\0([A-Z]{2}|.\0\0\0)", re.DOTALL)
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax that is zlib as a whole
 ZLIB_BEST = 1032  # zlib's highest compression ratio
 MR_IMAGES = ("1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1")  # SOP classes
@@ -69,6 +72,7 @@ FLUID_ECHO = 25.0  # from here on fluid-sensitive
 LONG_REPETITION = 1000.0  # from here on no T1
 OTHER_PART = "by its header, not a knee (if it is one: dcmodify -i 0018,0015=KNEE)"
 
+PATIENT = "PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate"
 HEADER = [  # all that is read of a file before its pixels
     "StudyInstanceUID", "SeriesInstanceUID", "Modality", "ImageType", "SeriesNumber",
     "SeriesDescription", "ProtocolName", "EchoTime", "NumberOfFrames", "SamplesPerPixel",
@@ -76,9 +80,9 @@ HEADER = [  # all that is read of a file before its pixels
     "ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept",
     "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "Laterality",
     "ImageLaterality", "BodyPartExamined", "AnatomicRegionSequence", "StudyDescription",
-    "FrameOfReferenceUID", "PatientID", "IssuerOfPatientID", "PatientName",
-    "PatientBirthDate", "RepetitionTime", "ScanningSequence", "EchoPulseSequence",
-    "ContrastBolusAgent", "ContrastBolusAgentSequence", "SOPClassUID",
+    "FrameOfReferenceUID", *PATIENT, "RepetitionTime", "ScanningSequence", "EchoPulseSequence",
+    "ContrastBolusAgent", "ContrastBolusAgentSequence", "SOPClassUID", "SOPInstanceUID",
+    "InstanceNumber",
 ]  # fmt: skip
 
 
@@ -90,8 +94,9 @@ class Series:
     mm; voxel (0, 0, 0) lies at `origin`. `through` lists the axes along which it may be cut to
     slices. `load` reads the pixels: float32 of `shape`. `side` is its laterality: L,
     R, B (both) or "". `frame` is its frame of reference, "" if missing: coordinates of two frames
-    cannot be compared. `fault` says why it cannot be used. `frames` are the DICOM frames along
-    axis 0, of NIfTI none.
+    cannot be compared. `fault` says why it cannot be used, `doubt` what to warn of where it
+    is; `is_apart` that it is left out, as of another place than its knee's other series. `frames`
+    are the DICOM frames along axis 0, of NIfTI none.
     """
 
     file: File
@@ -107,6 +112,8 @@ class Series:
     side: str = ""
     frame: str = ""
     fault: str = ""
+    doubt: str = ""
+    is_apart: bool = False
     frames: tuple = ()
 
     def slab(self, axis):
@@ -225,6 +232,24 @@ class Frame:
     is_gradient: bool = False  # a gradient echo
     has_agent: bool = False  # contrast agent was given
     is_original: bool = True  # not derived from other images, by ImageType
+    number: float | None = None  # that the scanner gave the image
+
+
+class Patient(NamedTuple):
+    """Whose a file is, "" where it does not say. It identifies: never print it."""
+
+    number: str = ""
+    issuer: str = ""  # of the number
+    name: str = ""
+    birth: str = ""
+
+    def contradicts(self, other):
+        """Whether two files cannot be of one patient: by number and its issuer; where one of them
+        has no number by name and birth date. What a file leaves out contradicts nothing."""
+        has_numbers = self.number and other.number
+        pairs = zip(self, other, strict=True)
+        told = itertools.islice(pairs, 2) if has_numbers else itertools.islice(pairs, 2, 4)
+        return any(a and b and a != b for a, b in told)
 
 
 class Header(NamedTuple):
@@ -233,7 +258,8 @@ class Header(NamedTuple):
     study: str  # UID
     series: str  # UID
     title: tuple  # series number or None, description
-    patient: tuple  # as `patient_of` returns it; never print it
+    instance: str  # UID of the image, or ""
+    patient: Patient
     frame: str  # UID of the frame of reference, or ""
     frames: list  # of Frame
     reason: str  # why there are none, or ""
@@ -309,6 +335,11 @@ def why_not(file, header, count):
     return ""
 
 
+def is_dicom(head):
+    """Whether a file's first 132 bytes or more are DICOM's, with or without preamble."""
+    return head[128:132] == b"DICM" or bool(BARE.match(head))
+
+
 def read_header(file, only_knees=True):
     """One DICOM file, all but its pixels -> Header.
 
@@ -318,9 +349,12 @@ def read_header(file, only_knees=True):
     import pydicom
 
     with reading(file), file.open() as stream:
-        if DEFLATED in file.head(1024) and len(file.read()) > files.MAX_BYTES // ZLIB_BEST:
+        head = file.head(1024)
+        if DEFLATED in head and len(file.read()) > files.MAX_BYTES // ZLIB_BEST:
             raise InputError(f"{file}: a large deflated file; inflate it with dcmconv first")
-        header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=HEADER)
+        header = pydicom.dcmread(
+            stream, stop_before_pixels=True, specific_tags=HEADER, force=is_dicom(head)
+        )
         count = int(header.get("NumberOfFrames") or 1)
         number = optional(header, 0, "", "SeriesNumber")
         title = None if number is None else int(number), description_of(header)
@@ -332,7 +366,8 @@ def read_header(file, only_knees=True):
             study=text_of(header, "StudyInstanceUID") or f"folder {file.folder.resolve()}",
             series=text_of(header, "SeriesInstanceUID") or str(title),
             title=title,
-            patient=patient_of(header),
+            instance=text_of(header, "SOPInstanceUID"),
+            patient=Patient(*(text_of(header, name) for name in PATIENT)),
             frame=text_of(header, "FrameOfReferenceUID"),
             frames=[] if reason else [read_frame(header, file, i) for i in range(count)],
             reason=reason,
@@ -352,16 +387,6 @@ def description_of(header):
 def text_of(header, name):
     """An attribute as text without the padding, "" if it is not there."""
     return str(header.get(name) or "").strip(" \0")
-
-
-def patient_of(header):
-    """Identity of the patient: ("PatientID", number, issuer or ""), without a number
-    ("PatientName", name, birth date or ""); () if unknown."""
-    for names in (("PatientID", "IssuerOfPatientID"), ("PatientName", "PatientBirthDate")):
-        first, second = (text_of(header, name) for name in names)
-        if first:
-            return names[0], first, second
-    return ()
 
 
 def read_frame(header, file, i):
@@ -393,6 +418,7 @@ def read_frame(header, file, i):
         is_gradient="GR" in pulses or text_of(header, "EchoPulseSequence") == "GRADIENT",
         has_agent=bool(agent),
         is_original=str(np.ravel(header.get("ImageType") or "")[0]).upper() != "DERIVED",
+        number=optional(header, i, "", "InstanceNumber"),
     )
 
 
@@ -419,7 +445,8 @@ def assemble(title, frames, frame_of_reference=""):
         return NO_ROTATION
     normal = np.cross(across, down)
     depth = {id(f): float(normal @ f.position) for f in placed}  # mm
-    if len({round(d, 2) for d in depth.values()}) < len(placed):
+    is_part = len({round(d, 2) for d in depth.values()}) < len(placed)
+    if is_part:
         # several pictures of one place: a Dixon scan's water, and of echoes the last, which is the
         # most fluid-sensitive
         best = max((f.is_water, f.echo) for f in placed)
@@ -447,6 +474,7 @@ def assemble(title, frames, frame_of_reference=""):
         side=sides.pop() if len(sides) == 1 else "B" if sides else "",
         frame=frame_of_reference,
         fault=geometry_fault(frames, placed, depths, step) or place_fault(placed, normal),
+        doubt="" if is_part else end_doubt(placed),
         frames=tuple(placed),
     )
 
@@ -492,14 +520,31 @@ def place_fault(placed, normal):
     return ""
 
 
+def end_doubt(placed):
+    """That slices, in order, may lack some at one end, where no gap shows it, or ''. No fault: some
+    scanners count on from the series before."""
+    counted = [frame.number or 0 for frame in placed]
+    steps = {b - a for a, b in itertools.pairwise(counted)}
+    first, last = min(counted), max(counted)
+    if first <= 1 or steps not in ({1}, {-1}):
+        return ""
+    return f"slices may be missing at one end: its files are numbered {first:.0f} to {last:.0f}"
+
+
 def decode(file, size):
     """The pixels of one DICOM file, as stored: (frames, rows, columns) with `size` of a frame; NaN
     where its scanner had nothing to show (padding)."""
     import pydicom
     from pydicom.pixels import get_decoder
+    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
     with reading(file):
-        data = pydicom.dcmread(io.BytesIO(file.read()))
+        data = pydicom.dcmread(io.BytesIO(file.read()), force=True)  # its header was read
+        if "TransferSyntaxUID" not in data.file_meta:  # without preamble
+            is_implicit, _ = data.original_encoding
+            data.file_meta.TransferSyntaxUID = (
+                ImplicitVRLittleEndian if is_implicit else ExplicitVRLittleEndian
+            )
         syntax = data.file_meta.TransferSyntaxUID
         try:
             has_decoder = get_decoder(syntax).is_available
