@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pydicom
 import pytest
 from conftest import (
     PLANES,
@@ -35,7 +36,8 @@ from common.splits import split_exams
 from common.task_models import Network
 from data.common import Register, Report, exam_name, keyed_hash, write_volume
 from data.dicom.prepare import number_exams, write_groups
-from data.dicom.studies import Exam, Study
+from data.dicom.series import Patient
+from data.dicom.studies import Choice, Exam, Study, find_exams, volumes_of
 from dataloader import MRDataset
 
 
@@ -166,7 +168,7 @@ def test_3_importers_tell_patients_apart(tmp_path):
 
 
 def exam_of(name, number, issuer=""):
-    return Exam(name, "", Study(patients={("PatientID", number, issuer)}), "L", [], "")
+    return Exam(name, "", Study(patients={Patient(number, issuer)}), "L", [], "")
 
 
 def test_3_a_patient_whose_issuer_one_study_leaves_out_is_one_group(tmp_path):
@@ -272,9 +274,39 @@ def test_4_what_does_not_overlap_is_never_one_exam(trained, tmp_path):
     assert done.returncode == 1 and row["decision"] == "" and "frames of reference" in row["error"]
 
 
-def test_4_a_field_of_view_with_both_knees_is_refused(trained, tmp_path):
-    import pydicom
+def with_calf(folder, planes=PLANES, z=-250.0, **more):
+    """A knee's series, and an axial one z mm from them: its only exam, and what is said."""
+    for number, plane in enumerate((*planes, "axial")):
+        for path in scan(folder, plane, KNEE, number, StudyDescription="MR KNEE", **more):
+            if number == len(planes):
+                ds = pydicom.dcmread(path)
+                ds.ImagePositionPatient[2] += z
+                ds.SeriesDescription = "AX STIR CALF"
+                ds.save_as(path)
+    report = Report(collect=True)
+    (exam,) = find_exams(folder, report)
+    volumes, *_ = volumes_of(exam, Choice([], "pad"), report, "exam")
+    return exam, volumes, "\n".join(text for _, text in report.take())
 
+
+@pytest.mark.parametrize("tags", [{"Laterality": "L"}, {}])
+def test_4_one_series_of_another_place_is_left_out(tmp_path, tags):
+    exam, volumes, said = with_calf(tmp_path / "calf", **tags)
+    assert exam.side == "L" and sorted(volumes) == sorted(PLANES)
+    assert "warning: exam: left out series 3 'AX STIR CALF', " in said
+    assert "axial: series 0 " in said
+    assert "left out" not in with_calf(tmp_path / "same", z=0.0, **tags)[2]
+
+
+@pytest.mark.parametrize("tags", [{"Laterality": "L"}, {}])
+def test_4_the_only_series_of_a_plane_is_not_left_out(tmp_path, tags):
+    """Which series are of the knee is not known then; nor without a clear majority."""
+    for planes in (("coronal", "sagittal"), ("axial",)):
+        exam, volumes, said = with_calf(tmp_path / planes[0], planes, **tags)
+        assert not volumes and "do not overlap in space" in exam.refused and exam.refused in said
+
+
+def test_4_a_field_of_view_with_both_knees_is_refused(trained, tmp_path):
     for number, plane in enumerate(PLANES):
         for path in scan(tmp_path, plane, 0.0, number):
             ds = pydicom.dcmread(path)

@@ -14,11 +14,14 @@ import pytest
 from conftest import assert_one_line_error, run_script
 from hospital import PIXEL, SIDE, code_of, damage, read_code, write_series
 from pydicom.uid import ImplicitVRLittleEndian, JPEG2000Lossless
+from test_dicom import SLICES
+from test_scans import coronal, turn
 
 from common.description import read_own_labels
 from common.errors import InputError
 from common.submission import read_sample, task_of
 from data.common import Report, exam_name, write_volume
+from data.dicom.studies import find_exams
 from data.rsna.prepare import (
     count_elsewhere,
     group_studies,
@@ -26,7 +29,7 @@ from data.rsna.prepare import (
     split_groups,
     write_problems,
 )
-from data.rsna.studies import StudyFolder, identity_of
+from data.rsna.studies import Candidate, StudyFolder, identity_of, rank
 from data.rsna.tables import (
     FINDINGS,
     combine_labels,
@@ -263,6 +266,16 @@ def assert_problem(done, tmp_path, *words):
     assert done.returncode == 1 and "problems.txt" in done.stderr, done.stderr
     for word in words:
         assert word in problems
+
+
+def test_a_straight_series_goes_before_an_oblique_one(tmp_path):
+    """Though this has more slices."""
+    found = {}
+    for name, degrees, keep in (("oblique", 35, None), ("straight", 0, range(SLICES - 2))):
+        turn(coronal(tmp_path / name, 1, keep=keep), degrees)
+        (exam,) = find_exams(tmp_path / name, Report(collect=True))
+        found[name] = Candidate(exam.series[0], "coronal", fluid=True, fat=True)
+    assert max(found, key=lambda name: rank(found[name])) == "straight"
 
 
 def test_a_damaged_file_takes_the_next_series_and_is_named(own, tmp_path):

@@ -4,13 +4,16 @@ import errno
 import os
 import shutil
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pydicom
 import pytest
 from pydicom.dataset import Dataset
+from pydicom.fileset import FileSet
 from pydicom.sequence import Sequence
+from pydicom.uid import MediaStorageDirectoryStorage, MRImageStorage, SecondaryCaptureImageStorage
 from test_dicom import (
     PLANES,
     SLICES,
@@ -31,7 +34,7 @@ from common.exams import FROM_DICOM, UNKNOWN_CONTRAST, open_exams, refuse_unfit
 from common.task_models import Network, TaskModels
 from data.common import Report
 from data.dicom import serve
-from data.dicom.series import Frame
+from data.dicom.series import Frame, Patient
 from data.dicom.studies import Choice, Study, exams_mixed, find_exams, slices_lost, volumes_of
 
 
@@ -147,6 +150,8 @@ def test_the_water_of_a_dixon_scan_goes_before_its_in_phase_picture(tmp_path):
     ("HEAD", "PD FS sag hand coil", "MR KNEE", True), ("HEAD", "PD FS sag", "膝関節MRI", True),
     ("FOOT", "PD FS sag", "knä höger", True), ("SPINE", "PD FS sag", "MR kolano L", True),
     ("ANKLE", "PD FS sag ankle", "MRI knee and ankle", False),
+    ("THIGH", "PD FS sag", "", False), ("LOWERLEG", "PD FS sag", "", False),
+    ("TIBIA", "PD FS sag", "", False), ("FEMUR", "PD FS sag", "MR KNEE", True),
 ])  # fmt: skip
 def test_another_part_of_the_body_is_not_answered_as_a_knee(tmp_path, part, series, study, is_knee):
     more = {name: value for name, value in
@@ -159,6 +164,23 @@ def test_another_part_of_the_body_is_not_answered_as_a_knee(tmp_path, part, seri
         write_series(tmp_path / "2", "coronal", series="1.2.3.4.2", number=2, description="PD FS")
         unusable = read(tmp_path)[1]  # it may be that plane, of a knee with a wrong header
         assert f"it may be series 1 '{series}': {part}" in unusable["sagittal"]
+
+
+@pytest.mark.parametrize("series, study, part", [
+    # As hospitals call them, where BodyPartExamined is missing.
+    ("SAG T2", "MRI LUMBAR SPINE WO CONTRAST", "LUMBAR SPINE"),
+    ("AX PD FS SHOULDER", "", "SHOULDER"), ("T2 sag", "MR HEAD", "HEAD"),
+    ("AX STIR CALF", "MRI LOWER EXTREMITY", "CALF"),
+    ("PD FS sag ankle", "MR knee + ankle", "ANKLE"),
+    ("COR PD FS", "MRI LOWER EXTREMITY JOINT LEFT", ""), ("PD FS sag foot first", "", ""),
+    ("PD FS sag shoulder coil", "", ""), ("sag PD femur", "MRI KNEE LEFT", ""),
+    ("sag PD patella - tibia", "", ""), ("PD FS sag ankle", "MR knee", ""),
+])  # fmt: skip
+def test_titles_tell_the_part_where_the_body_part_is_missing(tmp_path, series, study, part):
+    sagittal(tmp_path, 1, series, **{"StudyDescription": study} if study else {})
+    volumes, unusable, _ = read(tmp_path)
+    assert bool(volumes) == (not part)
+    assert not part or f"{part} by its header, not a knee" in unusable["sagittal"]
 
 
 def test_an_anatomic_region_tells_the_part_too(tmp_path):
@@ -227,6 +249,17 @@ def test_exams_of_another_contrast_are_refused(tmp_path):
             refuse_unfit(networks(theirs), [mine], False)
 
 
+def test_copies_count_once_and_what_is_no_slice_is_none(tmp_path):
+    path = sagittal(tmp_path, 3, "PD FS sag")[0]
+    shutil.copy(path, tmp_path / "copy")
+    shutil.copy(path, tmp_path / "localiser")
+    edit(tmp_path / "localiser", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    volumes, unusable, said = read(tmp_path)
+    assert len(volumes["sagittal"]) == SLICES and not unusable
+    assert "skipped: series 3 'PD FS sag', copies of its files: 1" in said
+    assert "localiser (files: 1)" in said
+
+
 def test_another_fluid_sensitive_series_does_and_says_so(tmp_path):
     damaged = sagittal(tmp_path, 3, "PD FS sag")
     damaged[0].write_bytes(damaged[0].read_bytes()[:-9000])
@@ -240,6 +273,119 @@ def test_without_a_description_the_echo_time_tells(tmp_path):
     sagittal(tmp_path, 4, "", EchoTime=40.0, keep=range(SLICES - 2))
     volumes, _, said = read(tmp_path)
     assert len(volumes["sagittal"]) == SLICES - 2 and "sagittal: series 4 ''" in said
+
+
+@pytest.mark.parametrize("description, times, contrast", [
+    # Echo and repetition time in ms, as knees are scanned.
+    ("SAG", (12, 550), "T1"), ("SAG", (12, 3000), 1), ("SAG", (80, 3500), 1), ("", (12, 550), "T1"),
+    ("SAG FS", (12, 550), "T1"), ("SAG FS", (35, 3000), 2), ("SAG FAT SAT", (12, 2500), 2),
+    ("SAG FS", (), 2), ("SAG", (), 0), ("PD SAG", (12, 900), 1), ("SAG STIR", (15, 900), 2),
+    ("SAG DESS", (5, 16), 0), ("sag gre", (9, 600), 0), ("SAG FS post Gd", (), "T1"),
+    ("SAG FS +C", (), "T1"), ("SAG VIBE FS POST", (2, 5), "T1"), ("SAG FS POST", (60, 3500), 2),
+    ("SAG PD FS POST", (), 2), ("SAG FS w/o contrast", (), 2), ("SAG FS post-op", (), 2),
+])  # fmt: skip
+def test_times_and_contrast_agent_tell_a_t1(tmp_path, description, times, contrast):
+    """Where the description names no contrast; fat suppression alone is none."""
+    more = dict(zip(("EchoTime", "RepetitionTime"), times, strict=False))
+    sagittal(tmp_path, 1, description, **more)
+    (exam,) = find_exams(tmp_path, Report(collect=True))
+    (series,) = exam.series
+    assert series.is_t1 == (contrast == "T1") and series.contrast == (contrast != "T1" and contrast)
+    assert bool(read(tmp_path)[0]) == (contrast != "T1")
+
+
+def test_the_header_tells_contrast_agent_and_gradient_echoes(tmp_path):
+    sagittal(tmp_path / "a", 1, "SAG FS", ContrastBolusAgent="Gadovist")
+    assert "is no fluid-sensitive series" in read(tmp_path / "a")[1]["sagittal"]
+    sagittal(tmp_path / "b", 1, "SAG 3D", EchoTime=5, RepetitionTime=16, ScanningSequence="GR")
+    assert list(read(tmp_path / "b")[0]) == ["sagittal"]  # nothing tells
+
+
+@pytest.mark.parametrize("name, value, is_used", [
+    ("EchoTime", ["15", "80"], True), ("EchoTime", "short", True), ("RepetitionTime", "x", True),
+    ("SeriesNumber", ["3", "4"], True), ("RescaleSlope", "one", False),
+    ("RescaleSlope", ["1", "2"], False), ("RescaleIntercept", "none", False),
+])  # fmt: skip
+def test_an_odd_number_is_a_fault_only_where_pixels_depend_on_it(tmp_path, name, value, is_used):
+    """Written as text: pydicom itself refuses to write such numbers."""
+    for path in sagittal(tmp_path, 3, "PD FS sag"):
+        ds = pydicom.dcmread(path)
+        ds[name] = pydicom.DataElement(name, "LO", value)
+        ds.save_as(path)
+        raw = path.read_bytes()
+        tag = ds[name].tag
+        tag = tag.group.to_bytes(2, "little") + tag.element.to_bytes(2, "little")
+        vr = b"IS" if name == "SeriesNumber" else b"DS"
+        assert raw.count(tag + b"LO") == 1
+        path.write_bytes(raw.replace(tag + b"LO", tag + vr))
+    report = Report(collect=True)
+    if is_used:
+        assert len(read(tmp_path)[0]["sagittal"]) == SLICES
+    else:
+        assert not find_exams(tmp_path, report) and report.failures == SLICES
+
+
+# --- which series ---------------------------------------------------------------------------------
+
+
+def turn(paths, degrees):
+    """Turn a coronal series about the patient's long axis."""
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    for path in paths:
+        x, y, z = pydicom.dcmread(path).ImagePositionPatient
+        place = c * x - s * y, s * x + c * y, z
+        edit(path, ImageOrientationPatient=[f"{v:.6f}" for v in (c, s, 0, 0, 0, -1)],
+             ImagePositionPatient=[f"{v:.6f}" for v in place])  # fmt: skip
+
+
+def coronal(folder, number, description="PD FS", **more):
+    return write_series(folder / str(number), "coronal", series=f"1.2.3.4.{number}", number=number,
+                        description=description, **more)  # fmt: skip
+
+
+@pytest.mark.parametrize("degrees, taken", [(35, 2), (10, 1)])
+def test_a_straight_series_goes_before_an_oblique_one(tmp_path, degrees, taken):
+    """Though this has more slices: of up to 15 degrees, which are usual, they decide."""
+    turn(coronal(tmp_path, 1), degrees)
+    coronal(tmp_path, 2, keep=range(SLICES - 2))
+    _, unusable, said = read(tmp_path)
+    assert f"coronal: series {taken} " in said and not unusable
+
+
+def test_an_original_series_goes_before_its_copy(tmp_path):
+    coronal(tmp_path, 1, ImageType=["DERIVED", "SECONDARY", "MPR"])
+    coronal(tmp_path, 2)
+    assert "coronal: series 2 'PD FS', 9 slices; not taken: series 1 " in read(tmp_path)[2]
+
+
+@pytest.mark.parametrize("description, kind, why", [
+    ("PD FS sag", "MIP", "projection"), ("PD FS sag", "MAX_IP", "projection"),
+    ("PD FS sag", "SUBTRACTION", "subtraction"), ("PD FS sag", "SUB", "subtraction"),
+    ("PD FS sag", "SCREEN SAVE", "screen capture"), ("PD FS sag", "MPR", ""),
+    ("Survey_SHC", "M", "localiser"), ("3-pl Loc", "M", "localiser"),
+    ("3Plane Loc", "M", "localiser"),
+    ("AAHScout", "M", "localiser"), ("FAST LOCALIZER", "M", "localiser"), ("sag block", "M", ""),
+])  # fmt: skip
+def test_what_is_no_picture_of_a_plane_is_skipped(tmp_path, description, kind, why):
+    sagittal(tmp_path, 1, description, ImageType=["DERIVED", "SECONDARY", kind])
+    volumes, _, said = read(tmp_path)
+    assert bool(volumes) == (not why)
+    assert not why or f"skipped: series 1 '{description}', {why} (files: 9)" in said
+
+
+@pytest.mark.parametrize("count, sop_class, blocks", [
+    (SLICES, MRImageStorage, True), (2, MRImageStorage, False),
+    (SLICES, SecondaryCaptureImageStorage, False),
+])  # fmt: skip
+def test_a_screen_capture_is_no_lost_plane(tmp_path, count, sop_class, blocks):
+    sagittal(tmp_path, 1, "PD FS sag")
+    for path in coronal(tmp_path, 2, keep=range(count), SOPClassUID=sop_class):
+        ds = pydicom.dcmread(path)
+        del ds.ImagePositionPatient
+        ds.save_as(path)
+    volumes, unusable, said = read(tmp_path)
+    assert list(volumes) == ["sagittal"] and bool(unusable) == blocks
+    assert "skipped: series 2 'PD FS', " in said
 
 
 # --- knees ----------------------------------------------------------------------------------------
@@ -366,6 +512,57 @@ def files(folder, count):
     return [File(folder / f"{k}.dcm") for k in range(count)]
 
 
+@pytest.mark.parametrize("numbers, is_doubted", [
+    (range(9, 18), True), (range(17, 8, -1), True), (range(1, 10), False), (range(9, 0, -1), False),
+    (range(0, 9), False), (range(10, 28, 2), False), ((3, 4, 5, 6, 7, 8, 9, 11, 10), False),
+    ([""] * 9, False), ([7] * 9, False),
+])  # fmt: skip
+def test_a_series_may_lack_slices_at_one_end(tmp_path, numbers, is_doubted):
+    """Where its numbers begin later; no fault, for some scanners count on."""
+    for path, number in zip(sagittal(tmp_path, 3, "PD FS sag"), numbers, strict=True):
+        edit(path, InstanceNumber=number)
+    volumes, unusable, said = read(tmp_path)
+    assert list(volumes) == ["sagittal"] and not unusable
+    words = "series 3 'PD FS sag': slices may be missing at one end: its files are numbered 9 to 17"
+    assert (words in said) == is_doubted == ("warning" in said)
+
+
+def test_the_second_echo_of_a_series_lacks_nothing(tmp_path):
+    """Its numbers begin where those of the first end."""
+    for folder, echo, first in (("a", 15, 1), ("b", 80, SLICES + 1)):
+        for number, path in enumerate(write_series(tmp_path / folder, "sagittal"), start=first):
+            edit(path, EchoTime=echo, InstanceNumber=number)
+    assert "warning" not in read(tmp_path)[2]
+
+
+@pytest.mark.parametrize("lost, is_told", [(0, False), (2, True), (SLICES, False)])
+def test_a_dicomdir_tells_what_is_missing(tmp_path, lost, is_told):
+    """Also at an end, where no gap shows it. A series that is not there at all is not asked for."""
+    disc = FileSet()
+    for paths in (sagittal(tmp_path / "scan", 3, "PD FS sag"), coronal(tmp_path / "scan", 4)):
+        for number, path in enumerate(paths, start=1):
+            edit(path, InstanceNumber=number, StudyTime="120000", StudyID="1")
+            disc.add(path)
+    disc.write(tmp_path / "disc")
+    instances = [pydicom.dcmread(path).SOPInstanceUID for path in paths[SLICES - lost :]]
+    for instance in disc:
+        if instance.SOPInstanceUID in instances:
+            Path(instance.path).unlink()
+    volumes, unusable, said = read(tmp_path / "disc")
+    assert ("DICOMDIR: lists 9 images of it, 2 of them are not there" in said) == is_told
+    assert list(unusable) == ["coronal"] * is_told
+    assert volumes.keys() - {"coronal"} == {"sagittal"}
+
+
+def test_a_damaged_dicomdir_stops_nothing(tmp_path):
+    sagittal(tmp_path, 3, "PD FS sag")
+    ds = header(SOPClassUID=MediaStorageDirectoryStorage)
+    write(tmp_path / "DICOMDIR", ds)
+    volumes, unusable, said = read(tmp_path)
+    assert list(volumes) == ["sagittal"] and not unusable
+    assert "DICOMDIR: AttributeError, truncated or damaged" in said and "not known" in said
+
+
 # --- series that cannot be placed -----------------------------------------------------------------
 
 
@@ -446,12 +643,33 @@ def study(*patients):
 
 def test_who_the_patient_is():
     """An issuer that one of the files leaves out is no second patient."""
-    one, same = ("PatientID", "p1", "H"), ("PatientID", "p1", "")
-    assert not study(one, same).mixed and study(one, same).patient == study(same).patient
-    assert study(one, ("PatientID", "p1", "K")).mixed
-    assert study(one, ("PatientID", "p2", "H")).mixed
-    assert study(one, ("PatientName", "P", "19610203")).mixed
+    one, same = Patient("p1", "H"), Patient("p1", "")
+    assert not study(one, same).mixed and study(one, same).patient == study(same).patient == "p1|"
+    assert study(one, Patient("p1", "K")).mixed
+    assert study(one, Patient("p2", "H")).mixed
     assert not study().mixed and study().patient == ""
+
+
+def test_a_series_without_the_patients_number_is_compared_by_name():
+    """What a series leaves out contradicts nothing."""
+    one, named = Patient("p1", "H", "P", "19610203"), Patient("", "", "P", "19610203")
+    assert not study(one, named).mixed and study(one, named).patient == "p1|"
+    assert study(one, named).patient_and_issuer == "p1|H"
+    assert not study(Patient("p1"), named).mixed and study(named).patient == "P|19610203"
+    assert not study(one, Patient(name="P")).mixed and not study(one, Patient()).mixed
+    assert study(named, Patient(name="P")).patient == "P|19610203"
+    assert not study(one, Patient("p1", "H", "married", "19610203")).mixed
+    for other in (Patient(name="Q"), Patient(name="P", birth="19610204"), Patient("p2", name="P")):
+        assert study(one, other).mixed
+    assert study(named, Patient(name="Q")).mixed
+
+
+def test_a_series_without_the_patients_number_is_of_the_exam(tmp_path):
+    sagittal(tmp_path, 3, "PD FS sag")
+    coronal(tmp_path, 4, PatientID="")
+    assert sorted(read(tmp_path)[0]) == ["coronal", "sagittal"]
+    axial = write_series(tmp_path / "5", "axial", number=5, PatientID="", PatientName="OTHER")
+    assert len(axial) == SLICES and "two patients" in read(tmp_path)[1]["axial"]
 
 
 def test_a_report_of_another_department_is_no_second_patient(tmp_path):

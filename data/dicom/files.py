@@ -15,6 +15,8 @@ from pathlib import Path, PurePosixPath
 from common.errors import InputError
 
 MAX_BYTES = 2**29  # of one file once unpacked: zip and gzip bombs
+# Names of what may hold an exam and is not opened; a .nii.gz is.
+PACKED = re.compile(r"(\.(tar|tgz|tbz2?|txz|rar|7z|bz2|xz)|(?<!\.nii)\.gz)$", re.IGNORECASE)
 MAX_MEMBERS = 200_000  # of one zip file
 COPY_AGAIN = "truncated or damaged; copy or export it again"
 
@@ -122,14 +124,15 @@ def find_files(source, report):
     Links to folders are followed, each folder once. No pipes, no sockets.
 
     Returns:
-        files, sorted; and what may have held some but cannot be read: damaged zip files, folders
-        without permission, links that lead nowhere. Each of these is a fault in the report.
+        files, sorted; and what may have held some but cannot be read: damaged zip files, archives
+        of other kinds, folders without permission, links that lead nowhere. Each of these is a
+        fault in the report.
     """
-    files, unread = [], []
+    found, unread = [], []
 
-    def lost(path, why):
+    def lost(path, why, member=""):
         report.fault(why)
-        unread.append(File(Path(path)))
+        unread.append(File(Path(path), member))
 
     paths = [source]
     if source.is_dir():
@@ -139,11 +142,17 @@ def find_files(source, report):
             lost(path, f"{path}: a link that leads nowhere; fetch or copy the file itself")
         elif path.suffix.lower() == ".zip":
             try:
-                files += sorted(zip_members(path))
+                found += sorted(zip_members(path))
             except InputError as error:
                 lost(path, str(error))
         elif path.is_file():
-            files.append(File(path))
+            found.append(File(path))
+    files = []
+    for file in found:
+        if PACKED.search(file.name) or (file.member and file.name.lower().endswith(".zip")):
+            lost(file.path, f"{file}: an archive that is not opened; unpack it first", file.member)
+        else:
+            files.append(file)
     return files, unread
 
 

@@ -1,15 +1,19 @@
 """Which series of a study show the same knee: by laterality, else by where they lie.
 
 A study may hold both knees, and an answer from the axial plane of one and the sagittal plane of the
-other is worse than none. Series that cannot be assigned to a knee are refused with the reason.
+other is worse than none. Series that cannot be assigned to a knee are refused with the reason. One
+that lies apart from a clear majority, as of the calf, is left out, and this is said.
 """
 
 import numpy as np
+
+from data.dicom.slices import plane_of
 
 BOTH_KNEES = 250.0  # mm from right to left, from which on a field of view may hold both knees
 KNEES_APART = 60.0  # mm from right to left between two knees' centres, at least
 OFF_CENTRE = 25.0  # mm from the scanner's middle, from which on a knee's side is certain
 OVERLAP = 0.5  # of the shorter extent along each axis, for two series to be of one place
+MAJORITY = 2 / 3  # of a knee's series; what lies apart from so many is left out
 SIDE_UNKNOWN = "its side is not recorded and cannot be derived from its place"
 
 
@@ -57,6 +61,34 @@ def torn_apart(series):
     return ""
 
 
+def planes_of(series):
+    return {plane_of(one.directions[axis])[0] for one in series for axis in one.through}
+
+
+def without_apart(series):
+    """The series of one knee without what lies apart from a clear majority that shows every plane;
+    that gets a fault. Where there is no such majority, all of them.
+
+    Returns:
+        the series that stay, and why they do not show one knee, or ''.
+    """
+    group = max(places(series), key=len)
+    apart = [
+        one
+        for one in series
+        if not any(one is other for other in group)
+        and any(same_frame(one, other) and not same_place(one, other) for other in group)
+    ]
+    rest = [one for one in series if not any(one is other for other in apart)]
+    is_clear = len(rest) >= MAJORITY * len(series) and planes_of(rest) == planes_of(series)
+    if not is_clear or torn_apart(rest):
+        return series, torn_apart(series)
+    for one in apart:
+        one.is_apart = True
+        one.fault = f"{one.file}: it does not overlap in space with the other series of the knee"
+    return rest, ""
+
+
 def mark_wide(series):
     """Give each series whose field of view may hold both knees a fault."""
     for one in series:
@@ -90,8 +122,11 @@ def sides_by_place(series, absolute):
             "two knees; give each knee's files on their own"
         )
     apart = np.diff([np.mean([centre_of(one) for one in place]) for place in found])
-    if len(found) > 2 or apart[0] < KNEES_APART:
+    if len(found) > 2:
         return {"": series}, torn_apart(series)
+    if apart[0] < KNEES_APART:  # above each other
+        rest, reason = without_apart(series)
+        return ({"": rest}, reason) if reason else sides_by_place(rest, absolute)
     right, left = found
     return {"L": left, "R": right}, torn_apart(left) or torn_apart(right)
 
@@ -113,8 +148,7 @@ def split_knees(series, absolute=True):
     tagged = sorted({one.side for one in trusted if one.side in ("L", "R")})
     if tagged:
         for side in tagged:
-            sides[side] = [one for one in trusted if one.side == side]
-            reasons[side] = torn_apart(sides[side])
+            sides[side], reasons[side] = without_apart([s for s in trusted if s.side == side])
     elif trusted:
         sides, reason = sides_by_place(trusted, absolute)
         reasons = dict.fromkeys(sides, reason)

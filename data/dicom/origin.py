@@ -112,4 +112,5 @@ def read_tags(file, names):
     import pydicom
 
     with reading(file), file.open() as stream:
-        return pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=names)
+        # force: some files that `series.read_header` takes have no preamble
+        return pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=names, force=True)

@@ -19,6 +19,23 @@ import numpy as np
 from common.errors import InputError
 from data.dicom import files
 from data.dicom.files import COPY_AGAIN, File, reading
+from data.dicom.slices import plane_of
+from data.dicom.words import (
+    DIXON,
+    DIXON_WATER,
+    FAT_SUPPRESSED,
+    FLUID,
+    GRADIENT_ECHO,
+    NO_PICTURES,
+    NOT_SUPPRESSED,
+    NOT_T1,
+    WATER_KINDS,
+    other_part,
+    other_picture,
+    says_agent,
+    says_t1,
+    words_of,
+)
 
 MIN_SLICES = 5  # fewer are a localiser; MRNet's shortest exam has 17
 SAME_PLACE = 0.01  # mm; closer slices are one place scanned or copied twice
@@ -26,9 +43,13 @@ GAP = 1.5  # steps between neighbours, above which a slice is missing
 ISOTROPIC = 2.0  # voxel sides up to this ratio: a 3-D scan that can be cut in each plane
 SLAB = 3.0  # mm; a 3-D scan is averaged to about MRNet's slice thickness
 MAX_VOXELS = 2**27  # of one volume, 512 MiB as float32
+# The first element of a DICOM file without preamble: of group 2 or 8, little endian, its value's
+# type given or, if this is implicit, its length less than 256 bytes.
+BARE = re.compile(rb"[\2\10]\0.\0([A-Z]{2}|.\0\0\0)", re.DOTALL)
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax that is zlib as a whole
 ZLIB_BEST = 1032  # zlib's highest compression ratio
 MR_IMAGES = ("1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1")  # SOP classes
+SCREEN_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # how the SOP classes of secondary captures begin
 NO_IMAGE = "no image"  # reports, presentation states, DICOMDIR ...
 # Why a series of images cannot be placed or taken as one volume: it may be any plane.
 NO_GEOMETRY = "no ImagePositionPatient, ImageOrientationPatient or PixelSpacing"
@@ -42,38 +63,16 @@ SHEARED = "its affine is sheared"
 UNPLACED = (NO_GEOMETRY, NO_ROTATION, TOO_LARGE, FOREIGN, SEVERAL_VOLUMES, NOT_CODED, NO_AFFINE,
             SHEARED)  # fmt: skip
 MOSTLY = 0.8  # of a series' slices in one orientation: not a localiser in several
+TILT = 15.0  # degrees; a step in the choice between slices more or less oblique
 JUMP = 10.0  # mm within the slices' plane from one slice to the next: another place
-FLUID_ECHO = 25.0  # ms; a longer echo time is fluid-sensitive, where no words say so
-
-# Contrast in a series' description: lower case, words separated by single spaces.
-FAT_SUPPRESSED = re.compile(r"fs\b|\bfspd|fat ?sat|fat ?sup|spair|\bspir\b|stir|tirm|water|\bwe\b")
-NOT_SUPPRESSED = re.compile(r"\b(no|non|without|wo|w o|w out) ?(fs|fat)|\b(n|un)fs\b")
-FLUID = re.compile(r"pd|t2|proton|\bdp\b|stir|tirm|spair|\bspir\b|fs\b|fat ?sat|water")
-T1 = re.compile(r"\bt1(?!\d)")
-# Philips puts a letter before T1W (cT1W_TSE: coronal), others the plane or 3D; SET1 is no contrast.
-FUSED_T1 = re.compile(r"\b([a-z]|[23]d|ax|axial|tra|trans|cor|coronal|sag|sagittal|obl)t1(?!\d)")
-NOT_T1 = re.compile("pd|t2|proton|stir")
-# A Dixon scan is four series: water, fat, in phase and out of phase. "Flex" is a coil, too.
-DIXON = re.compile(r"dixon|\bflex\b|\bideal\b")
-DIXON_WATER = re.compile(r"\bw\b(?! ?o)|water")
-DIXON_OTHER = re.compile(r"^fat\b|\b(f|fat|op|out)$|\b(opp|oop|out ?phase|opposed)\b")
-MAP = re.compile(r"\b(t[12]|t1rho)?maps?\b|\bmapping\b")
-MAPS = {"ADC", "T1 MAP", "T2 MAP", "T2_STAR MAP", "R2 MAP", "R2_STAR MAP", "PHASE MAP", "P"}
-WATER_KINDS = {"WATER", "W"}
-FAT_KINDS = {"FAT", "F", "FAT_FRACTION", "FF", "OUT_PHASE", "OPP_PHASE", "OPPOSED_PHASE", "OP"}
-# Words of BodyPartExamined (PS3.16 annex L) or of an anatomic region that is no knee.
-OTHER_PARTS = re.compile(
-    r"\b((abdomen|ankle|arm|brain|breast|buttock|chest|clavicle|coccyx|elbow|eye|face|finger|foot|"
-    r"forearm|hand|head|heart|hip|humerus|jaw|kidney|liver|neck|orbit|pelvis|prostate|sacrum|"
-    r"shoulder|skull|thorax|thumb|toe|wrist|si ?joint|[clst]{0,2} ?spine|spinal)s?)+\b"
-)
-COILS = {"arm", "foot", "hand", "head", "neck"}  # in descriptions these are coils and positions
-KNEE = re.compile(
-    "knee|knie|kn[äæ]|genou|rodilla|ginocch|joelho|patell|kolan|kolen|polvi|genunchi|térd|γόνα|"
-    "γονα|колен|膝|무릎"
-)
+# ms, of spin echoes whose words name no contrast: T1 is scanned with short echo and repetition
+# times (10 to 30 and 300 to 700 ms; Westbrook and Talbot, MRI in Practice), proton density with a
+# long repetition time (2000 and more), T2 with both long.
+FLUID_ECHO = 25.0  # from here on fluid-sensitive
+LONG_REPETITION = 1000.0  # from here on no T1
 OTHER_PART = "by its header, not a knee (if it is one: dcmodify -i 0018,0015=KNEE)"
 
+PATIENT = "PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate"
 HEADER = [  # all that is read of a file before its pixels
     "StudyInstanceUID", "SeriesInstanceUID", "Modality", "ImageType", "SeriesNumber",
     "SeriesDescription", "ProtocolName", "EchoTime", "NumberOfFrames", "SamplesPerPixel",
@@ -81,8 +80,9 @@ HEADER = [  # all that is read of a file before its pixels
     "ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept",
     "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "Laterality",
     "ImageLaterality", "BodyPartExamined", "AnatomicRegionSequence", "StudyDescription",
-    "FrameOfReferenceUID", "PatientID", "IssuerOfPatientID", "PatientName",
-    "PatientBirthDate",
+    "FrameOfReferenceUID", *PATIENT, "RepetitionTime", "ScanningSequence", "EchoPulseSequence",
+    "ContrastBolusAgent", "ContrastBolusAgentSequence", "SOPClassUID", "SOPInstanceUID",
+    "InstanceNumber",
 ]  # fmt: skip
 
 
@@ -94,8 +94,9 @@ class Series:
     mm; voxel (0, 0, 0) lies at `origin`. `through` lists the axes along which it may be cut to
     slices. `load` reads the pixels: float32 of `shape`. `side` is its laterality: L,
     R, B (both) or "". `frame` is its frame of reference, "" if missing: coordinates of two frames
-    cannot be compared. `fault` says why it cannot be used. `frames` are the DICOM frames along
-    axis 0, of NIfTI none.
+    cannot be compared. `fault` says why it cannot be used, `doubt` what to warn of where it
+    is; `is_apart` that it is left out, as of another place than its knee's other series. `frames`
+    are the DICOM frames along axis 0, of NIfTI none.
     """
 
     file: File
@@ -111,6 +112,8 @@ class Series:
     side: str = ""
     frame: str = ""
     fault: str = ""
+    doubt: str = ""
+    is_apart: bool = False
     frames: tuple = ()
 
     def slab(self, axis):
@@ -127,28 +130,45 @@ class Series:
 
     @property
     def is_t1(self):
-        """Whether the description says so."""
-        words = self.words
-        is_fused = FUSED_T1.search(words) and not NOT_T1.search(words)
-        return bool(is_fused or T1.search(words))
+        """Whether it is T1-weighted: by its description; by its times (`weighting`) where this
+        names no contrast, of which fat suppression is none; where they do not tell, by contrast
+        agent, after which T1 is scanned."""
+        if says_t1(self.words) or NOT_T1.search(self.words):
+            return says_t1(self.words)
+        has_agent = says_agent(self.description) or any(frame.has_agent for frame in self.frames)
+        return self.weighting == "T1" or (not self.weighting and has_agent)
+
+    @property
+    def weighting(self):
+        """By echo and repetition time: "T1", "fluid" or "" if not known. Those of gradient echoes
+        such as DESS are all short and do not tell."""
+        echo = max((frame.echo for frame in self.frames), default=0)
+        repetition = max((frame.repetition for frame in self.frames), default=0)
+        if GRADIENT_ECHO.search(self.words) or not echo:
+            return ""
+        if echo >= FLUID_ECHO:
+            return "fluid"
+        if not repetition or any(frame.is_gradient for frame in self.frames):
+            return ""
+        return "T1" if repetition < LONG_REPETITION else "fluid"
 
     @property
     def contrast(self):
         """2 for fluid-sensitive and fat-suppressed, 1 for fluid-sensitive, else 0: by the
-        description, without one by the echo time."""
+        description, where it does not tell by echo and repetition time."""
         words = self.words
-        if not words:
-            return int(max((frame.echo for frame in self.frames), default=0) >= FLUID_ECHO)
-        if self.is_t1 or not FLUID.search(words):
+        if self.is_t1:
             return 0
+        if not FLUID.search(words):
+            return int(self.weighting == "fluid")
         is_water = DIXON.search(words) and DIXON_WATER.search(words)
         is_water = is_water or (self.frames and all(frame.is_water for frame in self.frames))
         is_suppressed = is_water or FAT_SUPPRESSED.search(words)
         return 2 if is_suppressed and not NOT_SUPPRESSED.search(words) else 1
 
     def suits(self, t1):
-        """2 for a series of the wanted contrast, 0 for one of the other, 1 where nothing tells. A
-        T1 is called so wherever a series is described.
+        """2 for a series of the wanted contrast, 0 for one of the other, 1 where nothing tells; as
+        a T1, only where there is no description either.
 
         Args:
             t1: whether T1 is wanted, not fluid-sensitive.
@@ -159,9 +179,20 @@ class Series:
 
     def rank(self, axis, wanted, t1):
         """Sort key, the highest is taken: named by the user, of the wanted contrast, usable,
-        fat-suppressed, native, slices; `t1` as `suits` takes it."""
-        kind = self.is_wanted(wanted), self.suits(t1), not self.fault
-        return *kind, self.contrast, len(self.through) == 1, self.slices(axis)
+        fat-suppressed, native, straight, slices, original; `t1` as `suits` takes it."""
+        kind = self.is_wanted(wanted), self.suits(t1), not self.fault, self.contrast
+        slices = len(self.through) == 1, -self.tilt(axis), self.slices(axis)
+        return *kind, *slices, self.is_original
+
+    def tilt(self, axis):
+        """How far slices across `axis` are from the nearest plane, in steps of TILT: a little is
+        usual, as along a ligament; much is another picture."""
+        return int(plane_of(self.directions[axis])[1] / TILT)
+
+    @property
+    def is_original(self):
+        """Whether ImageType says that it is computed from no other images."""
+        return all(frame.is_original for frame in self.frames)
 
     def is_wanted(self, patterns):
         """Whether the user named it, by number or part of the description."""
@@ -171,27 +202,6 @@ class Series:
         if pattern.isdecimal():
             return str(self.number) == pattern
         return pattern.lower() in self.description.lower()
-
-
-def words_of(text):
-    """A text in lower case, its words separated by single spaces; GE writes F/S for fs."""
-    return " ".join(re.findall("[a-z0-9]+", re.sub(r"\bf/s\b", "fs", text.lower())))
-
-
-def other_picture(words, kinds=frozenset()):
-    """What a series shows in place of the anatomy in one of its contrasts, or ''.
-
-    Args:
-        words: its description's, as `words_of` returns them.
-        kinds: values of DICOM's ImageType from the third on, upper case.
-    """
-    if kinds & MAPS or MAP.search(words):
-        return "a map of a quantity, not a picture"
-    is_other = DIXON.search(words) and DIXON_OTHER.search(words)
-    is_suppressed = FAT_SUPPRESSED.search(words) or NOT_SUPPRESSED.search(words)
-    if kinds & FAT_KINDS or (is_other and not is_suppressed):
-        return "the fat or opposed-phase picture of a Dixon scan"
-    return ""
 
 
 def ways_to_cut(spacing, thickest):
@@ -212,12 +222,34 @@ class Frame:
     position: tuple | None  # of the first pixel's centre, mm
     orientation: tuple | None  # direction along which columns grow, then along which rows grow
     spacing: tuple | None  # mm between rows, between columns
-    echo: float
+    echo: float  # ms, 0 if unknown
     slope: float
     intercept: float
     inverted: bool
     is_water: bool  # the water picture of a Dixon scan, by ImageType
     side: str  # L, R, B or ""
+    repetition: float = 0.0  # ms, 0 if unknown
+    is_gradient: bool = False  # a gradient echo
+    has_agent: bool = False  # contrast agent was given
+    is_original: bool = True  # not derived from other images, by ImageType
+    number: float | None = None  # that the scanner gave the image
+
+
+class Patient(NamedTuple):
+    """Whose a file is, "" where it does not say. It identifies: never print it."""
+
+    number: str = ""
+    issuer: str = ""  # of the number
+    name: str = ""
+    birth: str = ""
+
+    def contradicts(self, other):
+        """Whether two files cannot be of one patient: by number and its issuer; where one of them
+        has no number by name and birth date. What a file leaves out contradicts nothing."""
+        has_numbers = self.number and other.number
+        pairs = zip(self, other, strict=True)
+        told = itertools.islice(pairs, 2) if has_numbers else itertools.islice(pairs, 2, 4)
+        return any(a and b and a != b for a, b in told)
 
 
 class Header(NamedTuple):
@@ -226,7 +258,8 @@ class Header(NamedTuple):
     study: str  # UID
     series: str  # UID
     title: tuple  # series number or None, description
-    patient: tuple  # as `patient_of` returns it; never print it
+    instance: str  # UID of the image, or ""
+    patient: Patient
     frame: str  # UID of the frame of reference, or ""
     frames: list  # of Frame
     reason: str  # why there are none, or ""
@@ -239,6 +272,16 @@ def numbers(value, count):
     except (TypeError, ValueError):
         return None
     return values if len(values) == count and np.isfinite(values).all() else None
+
+
+def optional(header, index, sequence, name):
+    """A number that an image can do without, looked up as by `lookup`: float, of several values the
+    first; None if there is none, or no number."""
+    try:
+        value = float(np.ravel(lookup(header, index, sequence, name))[0])
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+    return value if np.isfinite(value) else None
 
 
 def lookup(header, index, sequence, name):
@@ -254,21 +297,12 @@ def lookup(header, index, sequence, name):
     return header.get(name)
 
 
-def other_part(header):
-    """The part of the body, "ANKLE", that a header names where it is no knee, or ''.
-
-    BodyPartExamined is often a scanner's leftover: a series or study that is called a knee is one.
-    """
+def part_of(header):
+    """The part of the body, "ANKLE", that a header names where it is no knee, or ''."""
     regions = lookup(header, 0, "FrameAnatomySequence", "AnatomicRegionSequence") or ()
     named = [text_of(header, "BodyPartExamined"), *(text_of(r, "CodeMeaning") for r in regions)]
-    named = " ".join(named).lower()
-    series = f"{text_of(header, 'SeriesDescription')} {text_of(header, 'ProtocolName')}".lower()
-    part = OTHER_PARTS.search(words_of(named))
-    if not part or KNEE.search(f"{named} {series}"):
-        return ""
-    others = {found[0] for found in OTHER_PARTS.finditer(words_of(series))} - COILS
-    is_knee = KNEE.search(text_of(header, "StudyDescription").lower()) and not others
-    return "" if is_knee else part[0].upper()
+    series = f"{text_of(header, 'SeriesDescription')} {text_of(header, 'ProtocolName')}"
+    return other_part(" ".join(named), series, text_of(header, "StudyDescription"))
 
 
 def why_not(file, header, count):
@@ -287,15 +321,23 @@ def why_not(file, header, count):
         return f"colour or unknown pixels ({colours or 'no PhotometricInterpretation'}, {samples})"
     if rows < 2 or columns < 2:
         return f"one-dimensional ({rows} x {columns} px)"
-    for kind, word in (("LOCALIZER", "localiser"), ("PROJECTION IMAGE", "projection"),
-                       ("MOSAIC", "mosaic of slices")):  # fmt: skip
-        if kind in kinds:
+    for kind in kinds:
+        if word := NO_PICTURES.get(kind.replace("_", " ")):
             return word
+    if text_of(header, "SOPClassUID").startswith(SCREEN_CAPTURE) and not lookup(
+        header, 0, "PlanePositionSequence", "ImagePositionPatient"
+    ):
+        return "screen capture"
     if other := other_picture(words_of(description_of(header)), kinds_of(header)):
         return other
     if rows * columns * count > MAX_VOXELS:
         return f"{TOO_LARGE} ({count} x {rows} x {columns})"
     return ""
+
+
+def is_dicom(head):
+    """Whether a file's first 132 bytes or more are DICOM's, with or without preamble."""
+    return head[128:132] == b"DICM" or bool(BARE.match(head))
 
 
 def read_header(file, only_knees=True):
@@ -307,21 +349,25 @@ def read_header(file, only_knees=True):
     import pydicom
 
     with reading(file), file.open() as stream:
-        if DEFLATED in file.head(1024) and len(file.read()) > files.MAX_BYTES // ZLIB_BEST:
+        head = file.head(1024)
+        if DEFLATED in head and len(file.read()) > files.MAX_BYTES // ZLIB_BEST:
             raise InputError(f"{file}: a large deflated file; inflate it with dcmconv first")
-        header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=HEADER)
+        header = pydicom.dcmread(
+            stream, stop_before_pixels=True, specific_tags=HEADER, force=is_dicom(head)
+        )
         count = int(header.get("NumberOfFrames") or 1)
-        number = header.get("SeriesNumber")
+        number = optional(header, 0, "", "SeriesNumber")
         title = None if number is None else int(number), description_of(header)
         reason = why_not(file, header, count)
-        if not reason and only_knees and (part := other_part(header)):
+        if not reason and only_knees and (part := part_of(header)):
             reason = f"{part} {OTHER_PART}"
         return Header(
             # the path's folder is no UID: it holds a slash
             study=text_of(header, "StudyInstanceUID") or f"folder {file.folder.resolve()}",
             series=text_of(header, "SeriesInstanceUID") or str(title),
             title=title,
-            patient=patient_of(header),
+            instance=text_of(header, "SOPInstanceUID"),
+            patient=Patient(*(text_of(header, name) for name in PATIENT)),
             frame=text_of(header, "FrameOfReferenceUID"),
             frames=[] if reason else [read_frame(header, file, i) for i in range(count)],
             reason=reason,
@@ -343,19 +389,14 @@ def text_of(header, name):
     return str(header.get(name) or "").strip(" \0")
 
 
-def patient_of(header):
-    """Identity of the patient: ("PatientID", number, issuer or ""), without a number
-    ("PatientName", name, birth date or ""); () if unknown."""
-    for names in (("PatientID", "IssuerOfPatientID"), ("PatientName", "PatientBirthDate")):
-        first, second = (text_of(header, name) for name in names)
-        if first:
-            return names[0], first, second
-    return ()
-
-
 def read_frame(header, file, i):
     rescale = "PixelValueTransformationSequence"
-    echo = lookup(header, i, "MREchoSequence", "EffectiveEchoTime") or header.get("EchoTime")
+    echo = optional(header, i, "MREchoSequence", "EffectiveEchoTime")
+    echo = echo or optional(header, i, "MREchoSequence", "EchoTime")
+    timing = "MRTimingAndRelatedParametersSequence"
+    pulses = {str(v) for v in np.ravel(header.get("ScanningSequence") or "")}
+    agent = header.get("ContrastBolusAgent") or header.get("ContrastBolusAgentSequence")
+    # A wrong slope would change the pixels: no number here is a fault.
     slope = lookup(header, i, rescale, "RescaleSlope")
     side = lookup(header, i, "FrameAnatomySequence", "FrameLaterality")
     side = str(side or header.get("ImageLaterality") or header.get("Laterality") or "")
@@ -367,12 +408,17 @@ def read_frame(header, file, i):
         numbers(lookup(header, i, "PlanePositionSequence", "ImagePositionPatient"), 3),
         numbers(lookup(header, i, "PlaneOrientationSequence", "ImageOrientationPatient"), 6),
         numbers(lookup(header, i, "PixelMeasuresSequence", "PixelSpacing"), 2),
-        float(echo or 0),
+        echo or 0.0,
         float(1 if slope is None else slope),
         float(lookup(header, i, rescale, "RescaleIntercept") or 0),
         str(header.PhotometricInterpretation).strip() == "MONOCHROME1",
         bool(WATER_KINDS & kinds_of(header)),
         side if side in ("L", "R", "B") else "",
+        repetition=optional(header, i, timing, "RepetitionTime") or 0.0,
+        is_gradient="GR" in pulses or text_of(header, "EchoPulseSequence") == "GRADIENT",
+        has_agent=bool(agent),
+        is_original=str(np.ravel(header.get("ImageType") or "")[0]).upper() != "DERIVED",
+        number=optional(header, i, "", "InstanceNumber"),
     )
 
 
@@ -384,8 +430,10 @@ def series_name(title):
 def assemble(title, frames, frame_of_reference=""):
     """The frames of one DICOM series -> Series, slices ordered along their normal; or why not."""
     placed = [f for f in frames if f.position and f.orientation and f.spacing]
-    if not placed:
+    if not placed and len(frames) >= MIN_SLICES:
         return NO_GEOMETRY
+    if not placed:  # too few for a plane: a screen capture that does not call itself one
+        return f"fewer than {MIN_SLICES} slices, without geometry"
     axes = np.array([f.orientation for f in placed]).reshape(-1, 2, 3)
     if np.abs(axes - axes[0]).max() > 0.02:  # about 1 degree
         middle = np.median(axes, axis=0)
@@ -397,7 +445,8 @@ def assemble(title, frames, frame_of_reference=""):
         return NO_ROTATION
     normal = np.cross(across, down)
     depth = {id(f): float(normal @ f.position) for f in placed}  # mm
-    if len({round(d, 2) for d in depth.values()}) < len(placed):
+    is_part = len({round(d, 2) for d in depth.values()}) < len(placed)
+    if is_part:
         # several pictures of one place: a Dixon scan's water, and of echoes the last, which is the
         # most fluid-sensitive
         best = max((f.is_water, f.echo) for f in placed)
@@ -425,6 +474,7 @@ def assemble(title, frames, frame_of_reference=""):
         side=sides.pop() if len(sides) == 1 else "B" if sides else "",
         frame=frame_of_reference,
         fault=geometry_fault(frames, placed, depths, step) or place_fault(placed, normal),
+        doubt="" if is_part else end_doubt(placed),
         frames=tuple(placed),
     )
 
@@ -470,14 +520,31 @@ def place_fault(placed, normal):
     return ""
 
 
+def end_doubt(placed):
+    """That slices, in order, may lack some at one end, where no gap shows it, or ''. No fault: some
+    scanners count on from the series before."""
+    counted = [frame.number or 0 for frame in placed]
+    steps = {b - a for a, b in itertools.pairwise(counted)}
+    first, last = min(counted), max(counted)
+    if first <= 1 or steps not in ({1}, {-1}):
+        return ""
+    return f"slices may be missing at one end: its files are numbered {first:.0f} to {last:.0f}"
+
+
 def decode(file, size):
     """The pixels of one DICOM file, as stored: (frames, rows, columns) with `size` of a frame; NaN
     where its scanner had nothing to show (padding)."""
     import pydicom
     from pydicom.pixels import get_decoder
+    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
     with reading(file):
-        data = pydicom.dcmread(io.BytesIO(file.read()))
+        data = pydicom.dcmread(io.BytesIO(file.read()), force=True)  # its header was read
+        if "TransferSyntaxUID" not in data.file_meta:  # without preamble
+            is_implicit, _ = data.original_encoding
+            data.file_meta.TransferSyntaxUID = (
+                ImplicitVRLittleEndian if is_implicit else ExplicitVRLittleEndian
+            )
         syntax = data.file_meta.TransferSyntaxUID
         try:
             has_decoder = get_decoder(syntax).is_available

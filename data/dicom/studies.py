@@ -6,6 +6,7 @@ there the hash is of the folder's path.
 """
 
 import hashlib
+import io
 import itertools
 import os
 import re
@@ -25,8 +26,10 @@ from data.dicom.series import (
     NO_IMAGE,
     OTHER_PART,
     UNPLACED,
+    Patient,
     Series,
     assemble,
+    is_dicom,
     read_header,
     read_nifti,
     series_name,
@@ -57,7 +60,7 @@ class Study:
     files: list = field(default_factory=list)
     series: list = field(default_factory=list)
     skipped: Counter = field(default_factory=Counter)  # (series, why) -> files
-    patients: set = field(default_factory=set)  # of the files with images, as series.patient_of
+    patients: set = field(default_factory=set)  # series.Patient of the files with images
     unread: list = field(default_factory=list)  # files beside it that cannot be read
 
     def add(self, found, name, count=1):
@@ -74,26 +77,30 @@ class Study:
         Not the number's issuer, which some studies leave out: a patient would become two, whose
         exams splits may part. Equal numbers of two hospitals are one patient instead.
         """
-        kind, number, _ = self.identity
-        return f"{number}|" if kind == "PatientID" else self.patient_and_issuer
+        number = self.identity.number
+        return f"{number}|" if number else self.patient_and_issuer
 
     @property
     def patient_and_issuer(self):
         """What earlier versions took for `patient`; the same where there is no issuer."""
-        _, first, second = self.identity
+        one = self.identity
+        first, second = one[:2] if one.number else one[2:]
         return f"{first}|{second}" if first else ""
 
     @property
     def identity(self):
-        """As series.patient_of, of the file that tells most; ("", "", "") if unknown."""
-        return max(self.patients, key=lambda one: one[2], default=("", "", ""))
+        """The Patient of the file that tells most."""
+
+        def told(one):
+            return bool(one.number), bool(one.name), one.issuer if one.number else one.birth
+
+        return max(self.patients, key=told, default=Patient())
 
     @property
     def mixed(self):
         """Why its files are not all of one patient or exam, or ''."""
         for a, b in itertools.combinations(self.patients, 2):
-            # An issuer is often left out of derived series.
-            if a[:2] != b[:2] or (a[2] and b[2] and a[2] != b[2]):
+            if a.contradicts(b):
                 return "files of two patients under one study UID; export both again"
         return "" if self.is_dicom else exams_mixed(self.series)
 
@@ -151,17 +158,17 @@ def find_exams(source, report):
 
 def find_studies(source, report):
     """Every Study under `source`, in the order of their first files."""
-    studies, headers, others = {}, defaultdict(list), 0
+    studies, headers, directories, others = {}, defaultdict(list), [], 0
     files, unread = find_files(source, report)
     for file in tqdm(files, desc="headers", unit="file", disable=None, leave=False):
         try:
             with reading(file):
-                is_dicom = file.head(132)[128:] == b"DICM"
-            if is_dicom:
+                head = file.head(132)
+            if is_dicom(head):
                 header = read_header(file)
                 key = header.study
                 study = studies.setdefault(key, Study(header.study))
-                if header.patient and header.reason != NO_IMAGE:
+                if any(header.patient) and header.reason != NO_IMAGE:
                     study.patients.add(header.patient)
                 headers[key, header.series].append(header)
                 if header.reason:
@@ -175,11 +182,14 @@ def find_studies(source, report):
                 others += 1
                 continue
             study.files.append(file)
+            if file.name.upper() == "DICOMDIR":
+                directories.append(file)
         except InputError as error:
             report.fault(str(error))
             unread.append(file)
-    for (key, _), members in headers.items():
-        add_series(studies[key], members)
+    absent = images_absent(directories, headers.values(), report)
+    for (key, uid), members in headers.items():
+        add_series(studies[key], without_copies(members, report), absent.get(uid, ""))
     if others:
         report.log(f"skipped: files that are neither DICOM nor NIfTI: {others}")
     found = sorted(studies.values(), key=lambda study: min(study.files))
@@ -191,6 +201,47 @@ def find_studies(source, report):
             if study.has_folder_of(series):
                 series.fault = series.fault or slices_lost(series, study.unread)
     return found
+
+
+def images_absent(directories, series, report):
+    """{series UID: why it is not whole}, of series that are there in part, by DICOMDIR files.
+
+    Args:
+        directories: list of File.
+        series: lists of the headers of each series' files.
+    """
+    there, absent = {header.instance for headers in series for header in headers}, {}
+    for file in directories:
+        try:
+            listed = images_listed(file)
+        except InputError as error:
+            report.warn(f"{error}; whether files are missing is not known")
+            continue
+        for uid, images in listed.items():
+            if missing := len(images - there):
+                absent[uid] = f"{file}: lists {len(images)} images of it, {missing} of them are " \
+                              "not there or cannot be read; copy the whole disc again"  # fmt: skip
+    return absent
+
+
+def images_listed(directory):
+    """What a DICOMDIR file lists (PS3.3 F.5): {series UID: set of its images' UIDs}."""
+    import pydicom
+
+    listed = {}
+    with reading(directory):
+        data = pydicom.dcmread(io.BytesIO(directory.read()))
+        records = {record.seq_item_tell: record for record in data.DirectoryRecordSequence}
+        for series in list(records.values()):
+            if series.DirectoryRecordType != "SERIES":
+                continue
+            images = listed.setdefault(str(series.SeriesInstanceUID), set())
+            place = series.OffsetOfReferencedLowerLevelDirectoryEntity
+            while image := records.pop(place, None):  # pop: damaged offsets may form a circle
+                if image.DirectoryRecordType == "IMAGE":
+                    images.add(str(image.ReferencedSOPInstanceUIDInFile))
+                place = image.OffsetOfTheNextDirectoryRecord
+    return listed
 
 
 def slices_lost(series, unread):
@@ -230,12 +281,32 @@ def exams_mixed(series):
     return ""
 
 
-def add_series(study, headers):
-    """Assemble the headers of one series' files."""
+def add_series(study, headers, fault):
+    """Assemble the headers of one series' files, which have a fault or ''."""
     frames = [frame for header in headers for frame in header.frames]
     if frames:
-        title = headers[0].title
-        study.add(series_of(headers), series_name(title), len({frame.file for frame in frames}))
+        found = series_of(headers)
+        if isinstance(found, Series):
+            found.fault = found.fault or fault
+        study.add(found, series_name(headers[0].title), len({frame.file for frame in frames}))
+
+
+def without_copies(headers, report):
+    """The headers of one series' files without those of files that are there twice, as a zip is
+    beside its folder. Two images of one UID that differ stay, as a fault of the series."""
+    count = Counter(header.instance for header in headers if header.frames)
+    kept, known = [], set()
+    for header in headers:
+        if header.frames and header.instance and count[header.instance] > 1:
+            content = header.instance, content_of(header.frames[0].file)
+            if content in known:
+                continue
+            known.add(content)
+        kept.append(header)
+    if len(kept) < len(headers):
+        copies = len(headers) - len(kept)
+        report.log(f"skipped: {series_name(headers[0].title)}, copies of its files: {copies}")
+    return kept
 
 
 def series_of(headers):
@@ -260,14 +331,18 @@ def digest_of(exam):
     """Hash of all that an exam's volumes depend on: its study's files, 16 hex digits."""
     total = hashlib.blake2b(digest_size=8)
     for file in sorted([*exam.study.files, *exam.study.unread]):
-        try:
-            with file.open() as stream:
-                content = hashlib.file_digest(stream, "blake2b").digest()
-        except Exception as error:  # a damaged zip member raises many kinds
-            content = type(error).__name__.encode()
         name = os.path.relpath(file.folder / file.name, exam.study.folder)
-        total.update(os.fsencode(name) + b"\0" + content)
+        total.update(os.fsencode(name) + b"\0" + content_of(file))
     return total.hexdigest()
+
+
+def content_of(file):
+    """Hash of a file's bytes, or the kind of error that reading it raises."""
+    try:
+        with file.open() as stream:
+            return hashlib.file_digest(stream, "blake2b").digest()
+    except Exception as error:  # a damaged zip member raises many kinds
+        return type(error).__name__.encode()
 
 
 # --- which series ---------------------------------------------------------------------------------
@@ -366,6 +441,9 @@ def volumes_of(exam, choice, report, title):
     wanted = choice.series
     if wanted and not any(series.is_wanted(wanted) for series in exam.series):
         report.warn(f"{title}: no series matches --series")
+    for series in exam.series:
+        if series.is_apart:
+            report.warn(f"{title}: left out {series.name}, {series.fault}")
     volumes, unusable, reader = {}, {}, Volumes(choice)
     refused = exam.refused
     if choice.mirror and not exam.side and not refused:
@@ -432,6 +510,8 @@ def log_choice(plane, series, axis, others, report, title):
     angle = plane_of(series.directions[axis])[1]
     if angle > OBLIQUE:
         report.warn(f"{title}: {series.name} is {angle:.0f} degrees from {plane}")
+    if series.doubt:
+        report.warn(f"{title}: {series.name}: {series.doubt}")
     names = ", ".join(other.name for other, _ in others)
     report.log(
         f"{title}  {plane}: {series.name}, {series.slices(axis)} slices"

@@ -171,6 +171,8 @@ def convert(study, reader):
     ((done.side, (members, refused)),) = knees.items()
     if refused:
         return refuse(done, study, reader.choice, refused)
+    if apart := sum(member.is_apart for member in members):
+        done.notes["left out: series that lie apart from the others of their knee"] += apart
     ours = {id(member) for member in members}
     ranked = sorted((one for one in series if id(one.series) in ours), key=rank, reverse=True)
     shown = shown_planes(study, series, done)
@@ -214,8 +216,10 @@ class Candidate(NamedTuple):
 
 
 def rank(candidate):
-    """Sort key, the highest is taken: usable, fat-suppressed, most slices."""
-    return not candidate.series.fault, candidate.fat, candidate.series.shape[0]
+    """Sort key, the highest is taken: usable, fat-suppressed, straight, most slices, original."""
+    series = candidate.series
+    slices = -series.tilt(0), series.shape[0], series.is_original
+    return not series.fault, candidate.fat, *slices
 
 
 def read_series(study, uid, done):
@@ -270,6 +274,8 @@ def take_plane(plane, ranked, study, reader, done):
             passed.append(f"study {study.uid}: {plane}: passed over {error}")
             continue
         sides = [series.shape[axis] * series.spacing[axis] for axis in (1, 2)]  # mm
+        if series.doubt:
+            done.notes["used, but slices may be missing at one end, by the files' numbers"] += 1
         done.padded += min(sides) < (reader.choice.field_of_view or 0)
         break
     done.faults += passed

@@ -1,0 +1,111 @@
+"""What the words of a series' header or file name tell: contrast, kind of picture, body part.
+
+All expressions below match text as `words_of` returns it, but for KNEE and AGENT, which match any
+lower-case text.
+"""
+
+import re
+
+FAT_SUPPRESSED = re.compile(r"fs\b|\bfspd|fat ?sat|fat ?sup|spair|\bspir\b|stir|tirm|water|\bwe\b")
+NOT_SUPPRESSED = re.compile(r"\b(no|non|without|wo|w o|w out) ?(fs|fat)|\b(n|un)fs\b")
+FLUID = re.compile(r"pd|t2|proton|\bdp\b|stir|tirm|spair|\bspir\b|fs\b|fat ?sat|water")
+T1 = re.compile(r"\bt1(?!\d)")
+# Philips puts a letter before T1W (cT1W_TSE: coronal), others the plane or 3D; SET1 is no contrast.
+FUSED_T1 = re.compile(r"\b([a-z]|[23]d|ax|axial|tra|trans|cor|coronal|sag|sagittal|obl)t1(?!\d)")
+# Names a contrast that is no T1. The other words of FLUID are fat suppression, of a T1 as well.
+NOT_T1 = re.compile(r"pd|t2|proton|\bdp\b|stir|tirm")
+GRADIENT_ECHO = re.compile(
+    r"dess|\b(gre|b?ffe|tfe|flash|vibe|f?spgr|fiesta|merge|medic|ciss|trufi|(fl|de)[23]d)\b"
+)
+# Contrast agent; "post" alone is also posterior and post-operative, but then a contrast is named.
+AGENT = re.compile(r"(?<![a-z])(post(?![ _-]?op|[a-z])|gad|gd(?![a-z])|contrast|c ?\+)|"
+                   r"\+ ?c(?![a-z])")  # fmt: skip
+NO_AGENT = re.compile(r"(?<![a-z])(no|non|pre|w/?o|without)[ _-]?(iv[ _-]?)?(gad|gd|contrast)")
+# A Dixon scan is four series: water, fat, in phase and out of phase. "Flex" is a coil, too.
+DIXON = re.compile(r"dixon|\bflex\b|\bideal\b")
+DIXON_WATER = re.compile(r"\bw\b(?! ?o)|water")
+DIXON_OTHER = re.compile(r"^fat\b|\b(f|fat|op|out)$|\b(opp|oop|out ?phase|opposed)\b")
+LOCALISER = re.compile(r"survey|scout|locali[sz]er|\b(3 ?p(lane|l)? ?)?loc\b")
+# ImageType's words for what is computed from other images or taken off a screen; an underscore
+# counts as a space. MPR, a cut through a volume, is a picture like any other.
+NO_PICTURES = {
+    "LOCALIZER": "localiser", "MOSAIC": "mosaic of slices", "PROJECTION IMAGE": "projection",
+    "MIP": "projection", "MINIP": "projection", "MAX IP": "projection", "MIN IP": "projection",
+    "SUBTRACTION": "subtraction", "SUB": "subtraction", "SCREEN SAVE": "screen capture",
+}  # fmt: skip
+MAP = re.compile(r"\b(t[12]|t1rho)?maps?\b|\bmapping\b")
+MAPS = {"ADC", "T1 MAP", "T2 MAP", "T2_STAR MAP", "R2 MAP", "R2_STAR MAP", "PHASE MAP", "P"}
+WATER_KINDS = {"WATER", "W"}
+FAT_KINDS = {"FAT", "F", "FAT_FRACTION", "FF", "OUT_PHASE", "OPP_PHASE", "OPPOSED_PHASE", "OP"}
+# Words of BodyPartExamined (PS3.16 annex L), of an anatomic region or of a title that are no knee.
+# LEG and LOWER EXTREMITY may be one.
+OTHER_PARTS = re.compile(
+    r"\b((abdomen|ankle|arm|brain|breast|buttock|chest|clavicle|coccyx|elbow|eye|face|finger|foot|"
+    r"forearm|hand|head|heart|hip|humerus|jaw|kidney|liver|neck|orbit|pelvis|prostate|sacrum|"
+    r"shoulder|skull|thorax|thumb|toe|wrist|si ?joint|[clst]{0,2} ?spine|spinal|lumbar|thoracic|"
+    r"cervical|thigh|femur|tibia|fibula|calf|(lower|upper) ?leg)s?)+\b(?! coil)"
+)
+COILS = {"arm", "foot", "hand", "head", "neck"}  # in descriptions these are coils and positions
+KNEE = re.compile(
+    "knee|knie|kn[äæ]|genou|rodilla|ginocch|joelho|patell|kolan|kolen|polvi|genunchi|térd|γόνα|"
+    "γονα|колен|膝|무릎"
+)
+
+
+def words_of(text):
+    """A text in lower case, its words separated by single spaces; GE writes F/S for fs."""
+    return " ".join(re.findall("[a-z0-9]+", re.sub(r"\bf/s\b", "fs", text.lower())))
+
+
+def says_t1(words):
+    """Whether `words_of` a description name T1."""
+    return bool(T1.search(words) or (FUSED_T1.search(words) and not NOT_T1.search(words)))
+
+
+def says_agent(description):
+    """Whether a description says that contrast agent was given."""
+    text = description.lower()
+    return bool(AGENT.search(NO_AGENT.sub("", text)))
+
+
+def other_picture(words, kinds=frozenset()):
+    """What a series shows in place of the anatomy in one of its contrasts, or ''.
+
+    Args:
+        words: its description's, as `words_of` returns them.
+        kinds: values of DICOM's ImageType from the third on, upper case.
+    """
+    if LOCALISER.search(words):
+        return "localiser"
+    if kinds & MAPS or MAP.search(words):
+        return "a map of a quantity, not a picture"
+    is_other = DIXON.search(words) and DIXON_OTHER.search(words)
+    is_suppressed = FAT_SUPPRESSED.search(words) or NOT_SUPPRESSED.search(words)
+    if kinds & FAT_KINDS or (is_other and not is_suppressed):
+        return "the fat or opposed-phase picture of a Dixon scan"
+    return ""
+
+
+def parts_in(text):
+    """The parts of the body that a text names and that are no knee, in its order."""
+    return [found[0] for found in OTHER_PARTS.finditer(words_of(text))]
+
+
+def other_part(region, series, study):
+    """The part of the body, "ANKLE", that a header names where it is no knee, or ''.
+
+    Args:
+        region: BodyPartExamined and the anatomic region. Often a scanner's leftover: a series or
+            study that is called a knee is one.
+        series: the series' description and protocol.
+        study: the study's description. One of "knee and ankle" has series of both.
+    """
+    if KNEE.search(f"{region} {series}".lower()):
+        return ""
+    tagged, titled = parts_in(region), parts_in(study)
+    named = [part for part in parts_in(series) if part not in COILS]
+    if KNEE.search(study.lower()):
+        parts = tagged if named and tagged else [part for part in named if part in titled]
+    else:
+        parts = tagged or named or titled
+    return parts[0].upper() if parts else ""
