@@ -12,8 +12,8 @@ import numpy as np
 
 from common import cli
 from common.checkpoint import column_name, digest_of, load_model
-from common.description import contrast
 from common.errors import InputError, one_line
+from common.exam_model import preparation_of
 from common.explain_page import NOTICE
 from common.files import write_text
 from common.report import (
@@ -27,7 +27,7 @@ from common.report import (
 )
 from common.results import END, read_results
 from common.stacking import DIGITS, largest_combination, load_stack, reaches, start_of_results
-from dataloader import PLANES, in_order, read_groups
+from dataloader import read_groups
 
 
 class Subject(NamedTuple):
@@ -95,8 +95,7 @@ def write_card(subject, library, file, out):
         "file": file,
         "is_stack": subject.column == STACK,
         "planes": unique(p for _, m in subject.networks for p in m["plane"].split("+")),
-        "orientation": orientation_of(subject.networks),
-        "contrast": contrast_of(subject.networks),
+        "preparation": preparation_of([metadata for _, metadata in subject.networks]),
         "recipes": unique(metadata["recipe"] for _, metadata in subject.networks),
         "facts": facts,
         "exams": None,
@@ -146,28 +145,6 @@ def training_exams(subject, data_dir, exams):
     groups = {listed.get(results.train_ids[row]) for row in rows} - {None}
     positives = int(results.train_labels[rows].sum())
     return {"n": len(rows), "positives": positives, "groups": len(groups)}
-
-
-def orientation_of(networks):
-    """{plane: letters} that the networks' data sets recorded."""
-    found = {}
-    for _, metadata in networks:
-        for plane, letters in ((metadata.get("dataset") or {}).get("orientation") or {}).items():
-            if plane in metadata["plane"].split("+"):
-                found[plane] = letters
-    return found
-
-
-def contrast_of(networks):
-    """{plane: "T1" or "fluid-sensitive"} of MRNet's planes, by what the networks' data sets
-    recorded; those without an orientation are not of knees."""
-    found = {}
-    for _, metadata in networks:
-        dataset = metadata.get("dataset") or {}
-        for plane in metadata["plane"].split("+") if dataset.get("orientation") else ():
-            if plane in PLANES:
-                found[plane] = contrast(dataset, plane)
-    return {plane: found[plane] for plane in in_order(found)}
 
 
 def worst_of(results, column):
