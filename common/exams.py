@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import tempfile
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +34,7 @@ UNKNOWN_CONTRAST = (
     "note: nothing tells on which series these networks were trained (no dataset.json); "
     "fluid-sensitive ones are taken, where MRNet's coronal series are T1 (data/README.md)"
 )
+NO_SCANS = (".npy", ".csv", ".json")  # of a data folder, which need not be opened
 DATASET_ABOVE = 3  # folders above a volume's in which dataset.json is looked for
 
 
@@ -408,6 +410,55 @@ def planes_below(folder):
     return [plane for plane in ALL_PLANES if (folder / plane).is_dir()]
 
 
+def refuse_scans_beside(exams):
+    """Refuse a folder of .npy exams that holds scans as well: they would be left out in silence.
+
+    Looks at names, and into the first bytes of files that have none that tells; not into the
+    folders of .npy files.
+
+    Args:
+        exams: FolderExams with at least one exam.
+
+    Raises:
+        InputError: names the first scan.
+    """
+    of_exams = [folder / plane for folder, names in exams.names.items() if names
+                for plane in planes_below(folder)]  # fmt: skip
+    known, seen = set(map(os.path.realpath, of_exams)), set()
+    for folder, below, files in os.walk(exams.root, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        below[:] = sorted(
+            name
+            for name in below
+            if name[0] != "." and os.path.realpath(f"{folder}/{name}") not in known | seen
+        )
+        found = (Path(folder, name) for name in sorted(files) if name[0] != ".")
+        if path := next(filter(is_scan, found), None):
+            raise InputError(
+                f"{path}: a scan beside {of_exams[0]} with .npy exams, and only one kind can be "
+                "read at a time; give the folder of either alone, or move one of them elsewhere"
+            )
+
+
+def is_scan(path):
+    """Whether a file is DICOM, NIfTI, or a zip that may hold such."""
+    name = path.name.lower()
+    if name.endswith((".dcm", ".nii", ".nii.gz")):
+        return True
+    try:
+        if name.endswith(".zip"):  # MRNet's own, which often stays beside what was in it, has .npy
+            with zipfile.ZipFile(path) as archive:
+                return not any(inner.endswith(".npy") for inner in archive.namelist())
+        if name.endswith(NO_SCANS) or not path.is_file():
+            return False
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"  # PS3.10 7.1
+    except zipfile.BadZipFile:
+        return True
+    except OSError:  # a broken link; nobody can tell
+        return False
+
+
 def exam_names(folder):
     """Names of the exams that have a volume of at least one plane, sorted."""
     names = set()
@@ -466,6 +517,7 @@ def open_exams(sources, plane=None, log=print, networks=None, workers=1):
         raise InputError(f"{source}: --plane is for a single .npy file; leave it out")
     exams = FolderExams(source)
     if len(exams):
+        refuse_scans_beside(exams)
         yield exams
         return
     if source.is_dir() and any(source.glob("*.npy")):
