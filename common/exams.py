@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.description import contrast, read_dataset
-from common.errors import InputError
+from common.errors import InputError, printable
 from common.importer import Importer
 from data.common import ORIENTATION, T1_PLANES
 from dataloader import ALL_PLANES, PLANES, SEQUENCES, in_order, read_volume, view_of
@@ -34,6 +34,7 @@ UNKNOWN_CONTRAST = (
     "note: nothing tells on which series these networks were trained (no dataset.json); "
     "fluid-sensitive ones are taken, where MRNet's coronal series are T1 (data/README.md)"
 )
+WARNINGS, LONGEST = 3, 200  # of an exam that a row repeats, and characters of each
 NO_SCANS = (".npy", ".csv", ".json")  # of a data folder, which need not be opened
 DATASET_ABOVE = 3  # folders above a volume's in which dataset.json is looked for
 
@@ -48,6 +49,7 @@ class Exam(NamedTuple):
     input: str  # hash of the files that it is made of
     unchanged: bool = False  # `input` is the one that was known, and nothing was converted
     origin: dict | str | None = None  # as data/dicom/origin.py describes it, or why not, if asked
+    warnings: tuple = ()  # of what was used all the same, such as the second best series
 
     @property
     def key(self):
@@ -362,7 +364,8 @@ class DicomExams:
             importer.fault = reply["fault"]
             return Exam(name, source, {}, dict.fromkeys(ALL_PLANES, importer.fault), reply["input"])
         paths = {plane: Path(reply["planes"][plane]) for plane in in_order(reply["planes"])}
-        return Exam(name, source, paths, reply["unusable"], reply["input"], origin=reply["origin"])
+        about = {"origin": reply["origin"], "warnings": warnings_in(lines, *key)}
+        return Exam(name, source, paths, reply["unusable"], reply["input"], **about)
 
     def load(self, key):
         """The Exam of a (source, name), converted."""
@@ -381,6 +384,25 @@ class DicomExams:
     def close(self):
         for importer in self.importers:
             importer.close()
+
+
+def warnings_in(lines, source, name):
+    """What an importer warned of in one exam, without the exam's name, which rows have already: at
+    most WARNINGS texts, and how many more there were.
+
+    Args:
+        lines: as `serve` answers them.
+        source, name: of the exam.
+    """
+    found = []
+    for _, text in lines:
+        if text.startswith("warning: "):
+            text = text.removeprefix("warning: ")
+            for title in (f"{name} ({source}): ", f"study {source}: "):  # data/dicom's, data/rsna's
+                text = text.removeprefix(printable(title))
+            found.append(text if len(text) <= LONGEST else f"{text[:LONGEST]} ...")
+    more = [f"{len(found) - WARNINGS} more warnings"] if len(found) > WARNINGS else []
+    return *found[:WARNINGS], *more
 
 
 def is_rsna(source):
