@@ -351,11 +351,12 @@ class DicomExams:
         """The importer's answer to `request` as an Exam."""
         source, name = key
         importer = self.importer_of(key)
-        reply = importer.receive()
+        reply = importer.answer()
         lines = reply.get("lines", ())
         if "exam" not in reply:
             self.print_lines(lines)
-            return Exam(name, source, {}, dict.fromkeys(ALL_PLANES, importer.fault), "")
+            why = reply.get("crash") or importer.fault
+            return Exam(name, source, {}, dict.fromkeys(ALL_PLANES, why), "")
         # predict.py and explain.py print the exam's own error
         self.print_lines(one for one in lines if not one[1].startswith("error: "))
         if "planes" not in reply:

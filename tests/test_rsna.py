@@ -19,6 +19,7 @@ from common.answering import Options
 from common.description import read_own_labels
 from common.errors import InputError
 from common.exams import Exam, open_exams, warnings_in
+from common.importer import Importer
 from common.stacking import TaskModels
 from common.submission import read_sample, task_of
 from data.common import Report, exam_name, write_volume
@@ -537,16 +538,49 @@ def test_a_plane_may_be_of_t1_series(tree):
                 assert read_code(np.load(path)) == code_of(study, side, plane, decoy)
 
 
-def test_an_importer_that_is_killed_costs_its_own_studies_only(tree):
+def test_an_importer_that_is_killed_costs_one_study(tree):
     found = {}
     with open_exams([tree / "train_series"], log=lambda line: None, workers=2) as exams:
         exams.importers[1].process.kill()
         exams.importers[1].process.wait()
         for exam in exams.each():
             found[exams.place[exam.key]] = bool(exam.paths), exam.unusable
-        assert "the importer ended with status -9" in exams.fault
-    assert all(found[place][0] for place in (0, 2, 4))
-    assert all("status -9" in found[place][1]["axial"] for place in (1, 3, 5))
+        assert exams.fault is None
+    assert [place for place in range(6) if not found[place][0]] == [1]
+    assert "the importer ended with status -9" in found[1][1]["axial"]
+
+
+SERVER = """
+import json, os, signal, sys
+print(json.dumps({"exams": [[name, ""] for name in "abcdefg"], "lines": []}), flush=True)
+for line in sys.stdin:
+    name = json.loads(line)["exam"]
+    if name in {bad!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    print(json.dumps({"exam": name, "lines": []}), flush=True)
+"""
+
+
+@pytest.mark.parametrize("bad, answered", [
+    ("b", "acdefg"), ("adg", "bcef"), ("bcef", "adg"),  # never three in a row
+    ("bcd", "a"),
+])  # fmt: skip
+def test_an_importer_that_crashes_is_started_again(tmp_path, bad, answered):
+    """And not for ever; what was asked for is answered in order."""
+    script = tmp_path / "prepare.py"
+    script.write_text(SERVER.replace("{bad!r}", repr(bad)))
+    importer, found = Importer(script, "scans", tmp_path, []), {}
+    importer.request("a", None, False)
+    for name, later in zip("abcdefg", "bcdefg-", strict=True):
+        if later != "-":
+            importer.request(later, None, False)
+        found[name] = importer.answer()
+        assert found[name].get("exam", name) == name
+        assert "exam" in found[name] or found[name].get("crash") or importer.fault
+    importer.close()
+    assert "".join(name for name, reply in found.items() if "exam" in reply) == answered
+    for name in bad[:2]:
+        assert "ended with status -9 while it converted this exam" in found[name]["crash"]
 
 
 def test_an_exam_says_which_series_was_passed_over(own):
