@@ -1,6 +1,7 @@
 """torch.hub: a saved network in one line, without the scripts.
 
     model = torch.hub.load("user/repository", "mrnet", weights="acl-sagittal.pt")
+    print(model.preparation)    # what must be done to a scan first, such as right knees mirrored
     probability = model(torch.from_numpy(numpy.load("0207.npy")))      # uint8 (s, H, W) -> ()
 
 A clone does as well: torch.hub.load("path/to/clone", "mrnet", source="local", weights=...).
@@ -22,7 +23,11 @@ def mrnet(weights, task=None, plane=None):
     Returns:
         torch.nn.Module in evaluation mode on the CPU, common.exam_model.ExamModel: it takes the
         slices of each of its `planes`, uint8 (s, H, W), and returns a probability, float32 (). Its
-        `network` is the bare MRNet, which returns logits.
+        `network` is the bare MRNet, which returns logits. Its `preparation` is a dict of what must
+        be done to a scan before, as the training exams were prepared; nothing inside does or checks
+        it: "orientation", "contrast", "mirrored" (right knees to left ones; in one that is not,
+        medial and lateral are exchanged), "field_of_view" (mm), "square", "side" (px) and "window"
+        (percentiles that become 0 and 255). {} where the training data did not record it.
     """
     from common.exam_model import load_exam_model
 

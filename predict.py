@@ -17,8 +17,9 @@ Memory stays constant: what is kept of an exam is its name. Research use only, n
 
 Columns: exam, source (its folder), task; a probability for each plane; joint, that of networks that
 join several planes; stack, threshold, decision; planes that were used, planes that are missing;
-note, such as a plane without volume or model, and why there is no decision; error, what could not
-be used; trained_on, the networks' data sets; model and input, hashes of networks and of the exam.
+note, such as a plane without volume or model, why there is no decision, and what the importer of
+DICOM warned of, such as a series passed over; error, what could not be used; trained_on, the
+networks' data sets; model and input, hashes of networks and of the exam.
 """
 
 import csv
@@ -179,7 +180,8 @@ def make_row(exam, models, answer, options):
             notes += ["partial"] if unusable else []
             if decision.planes != used:
                 notes.append(f"decided from {' and '.join(decision.planes)}")
-    row["note"] = "; ".join(notes) or None
+    notes += exam.warnings
+    row["note"] = printable("; ".join(notes)) or None
     row["error"] = describe_unusable(unusable)
     row["trained_on"] = "; ".join(cli.describe_dataset(found) for found in models.datasets) or None
     return row

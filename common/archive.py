@@ -121,15 +121,15 @@ def clean_up(folder, jobs, logs):
         folder.rmdir()
 
 
-def errors_in(log):
-    """Lines of a log's last run that name what could not be used."""
+def problems_in(log):
+    """Lines of a log's last run that name what could not be used, or was used all the same."""
     text = log.read_text(encoding="utf-8", errors="replace").rpartition("\n$ python ")[2]
-    return [line for line in text.splitlines() if line.startswith("error: ")]
+    return [line for line in text.splitlines() if line.startswith(("error: ", "warning: "))]
 
 
 def predict_in_parts(values, out, runner, resume):
     """Predict all exams in as many parts as `runner` runs side by side, write their rows, and name
-    on stderr what could not be used.
+    on stderr what could not be used, and what was warned of.
 
     Args:
         values: {name: value} of predict.py's arguments.
@@ -166,7 +166,7 @@ def predict_in_parts(values, out, runner, resume):
     if failed := [done.job for done in ended if not done.is_fine]:
         raise RunError(failures(failed, jobs, "parts", "start again with --resume"))
     merge([rows_of(job) for job in jobs], out)
-    said = dict.fromkeys(line for job in jobs for line in errors_in(job.log))  # each once
+    said = dict.fromkeys(line for job in jobs for line in problems_in(job.log))  # each once
     print("".join(f"{line}\n" for line in said), end="", file=sys.stderr)
     is_whole = all(done.status == 0 for done in ended)
     clean_up(folder, jobs, logs=is_whole)

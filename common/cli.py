@@ -18,7 +18,6 @@ from common.config import ARTICLE
 from common.devices import PRECISIONS, device_name
 from common.errors import InputError, Interrupted, RunError, one_line, printable
 from common.provenance import git_sha, versions
-from common.provenance import made as made  # as cli.made: model_card.py
 from dataloader import ALL_PLANES, PLANES, SEQUENCES, is_positive
 
 # --- arguments ------------------------------------------------------------------------------------

@@ -22,18 +22,24 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from pydicom.valuerep import DS
 
-from common import cli
 from common.errors import InputError, RunError
 from common.explain_page import NOTICE, SYNTHETIC_ONLY
 from common.figures import overlay
 from common.files import atomic
+from common.provenance import git_sha
 from data.common import ORIENTATION, SIDE
 from data.dicom.files import quiet
 from dataloader import PLANES, view_of
 
 MAKER, MODEL = "MRNet project", "MRNet"
 SCHEME = "99MRNET"  # designator of our own codes; private ones begin with 99 (PS3.16 8.2)
-FIRST_SERIES = 9001  # scanners count from 1
+# Of the series' numbers, which are below 2**31 (PS3.5 6.2): scanners count from 1, ours begin here;
+# a block for each task, in it a part for each side, in it the planes and last the report.
+FIRST_SERIES, TASKS, OF_A_TASK = 10_000, 2_000_000, 1000
+OF_A_SIDE = {"": 0, "L": 300, "R": 600}
+REPORT_NUMBER = 299
+SIDE_WORDS = {"L": "left ", "R": "right "}
+LO = 64  # characters of a description
 BURNT_IN = "RESEARCH USE ONLY"
 ONE_REPORT = "report.dcm"  # of all tasks, as earlier versions wrote it
 # Attributes of patient and study that must be there and may be empty.
@@ -56,6 +62,19 @@ class Origin(NamedTuple):
     def uid(self, *words):
         """A UID that is the same for the same results."""
         return generate_uid(entropy_srcs=[self.key, *map(str, words)])
+
+    def title(self, task):
+        """A finding with the knee's side, as a viewer's list tells its series apart."""
+        return f"{SIDE_WORDS.get(self.side, '')}{task}"
+
+    def series_number(self, task, place):
+        """The number of a series: the same in every run, another for each knee and task of a study.
+
+        Args:
+            place: of the plane among the task's, or REPORT_NUMBER.
+        """
+        block = int(hashlib.sha256(task.encode()).hexdigest(), 16) % TASKS
+        return FIRST_SERIES + block * OF_A_TASK + OF_A_SIDE.get(self.side, 0) + place
 
     def sources(self, plane):
         """The source files of a plane as data sets that can be referred to."""
@@ -89,7 +108,7 @@ def read_origin(exam, model):
             study[name].value = ""
     study.SpecificCharacterSet = "ISO_IR 192"  # UTF-8; the values are text by now
     # Both knees of a study have the same files; the name tells them apart.
-    key = f"{exam.name} {exam.input} {model} {cli.git_sha()}"
+    key = f"{exam.name} {exam.input} {model} {git_sha()}"
     return Origin(study, exam.origin["planes"], exam.origin["side"], key)
 
 
@@ -116,18 +135,16 @@ def write_results(exam, findings, model, out):
     with quiet():
         try:
             origin = read_origin(exam, model)
-            number, written = FIRST_SERIES, []
+            written = []
             for finding in findings:
-                for title, one in finding.planes.items():
+                for number, (title, one) in enumerate(finding.planes.items()):
                     series = heat_map_series(finding, title, one, origin, number)
                     place = folder / f"{finding.task}-{title.replace(' ', '-')}"
                     written.append(save_series(series, place))
-                    number += 1
             for finding in findings:
                 path = folder / report_name(finding.task)
-                save(make_report(finding, origin, number), path)
+                save(make_report(finding, origin), path)
                 written.append((path, 1))
-                number += 1
             remove_others(folder, tasks, [place for place, _ in written])
             return written
         except (ValueError, TypeError, AttributeError) as error:  # their texts quote the patient
@@ -184,7 +201,7 @@ def heat_map_series(finding, title, one, origin, number):
     Args:
         title: of the plane, as `explanation.explain_planes` has it.
         one: explanation.PlaneMaps.
-        number: of the series.
+        number: of the plane among the finding's.
     """
     plane = title.split()[0]
     place = origin.planes[plane]
@@ -200,7 +217,8 @@ def heat_map_series(finding, title, one, origin, number):
             pictures = pictures[:, :, ::-1]
     images = []
     for k, (at, position) in enumerate(zip(order, place["positions"], strict=True)):
-        words = [f"{finding.task} {one.probability:.2f}, {plane}", f"slice {sums[at]:+.2f}"]
+        words = [f"{origin.title(finding.task)} {one.probability:.2f}, {plane}"]
+        words += [f"slice {sums[at]:+.2f}"]
         if finding.models.is_synthetic:
             words.append(SYNTHETIC_ONLY)
         picture = burn_in(pictures[at], words)
@@ -222,13 +240,13 @@ def secondary_capture(picture, title, task, origin, number, k):
         8,
         "PATIENT",
         series_instance_uid=origin.uid(task, title),
-        series_number=number,
+        series_number=origin.series_number(task, number),
         sop_instance_uid=origin.uid(task, title, k),
         instance_number=k + 1,
         manufacturer=MAKER,
         manufacturer_model_name=MODEL,
-        software_versions=cli.git_sha(),
-        series_description=f"{task} heat map, {title}"[:64],
+        software_versions=git_sha(),
+        series_description=f"{origin.title(task)} heat map, {title}"[:LO],
         pixel_spacing=place["spacing"],
         patient_orientation=[
             ORIENTATION[view_of(plane)][i].translate(FEET_AND_HEAD) for i in (2, 1)
@@ -302,10 +320,10 @@ def burn_in(picture, words):
 # --- the report -----------------------------------------------------------------------------------
 
 
-def make_report(finding, origin, number):
+def make_report(finding, origin):
     """A task's probabilities and decision as a structured report: EnhancedSR by TID 1500."""
     observer = sr.DeviceObserverIdentifyingAttributes(
-        uid=generate_uid(entropy_srcs=[MAKER, cli.git_sha()]),
+        uid=generate_uid(entropy_srcs=[MAKER, git_sha()]),
         name=f"{MODEL}, {NOTICE}"[:64],
         manufacturer_name=MAKER,
         model_name=MODEL,
@@ -321,17 +339,18 @@ def make_report(finding, origin, number):
         imaging_measurements=[measured(finding, origin)],
         title=codes.DCM.ImagingMeasurementReport,
     )
+    use = f", {MODEL}, {BURNT_IN.lower()}"
     report = sr.EnhancedSR(
         evidence=list({source.SOPInstanceUID: source for source in evidence}.values()),
         content=content[0],
         series_instance_uid=origin.uid("report", finding.task),
-        series_number=number,
+        series_number=origin.series_number(finding.task, REPORT_NUMBER),
         sop_instance_uid=origin.uid("report", finding.task, 1),
         instance_number=1,
         manufacturer=MAKER,
         manufacturer_model_name=MODEL,
-        software_versions=cli.git_sha(),
-        series_description=f"{MODEL}, {BURNT_IN.lower()}",
+        software_versions=git_sha(),
+        series_description=f"{origin.title(finding.task)[: LO - len(use)]}{use}",
         is_complete=True,
     )
     return of_study(report, origin.study)

@@ -5,10 +5,66 @@ from torch import nn
 
 from common.checkpoint import load_model
 from common.config import ARTICLE
+from common.description import contrast
 from common.errors import InputError, one_line
 from common.names import stack_path
 from common.task_models import as_network, load_task
-from dataloader import preprocess
+from data.common import SIDE, T1_PLANES, WINDOW
+from dataloader import in_order, preprocess, view_of
+
+NO_FLUID = "not fluid-sensitive"  # contrast of T1_PLANES
+
+
+def preparation_of(networks):
+    """What must be done to a scan before networks take it, as their training exams were prepared.
+    Nothing inside a network does or checks it: an unmirrored right knee, say, has its medial and
+    lateral side exchanged.
+
+    Args:
+        networks: list of the metadata of saved models.
+
+    Returns:
+        dict with what the networks' data sets recorded, {} where they recorded nothing:
+        "orientation": {plane: letters, where slices, rows and columns grow to}.
+        "contrast": {plane: "T1", "fluid-sensitive" or NO_FLUID}.
+        "mirrored": whether right knees are mirrored to left ones.
+        "field_of_view": side of the centred square that is kept, mm; None for the whole slice.
+        "square": what makes a slice without a field of view square, "pad" or "crop".
+        "side": of a slice, px.
+        "window": percentiles of a volume that become 0 and 255.
+
+    Raises:
+        InputError: the networks learnt from exams that were prepared in different ways.
+    """
+    found = {}  # {(name, plane, or "" where it is of all): value}
+    for metadata in networks:
+        dataset = metadata.get("dataset") or {}
+        if not dataset.get("orientation"):  # not known, or not of knees
+            continue
+        mine = {
+            ("mirrored", ""): bool(dataset.get("mirrored")),
+            ("field_of_view", ""): dataset.get("field_of_view"),
+            ("square", ""): dataset.get("square") or "pad",
+        }
+        for plane in metadata["plane"].split("+"):
+            mine["orientation", plane] = dataset["orientation"].get(view_of(plane))
+            is_further = plane in T1_PLANES
+            mine["contrast", plane] = NO_FLUID if is_further else contrast(dataset, plane)
+        for (name, plane), value in mine.items():
+            if found.setdefault((name, plane), value) != value:
+                raise InputError(
+                    f"the networks learnt from exams of different {name}, {found[name, plane]} "
+                    f"and {value}; give one of them, or train all on exams prepared alike"
+                )
+    if not found:
+        return {}
+    planes = in_order({plane for _, plane in found})
+    by_plane = {
+        name: {plane: found[name, plane] for plane in planes}
+        for name in ("orientation", "contrast")
+    }
+    whole = {name: value for (name, plane), value in found.items() if not plane}
+    return by_plane | whole | {"side": SIDE, "window": list(WINDOW)}
 
 
 class ExamModel(nn.Module):
@@ -17,19 +73,22 @@ class ExamModel(nn.Module):
     Args:
         task: the finding.
         network: task_models.Network.
+        preparation: as `preparation_of` returns it.
 
     Attributes:
         task: the finding.
         planes: list, the order of `forward`'s arguments.
+        preparation: what must be done to a scan before `forward` takes it.
     """
 
-    def __init__(self, task, network):
+    def __init__(self, task, network, preparation=None):
         super().__init__()
+        self.preparation = preparation or {}
         self.task, self.network, self.planes = task, network.model, list(network.planes)
         self.intensity, self.channels = network.intensity, network.channels
 
     def forward(self, *volumes):
-        """Slices of each plane, uint8 (s, H, W) in MRNet's orientation -> probability float32 ().
+        """Slices of each plane, uint8 (s, H, W), prepared -> probability float32 ().
 
         Raises:
             ValueError: another number of planes, or not uint8 (s, H, W).
@@ -64,7 +123,8 @@ def load_exam_model(path, task=None, plane=None):
         raise InputError(
             f"{path}: a model of {metadata['task']}, {metadata['plane']}, not of {one_line(plane)}"
         )
-    return ExamModel(metadata["task"], as_network(model, metadata, "cpu")).eval()
+    network = as_network(model, metadata, "cpu")
+    return ExamModel(metadata["task"], network, preparation_of([metadata])).eval()
 
 
 class StackModel(nn.Module):

@@ -14,12 +14,13 @@ import re
 import shutil
 import sys
 import tempfile
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from common.description import contrast, read_dataset
-from common.errors import InputError
+from common.errors import InputError, printable
 from common.importer import Importer
 from data.common import ORIENTATION, T1_PLANES
 from dataloader import ALL_PLANES, PLANES, SEQUENCES, in_order, read_volume, view_of
@@ -33,6 +34,8 @@ UNKNOWN_CONTRAST = (
     "note: nothing tells on which series these networks were trained (no dataset.json); "
     "fluid-sensitive ones are taken, where MRNet's coronal series are T1 (data/README.md)"
 )
+WARNINGS, LONGEST = 3, 200  # of an exam that a row repeats, and characters of each
+NO_SCANS = (".npy", ".csv", ".json")  # of a data folder, which need not be opened
 DATASET_ABOVE = 3  # folders above a volume's in which dataset.json is looked for
 
 
@@ -46,6 +49,7 @@ class Exam(NamedTuple):
     input: str  # hash of the files that it is made of
     unchanged: bool = False  # `input` is the one that was known, and nothing was converted
     origin: dict | str | None = None  # as data/dicom/origin.py describes it, or why not, if asked
+    warnings: tuple = ()  # of what was used all the same, such as the second best series
 
     @property
     def key(self):
@@ -178,7 +182,7 @@ def read_planes(exam, models, read=None):
     """The volumes of an exam that a task's networks take, and what cannot be used of it.
 
     Args:
-        models: stacking.TaskModels.
+        models: task_models.TaskModels.
         read: {plane: volume}, what was read before; filled.
 
     Returns:
@@ -202,7 +206,7 @@ def refuse_unfit(models, datasets, allow_synthetic, shown=PLANES):
     """Refuse exams that the networks of a task have no answer for.
 
     Args:
-        models: stacking.TaskModels.
+        models: task_models.TaskModels.
         datasets: what the exams are, as `FolderExams.datasets`.
         shown: planes that there are volumes of, container.
 
@@ -253,7 +257,7 @@ def check_contrast(models, trained_on, given, shown):
     the other way round.
 
     Args:
-        models: stacking.TaskModels.
+        models: task_models.TaskModels.
         trained_on, given: content of dataset.json, None where it is not known.
         shown: planes that there are volumes of.
     """
@@ -347,11 +351,12 @@ class DicomExams:
         """The importer's answer to `request` as an Exam."""
         source, name = key
         importer = self.importer_of(key)
-        reply = importer.receive()
+        reply = importer.answer()
         lines = reply.get("lines", ())
         if "exam" not in reply:
             self.print_lines(lines)
-            return Exam(name, source, {}, dict.fromkeys(ALL_PLANES, importer.fault), "")
+            why = reply.get("crash") or importer.fault
+            return Exam(name, source, {}, dict.fromkeys(ALL_PLANES, why), "")
         # predict.py and explain.py print the exam's own error
         self.print_lines(one for one in lines if not one[1].startswith("error: "))
         if "planes" not in reply:
@@ -360,7 +365,8 @@ class DicomExams:
             importer.fault = reply["fault"]
             return Exam(name, source, {}, dict.fromkeys(ALL_PLANES, importer.fault), reply["input"])
         paths = {plane: Path(reply["planes"][plane]) for plane in in_order(reply["planes"])}
-        return Exam(name, source, paths, reply["unusable"], reply["input"], origin=reply["origin"])
+        about = {"origin": reply["origin"], "warnings": warnings_in(lines, *key)}
+        return Exam(name, source, paths, reply["unusable"], reply["input"], **about)
 
     def load(self, key):
         """The Exam of a (source, name), converted."""
@@ -379,6 +385,25 @@ class DicomExams:
     def close(self):
         for importer in self.importers:
             importer.close()
+
+
+def warnings_in(lines, source, name):
+    """What an importer warned of in one exam, without the exam's name, which rows have already: at
+    most WARNINGS texts, and how many more there were.
+
+    Args:
+        lines: as `serve` answers them.
+        source, name: of the exam.
+    """
+    found = []
+    for _, text in lines:
+        if text.startswith("warning: "):
+            text = text.removeprefix("warning: ")
+            for title in (f"{name} ({source}): ", f"study {source}: "):  # data/dicom's, data/rsna's
+                text = text.removeprefix(printable(title))
+            found.append(text if len(text) <= LONGEST else f"{text[:LONGEST]} ...")
+    more = [f"{len(found) - WARNINGS} more warnings"] if len(found) > WARNINGS else []
+    return *found[:WARNINGS], *more
 
 
 def is_rsna(source):
@@ -408,6 +433,55 @@ def planes_below(folder):
     return [plane for plane in ALL_PLANES if (folder / plane).is_dir()]
 
 
+def refuse_scans_beside(exams):
+    """Refuse a folder of .npy exams that holds scans as well: they would be left out in silence.
+
+    Looks at names, and into the first bytes of files that have none that tells; not into the
+    folders of .npy files.
+
+    Args:
+        exams: FolderExams with at least one exam.
+
+    Raises:
+        InputError: names the first scan.
+    """
+    of_exams = [folder / plane for folder, names in exams.names.items() if names
+                for plane in planes_below(folder)]  # fmt: skip
+    known, seen = set(map(os.path.realpath, of_exams)), set()
+    for folder, below, files in os.walk(exams.root, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        below[:] = sorted(
+            name
+            for name in below
+            if name[0] != "." and os.path.realpath(f"{folder}/{name}") not in known | seen
+        )
+        found = (Path(folder, name) for name in sorted(files) if name[0] != ".")
+        if path := next(filter(is_scan, found), None):
+            raise InputError(
+                f"{path}: a scan beside {of_exams[0]} with .npy exams, and only one kind can be "
+                "read at a time; give the folder of either alone, or move one of them elsewhere"
+            )
+
+
+def is_scan(path):
+    """Whether a file is DICOM, NIfTI, or a zip that may hold such."""
+    name = path.name.lower()
+    if name.endswith((".dcm", ".nii", ".nii.gz")):
+        return True
+    try:
+        if name.endswith(".zip"):  # MRNet's own, which often stays beside what was in it, has .npy
+            with zipfile.ZipFile(path) as archive:
+                return not any(inner.endswith(".npy") for inner in archive.namelist())
+        if name.endswith(NO_SCANS) or not path.is_file():
+            return False
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"  # PS3.10 7.1
+    except zipfile.BadZipFile:
+        return True
+    except OSError:  # a broken link; nobody can tell
+        return False
+
+
 def exam_names(folder):
     """Names of the exams that have a volume of at least one plane, sorted."""
     names = set()
@@ -422,7 +496,7 @@ def preparation_of(networks):
     """How exams must be mirrored and cut: as those that networks were trained on.
 
     Args:
-        networks: list of stacking.TaskModels.
+        networks: list of task_models.TaskModels.
 
     Returns:
         PREPARATION, "t1_planes" and "t1" as far as they are not the default; where networks differ
@@ -444,8 +518,9 @@ def open_exams(sources, plane=None, log=print, networks=None, workers=1):
             or the .npy files of one exam, one a plane.
         plane: of a single .npy file, where its path does not contain it.
         log: prints the DICOM importer's messages about its choice of series.
-        networks: list of stacking.TaskModels that will see them: scans are mirrored and cut as the
-            exams were that they were trained on, and further series are taken if they take them.
+        networks: list of task_models.TaskModels that will see them: scans are mirrored and cut as
+            the exams were that they were trained on, and further series are taken if they take
+            them.
         workers: processes that convert RSNA's studies.
 
     Yields:
@@ -466,6 +541,7 @@ def open_exams(sources, plane=None, log=print, networks=None, workers=1):
         raise InputError(f"{source}: --plane is for a single .npy file; leave it out")
     exams = FolderExams(source)
     if len(exams):
+        refuse_scans_beside(exams)
         yield exams
         return
     if source.is_dir() and any(source.glob("*.npy")):

@@ -7,11 +7,15 @@ while they compute. What it is asked and answers: data/dicom/serve.py.
 import json
 import subprocess
 import sys
+from collections import deque
 from contextlib import suppress
+
+CRASHES = 3  # one after the other, after which an importer is not started again
 
 
 class Importer:
-    """A running importer.
+    """A running importer. One that a decoder or the system ends costs the exam that it converted
+    then, and is started again for the others.
 
     Args:
         script: Path of its prepare.py.
@@ -27,19 +31,46 @@ class Importer:
     def __init__(self, script, source, folder, options):
         self.source, self.fault = source, None
         command = [sys.executable, script, "--serve", *options, "--", source, folder]
+        self.command = list(map(str, command))
+        self.asked, self.crashes = deque(), 0  # requests without an answer; crashes in a row
+        self.start()
+
+    def start(self):
         self.process = subprocess.Popen(
-            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
         )
         self.listing = self.receive()
 
     def request(self, exam, unless, origin):
         """Ask for an exam by name; arguments as in `serve`."""
+        self.asked.append(json.dumps({"exam": exam, "unless": unless, "origin": origin}) + "\n")
+        self.send(self.asked[-1])
+
+    def send(self, line):
         try:
-            words = {"exam": exam, "unless": unless, "origin": origin}
-            self.process.stdin.write(json.dumps(words) + "\n")
+            self.process.stdin.write(line)
             self.process.stdin.flush()
         except OSError:
             pass  # the importer has ended: `receive` reports it
+
+    def answer(self):
+        """The answer to the oldest request: what the importer says of the exam; {"crash": why} if
+        it ended in the middle of it; else as `receive`, with a `fault`."""
+        had_fault, reply = self.fault, self.receive()
+        self.asked.popleft()
+        if "exam" in reply:
+            self.crashes = 0
+        elif not reply and not had_fault:
+            self.crashes += 1
+            if self.crashes == CRASHES:
+                self.fault += f" at {CRASHES} exams, one after the other"
+            else:
+                reply, self.fault = {"crash": f"{self.fault} while it converted this exam"}, None
+                self.close()
+                self.start()
+                for line in self.asked:
+                    self.send(line)
+        return reply
 
     def receive(self):
         """Its next answer; {} if it has ended, or {"lines"} with its last ones, and a `fault`."""

@@ -5,19 +5,17 @@ are those of Mitchell et al., Model Cards for Model Reporting, 2019 (arXiv 1810.
 metadata is the one that Hugging Face's hub reads.
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from common import cli
 from common.checkpoint import digest_of, load_model
-from common.description import contrast
 from common.errors import InputError, one_line
+from common.exam_model import preparation_of
 from common.explain_page import NOTICE
 from common.files import write_text
-from common.names import RESULTS as END
-from common.names import column_name, start_of_results
+from common.names import RESULTS, column_name, results_path
+from common.provenance import made
 from common.report import (
     STACK,
     environment,
@@ -29,7 +27,7 @@ from common.report import (
 )
 from common.results import read_results
 from common.stacking import DIGITS, largest_combination, load_stack, reaches
-from dataloader import PLANES, in_order, read_groups
+from dataloader import read_groups
 
 
 class Subject(NamedTuple):
@@ -50,7 +48,7 @@ def subject_of_network(path):
     column = column_name(metadata["plane"], metadata["recipe"])
     about = (path.stem, metadata["task"], [(column, metadata)], column)
     why = "no stack with this network beside it (train_logistic_regression.py)"
-    for place in sorted(path.parent.glob(f"{metadata['task']}*{END}")):
+    for place in sorted(path.parent.glob(f"{metadata['task']}*{RESULTS}")):
         try:
             results = read_results(place)
         except InputError as error:
@@ -68,7 +66,7 @@ def subject_of_stack(path, task, recipes):
     stack = load_stack(path.parent, task, recipes)
     whole = stack["combinations"][largest_combination(stack["combinations"])]
     try:
-        results, why = read_results(Path(start_of_results(path.parent, task, recipes) + END)), ""
+        results, why = read_results(results_path(path.parent, task, recipes)), ""
         networks = results.networks
     except InputError as error:
         results, why = None, one_line(error)
@@ -97,8 +95,7 @@ def write_card(subject, library, file, out):
         "file": file,
         "is_stack": subject.column == STACK,
         "planes": unique(p for _, m in subject.networks for p in m["plane"].split("+")),
-        "orientation": orientation_of(subject.networks),
-        "contrast": contrast_of(subject.networks),
+        "preparation": preparation_of([metadata for _, metadata in subject.networks]),
         "recipes": unique(metadata["recipe"] for _, metadata in subject.networks),
         "facts": facts,
         "exams": None,
@@ -107,7 +104,7 @@ def write_card(subject, library, file, out):
         "why_not": subject.why_not,
         "has_threshold": subject.threshold is not None,
         "notice": NOTICE,
-        "made": cli.made(),
+        "made": made(),
     }
     if results:
         other_exams = results.why_not_at(results.data_dir)
@@ -148,28 +145,6 @@ def training_exams(subject, data_dir, exams):
     groups = {listed.get(results.train_ids[row]) for row in rows} - {None}
     positives = int(results.train_labels[rows].sum())
     return {"n": len(rows), "positives": positives, "groups": len(groups)}
-
-
-def orientation_of(networks):
-    """{plane: letters} that the networks' data sets recorded."""
-    found = {}
-    for _, metadata in networks:
-        for plane, letters in ((metadata.get("dataset") or {}).get("orientation") or {}).items():
-            if plane in metadata["plane"].split("+"):
-                found[plane] = letters
-    return found
-
-
-def contrast_of(networks):
-    """{plane: "T1" or "fluid-sensitive"} of MRNet's planes, by what the networks' data sets
-    recorded; those without an orientation are not of knees."""
-    found = {}
-    for _, metadata in networks:
-        dataset = metadata.get("dataset") or {}
-        for plane in metadata["plane"].split("+") if dataset.get("orientation") else ():
-            if plane in PLANES:
-                found[plane] = contrast(dataset, plane)
-    return {plane: found[plane] for plane in in_order(found)}
 
 
 def worst_of(results, column):

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import nibabel
 import numpy as np
@@ -29,6 +30,7 @@ from data.common import TARGET
 from data.dicom.origin import frames_of, place
 from data.dicom.series import Series, ways_to_cut
 from data.dicom.slices import cut, plane_of
+from data.rsna.tables import FINDINGS
 
 # --- where pixels lie, in closed form -------------------------------------------------------------
 
@@ -294,13 +296,45 @@ def test_two_knees_of_a_study_share_no_uid(trained, tmp_path):
     write_study(tmp_path, 4, "both")
     done = explain(next(tmp_path.glob("study*")), trained[0] / "models", tmp_path, "--all")
     assert done.returncode == 0, done.stderr
-    uids = []
+    uids, listed = [], []
     for folder in (tmp_path / "dicom").iterdir():
         files = [pydicom.dcmread(file) for file in folder.rglob("*.dcm")]
+        # As a viewer lists them: number and description of each series.
+        listed += {(one.SeriesNumber, one.SeriesDescription) for one in files}
+        word = {"L": "left acl", "R": "right acl"}[folder.name[-1]]
+        assert all(one.SeriesDescription.startswith(word) for one in files)
         names = ("SOPInstanceUID", "SeriesInstanceUID")
         uids.append({str(one[name].value) for one in files for name in names})
     left, right = uids
     assert left and right and left.isdisjoint(right)
+    assert len(listed) == 8 and all(len(set(column)) == 8 for column in zip(*listed, strict=True))
+
+
+def test_numbers_of_series_differ_whatever_run_writes_them():
+    tasks = ["acl", "meniscus", "abnormal", *FINDINGS.values()]
+
+    def numbers():
+        for side in ("L", "R", ""):
+            origin = dicom_results.Origin(None, {}, side, "key")
+            for task in set(tasks):
+                for number in (*range(12), dicom_results.REPORT_NUMBER):
+                    yield origin.series_number(task, number)
+
+    found = list(numbers())
+    assert len(set(found)) == len(found) == 3 * 14 * 13 and found == list(numbers())
+    assert min(found) > 9999 and max(found) < 2**31  # scanners' and DICOM's (PS3.5 6.2, IS)
+    last = dicom_results.FIRST_SERIES + dicom_results.TASKS * dicom_results.OF_A_TASK
+    assert last < 2**31
+
+
+def test_a_long_finding_does_not_push_out_what_its_report_is_for(monkeypatch):
+    monkeypatch.setattr(dicom_results, "sr", MagicMock())
+    monkeypatch.setattr(dicom_results, "of_study", lambda report, study: report)
+    finding = Finding(TaskModels("f" * 80, {}, None, "d", [], 0.5), {}, None, {})
+    dicom_results.make_report(finding, dicom_results.Origin(None, {}, "R", "key"))
+    description = dicom_results.sr.EnhancedSR.call_args.kwargs["series_description"]
+    assert len(description) == 64 and description.startswith("right fff")
+    assert description.endswith("research use only")
 
 
 @pytest.mark.whole

@@ -15,8 +15,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from common.checkpoint import build_model
-from common.exam_model import ExamModel
-from common.model_card import subject_of_stack, write_card
+from common.description import MRNET
+from common.errors import InputError
+from common.exam_model import ExamModel, preparation_of
+from common.model_card import Subject, subject_of_stack, write_card
 from common.task_models import Network
 from model import BACKBONES
 from tools import export
@@ -54,7 +56,15 @@ def test_onnxruntime_answers_as_the_stack_does(trained, tmp_path):
     assert f"{decides}{written['positives']} positive" in card.text
     inside = session.get_modelmeta().custom_metadata_map
     assert (inside["task"], float(inside["threshold"])) == ("acl", written["threshold"])
-    for name in ("Intended use", "Data", "Training", "Figures", "Where it fails"):
+    assert json.loads(inside["mirrored"]) is False and json.loads(inside["window"]) == [0.5, 99.5]
+    for name in (
+        "How to prepare a volume",
+        "Intended use",
+        "Data",
+        "Training",
+        "Figures",
+        "Where it fails",
+    ):
         assert f"## {name}" in card.text
     for key in ("auc", "sensitivity", "specificity"):
         words = [f"{written[key + end]:.3f}" for end in ("", "_low", "_high")]
@@ -72,7 +82,7 @@ def test_every_backbone_pooling_and_number_of_planes(tmp_path, backbone, pooling
     model = build_model({"backbone": backbone, "pooling": pooling}, list(planes)).eval()
     network = Network(model, planes, "standardized", channels, False, "")
     # Raises unless onnxruntime answers as torch does, at five sizes.
-    export.to_onnx(ExamModel("acl", network).eval(), None, tmp_path / "model.onnx")
+    export.to_onnx(ExamModel("acl", network).eval(), {}, tmp_path / "model.onnx")
 
 
 def figures_of(card):
@@ -94,6 +104,8 @@ def test_safetensors_hold_the_weights(trained, tmp_path):
     assert all(torch.equal(weights[name], saved["model"][name]) for name in weights)
     config = json.loads((out / "config.json").read_text())
     assert (config["task"], config["plane"]) == ("acl", "axial")
+    phantom = {"orientation": {"axial": "IPL"}, "contrast": {"axial": "fluid-sensitive"}}
+    assert config["preparation"].items() >= phantom.items()
     assert config["preprocessing"]["mean"] == 58.09 and config["dataset"]["synthetic"] is True
     card = ModelCard.load(out / "README.md")
     rows = json.loads((trained[0] / "models/acl-results.json").read_text())["valid"]
@@ -134,16 +146,64 @@ def test_a_card_of_a_stack_whose_results_are_lost(trained, tmp_path):
     assert "3 networks" in text and "TO DO" in text
 
 
-def test_an_onnx_file_holds_what_decides(tmp_path, monkeypatch):
+# As data/rsna/prepare.py describes its exams, and what a user of the networks must do.
+MIRRORED = {"name": "rsna", "version": "3", "synthetic": False, "mirrored": True,
+            "orientation": {"axial": "IPL", "coronal": "PIL", "sagittal": "LIP"},
+            "field_of_view": 140.0, "t1_planes": ["coronal"]}  # fmt: skip
+PREPARATION = {"orientation": {"coronal": "PIL"}, "contrast": {"coronal": "T1"}, "mirrored": True,
+               "field_of_view": 140.0, "square": "pad", "side": 256,
+               "window": [0.5, 99.5]}  # fmt: skip
+
+
+def test_an_onnx_file_holds_what_decides_and_how_to_prepare(tmp_path, monkeypatch):
     program = Program()
     monkeypatch.setattr(torch.onnx, "export", lambda *args, **more: program)
     monkeypatch.setattr(export, "largest_difference", lambda model, out: 0.0)
-    model = SimpleNamespace(task="acl", planes=["axial"])
-    export.to_onnx(model, 0.1234567890123, tmp_path / "a.onnx")
-    assert program.model.metadata_props == {"task": "acl", "threshold": "0.1234567890123"}
-    program.model.metadata_props.clear()
-    export.to_onnx(model, None, tmp_path / "a.onnx")
-    assert program.model.metadata_props == {"task": "acl"}
+    model = SimpleNamespace(task="acl", planes=["coronal"])
+    networks = [("coronal", {"plane": "coronal", "dataset": MIRRORED})]
+    subject = Subject("acl-coronal", "acl", networks, "coronal", None, "", 0.1234567890123)
+    export.to_onnx(model, export.properties_of(subject), tmp_path / "a.onnx")
+    found = program.model.metadata_props
+    assert found.pop("task") == "acl" and found.pop("threshold") == "0.1234567890123"
+    assert {name: json.loads(text) for name, text in found.items()} == PREPARATION
+    networks = [("coronal", {"plane": "coronal", "dataset": None})]
+    bare = subject._replace(networks=networks, threshold=None)
+    assert export.properties_of(bare) == {"task": "acl"}
+
+
+def test_what_a_scan_must_be_before_networks_take_it():
+    """Each plane's own; of a stack all networks', which must agree."""
+    of = [{"plane": plane, "dataset": MIRRORED} for plane in ("sagittal-t1", "axial+coronal")]
+    found = preparation_of(of)
+    assert found["orientation"] == {"axial": "IPL", "coronal": "PIL", "sagittal-t1": "LIP"}
+    assert found["contrast"] == {"axial": "fluid-sensitive", "coronal": "T1",
+                                 "sagittal-t1": "not fluid-sensitive"}  # fmt: skip
+    other = {"plane": "sagittal", "dataset": MIRRORED | {"mirrored": False}}
+    with pytest.raises(InputError, match="different mirrored, True and False"):
+        preparation_of([*of, other])
+    mrnet = preparation_of([{"plane": "coronal", "dataset": MRNET}])
+    assert mrnet["contrast"] == {"coronal": "T1"} and mrnet["mirrored"] is False
+    assert mrnet["field_of_view"] is None
+    chest = {"plane": "axial", "dataset": MIRRORED | {"orientation": None}}
+    assert preparation_of([chest]) == {}
+
+
+def test_the_card_tells_to_mirror_right_knees(tmp_path):
+    def card(**more):
+        path = tmp_path / "README.md"
+        metadata = {"plane": "coronal", "dataset": MIRRORED | more, "recipe": "article"}
+        subject = Subject("acl-coronal", "acl", [("coronal", metadata)], "coronal", None, "none")
+        write_card(subject, "onnx", "a.onnx", path)
+        text = path.read_text()
+        return text[text.index("## How to prepare") : text.index("## Intended use")]
+
+    text = card()
+    for words in ("Right knees are mirrored", "140.0 x 140.0 mm", "coronal T1", "coronal PIL",
+                  "percentile 0.5", "percentile 99.5"):  # fmt: skip
+        assert words in text
+    text = card(mirrored=False, field_of_view=None, square="crop")
+    assert "none mirrored" in text and "shorter side" in text and " mm " not in text
+    assert "Not recorded" in card(orientation=None)
 
 
 @pytest.mark.parametrize("difference", [2e-5, float("nan")])

@@ -61,6 +61,10 @@ def test_other_models_are_refused(trained):
 
 def test_what_goes_in(trained):
     model = load_exam_model(trained[0] / "models/acl-axial.pt", "acl", "axial")
+    assert model.preparation["orientation"] == {"axial": "IPL"}
+    assert model.preparation["mirrored"] is False
+    for name in model.preparation:  # each is explained
+        assert f'"{name}"' in hubconf.mrnet.__doc__
     grey = torch.zeros(3, 64, 64, dtype=torch.uint8)
     with pytest.raises(ValueError, match="takes axial, not 2"):
         model(grey, grey)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from conftest import ROOT, assert_one_line_error, run_script
 
-from common.archive import alone_with_rows, make_jobs
+from common.archive import alone_with_rows, make_jobs, problems_in
 from common.errors import InputError
 from common.files import alone_at, csv_line, from_cell
 from common.jobs import Done
@@ -287,6 +287,13 @@ def test_jobs_name_what_cannot_be_used_and_keep_the_logs(trained, tmp_path):
     whole = tmp_path / "whole.csv"
     assert predict(work, exams, whole, "--allow-synthetic").returncode == 1
     assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_parts_warnings_are_repeated_too(tmp_path):
+    log = tmp_path / "part1.txt"
+    earlier = "\n$ python predict.py\nwarning: gone\n"
+    log.write_text(f"{earlier}\n$ python predict.py\nwarning: odd\nnote\nerror: 7: damaged\n")
+    assert problems_in(log) == ["warning: odd", "error: 7: damaged"]
 
 
 def test_a_part_that_dies_with_status_1_is_not_a_part_that_ended(trained, tmp_path):

@@ -6,16 +6,18 @@ import os
 import pickle
 import shutil
 import tracemalloc
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import PLANES, assert_one_line_error, rows_of, run_process, run_script
+from conftest import PLANES, assert_one_line_error, rows_of, run_process, run_script, write_exams
 
 from common.answering import Options
 from common.checkpoint import read_checkpoint, write_checkpoint
 from common.errors import InputError
-from common.exams import Exam, FolderExams, exam_of_files
+from common.exams import Exam, FolderExams, exam_of_files, open_exams
 from common.files import as_cell, from_cell
 from common.task_models import Network, TaskModels
 from predict import Answer, make_row
@@ -243,6 +245,39 @@ def test_files_that_do_not_fit_together(trained, tmp_path):
     assert_one_line_error(predict(trained, tmp_path / "x.npy"), "x.npy", "--plane")
     done = predict(trained, tmp_path / "a-axial.npy", tmp_path / "b-coronal.npy")
     assert_one_line_error(done, "b-coronal.npy", "same exam")
+
+
+def zip_of(path, name):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name, b"")
+
+
+@pytest.mark.parametrize("name, write", [
+    ("new/1.dcm", Path.touch), ("new/axial/1.DCM", Path.touch), ("new/knee.nii.gz", Path.touch),
+    ("new/IM0001", lambda path: path.write_bytes(bytes(128) + b"DICM")),  # PS3.10 7.1
+    ("new/study.zip", lambda path: zip_of(path, "IM0001")),
+    ("new/broken.zip", Path.touch),
+])  # fmt: skip
+def test_a_scan_beside_npy_exams_is_not_passed_over(tmp_path, name, write):
+    write_exams(tmp_path / "inbox", train=2, valid=1)
+    (tmp_path / "inbox" / name).parent.mkdir(parents=True)
+    write(tmp_path / "inbox" / name)
+    with pytest.raises(InputError) as error, open_exams([tmp_path / "inbox"]):
+        pass
+    words = str(error.value)
+    assert name in words and "train/axial" in words and "give" in words and "\n" not in words
+
+
+def test_what_is_no_scan_beside_npy_exams_is_no_reason(exams):
+    """Texts, pictures, the download that the exams were unpacked from, a link back."""
+    zip_of(exams / "MRNet-v1.0.zip", "MRNet-v1.0/train/axial/0000.npy")
+    for name in ("notes.txt", "._1.dcm", "knee.png", "empty"):
+        (exams / name).write_bytes(b"x" * 200)
+    (exams / "train" / "axial" / "back").symlink_to(exams)
+    (exams / "again").symlink_to(exams)
+    (exams / "gone").symlink_to(exams / "nowhere")
+    with open_exams([exams]) as found:
+        assert len(found) == 20
 
 
 def test_nothing_there(trained, tmp_path):

@@ -13,9 +13,8 @@ from conftest import assert_one_line_error, run_script
 
 from common import report
 from common.config import read_recipe
-from common.description import MRNET
 from common.errors import InputError
-from common.model_card import Subject, contrast_of, worst_of, write_card
+from common.model_card import Subject, worst_of, write_card
 from common.report import mistakes_of, subgroup, weights_of, write_report
 from common.results import Results, read_results
 
@@ -153,12 +152,6 @@ def test_the_card_of_a_network_counts_the_exams_that_it_was_trained_on(work, tmp
     stack = Subject("acl-stack", "acl", results.networks, "stack", results, "")
     write_card(stack, "onnx", "m.onnx", tmp_path / "README.md")
     assert "| training exams | 8, 4 positive, of 3 groups |" in (tmp_path / "README.md").read_text()
-
-
-def test_a_card_says_which_contrast_the_networks_know(work, tmp_path):
-    networks = [(p, {"plane": p, "dataset": MRNET}) for p in ("sagittal", "coronal", "sagittal-t1")]
-    assert contrast_of(networks) == {"coronal": "T1", "sagittal": "fluid-sensitive"}
-    assert contrast_of([("axial", {"plane": "axial", "dataset": None})]) == {}
 
 
 def test_the_weights_are_those_of_the_regression_of_most_planes():

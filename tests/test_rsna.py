@@ -17,9 +17,13 @@ from pydicom.uid import ImplicitVRLittleEndian, JPEG2000Lossless
 from test_dicom import SLICES
 from test_scans import coronal, turn
 
+from common.answering import Options
 from common.description import read_own_labels
 from common.errors import InputError
+from common.exams import Exam, open_exams, warnings_in
+from common.importer import Importer
 from common.submission import read_sample, task_of
+from common.task_models import TaskModels
 from data.common import Report, exam_name, write_volume
 from data.dicom.studies import find_exams
 from data.rsna.prepare import (
@@ -39,6 +43,7 @@ from data.rsna.tables import (
     read_table,
 )
 from dataloader import MRDataset
+from predict import Answer, make_row
 
 PLANES = ("axial", "coronal", "sagittal")
 KNEE = 85.0  # mm from the patient's middle
@@ -462,8 +467,6 @@ def test_one_folder_holds_exams_of_one_kind(tree, tmp_path):
 @pytest.mark.whole
 def test_t1_series_are_planes_of_their_own(own, tmp_path):
     """Of the right study and plane; read from DICOM where a network takes them."""
-    from common.exams import open_exams
-
     out = tmp_path / "out"
     assert prepare(own, out, "--no-mirror").returncode == 0 and len(volumes(out)) == 18
     done = prepare(own, out, "--no-mirror", "--t1")
@@ -497,8 +500,6 @@ def test_t1_series_are_planes_of_their_own(own, tmp_path):
 def test_scans_are_prepared_as_the_training_exams_were(tree, tmp_path, workers):
     """Studies from DICOM, as predict.py reads them, are those that prepare.py writes, whatever the
     number of processes that read them; no more of them lie on the disk than is needed."""
-    from common.exams import open_exams
-
     assert prepare(tree, tmp_path / "out", "--field-of-view", "140").returncode == 0
     about = json.loads((tmp_path / "out" / "dataset.json").read_text())
     written = {}
@@ -521,8 +522,6 @@ def test_scans_are_prepared_as_the_training_exams_were(tree, tmp_path, workers):
 
 def test_a_plane_that_nobody_scanned_is_missing_and_not_unusable(own):
     """Decided from the other planes; one that was scanned otherwise, or is damaged, prevents it."""
-    from common.exams import open_exams
-
     rows = (own / "train_series.csv").read_text().splitlines(keepends=True)
     studies = own / "train_series"
     for study, series in ((0, "012"), (1, "01"), (2, "")):  # axial ones that are removed
@@ -541,8 +540,6 @@ def test_a_plane_that_nobody_scanned_is_missing_and_not_unusable(own):
 
 
 def test_a_plane_may_be_of_t1_series(tree):
-    from common.exams import open_exams
-
     networks = [SimpleNamespace(datasets=[{"t1_planes": ["coronal"]}], planes=[*PLANES])]
     with open_exams([tree / "train_series"], networks=networks, log=str) as exams:
         assert exams.datasets[0]["t1_planes"] == ["coronal"]
@@ -554,18 +551,77 @@ def test_a_plane_may_be_of_t1_series(tree):
                 assert read_code(np.load(path)) == code_of(study, side, plane, decoy)
 
 
-def test_an_importer_that_is_killed_costs_its_own_studies_only(tree):
-    from common.exams import open_exams
-
+def test_an_importer_that_is_killed_costs_one_study(tree):
     found = {}
     with open_exams([tree / "train_series"], log=lambda line: None, workers=2) as exams:
         exams.importers[1].process.kill()
         exams.importers[1].process.wait()
         for exam in exams.each():
             found[exams.place[exam.key]] = bool(exam.paths), exam.unusable
-        assert "the importer ended with status -9" in exams.fault
-    assert all(found[place][0] for place in (0, 2, 4))
-    assert all("status -9" in found[place][1]["axial"] for place in (1, 3, 5))
+        assert exams.fault is None
+    assert [place for place in range(6) if not found[place][0]] == [1]
+    assert "the importer ended with status -9" in found[1][1]["axial"]
+
+
+SERVER = """
+import json, os, signal, sys
+print(json.dumps({"exams": [[name, ""] for name in "abcdefg"], "lines": []}), flush=True)
+for line in sys.stdin:
+    name = json.loads(line)["exam"]
+    if name in {bad!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    print(json.dumps({"exam": name, "lines": []}), flush=True)
+"""
+
+
+@pytest.mark.parametrize("bad, answered", [
+    ("b", "acdefg"), ("adg", "bcef"), ("bcef", "adg"),  # never three in a row
+    ("bcd", "a"),
+])  # fmt: skip
+def test_an_importer_that_crashes_is_started_again(tmp_path, bad, answered):
+    """And not for ever; what was asked for is answered in order."""
+    script = tmp_path / "prepare.py"
+    script.write_text(SERVER.replace("{bad!r}", repr(bad)))
+    importer, found = Importer(script, "scans", tmp_path, []), {}
+    importer.request("a", None, False)
+    for name, later in zip("abcdefg", "bcdefg-", strict=True):
+        if later != "-":
+            importer.request(later, None, False)
+        found[name] = importer.answer()
+        assert found[name].get("exam", name) == name
+        assert "exam" in found[name] or found[name].get("crash") or importer.fault
+    importer.close()
+    assert "".join(name for name, reply in found.items() if "exam" in reply) == answered
+    for name in bad[:2]:
+        assert "ended with status -9 while it converted this exam" in found[name]["crash"]
+
+
+def test_an_exam_says_which_series_was_passed_over(own):
+    """Its row repeats it in `note`, without the study that the row names already."""
+    series = own / "train_series" / uid_of(0) / f"{uid_of(0)}.0.0"
+    for path in series.iterdir():
+        path.write_bytes(path.read_bytes()[:-200])
+    with open_exams([own / "train_series"], log=str) as exams:
+        first, *others = list(exams.each())
+    assert any(text.startswith("axial: passed over") for text in first.warnings)
+    assert not any(text.startswith(("warning", "study")) for text in first.warnings)
+    assert not any(one.warnings for one in others)
+
+
+def test_a_row_has_the_importers_warnings():
+    source = "Knie (links): 7"
+    lines = [["stderr", f"warning: 7f3a ({source}): series 3 'cor' is 44 degrees from coronal"],
+             ["stdout", f"{source}  coronal: series 3"],
+             ["stderr", "warning: study 1.2.3: left or right knee not known"],
+             *[["stderr", f"warning: {k} {'x' * 500}"] for k in range(5)]]  # fmt: skip
+    found = warnings_in(lines, source, "7f3a")
+    assert found[0] == "series 3 'cor' is 44 degrees from coronal"
+    assert warnings_in(lines, "1.2.3", "7f3a")[1] == "left or right knee not known"
+    assert len(found) == 4 and found[-1] == "4 more warnings" and max(map(len, found)) < 250
+    exam = Exam("7", source, {}, {}, "hash", warnings=found[:1])
+    models = TaskModels("acl", {}, None, "", [None], 0.5)
+    row = make_row(exam, models, Answer([], {}, {}), Options(None, "fp32", False))
+    assert row["note"].endswith("; series 3 'cor' is 44 degrees from coronal")
 
 
 def test_a_csv_beside_a_folder_is_of_series_only_if_it_says_so(tree, tmp_path):

@@ -8,11 +8,13 @@ Each export is a folder to pass on as it is: the model, and README.md, its card 
 intended use, figures and failures, to be completed by the author.
 
 ONNX: preprocessing is inside. Each plane is an input of its name, uint8 (slices, height, width) of
-any size from the backbone's smallest on, in MRNet's orientation; the output is `probability`,
-float32 (). After export onnxruntime answers about random exams of five sizes and is compared with
-torch. Safetensors: the weights as torch has them; the configuration says how to prepare slices.
-Task and threshold are in ONNX's metadata_props or the configuration, where figures of the very
-model chose one.
+any size from the backbone's smallest on; the output is `probability`, float32 (). After export
+onnxruntime answers about random exams of five sizes and is compared with torch. Safetensors: the
+weights as torch has them; the configuration says how grey levels are scaled.
+ONNX's metadata_props (a JSON value each, but the task) and config.json hold the task; the
+threshold, where figures of the very model chose one; and what must be done to a scan first, as
+common/exam_model.py's `preparation_of` describes it, where the training data recorded it:
+orientation, contrast, mirrored (right knees), field_of_view, square, side, window.
 Needs `pip install -r requirements-export.txt`.
 """
 
@@ -28,7 +30,7 @@ from common import cli
 from common.checkpoint import load_model
 from common.config import ARTICLE
 from common.errors import InputError, RunError
-from common.exam_model import load_exam_model, load_stack_model
+from common.exam_model import load_exam_model, load_stack_model, preparation_of
 from common.files import atomic, write_text
 from common.model_card import subject_of_network, subject_of_stack, write_card
 from common.names import stack_name
@@ -74,11 +76,19 @@ def random_exam(planes, size, seed):
     return tuple(torch.from_numpy(rng.integers(0, 256, size, dtype=np.uint8)) for _ in planes)
 
 
-def to_onnx(model, threshold, out):
+def properties_of(subject):
+    """What an ONNX file says of itself: {name: text}, all but the task in JSON."""
+    values = preparation_of([metadata for _, metadata in subject.networks])
+    if subject.threshold is not None:
+        values["threshold"] = subject.threshold  # to the last bit
+    return {"task": subject.task} | {name: json.dumps(value) for name, value in values.items()}
+
+
+def to_onnx(model, properties, out):
     """Write an ExamModel or StackModel as ONNX -> its largest difference from torch.
 
     Args:
-        threshold: of its Subject; with the task among the file's metadata_props.
+        properties: as `properties_of` returns them, the file's metadata_props.
 
     Raises:
         RunError: onnxruntime answers otherwise; nothing is written.
@@ -95,9 +105,7 @@ def to_onnx(model, threshold, out):
             external_data=False,
             verbose=False,
         )
-        program.model.metadata_props["task"] = model.task
-        if threshold is not None:
-            program.model.metadata_props["threshold"] = repr(threshold)  # to the last bit
+        program.model.metadata_props.update(properties)
         program.save(temporary)
         difference = largest_difference(model, temporary)
         if not difference <= TOLERANCE:
@@ -128,6 +136,7 @@ def to_safetensors(path, threshold, out):
     config = {name: metadata.get(name) for name in ("task", "plane", "recipe", "architecture",
               "intensity", "channels", "dataset", "metrics", "protocol", "git")}  # fmt: skip
     config["threshold"] = threshold
+    config["preparation"] = preparation_of([metadata])
     config["preprocessing"] = {
         "input": "uint8 (slices, height, width); raw: grey levels as they are; standardized: "
         "stretched to 0..255 over the exam, minus mean, by std",
@@ -156,7 +165,7 @@ def run(args):
     about = ", ".join(model.planes)
     if is_onnx:
         try:
-            difference = to_onnx(model, subject.threshold, file)
+            difference = to_onnx(model, properties_of(subject), file)
         except RunError:
             with suppress(OSError):
                 out.rmdir()  # where it is new
