@@ -26,9 +26,10 @@ import csv
 import json
 import re
 import sys
+import threading
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -38,11 +39,11 @@ from tqdm import tqdm
 
 from common import cli, engine
 from common.answering import Options, load_tasks, model_of, open_fit_exams
-from common.archive import alone_with_rows, parts_left, predict_in_parts, unwritable
+from common.archive import alone_with_rows, folder_of, parts_left, predict_in_parts, unwritable
 from common.cluster import Machines
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, one_line, printable
-from common.exams import read_planes
+from common.exams import check_there, read_planes
 from common.files import atomic, csv_line, from_cell
 from common.machine import usable_cores
 from common.parts import beside, check_names, part_argument, write_part
@@ -52,6 +53,7 @@ from common.task_models import saved_tasks
 from dataloader import PLANES, in_order
 
 BEFORE = ("exam", "source", "task")  # columns, then one for each plane
+REFRESH = 60  # s between two writes of a submission
 JOINT = "joint"  # probability of networks that join several planes
 AFTER = (JOINT, "stack", "threshold", "decision", "planes", "missing")
 # What could not be used; what the networks were trained on; hashes of models and of the input.
@@ -109,7 +111,7 @@ def add_file_arguments(parser):
         "probability each; the usual rows lie beside it (OUT-rows.csv). Sets --partial, and "
     )
     submission += "what has no answer is named: a study gets the training prevalence, a finding "
-    submission += "without models 0.5"
+    submission += "without models 0.5. It is there from the start and refreshed every minute"
     files.add_argument("--submission", type=Path, metavar="SAMPLE", help=submission)
     part = "predict only this part of the exams, on the second of four machines 2/4; python -m "
     part += "tools.merge puts all parts together and says what is missing"
@@ -394,12 +396,16 @@ def run(args):
         args.partial = True
         values |= {"task": args.task, "partial": True}
         args.out = args.out.with_name(f"{args.out.stem}-rows.csv")
+        check_there(args.exams)
     options = Options(device, precision, args.partial)
     to_stdout = str(args.out) == "-"
     where = torch.device("cpu") if in_parts else device
     tasks = load_tasks(args.models_dir, args.task, where, args.recipes)
     check_output(args.out, args.resume, args.overwrite, in_parts)
-    with nullcontext() if to_stdout else alone_with_rows(args.out):
+    interim = nullcontext()
+    if sample:
+        interim = refreshed(submission, sample, args.out, tasks, args.resume)
+    with nullcontext() if to_stdout else alone_with_rows(args.out), interim:
         saved = None
         if args.resume:
             names, model = [models.task for models in tasks], model_of(tasks, options)
@@ -418,8 +424,7 @@ def run(args):
             # Pipelines get rows and nothing else.
             log = partial(print, file=sys.stderr) if to_stdout else print
             about = args.exams, args.plane, tasks, args.allow_synthetic, log, args.workers
-            opened = open_fit_exams(*about)
-            with opened as exams:
+            with open_fit_exams(*about) as exams:
                 if args.part:
                     keys = [(printable(source), printable(name)) for source, name in exams]
                     check_names(keys)
@@ -465,6 +470,71 @@ def sample_for(path, out, may_replace):
     return sample
 
 
+def answers_in(paths):
+    """{(exam, task): probability} of files of rows, of which the last row may be half written."""
+    answers = {}
+    for path in paths:
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(line for line in file if line.endswith("\n")):
+                planes = [row[name] for name in (*in_order(row), JOINT) if row[name]]
+                found = [row["stack"]] if row["stack"] else planes
+                if found:
+                    answers[row["exam"], row["task"]] = sum(map(float, found)) / len(found)
+    return answers
+
+
+def rows_since(out, start):
+    """Files of rows, of a run's parts or of all, that were written from `start` on, s."""
+    paths = sorted(folder_of(out).glob("part*.rows")) or [out]
+    return [path for path in paths if path.exists() and path.stat().st_mtime >= start]
+
+
+@contextmanager
+def refreshed(path, sample, rows, tasks, resume):
+    """Within it there is a submission whenever a time limit ends the run: the training prevalence
+    of every finding at first, and every REFRESH seconds the answers that there are by then. One
+    that was there stays until then.
+
+    Args:
+        path, sample, rows, tasks: as `submit` takes them.
+        resume: whether rows from before the start count.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    prevalences = {models.task: models.prevalence for models in tasks}
+    start, was_there, known = 0 if resume else time.time(), path.exists(), {}
+    ended = threading.Event()
+
+    def refresh():
+        while not ended.wait(REFRESH):
+            try:
+                known.update(answers_in(rows_since(rows, start)))
+                if known:
+                    write_submission(path, sample, known, prevalences)
+            except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
+                tqdm.write(f"warning: {path}: not refreshed ({one_line(error)})", file=sys.stderr)
+
+    thread = threading.Thread(target=refresh, daemon=True)
+    if not was_there:
+        try:
+            write_submission(path, sample, {}, prevalences)
+        except OSError as error:
+            raise unwritable(path, error) from None
+    words = "an earlier one" if was_there else "the training prevalence of each finding"
+    print(f"written  {path}: {words} for now, refreshed every {REFRESH} s")
+    thread.start()
+    try:
+        yield
+    except InputError:
+        if not (was_there or known):  # the exams were refused: no submission
+            path.unlink(missing_ok=True)
+        raise
+    finally:
+        ended.set()
+        thread.join()
+
+
 def submit(path, sample, rows, tasks):
     """Write a submission from a file of rows, and name what it has no answer for.
 
@@ -472,13 +542,7 @@ def submit(path, sample, rows, tasks):
         One line on findings without models, which have UNTRAINED, and on studies without an
         answer, which have the training prevalence; "" where there are none.
     """
-    answers = {}
-    with open(rows, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            planes = [row[name] for name in (*in_order(row), JOINT) if row[name]]
-            found = [row["stack"]] if row["stack"] else planes
-            if found:
-                answers[row["exam"], row["task"]] = sum(map(float, found)) / len(found)
+    answers = answers_in([rows])
     prevalences = {models.task: models.prevalence for models in tasks}
     untrained = [task for task in sample.tasks if task not in prevalences]
     for task in untrained:

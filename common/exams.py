@@ -292,6 +292,11 @@ class DicomExams:
         self.shown = set(PLANES)  # any of them, as far as is known yet
         self.wants_origin = False  # each exam shall say where it comes from
         importer, workers = ("rsna", workers) if is_rsna(source) else ("dicom", 1)
+        if importer == "dicom" and source.name.endswith("_series"):  # as RSNA's folders are called
+            words = (
+                f"warning: {source}.csv: no list of series, so {source.name} is read as any DICOM "
+            )
+            self.print_lines([("stderr", f"{words}(data/dicom/prepare.py), not as RSNA's set")])
         if importer == "rsna":  # which pads, so networks of cropped slices refuse its exams
             preparation = {name: v for name, v in preparation.items() if name != "square"}
         self.datasets = [FROM_DICOM | preparation]

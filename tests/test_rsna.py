@@ -2,14 +2,17 @@
 
 import csv
 import json
+import os
 import random
 import re
 import shutil
+import time
 from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
+import pydicom
 import pytest
 from conftest import assert_one_line_error, run_script
 from hospital import PIXEL, SIDE, code_of, damage, read_code, write_series
@@ -17,12 +20,13 @@ from pydicom.uid import ImplicitVRLittleEndian, JPEG2000Lossless
 from test_dicom import SLICES
 from test_scans import coronal, turn
 
+import predict
 from common.answering import Options
 from common.description import read_own_labels
 from common.errors import InputError
 from common.exams import Exam, open_exams, warnings_in
 from common.importer import Importer
-from common.submission import read_sample, task_of
+from common.submission import Sample, read_sample, task_of
 from common.task_models import TaskModels
 from data.common import Report, exam_name, write_volume
 from data.dicom.studies import find_exams
@@ -254,8 +258,6 @@ def test_a_silent_csv_leaves_it_to_the_header(own, tmp_path):
     with open(own / "train_series.csv", newline="") as file:
         head, *rows = csv.reader(file)
     write_rows(own / "train_series.csv", head, [[*row[:2], "", "", ""] for row in rows])
-    import pydicom
-
     for path in (own / "train_series" / uid_of(2)).rglob("*.dcm"):
         header = pydicom.dcmread(path)
         header.EchoTime = 12 if path.parent.name.endswith(".2") else 40  # ms; the T1, the others
@@ -295,8 +297,6 @@ def test_a_damaged_file_takes_the_next_series_and_is_named(own, tmp_path):
 
 
 def test_a_volume_of_zeros_is_a_missing_plane(own, tmp_path):
-    import pydicom
-
     for series in ("0", "1"):
         for path in (own / "train_series" / uid_of(0) / f"{uid_of(0)}.2.{series}").iterdir():
             header = pydicom.dcmread(path)
@@ -332,8 +332,6 @@ def test_other_transfer_syntaxes(tmp_path, syntax):
         assert len(volumes(tmp_path / "out")) == 9
         return
     write_set(tmp_path / "rsna", 3)
-    import pydicom
-
     for path in (tmp_path / "rsna" / "train_series" / uid_of(1)).rglob("*.dcm"):
         header = pydicom.dcmread(path)
         header.file_meta.TransferSyntaxUID = syntax
@@ -708,6 +706,74 @@ def test_a_submission_has_every_study_of_the_sample_in_its_order(tree, tmp_path)
     assert_one_line_error(run_script(*command, "--overwrite"), "no models of task 'pf-oa'")
 
 
+def row_text(exam, probability):
+    return f"{exam},acl,0.9,,{probability}\n"
+
+
+def test_a_submission_is_there_at_any_time(tmp_path, monkeypatch):
+    """The prevalence at first, then what is answered; whole rows of this run only."""
+    monkeypatch.setattr(predict, "REFRESH", 0.02)
+    sample = Sample(["StudyInstanceUID", "ACL"], ["1.1", "1.2", "1.3"])
+    rows, out = tmp_path / "mine-rows.csv", tmp_path / "mine.csv"
+    head, tasks = "exam,task,axial,joint,stack\n", [TaskModels("acl", {}, None, "", [], 0.25)]
+    rows.write_text(head + row_text(exam_name("1.3"), 0.875))  # of an earlier run
+    os.utime(rows, (1, 1))
+
+    def column():
+        return [line.split(",")[1] for line in out.read_text().splitlines()[1:]]
+
+    def wait_for(wanted):
+        end = time.monotonic() + 20
+        while column() != wanted and time.monotonic() < end:
+            time.sleep(0.01)
+        assert column() == wanted
+
+    with predict.refreshed(out, sample, rows, tasks, False):
+        time.sleep(0.1)
+        assert column() == ["0.250000"] * 3
+        half = row_text(exam_name("1.1"), 0.75)[:-2]
+        rows.write_text(head + row_text(exam_name("1.2"), 0.5) + half)
+        wait_for(["0.250000", "0.500000", "0.250000"])
+        parts = tmp_path / "mine-rows.csv.parts"  # of --jobs
+        parts.mkdir()
+        (parts / "part1of2.rows").write_text(head + row_text(exam_name("1.1", "L"), 0.125))
+        wait_for(["0.125000", "0.500000", "0.250000"])
+        rows.write_bytes(b"\xff")
+    assert column() == ["0.125000", "0.500000", "0.250000"]
+
+
+def test_no_submission_is_left_where_the_exams_are_refused(tmp_path):
+    sample, tasks = Sample(["id", "ACL"], ["1"]), [TaskModels("acl", {}, None, "", [], 0.25)]
+    new, old = tmp_path / "new.csv", tmp_path / "old.csv"
+    old.write_text("precious")
+    for path in (new, old):
+        with (pytest.raises(InputError),
+              predict.refreshed(path, sample, tmp_path / "rows.csv", tasks, False)):  # fmt: skip
+            raise InputError("not these")
+    assert not new.exists() and old.read_text() == "precious"
+
+
+def test_a_test_set_may_tell_less_of_its_series(own, capsys):
+    """Headers and geometry decide; where there is no list at all, it says who reads."""
+    path = own / "train_series.csv"
+    rows = [line.split(",")[:2] for line in path.read_text().splitlines()]
+    write_rows(path, rows[0], rows[1:])
+    for file in (own / "train_series" / uid_of(2)).rglob("*.dcm"):
+        header = pydicom.dcmread(file)
+        header.EchoTime = 12 if file.parent.name.endswith(".2") else 40  # ms; the T1, the others
+        header.save_as(file)
+    with open_exams([own / "train_series"], log=str) as exams:
+        planes = {exams.place[exam.key]: exam.paths.keys() for exam in exams.each()}
+    assert len(planes) == 6 and planes[2] == set(PLANES)
+    said = capsys.readouterr().err
+    for name in ("Fluid_Sensitive", "Fat_Suppression", "Anatomical_Plane"):
+        assert f"warning: {path}: lacks the column {name}" in said
+    path.unlink()
+    with open_exams([own / "train_series"], log=str) as exams:
+        assert len(exams) == 6
+    assert "train_series.csv: no list of series" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("column, task", FINDINGS.items())
 def test_columns_and_tasks(column, task):
     assert task_of(column) == task == task_of(f" {column.upper()} ".replace("'", "\u2019"))
@@ -963,8 +1029,6 @@ def test_patients_who_went_to_two_scanners_do_not_join_all_scanners():
 
 
 def test_scanner_and_patient_are_taken_from_the_first_headers_that_have_them(tmp_path):
-    import pydicom
-
     write_study(tmp_path, 0, scanner="Maker")
     folders = sorted((tmp_path / "train_series" / uid_of(0)).iterdir())
     for place, folder in enumerate(folders):

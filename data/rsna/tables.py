@@ -98,15 +98,24 @@ def plain(text):
     return re.sub(r"[\s_'\u2019`]", "", text).casefold()
 
 
-def read_series(path):
+def read_series(path, may_lack=()):
     """train_series.csv or test_series.csv.
+
+    Args:
+        may_lack: columns that are taken as empty where they are missing.
 
     Returns:
         {study UID: {series UID: SeriesRow}}, and faults: a line for each row that is left out or
-        says something that is not understood.
+        says something that is not understood, and for each column of `may_lack` that is missing.
     """
-    table = read_table(path, (STUDY, SERIES, PLANE, FLUID, FAT))
+    required = [name for name in (STUDY, SERIES, PLANE, FLUID, FAT) if name not in may_lack]
+    table = read_table(path, required, may_lack)
     studies, faults = {}, list(table.faults)
+    for name in may_lack:
+        if table.rows and name not in table.rows[0]:
+            faults.append(f"{path}: lacks the column {name}; headers and geometry decide instead")
+            for row in table.rows:
+                row[name] = ""
     for row in table.rows:
         study, series = row[STUDY], row[SERIES]
         if not study or not series:
