@@ -2,13 +2,23 @@
 
 import csv
 import re
+import sys
+import threading
+import time
+from contextlib import contextmanager
 from typing import NamedTuple
 
-from common.errors import InputError
+from tqdm import tqdm
+
+from common.archive import folder_of, unwritable
+from common.errors import InputError, one_line
 from common.files import write_csv
 from data.common import exam_name
+from dataloader import in_order
 
 DIGITS = 6  # of a probability
+REFRESH = 60  # s between two writes of a submission
+JOINT = "joint"  # column of the probability of networks that join several planes
 UNTRAINED = 0.5  # probability of a finding that there are no networks for
 SIDES = ("", "L", "R")  # an exam's name ends in its knee's side where that is known
 
@@ -77,3 +87,107 @@ def write_submission(path, sample, answers, prevalences):
         rows.append([uid, *cells])
     write_csv(path, rows)
     return lacking
+
+
+def sample_for(path, out, may_replace):
+    """The sample of a submission that is to be written to `out`.
+
+    Raises:
+        InputError: no such sample, or `out` is a folder or a file that may not be replaced.
+    """
+    sample = read_sample(path)
+    if out.is_dir():
+        raise InputError(f"{out}: a folder; give --out a file in it")
+    if out.exists() and out.samefile(path):
+        raise InputError(f"{out}: the sample itself; give another --out")
+    if out.exists() and not may_replace:
+        raise InputError(f"{out}: exists; give another --out, --resume or --overwrite")
+    return sample
+
+
+def answers_in(paths):
+    """{(exam, task): probability} of files of rows, of which the last row may be half written."""
+    answers = {}
+    for path in paths:
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(line for line in file if line.endswith("\n")):
+                planes = [row[name] for name in (*in_order(row), JOINT) if row[name]]
+                found = [row["stack"]] if row["stack"] else planes
+                if found:
+                    answers[row["exam"], row["task"]] = sum(map(float, found)) / len(found)
+    return answers
+
+
+def rows_since(out, start):
+    """Files of rows, of a run's parts or of all, that were written from `start` on, s."""
+    paths = sorted(folder_of(out).glob("part*.rows")) or [out]
+    return [path for path in paths if path.exists() and path.stat().st_mtime >= start]
+
+
+@contextmanager
+def refreshed(path, sample, rows, tasks, resume):
+    """Within it there is a submission whenever a time limit ends the run: the training prevalence
+    of every finding at first, and every REFRESH seconds the answers that there are by then. One
+    that was there stays until then.
+
+    Args:
+        path, sample, rows, tasks: as `submit` takes them.
+        resume: whether rows from before the start count.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    prevalences = {models.task: models.prevalence for models in tasks}
+    start, was_there, known = 0 if resume else time.time(), path.exists(), {}
+    ended = threading.Event()
+
+    def refresh():
+        while not ended.wait(REFRESH):
+            try:
+                known.update(answers_in(rows_since(rows, start)))
+                if known:
+                    write_submission(path, sample, known, prevalences)
+            except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
+                tqdm.write(f"warning: {path}: not refreshed ({one_line(error)})", file=sys.stderr)
+
+    thread = threading.Thread(target=refresh, daemon=True)
+    if not was_there:
+        try:
+            write_submission(path, sample, {}, prevalences)
+        except OSError as error:
+            raise unwritable(path, error) from None
+    words = "an earlier one" if was_there else "the training prevalence of each finding"
+    print(f"written  {path}: {words} for now, refreshed every {REFRESH} s")
+    thread.start()
+    try:
+        yield
+    except InputError:
+        if not (was_there or known):  # the exams were refused: no submission
+            path.unlink(missing_ok=True)
+        raise
+    finally:
+        ended.set()
+        thread.join()
+
+
+def submit(path, sample, rows, tasks):
+    """Write a submission from a file of rows, and name what it has no answer for.
+
+    Returns:
+        One line on findings without models, which have UNTRAINED, and on studies without an
+        answer, which have the training prevalence; "" where there are none.
+    """
+    answers = answers_in([rows])
+    prevalences = {models.task: models.prevalence for models in tasks}
+    untrained = [task for task in sample.tasks if task not in prevalences]
+    for task in untrained:
+        print(f"error: {task}: no models, {UNTRAINED} for every study instead", file=sys.stderr)
+    lacking = write_submission(path, sample, answers, prevalences)
+    for uid, names in lacking.items():
+        print(f"error: study {uid}: no answer, the prevalence of {', '.join(names)} instead",
+              file=sys.stderr)  # fmt: skip
+    print(f"written  {path}: {len(sample.studies)} studies, {len(sample.tasks)} findings")
+    why = [f"{len(untrained)} of {len(sample.tasks)} findings have no models"] if untrained else []
+    if lacking:
+        why.append(f"{len(lacking)} of {len(sample.studies)} studies have no answer")
+    return f"{' and '.join(why)}, named above" if why else ""

@@ -20,7 +20,7 @@ from pydicom.uid import ImplicitVRLittleEndian, JPEG2000Lossless
 from test_dicom import SLICES
 from test_scans import coronal, turn
 
-import predict
+from common import submission
 from common.answering import Options
 from common.description import read_own_labels
 from common.errors import InputError
@@ -712,7 +712,7 @@ def row_text(exam, probability):
 
 def test_a_submission_is_there_at_any_time(tmp_path, monkeypatch):
     """The prevalence at first, then what is answered; whole rows of this run only."""
-    monkeypatch.setattr(predict, "REFRESH", 0.02)
+    monkeypatch.setattr(submission, "REFRESH", 0.02)
     sample = Sample(["StudyInstanceUID", "ACL"], ["1.1", "1.2", "1.3"])
     rows, out = tmp_path / "mine-rows.csv", tmp_path / "mine.csv"
     head, tasks = "exam,task,axial,joint,stack\n", [TaskModels("acl", {}, None, "", [], 0.25)]
@@ -728,7 +728,7 @@ def test_a_submission_is_there_at_any_time(tmp_path, monkeypatch):
             time.sleep(0.01)
         assert column() == wanted
 
-    with predict.refreshed(out, sample, rows, tasks, False):
+    with submission.refreshed(out, sample, rows, tasks, False):
         time.sleep(0.1)
         assert column() == ["0.250000"] * 3
         half = row_text(exam_name("1.1"), 0.75)[:-2]
@@ -748,7 +748,7 @@ def test_no_submission_is_left_where_the_exams_are_refused(tmp_path):
     old.write_text("precious")
     for path in (new, old):
         with (pytest.raises(InputError),
-              predict.refreshed(path, sample, tmp_path / "rows.csv", tasks, False)):  # fmt: skip
+              submission.refreshed(path, sample, tmp_path / "rows.csv", tasks, False)):  # fmt: skip
             raise InputError("not these")
     assert not new.exists() and old.read_text() == "precious"
 

@@ -297,6 +297,8 @@ def test_times_and_contrast_agent_tell_a_t1(tmp_path, description, times, contra
 def test_the_header_tells_contrast_agent_and_gradient_echoes(tmp_path):
     sagittal(tmp_path / "a", 1, "SAG FS", ContrastBolusAgent="Gadovist")
     assert "is no fluid-sensitive series" in read(tmp_path / "a")[1]["sagittal"]
+    sagittal(tmp_path / "none", 1, "SAG FS", ContrastBolusAgent="NONE")
+    assert list(read(tmp_path / "none")[0]) == ["sagittal"]
     sagittal(tmp_path / "b", 1, "SAG 3D", EchoTime=5, RepetitionTime=16, ScanningSequence="GR")
     assert list(read(tmp_path / "b")[0]) == ["sagittal"]  # nothing tells
 

@@ -268,7 +268,8 @@ def parse(argv):
         default=[],
         metavar="TEXT",
         help="part of a series' description, or its number; may be repeated. Without it, "
-        "fluid-sensitive fat-suppressed series are preferred, then those with more slices",
+        "fluid-sensitive fat-suppressed series are preferred, then straight ones, then those with "
+        "more slices",
     )
     group.add_argument(
         "--square",

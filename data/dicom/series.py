@@ -70,6 +70,7 @@ JUMP = 10.0  # mm within the slices' plane from one slice to the next: another p
 # long repetition time (2000 and more), T2 with both long.
 FLUID_ECHO = 25.0  # from here on fluid-sensitive
 LONG_REPETITION = 1000.0  # from here on no T1
+NO_AGENTS = {"", "no", "none", "n/a"}  # what is written as ContrastBolusAgent where there is none
 OTHER_PART = "by its header, not a knee (if it is one: dcmodify -i 0018,0015=KNEE)"
 
 PATIENT = "PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate"
@@ -395,7 +396,8 @@ def read_frame(header, file, i):
     echo = echo or optional(header, i, "MREchoSequence", "EchoTime")
     timing = "MRTimingAndRelatedParametersSequence"
     pulses = {str(v) for v in np.ravel(header.get("ScanningSequence") or "")}
-    agent = header.get("ContrastBolusAgent") or header.get("ContrastBolusAgentSequence")
+    agent = text_of(header, "ContrastBolusAgent").lower() not in NO_AGENTS
+    agent = agent or bool(header.get("ContrastBolusAgentSequence"))
     # A wrong slope would change the pixels: no number here is a fault.
     slope = lookup(header, i, rescale, "RescaleSlope")
     side = lookup(header, i, "FrameAnatomySequence", "FrameLaterality")
@@ -416,7 +418,7 @@ def read_frame(header, file, i):
         side if side in ("L", "R", "B") else "",
         repetition=optional(header, i, timing, "RepetitionTime") or 0.0,
         is_gradient="GR" in pulses or text_of(header, "EchoPulseSequence") == "GRADIENT",
-        has_agent=bool(agent),
+        has_agent=agent,
         is_original=str(np.ravel(header.get("ImageType") or "")[0]).upper() != "DERIVED",
         number=optional(header, i, "", "InstanceNumber"),
     )
