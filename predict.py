@@ -399,38 +399,37 @@ def run(args):
     where = torch.device("cpu") if in_parts else device
     tasks = load_tasks(args.models_dir, args.task, where, args.recipes)
     check_output(args.out, args.resume, args.overwrite, in_parts)
-    interim = nullcontext()
-    if sample:
-        interim = refreshed(submission, sample, args.out, tasks, args.resume)
-    with nullcontext() if to_stdout else alone_with_rows(args.out), interim:
-        saved = None
-        if args.resume:
-            names, model = [models.task for models in tasks], model_of(tasks, options)
-            saved = saved_exams(args.out, columns_for(tasks), names, model, args.jsonl)
-        if args.part:
-            beside(args.out).unlink(missing_ok=True)
-        if not to_stdout:
-            cli.print_start_up(vars(args), device, precision)
-            for models in tasks:
-                print_models(models)
-        if in_parts:
-            runner = Machines.of(values).pick(device.type, args.jobs)
-            is_whole = predict_in_parts(values, args.out, runner, args.resume)
-            unusable = "" if is_whole else "not all exams or files could be used, named above"
-        else:
-            # Pipelines get rows and nothing else.
-            log = partial(print, file=sys.stderr) if to_stdout else print
-            about = args.exams, args.plane, tasks, args.allow_synthetic, log, args.workers
-            with open_fit_exams(*about) as exams:
-                if args.part:
-                    keys = [(printable(source), printable(name)) for source, name in exams]
-                    check_names(keys)
-                    exams.keep(args.part)
-                counts, seconds = write_rows(exams, tasks, options, args.out, args.jsonl, saved)
-                if args.part:
-                    write_part(args.out, args.part, keys)
-            log(summary_line(counts, seconds))
-            unusable = why_not_all(exams, counts)
+    live = refreshed(submission, sample, args.out, tasks, args.resume) if sample else nullcontext()
+    with nullcontext() if to_stdout else alone_with_rows(args.out):
+        with live:
+            saved = None
+            if args.resume:
+                names, model = [models.task for models in tasks], model_of(tasks, options)
+                saved = saved_exams(args.out, columns_for(tasks), names, model, args.jsonl)
+            if args.part:
+                beside(args.out).unlink(missing_ok=True)
+            if not to_stdout:
+                cli.print_start_up(vars(args), device, precision)
+                for models in tasks:
+                    print_models(models)
+            if in_parts:
+                runner = Machines.of(values).pick(device.type, args.jobs)
+                is_whole = predict_in_parts(values, args.out, runner, args.resume)
+                unusable = "" if is_whole else "not all exams or files could be used, named above"
+            else:
+                # Pipelines get rows and nothing else.
+                log = partial(print, file=sys.stderr) if to_stdout else print
+                about = args.plane, tasks, args.allow_synthetic, log, args.workers
+                with open_fit_exams(args.exams, *about) as exams:
+                    if args.part:
+                        keys = [(printable(source), printable(name)) for source, name in exams]
+                        check_names(keys)
+                        exams.keep(args.part)
+                    counts, seconds = write_rows(exams, tasks, options, args.out, args.jsonl, saved)
+                    if args.part:
+                        write_part(args.out, args.part, keys)
+                log(summary_line(counts, seconds))
+                unusable = why_not_all(exams, counts)
         if sample:
             why = unusable, submit(submission, sample, args.out, tasks)
             unusable = "; ".join(filter(None, why))

@@ -198,7 +198,8 @@ def run(args):
             exams.fingerprint()  # hashes the voxels once, before subsets are taken
         provenance |= {"dataset": train_set.description, "data_dir": str(args.data_dir)}
         seeds = range(config.seed, config.seed + config.repeat)
-        splits = plan_splits(train_set, valid_set, config.protocol, config.folds, seeds)
+        how = config.protocol, config.folds, seeds, config.select
+        splits = plan_splits(train_set, valid_set, *how)
         if advice := average_advice(config, min(len(split.train_set) for split in splits)):
             print(advice)
         write_folds(folds_path(args.models_dir, config.task), splits)

@@ -29,15 +29,15 @@ from common.files import atomic
 from common.provenance import git_sha
 from data.common import ORIENTATION, SIDE
 from data.dicom.files import quiet
-from dataloader import PLANES, view_of
+from dataloader import ALL_PLANES, PLANES, view_of
 
 MAKER, MODEL = "MRNet project", "MRNet"
 SCHEME = "99MRNET"  # designator of our own codes; private ones begin with 99 (PS3.16 8.2)
 # Of the series' numbers, which are below 2**31 (PS3.5 6.2): scanners count from 1, ours begin here;
 # a block for each task, in it a part for each side, in it the planes and last the report.
-FIRST_SERIES, TASKS, OF_A_TASK = 10_000, 2_000_000, 1000
-OF_A_SIDE = {"": 0, "L": 300, "R": 600}
-REPORT_NUMBER = 299
+FIRST_SERIES, TASKS, OF_A_TASK = 10_000, 1_700_000, 1200
+OF_A_SIDE = {"": 0, "L": 400, "R": 800}
+JOINT_PLACES, REPORT_NUMBER = 350, 399
 SIDE_WORDS = {"L": "left ", "R": "right "}
 LO = 64  # characters of a description
 BURNT_IN = "RESEARCH USE ONLY"
@@ -137,8 +137,8 @@ def write_results(exam, findings, model, out):
             origin = read_origin(exam, model)
             written = []
             for finding in findings:
-                for number, (title, one) in enumerate(finding.planes.items()):
-                    series = heat_map_series(finding, title, one, origin, number)
+                for title, one in finding.planes.items():
+                    series = heat_map_series(finding, title, one, origin)
                     place = folder / f"{finding.task}-{title.replace(' ', '-')}"
                     written.append(save_series(series, place))
             for finding in findings:
@@ -195,13 +195,23 @@ def save(dataset, path):
 # --- heat maps ------------------------------------------------------------------------------------
 
 
-def heat_map_series(finding, title, one, origin, number):
+def place_of(title):
+    """A plane's place among the series of a finding, whichever planes an exam has.
+
+    Args:
+        title: "axial", or of networks that join several "axial of axial+sagittal".
+    """
+    if " of " not in title:
+        return ALL_PLANES.index(title)
+    return len(ALL_PLANES) + int(hashlib.sha256(title.encode()).hexdigest(), 16) % JOINT_PLACES
+
+
+def heat_map_series(finding, title, one, origin):
     """A plane's slices with their heat maps: list of SCImage, one a slice.
 
     Args:
         title: of the plane, as `explanation.explain_planes` has it.
         one: explanation.PlaneMaps.
-        number: of the plane among the finding's.
     """
     plane = title.split()[0]
     place = origin.planes[plane]
@@ -222,14 +232,14 @@ def heat_map_series(finding, title, one, origin, number):
         if finding.models.is_synthetic:
             words.append(SYNTHETIC_ONLY)
         picture = burn_in(pictures[at], words)
-        image = secondary_capture(picture, title, finding.task, origin, number, k)
+        image = secondary_capture(picture, title, finding.task, origin, k)
         image.ImageComments = f"{finding.task}, class activation map. {NOTICE}"
         image.ImagePositionPatient = [DS(x, auto_format=True) for x in position]
         images.append(image)
     return images
 
 
-def secondary_capture(picture, title, task, origin, number, k):
+def secondary_capture(picture, title, task, origin, k):
     """Slice k of a plane as an SCImage that lies as its source does."""
     plane = title.split()[0]
     place, study = origin.planes[plane], origin.study
@@ -240,7 +250,7 @@ def secondary_capture(picture, title, task, origin, number, k):
         8,
         "PATIENT",
         series_instance_uid=origin.uid(task, title),
-        series_number=origin.series_number(task, number),
+        series_number=origin.series_number(task, place_of(title)),
         sop_instance_uid=origin.uid(task, title, k),
         instance_number=k + 1,
         manufacturer=MAKER,

@@ -188,7 +188,8 @@ def exam_losses(targets, weights, logits):
 
 
 def metrics_of(names, labels, logits, losses):
-    """{finding: {"loss", "auc"}} over the exams whose label is known; arrays float32 (n, tasks).
+    """{finding: {"loss", "auc"}} over the exams whose label is known, NaN without any; arrays
+    float32 (n, tasks).
 
     The AUC of one class is NaN: a few tuning exams may lose their only positive one to a plane that
     it lacks, and the loss selects the epoch.
@@ -198,7 +199,8 @@ def metrics_of(names, labels, logits, losses):
         known = ~np.isnan(labels[:, t])
         positive = is_positive(labels[known, t])
         auc = roc_auc(positive, logits[known, t]) if len(set(positive)) == 2 else float("nan")
-        metrics[task] = {"loss": float(losses[known, t].mean()), "auc": auc}
+        loss = float(losses[known, t].mean()) if known.any() else float("nan")
+        metrics[task] = {"loss": loss, "auc": auc}
     return metrics
 
 

@@ -30,8 +30,8 @@ def preparation_of(networks):
         "mirrored": whether right knees are mirrored to left ones.
         "field_of_view": side of the centred square that is kept, mm; None for the whole slice.
         "square": what makes a slice without a field of view square, "pad" or "crop".
-        "side": of a slice, px.
-        "window": percentiles of a volume that become 0 and 255.
+        "side": of a slice, px; "window": percentiles of a volume that become 0 and 255. The
+            importers' own: exams that came as arrays may have been made otherwise.
 
     Raises:
         InputError: the networks learnt from exams that were prepared in different ways.

@@ -35,6 +35,7 @@ UNKNOWN_CONTRAST = (
     "fluid-sensitive ones are taken, where MRNet's coronal series are T1 (data/README.md)"
 )
 WARNINGS, LONGEST = 3, 200  # of an exam that a row repeats, and characters of each
+SCAN_IN_ZIP = re.compile(r"(\.dcm|\.nii(\.gz)?|(^|/)[^./]+)$", re.IGNORECASE)
 NO_SCANS = (".npy", ".csv", ".json")  # of a data folder, which need not be opened
 DATASET_ABOVE = 3  # folders above a volume's in which dataset.json is looked for
 
@@ -469,21 +470,19 @@ def refuse_scans_beside(exams):
 
 
 def is_scan(path):
-    """Whether a file is DICOM, NIfTI, or a zip that may hold such."""
+    """Whether a file is DICOM, NIfTI, or a zip that seems to hold such, by its members' names."""
     name = path.name.lower()
     if name.endswith((".dcm", ".nii", ".nii.gz")):
         return True
     try:
-        if name.endswith(".zip"):  # MRNet's own, which often stays beside what was in it, has .npy
+        if name.endswith(".zip"):
             with zipfile.ZipFile(path) as archive:
-                return not any(inner.endswith(".npy") for inner in archive.namelist())
+                return any(map(SCAN_IN_ZIP.search, archive.namelist()))
         if name.endswith(NO_SCANS) or not path.is_file():
             return False
         with open(path, "rb") as file:
             return file.read(132)[128:] == b"DICM"  # PS3.10 7.1
-    except zipfile.BadZipFile:
-        return True
-    except OSError:  # a broken link; nobody can tell
+    except Exception:  # a broken link, a damaged zip: nobody can tell, and none is read
         return False
 
 

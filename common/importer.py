@@ -25,7 +25,8 @@ class Importer:
 
     Attributes:
         fault: why it could not go on, such as a full disk, or None.
-        listing: its first answer, {"exams": [[name, source], ...], "lines"}; {} if it failed.
+        listing: its first answer, {"exams": [[name, source], ...], "lines"}; without
+            "exams" if it failed.
     """
 
     def __init__(self, script, source, folder, options):
@@ -33,6 +34,7 @@ class Importer:
         command = [sys.executable, script, "--serve", *options, "--", source, folder]
         self.command = list(map(str, command))
         self.asked, self.crashes = deque(), 0  # requests without an answer; crashes in a row
+        self.is_over = False  # it is not started again
         self.start()
 
     def start(self):
@@ -40,6 +42,8 @@ class Importer:
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
         )
         self.listing = self.receive()
+        if "crash" in self.listing:
+            self.fault, self.is_over = self.listing["crash"], True
 
     def request(self, exam, unless, origin):
         """Ask for an exam by name; arguments as in `serve`."""
@@ -56,24 +60,27 @@ class Importer:
     def answer(self):
         """The answer to the oldest request: what the importer says of the exam; {"crash": why} if
         it ended in the middle of it; else as `receive`, with a `fault`."""
-        had_fault, reply = self.fault, self.receive()
+        reply = self.receive()
         self.asked.popleft()
         if "exam" in reply:
             self.crashes = 0
-        elif not reply and not had_fault:
+        elif "crash" in reply and not self.is_over:
             self.crashes += 1
             if self.crashes == CRASHES:
-                self.fault += f" at {CRASHES} exams, one after the other"
-            else:
-                reply, self.fault = {"crash": f"{self.fault} while it converted this exam"}, None
-                self.close()
-                self.start()
-                for line in self.asked:
-                    self.send(line)
+                self.is_over = True
+                self.fault = f"{reply['crash']} at {CRASHES} exams, one after the other"
+                return {"crash": self.fault}
+            print(f"warning: {reply['crash']}; it is started again", file=sys.stderr)
+            reply["crash"] += " while it converted this exam"
+            self.close()
+            self.start()
+            for line in self.asked:
+                self.send(line)
         return reply
 
     def receive(self):
-        """Its next answer; {} if it has ended, or {"lines"} with its last ones, and a `fault`."""
+        """Its next answer; {"lines"} with its last ones, and a `fault`, if it could not go on;
+        {"crash": why} if it was ended."""
         line = self.process.stdout.readline()
         reply = json.loads(line) if line.endswith("\n") else {}
         if reply and "failed" not in reply:
@@ -81,9 +88,10 @@ class Importer:
         status = self.process.wait()
         if status == 130:
             raise KeyboardInterrupt
-        ended = f"{self.source}: the importer ended with status {status}"
-        self.fault = reply.get("failed") or self.fault or ended
-        return {"lines": reply["lines"]} if reply else {}
+        if reply:
+            self.fault, self.is_over = reply["failed"], True
+            return {"lines": reply["lines"]}
+        return {"crash": f"{self.source}: the importer ended with status {status}"}
 
     def close(self):
         self.process.kill()

@@ -24,6 +24,7 @@ from common.errors import MetricError, OneClassError
 
 RESAMPLES = 2000  # of the bootstrap: the default of pROC (Robin et al. 2011)
 ECE_BINS = 10
+ROUNDING = 1e-12  # part of a variance that is none
 CHUNK = 4_000_000  # counts held at once while resampling, 32 MB, whatever the number of exams
 
 
@@ -227,7 +228,9 @@ def _with_runs(of_exams, of_runs, count):
     """Standard error of the sum of two variances, one of exams, taken as known, and one estimated
     from `count` runs; and its degrees of freedom."""
     total = of_exams + of_runs
-    return math.sqrt(total), (count - 1) * (total / of_runs) ** 2 if of_runs else math.inf
+    if of_runs <= ROUNDING * total:
+        return math.sqrt(total), math.inf
+    return math.sqrt(total), (count - 1) * (total / of_runs) ** 2
 
 
 def holm(p_values):
@@ -547,11 +550,8 @@ def _resampled_counts(positive, scores, resamples, seed):
 
 
 def mean_of(metrics):
-    """The mean over findings: {finding: {"loss", "auc"}} -> {"loss", "auc"}, of the AUCs those that
-    are defined; NaN where none is."""
-    values = {name: np.array([one[name] for one in metrics.values()]) for name in ("loss", "auc")}
-    aucs = values["auc"][~np.isnan(values["auc"])]
-    return {
-        "loss": float(values["loss"].mean()),
-        "auc": float(aucs.mean()) if len(aucs) else float("nan"),
-    }
+    """The mean over findings: {finding: {"loss", "auc"}} -> {"loss", "auc"}, of those that are
+    defined; NaN where none is."""
+    found = {name: np.array([one[name] for one in metrics.values()]) for name in ("loss", "auc")}
+    known = {name: values[~np.isnan(values)] for name, values in found.items()}
+    return {name: float(x.mean()) if len(x) else float("nan") for name, x in known.items()}

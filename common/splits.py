@@ -112,17 +112,17 @@ def fingerprints_of(data_sets):
     return {name: exams.fingerprint() for name, exams in data_sets.items()}
 
 
-def plan_splits(train_set, valid_set, protocol, folds, seeds):
+def plan_splits(train_set, valid_set, protocol, folds, seeds, select="auc"):
     """A Split for each network: folds within seeds.
 
     Args:
         protocol: one of PROTOCOLS.
         folds: int; 1 for a single network that is trained on all training exams.
         seeds: range of int.
+        select: one of SELECTIONS; exams that select an epoch must have a label of each finding.
 
     Raises:
-        InputError: too few exams of a class, or none with a label of a finding to select an epoch
-            on.
+        InputError: too few exams of a class, or none with a label of a finding to select on.
     """
     ids, labels, groups = train_set.listed
     groups, splits = np.array(groups), []
@@ -155,19 +155,21 @@ def plan_splits(train_set, valid_set, protocol, folds, seeds):
                 suffix=run.suffix,
             )
         )
-    for split in splits:
-        check_selection(split.selection_set)
+    for split in splits if select == "auc" else ():
+        check_selection(split)
     return splits
 
 
-def check_selection(exams):
-    """Raise InputError where an MRDataset that selects epochs has no label of one of its findings:
-    a plane that many exams lack may have lost all of them."""
+def check_selection(split):
+    """Raise InputError where the exams that select a Split's epoch have no label of one of the
+    findings: a plane that many exams lack may have lost all of them."""
+    exams = split.selection_set
     for task, column in zip(exams.tasks, exams.labels.T, strict=True):
         if np.isnan(column).all():
+            other = ", or use --protocol article" if split.selected_on == "tune" else ""
             raise InputError(
                 f"none of the {len(exams)} exams that select the epoch has both this plane and a "
-                f"label of {task}; leave this finding out, or use --protocol article"
+                f"label of {task}; leave this finding out{other}"
             )
 
 

@@ -220,7 +220,8 @@ def write_dataset(out, written=None, report=None, **content):
             )
     content |= {name: there[name] for name in ("name", "licence") if there.get(name)}
     if there and written is not None and set(numbers_in(out)) - set(written):
-        versions = [*str(there.get("version") or "?").split(", "), content["version"]]
+        versions = str(there.get("version") or "?").split(", ")
+        versions += [content["version"]] if written else []
         content["version"] = ", ".join(dict.fromkeys(versions))
         if len(set(versions)) > 1:
             report.warn(

@@ -708,6 +708,7 @@ def test_a_folder_of_two_versions_says_so(tmp_path, convert, monkeypatch):
     monkeypatch.setattr(prepare, "VERSION", "old")
     assert not convert(tmp_path / "scan")[2] and version() == "old"
     monkeypatch.setattr(prepare, "VERSION", "new")
+    assert not convert(tmp_path / "scan")[2] and version() == "old"  # nothing was converted
     write_exam(tmp_path / "scan" / "b", "1.2.3.5")
     _, _, err = convert(tmp_path / "scan")
     assert "several versions of the importer now (old, new)" in err and version() == "old, new"

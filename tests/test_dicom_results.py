@@ -31,6 +31,7 @@ from data.dicom.origin import frames_of, place
 from data.dicom.series import Series, ways_to_cut
 from data.dicom.slices import cut, plane_of
 from data.rsna.tables import FINDINGS
+from dataloader import ALL_PLANES
 
 # --- where pixels lie, in closed form -------------------------------------------------------------
 
@@ -325,6 +326,11 @@ def test_numbers_of_series_differ_whatever_run_writes_them():
     assert min(found) > 9999 and max(found) < 2**31  # scanners' and DICOM's (PS3.5 6.2, IS)
     last = dicom_results.FIRST_SERIES + dicom_results.TASKS * dicom_results.OF_A_TASK
     assert last < 2**31
+    of_planes = {dicom_results.place_of(plane) for plane in ALL_PLANES}
+    joint = dicom_results.place_of("axial of axial+sagittal")
+    assert len(of_planes) == len(ALL_PLANES) and joint not in of_planes
+    most = len(ALL_PLANES) + dicom_results.JOINT_PLACES
+    assert joint < most <= dicom_results.REPORT_NUMBER < 400
 
 
 def test_a_long_finding_does_not_push_out_what_its_report_is_for(monkeypatch):

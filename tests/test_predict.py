@@ -256,7 +256,7 @@ def zip_of(path, name):
     ("new/1.dcm", Path.touch), ("new/axial/1.DCM", Path.touch), ("new/knee.nii.gz", Path.touch),
     ("new/IM0001", lambda path: path.write_bytes(bytes(128) + b"DICM")),  # PS3.10 7.1
     ("new/study.zip", lambda path: zip_of(path, "IM0001")),
-    ("new/broken.zip", Path.touch),
+    ("new/nifti.zip", lambda path: zip_of(path, "a/b.NII.gz")),
 ])  # fmt: skip
 def test_a_scan_beside_npy_exams_is_not_passed_over(tmp_path, name, write):
     write_exams(tmp_path / "inbox", train=2, valid=1)
@@ -271,6 +271,8 @@ def test_a_scan_beside_npy_exams_is_not_passed_over(tmp_path, name, write):
 def test_what_is_no_scan_beside_npy_exams_is_no_reason(exams):
     """Texts, pictures, the download that the exams were unpacked from, a link back."""
     zip_of(exams / "MRNet-v1.0.zip", "MRNet-v1.0/train/axial/0000.npy")
+    zip_of(exams / "reports.zip", "reports/1.pdf")
+    (exams / "broken.zip").touch()
     for name in ("notes.txt", "._1.dcm", "knee.png", "empty"):
         (exams / name).write_bytes(b"x" * 200)
     (exams / "train" / "axial" / "back").symlink_to(exams)

@@ -299,6 +299,9 @@ def test_the_header_tells_contrast_agent_and_gradient_echoes(tmp_path):
     assert "is no fluid-sensitive series" in read(tmp_path / "a")[1]["sagittal"]
     sagittal(tmp_path / "none", 1, "SAG FS", ContrastBolusAgent="NONE")
     assert list(read(tmp_path / "none")[0]) == ["sagittal"]
+    for name, more in (("SAG 3D DESS", {}), ("SAG 3D", {"ScanningSequence": "GR"})):
+        sagittal(tmp_path / name, 1, name, ContrastBolusAgent="Gadovist", **more)
+        assert list(read(tmp_path / name)[0]) == ["sagittal"]
     sagittal(tmp_path / "b", 1, "SAG 3D", EchoTime=5, RepetitionTime=16, ScanningSequence="GR")
     assert list(read(tmp_path / "b")[0]) == ["sagittal"]  # nothing tells
 

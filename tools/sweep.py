@@ -391,8 +391,8 @@ def predict_out_of_fold(sweep, network, setting):
 
     Returns:
         {"ids": {finding: [...]} of those with a label, "logits": {finding: [float, ...]}, "views":
-        the same averaged over random views, "valid": the same of the validation exams, "epochs":
-        {finding: int}}.
+        the same averaged over random views, "valid_ids" and "valid": ids and logits of the
+        validation exams, "epochs": {finding: int}}.
 
     Raises:
         InputError: it was trained on other exams, another fold, another seed or by another recipe.
@@ -400,7 +400,7 @@ def predict_out_of_fold(sweep, network, setting):
     planes, device = network.planes, torch.device(setting.device)
     run = sweep.run_of(network)
     expected = {"seed": run.seed, "fold": run.fold, "folds": sweep.folds}
-    found = {"ids": {}, "logits": {}, "views": {}, "valid": {}, "epochs": {}}
+    found = {"ids": {}, "logits": {}, "views": {}, "valid_ids": {}, "valid": {}, "epochs": {}}
     for task in sweep.task.split("+"):
         path = sweep.model_file(setting.models_dir, task, network)
         model, metadata = load_model(path, task, column_name(planes, network.recipe))
@@ -411,7 +411,7 @@ def predict_out_of_fold(sweep, network, setting):
         for exams in sets.values():
             exams.intensity, exams.channels = metadata["intensity"], metadata["channels"]
         out_of_fold = sets["train"].subset(sets["train"].rows_of(metadata["out_of_fold"]))
-        found["ids"][task] = out_of_fold.ids
+        found["ids"][task], found["valid_ids"][task] = out_of_fold.ids, sets["valid"].ids
         found["epochs"][task] = metadata["epoch"]
         for which, exams in (("logits", out_of_fold), ("valid", sets["valid"])):
             logits = engine.predict(model, exams, device, setting.precision, path.stem)[:, 0]
@@ -476,7 +476,8 @@ def write_about(sweep, setting, has_networks):
     about = {"labels": {}, "valid": {}, "in_company": {}, "stacks": sweep.stacks, "exams": exams}
     for task in tasks:
         sets = exams_of(setting.data_dir, task, next(iter(sweep.planes.values()))[0])
-        about["labels"][task], about["valid"][task] = map(labels_of, (sets["train"], sets["valid"]))
+        about["labels"][task] = labels_of(sets["train"])
+        about["valid"][task] = labels_of(sets["valid"].listed)  # a plane may lack some
         sizes = Counter(sets["train"].groups)
         about["in_company"][task] = sum(size for size in sizes.values() if size > 1)
     if has_networks and path.is_file():
@@ -498,7 +499,7 @@ def write_about(sweep, setting, has_networks):
 
 
 def labels_of(exams):
-    """{id: 0 or 1} of an MRDataset of one finding, those that are known."""
+    """{id: 0 or 1} of an MRDataset (or Listed) of one finding, those that are known."""
     pairs = zip(exams.ids, exams.labels[:, 0], strict=True)
     return {exam_id: int(label >= 0.5) for exam_id, label in pairs if not np.isnan(label)}
 

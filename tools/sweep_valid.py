@@ -28,7 +28,7 @@ def parse_arguments():
 
 
 def read_valid_labels(folder):
-    """{finding: {id: 0 or 1}} of the validation exams, in the order of the networks' predictions.
+    """{finding: {id: 0 or 1}} of the validation exams.
 
     Raises:
         InputError: an earlier version's sweep, which did not record them.
@@ -42,19 +42,34 @@ def read_valid_labels(folder):
     return labels
 
 
-def valid_row(row, content, task, count):
+def valid_row(row, content, task, ids):
     """The Row of the validation exams, means over the folds, from that of the training exams.
 
     Args:
         content: of its recipe's file.
-        count: of validation exams.
+        ids: of the validation exams.
+
+    Raises:
+        InputError: an earlier version's networks, which do not say of which exams they are.
     """
+    place = {exam_id: i for i, exam_id in enumerate(ids)}
     seen = [[] for _ in row.scores]
     for key, network in content["networks"].items():
         planes, seed, _ = place_of(key, content)
-        if planes == row.column:
-            seen[seed].append(expit(network["valid"][task]))
-    scores = np.full((len(seen), count), np.nan)
+        if planes != row.column:
+            continue
+        of_network = network.get("valid_ids", {}).get(task, ids)
+        if len(of_network) != len(network["valid"][task]):
+            raise InputError(
+                f"{row.recipe}, {key}: {len(network['valid'][task])} of {len(ids)} validation "
+                "exams, and nothing tells which; train it again"
+            )
+        scores = np.full(len(ids), np.nan)
+        for exam_id, value in zip(of_network, expit(network["valid"][task]), strict=True):
+            if exam_id in place:  # its label is known
+                scores[place[exam_id]] = value
+        seen[seed].append(scores)
+    scores = np.full((len(seen), len(ids)), np.nan)
     for seed in np.flatnonzero(row.complete):
         scores[seed] = np.mean(seen[seed], axis=0)
     return row._replace(scores=scores, folds=np.where(np.isnan(scores), 0, 1))
@@ -71,9 +86,10 @@ def valid_stack(rows, valid_rows, truth):
     scores = np.full(x_valid.shape[:2], np.nan)
     for seed in range(len(x)):
         there = ~np.isnan(x[seed]).any(axis=1)
-        if not np.isnan(x_valid[seed]).any():
+        valid = ~np.isnan(x_valid[seed]).any(axis=1)
+        if there.any() and valid.any():
             fitted = LogisticRegression().fit(x[seed, there], truth[there])
-            scores[seed] = fitted.predict_proba(x_valid[seed])[:, 1]
+            scores[seed, valid] = fitted.predict_proba(x_valid[seed, valid])[:, 1]
     seconds = sum(row.mean_seconds for row in rows)
     memory = max(row.peak_memory for row in rows)
     return Row(rows[0].recipe, STACK, scores, np.where(np.isnan(scores), 0, 1), [seconds], memory)
@@ -84,7 +100,8 @@ def all_valid_rows(labels, valid_labels, recipes, task):
     truth, valid_truth = (np.array(list(of[task].values())) for of in (labels, valid_labels))
     columns = columns_of(labels, recipes, task)
     found = {
-        key: valid_row(row, recipes[key[0]], task, len(valid_truth)) for key, row in columns.items()
+        key: valid_row(row, recipes[key[0]], task, list(valid_labels[task]))
+        for key, row in columns.items()
     }
     rows = list(found.values())
     for recipe in recipes:

@@ -15,8 +15,11 @@ from pathlib import Path, PurePosixPath
 from common.errors import InputError
 
 MAX_BYTES = 2**29  # of one file once unpacked: zip and gzip bombs
-# Names of what may hold an exam and is not opened; a .nii.gz is.
-PACKED = re.compile(r"(\.(tar|tgz|tbz2?|txz|rar|7z|bz2|xz)|(?<!\.nii)\.gz)$", re.IGNORECASE)
+# Names of what may hold an exam and is not opened; a .nii.gz is, and packed text holds none.
+PACKED = re.compile(
+    r"(\.(tar|tgz|tbz2?|txz|rar|7z|bz2|xz)|(?<!\.(nii|csv|tsv|txt|log|xml))(?<!\.json)\.gz)$",
+    re.IGNORECASE,
+)
 MAX_MEMBERS = 200_000  # of one zip file
 COPY_AGAIN = "truncated or damaged; copy or export it again"
 

@@ -70,7 +70,8 @@ JUMP = 10.0  # mm within the slices' plane from one slice to the next: another p
 # long repetition time (2000 and more), T2 with both long.
 FLUID_ECHO = 25.0  # from here on fluid-sensitive
 LONG_REPETITION = 1000.0  # from here on no T1
-NO_AGENTS = {"", "no", "none", "n/a"}  # what is written as ContrastBolusAgent where there is none
+# What is written as ContrastBolusAgent where none was given.
+NO_AGENTS = {"", "-", "0", "n/a", "na", "nil", "no", "no contrast", "none", "without"}
 OTHER_PART = "by its header, not a knee (if it is one: dcmodify -i 0018,0015=KNEE)"
 
 PATIENT = "PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate"
@@ -133,10 +134,14 @@ class Series:
     def is_t1(self):
         """Whether it is T1-weighted: by its description; by its times (`weighting`) where this
         names no contrast, of which fat suppression is none; where they do not tell, by contrast
-        agent, after which T1 is scanned."""
+        agent, after which T1 is scanned. A gradient echo is one only where its description names
+        the agent: DESS and the like are scanned in an arthrogram, too."""
         if says_t1(self.words) or NOT_T1.search(self.words):
             return says_t1(self.words)
-        has_agent = says_agent(self.description) or any(frame.has_agent for frame in self.frames)
+        is_gradient = GRADIENT_ECHO.search(self.words) or any(f.is_gradient for f in self.frames)
+        has_agent = says_agent(self.description) or (
+            not is_gradient and any(frame.has_agent for frame in self.frames)
+        )
         return self.weighting == "T1" or (not self.weighting and has_agent)
 
     @property

@@ -5,6 +5,7 @@ lower-case text.
 """
 
 import re
+import unicodedata
 
 FAT_SUPPRESSED = re.compile(r"fs\b|\bfspd|fat ?sat|fat ?sup|spair|\bspir\b|stir|tirm|water|\bwe\b")
 NOT_SUPPRESSED = re.compile(r"\b(no|non|without|wo|w o|w out) ?(fs|fat)|\b(n|un)fs\b")
@@ -43,12 +44,12 @@ OTHER_PARTS = re.compile(
     r"\b((abdomen|ankle|arm|brain|breast|buttock|chest|clavicle|coccyx|elbow|eye|face|finger|foot|"
     r"forearm|hand|head|heart|hip|humerus|jaw|kidney|liver|neck|orbit|pelvis|prostate|sacrum|"
     r"shoulder|skull|thorax|thumb|toe|wrist|si ?joint|[clst]{0,2} ?spine|spinal|lumbar|thoracic|"
-    r"cervical|thigh|femur|tibia|fibula|calf|(lower|upper) ?leg)s?)+\b(?! coil)"
+    r"cervical|thigh|femur|tibia|fibula|calf|(lower|upper) ?leg(?! joint))s?)+\b(?! coil)"
 )
 COILS = {"arm", "foot", "hand", "head", "neck"}  # in descriptions these are coils and positions
 KNEE = re.compile(
-    "knee|knie|kn[äæ]|genou|rodilla|ginocch|joelho|patell|kolan|kolen|polvi|genunchi|térd|γόνα|"
-    "γονα|колен|膝|무릎"
+    r"knee|knie|kn[äæ]|\bkne\b|genou|rodilla|ginocch|joelho|patell|kolan|kolen|koljen|polvi|põlv|"
+    r"genunchi|térd|\bdiz\b|γόνα|γονα|колен|колян|колін|膝|무릎"
 )
 
 
@@ -86,6 +87,10 @@ def other_picture(words, kinds=frozenset()):
     return ""
 
 
+def names_knee(text):
+    return bool(KNEE.search(unicodedata.normalize("NFC", text.lower())))
+
+
 def parts_in(text):
     """The parts of the body that a text names and that are no knee, in its order."""
     return [found[0] for found in OTHER_PARTS.finditer(words_of(text))]
@@ -100,11 +105,11 @@ def other_part(region, series, study):
         series: the series' description and protocol.
         study: the study's description. One of "knee and ankle" has series of both.
     """
-    if KNEE.search(f"{region} {series}".lower()):
+    if names_knee(f"{region} {series}"):
         return ""
     tagged, titled = parts_in(region), parts_in(study)
     named = [part for part in parts_in(series) if part not in COILS]
-    if KNEE.search(study.lower()):
+    if names_knee(study):
         parts = tagged if named and tagged else [part for part in named if part in titled]
     else:
         parts = tagged or named or titled
