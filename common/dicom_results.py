@@ -73,7 +73,7 @@ class Origin(NamedTuple):
         Args:
             place: of the plane among the task's, or REPORT_NUMBER.
         """
-        block = int(hashlib.sha256(task.encode()).hexdigest(), 16) % TASKS
+        block = number_for(task, TASKS)
         return FIRST_SERIES + block * OF_A_TASK + OF_A_SIDE.get(self.side, 0) + place
 
     def sources(self, plane):
@@ -195,6 +195,11 @@ def save(dataset, path):
 # --- heat maps ------------------------------------------------------------------------------------
 
 
+def number_for(text, count):
+    """A number below `count` for a text, the same in every run."""
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % count
+
+
 def place_of(title):
     """A plane's place among the series of a finding, whichever planes an exam has.
 
@@ -203,7 +208,7 @@ def place_of(title):
     """
     if " of " not in title:
         return ALL_PLANES.index(title)
-    return len(ALL_PLANES) + int(hashlib.sha256(title.encode()).hexdigest(), 16) % JOINT_PLACES
+    return len(ALL_PLANES) + number_for(title, JOINT_PLACES)
 
 
 def heat_map_series(finding, title, one, origin):

@@ -23,6 +23,7 @@ from common.description import contrast, read_dataset
 from common.errors import InputError, printable
 from common.importer import Importer
 from data.common import ORIENTATION, T1_PLANES
+from data.dicom.series import is_dicom
 from dataloader import ALL_PLANES, PLANES, SEQUENCES, in_order, read_volume, view_of
 
 ROOT = Path(__file__).parent.parent
@@ -283,7 +284,7 @@ class DicomExams:
 
     Args:
         log: prints the importers' messages.
-        preparation: as `preparation_of` returns it.
+        preparation: as `importer_preparation` returns it.
         workers: importers side by side for RSNA's set; data/dicom's reads all headers first and
             is always one.
     """
@@ -481,7 +482,7 @@ def is_scan(path):
         if name.endswith(NO_SCANS) or not path.is_file():
             return False
         with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"  # PS3.10 7.1
+            return is_dicom(file.read(132))
     except Exception:  # a broken link, a damaged zip: nobody can tell, and none is read
         return False
 
@@ -496,8 +497,8 @@ def exam_names(folder):
     return sorted(names)
 
 
-def preparation_of(networks):
-    """How exams must be mirrored and cut: as those that networks were trained on.
+def importer_preparation(networks):
+    """How the importer must mirror and cut exams: as those that networks were trained on.
 
     Args:
         networks: list of task_models.TaskModels.
@@ -557,7 +558,7 @@ def open_exams(sources, plane=None, log=print, networks=None, workers=1):
     if trained_on and not any(trained_on):
         log(UNKNOWN_CONTRAST)
     with tempfile.TemporaryDirectory(prefix="mrnet-") as folder:
-        exams = DicomExams(source, folder, log, preparation_of(networks or ()), workers)
+        exams = DicomExams(source, folder, log, importer_preparation(networks or ()), workers)
         try:
             yield exams
         finally:

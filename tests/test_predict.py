@@ -255,6 +255,7 @@ def zip_of(path, name):
 @pytest.mark.parametrize("name, write", [
     ("new/1.dcm", Path.touch), ("new/axial/1.DCM", Path.touch), ("new/knee.nii.gz", Path.touch),
     ("new/IM0001", lambda path: path.write_bytes(bytes(128) + b"DICM")),  # PS3.10 7.1
+    ("new/bare", lambda path: path.write_bytes(b"\x08\0\x05\0CS\x0a\0ISO_IR 100" + bytes(200))),
     ("new/study.zip", lambda path: zip_of(path, "IM0001")),
     ("new/nifti.zip", lambda path: zip_of(path, "a/b.NII.gz")),
 ])  # fmt: skip

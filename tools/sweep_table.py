@@ -416,6 +416,7 @@ def print_lines(truth, rows):
 
 def print_table(folder, plot=None, without=None):
     """Print the table of each finding, and draw AUC against time."""
+    about = read_about(folder)
     labels, stacks, recipes = read_results(folder)
     for task, known in labels.items():
         truth, rows = all_rows(labels, stacks, recipes, task)
@@ -426,8 +427,8 @@ def print_table(folder, plot=None, without=None):
             left = ~out
             print(f"\nwithout {out.sum()} exams that {without} has predicted")
         print(f"\n{task}: {left.sum()} exams, {truth[left].sum()} positive; {networks} networks")
-        company = in_company(read_about(folder), task)
-        for words in filter(None, (company, mixed_precision(recipes), *begun(rows))):
+        caveats = in_company(about, task), mixed_precision(recipes), *begun(rows)
+        for words in filter(None, caveats):
             print(words)
         lines = print_lines(truth, rows)
         if plot:
