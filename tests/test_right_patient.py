@@ -38,6 +38,7 @@ from data.common import Register, Report, exam_name, keyed_hash, write_volume
 from data.dicom.prepare import number_exams, write_groups
 from data.dicom.series import Patient
 from data.dicom.studies import Choice, Exam, Study, find_exams, volumes_of
+from data.dicom.words import side_in
 from dataloader import MRDataset
 
 
@@ -251,6 +252,49 @@ def test_4_one_knee_without_laterality_has_the_side_of_its_place(trained, tmp_pa
         write_study(tmp_path, number, "one untold")
     rows = list(csv.DictReader(predict(trained, tmp_path).stdout.splitlines()))
     assert [row["exam"][-2:] for row in rows] == ["-L", "-R"]
+
+
+@pytest.mark.parametrize(
+    ("title", "side"),
+    [("MRI KNEE RT WO CONTRAST", "R"), ("MR Knie li.", "L"), ("IRM genou droit", "R"),
+     ("RM RODILLA IZQUIERDA", "L"), ("t2_sag_knee_R", "R"), ("LEFT SAG PD FS", "L"),
+     ("MRI LOW EXT JT LT WO", "L"), ("RM ginocchio dx", "R"), ("MR KNEES LEFT AND RIGHT", ""),
+     ("KNEE AX PD R/L", ""), ("RT PD FS SAG", ""), ("MR KNEE", ""), ("brightness", "")],
+)  # fmt: skip
+def test_4_titles_tell_the_side(title, side):
+    assert side_in(title) == side
+
+
+@pytest.mark.parametrize(
+    ("x", "tags", "side"),
+    [(0.0, {"StudyDescription": "MR KNEE RT"}, "R"),
+     (0.0, {"StudyDescription": "MR KNEE RT", "SeriesDescription": "LEFT PD FS"}, "L"),
+     (0.0, {"ProtocolName": "PD left knee"}, "L"),
+     (0.0, {}, ""),
+     (KNEE, {"StudyDescription": "MR KNEE LT"}, "L"),
+     (KNEE, {"StudyDescription": "MR KNEE RT"}, ""),  # place and title: one of them is wrong
+     (0.0, {"StudyDescription": "MR KNEE RT", "Laterality": "L"}, "L")],
+)  # fmt: skip
+def test_4_one_knee_in_the_middle_has_the_side_that_it_is_called(tmp_path, x, tags, side):
+    for number, plane in enumerate(PLANES):
+        for path in scan(tmp_path, plane, x, number):
+            ds = pydicom.dcmread(path)
+            for name, value in tags.items():
+                setattr(ds, name, value)
+            ds.save_as(path)
+    report = Report(collect=True)
+    (exam,) = find_exams(tmp_path, report)
+    volumes, *_ = volumes_of(exam, Choice([], "pad"), report, "exam")
+    said = "\n".join(text for _, text in report.take())
+    assert exam.side == side and sorted(volumes) == sorted(PLANES)
+    assert said.count("a left knee by its Laterality") == (3 if "Laterality" in tags else 0)
+
+
+def test_4_series_that_are_called_left_and_right_are_no_exam(tmp_path):
+    for number, (plane, called) in enumerate(zip(PLANES, ("left", "left", "right"), strict=True)):
+        scan(tmp_path, plane, 0.0, number, description=f"PD FS {called} {plane}")
+    (exam,) = find_exams(tmp_path, Report(collect=True))
+    assert exam.side == "" and "called left and right knee" in exam.refused
 
 
 def scan(folder, plane, x, number, study="1.2.826.7", **more):

@@ -421,6 +421,13 @@ def test_a_knee_of_unknown_side_is_not_shown_to_networks_of_left_knees(tmp_path,
     assert ("Laterality" if kind == "dicom" else "give its DICOM") in said
 
 
+def test_a_nifti_file_may_tell_the_side(tmp_path):
+    """Its coordinates do not: 0 is the scanner's middle in some files alone."""
+    nifti(tmp_path / "sag.nii", "sagittal").rename(tmp_path / "knee_right_sag.nii")
+    (exam,) = find_exams(tmp_path, Report(collect=True))
+    assert exam.side == "R" and "sagittal" in read(tmp_path, mirror=True)[0]
+
+
 def test_a_known_left_knee_is(tmp_path):
     sagittal(tmp_path, 3, "PD FS sag", Laterality="L")
     volumes, unusable, _ = read(tmp_path, mirror=True)

@@ -1,4 +1,5 @@
-"""Which series of a study show the same knee: by laterality, else by where they lie.
+"""Which series of a study show the same knee: by laterality, else by where they lie, and of one
+knee in the scanner's middle by what it is called.
 
 A study may hold both knees, and an answer from the axial plane of one and the sagittal plane of the
 other is worse than none. Series that cannot be assigned to a knee are refused with the reason. One
@@ -14,6 +15,7 @@ KNEES_APART = 60.0  # mm from right to left between two knees' centres, at least
 OFF_CENTRE = 25.0  # mm from the scanner's middle, from which on a knee's side is certain
 OVERLAP = 0.5  # of the shorter extent along each axis, for two series to be of one place
 MAJORITY = 2 / 3  # of a knee's series; what lies apart from so many is left out
+SIDES_MIXED = "its series are called left and right knee; give each knee's files on their own"
 SIDE_UNKNOWN = "its side is not recorded and cannot be derived from its place"
 
 
@@ -101,12 +103,23 @@ def mark_wide(series):
             )
 
 
+def mark_contradicted(sides):
+    """A doubt for each series whose titles name the other knee than its Laterality or place."""
+    for side, members in sides.items():
+        for one in members:
+            if side and one.said not in ("", side):
+                of, other = ("left", "right") if side == "L" else ("right", "left")
+                said = f"a {of} knee by its Laterality or place, but called {other}"
+                one.doubt = f"{one.doubt}; {said}" if one.doubt else said
+
+
 def sides_by_place(series, absolute):
     """Sides of the knees of a study without laterality.
 
     Args:
         series: of one study, none of them of both knees.
-        absolute: whether x is 0 in the scanner's middle, so that a single knee has a side too.
+        absolute: whether x is 0 in the scanner's middle, so that a single knee has a side too; not
+            where its titles say the other one.
 
     Returns:
         {"L", "R" or "": [Series, ...]}, and why not, or ''.
@@ -114,8 +127,12 @@ def sides_by_place(series, absolute):
     found = sorted(places(series), key=lambda place: np.mean([centre_of(one) for one in place]))
     if len(found) == 1:
         x = np.mean([centre_of(one) for one in series])
-        side = "" if not absolute or abs(x) < OFF_CENTRE else "L" if x > 0 else "R"
-        return {side: series}, torn_apart(series)
+        said = {one.said for one in series} - {""}
+        if len(said) > 1:
+            return {"": series}, SIDES_MIXED
+        if absolute and abs(x) >= OFF_CENTRE:
+            said.add("L" if x > 0 else "R")
+        return {said.pop() if len(said) == 1 else "": series}, torn_apart(series)
     if not all(same_frame(a, b) for a in series for b in series):
         return {"": series}, (
             "its series have several frames of reference and no laterality, so they may show "
@@ -173,6 +190,7 @@ def split_knees(series, absolute=True):
             homes = list(known)  # it may be the plane that any of them lacks
         for side in homes:
             sides[side].append(one)
+    mark_contradicted(sides)
     order = {id(one): i for i, one in enumerate(series)}
     return {
         side: (sorted(members, key=lambda one: order[id(one)]), reasons.get(side, ""))

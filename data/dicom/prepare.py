@@ -43,7 +43,7 @@ from data.dicom.origin import describe  # noqa: E402
 from data.dicom.serve import run_importer, serve  # noqa: E402
 from data.dicom.studies import Choice, digest_of, find_exams, volumes_of  # noqa: E402
 
-VERSION = "3"  # of what is written from the same files; raise it with every change of the pixels
+VERSION = "4"  # of what is written from the same files; raise it with every change of the pixels
 CONVENTION = """\
 orientation of what is written (the patient's right and left):
   sagittal  rows superior to inferior, columns anterior to posterior, slices right to left

@@ -34,6 +34,7 @@ from data.dicom.words import (
     other_picture,
     says_agent,
     says_t1,
+    side_in,
     words_of,
 )
 
@@ -95,10 +96,11 @@ class Series:
     Array axis a (of `shape`) runs along the unit vector directions[a] (LPS) in steps of spacing[a]
     mm; voxel (0, 0, 0) lies at `origin`. `through` lists the axes along which it may be cut to
     slices. `load` reads the pixels: float32 of `shape`. `side` is its laterality: L,
-    R, B (both) or "". `frame` is its frame of reference, "" if missing: coordinates of two frames
-    cannot be compared. `fault` says why it cannot be used, `doubt` what to warn of where it
-    is; `is_apart` that it is left out, as of another place than its knee's other series. `frames`
-    are the DICOM frames along axis 0, of NIfTI none.
+    R, B (both) or ""; `said` the side that its titles name: L, R or "". `frame` is its frame of
+    reference, "" if missing: coordinates of two frames cannot be compared. `fault` says why it
+    cannot be used, `doubt` what to warn of where it is; `is_apart` that it is left out, as of
+    another place than its knee's other series. `frames` are the DICOM frames along axis 0, of
+    NIfTI none.
     """
 
     file: File
@@ -112,6 +114,7 @@ class Series:
     through: tuple
     load: Callable
     side: str = ""
+    said: str = ""
     frame: str = ""
     fault: str = ""
     doubt: str = ""
@@ -266,6 +269,7 @@ class Header(NamedTuple):
     title: tuple  # series number or None, description
     instance: str  # UID of the image, or ""
     patient: Patient
+    said: str  # the side that its titles name: L, R or ""
     frame: str  # UID of the frame of reference, or ""
     frames: list  # of Frame
     reason: str  # why there are none, or ""
@@ -307,8 +311,12 @@ def part_of(header):
     """The part of the body, "ANKLE", that a header names where it is no knee, or ''."""
     regions = lookup(header, 0, "FrameAnatomySequence", "AnatomicRegionSequence") or ()
     named = [text_of(header, "BodyPartExamined"), *(text_of(r, "CodeMeaning") for r in regions)]
-    series = f"{text_of(header, 'SeriesDescription')} {text_of(header, 'ProtocolName')}"
-    return other_part(" ".join(named), series, text_of(header, "StudyDescription"))
+    return other_part(" ".join(named), titles_of(header), text_of(header, "StudyDescription"))
+
+
+def titles_of(header):
+    """What a series is called: description and protocol."""
+    return f"{text_of(header, 'SeriesDescription')} {text_of(header, 'ProtocolName')}"
 
 
 def why_not(file, header, count):
@@ -374,6 +382,7 @@ def read_header(file, only_knees=True):
             title=title,
             instance=text_of(header, "SOPInstanceUID"),
             patient=Patient(*(text_of(header, name) for name in PATIENT)),
+            said=side_in(titles_of(header)) or side_in(text_of(header, "StudyDescription")),
             frame=text_of(header, "FrameOfReferenceUID"),
             frames=[] if reason else [read_frame(header, file, i) for i in range(count)],
             reason=reason,
@@ -654,6 +663,7 @@ def read_nifti(file):
         origin=affine[:3, 3] * (-1, -1, 1),
         through=through,
         load=functools.partial(read_voxels, file),
+        said=side_in(description),
     )
 
 

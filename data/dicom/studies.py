@@ -48,7 +48,9 @@ CONTRAST_WORD = re.compile(
 )
 NO_SIDE = "left or right knee is not recorded, and right ones have to be mirrored; "
 LATERALITY = "write Laterality into its files (dcmodify -i 0020,0060=L)"
-NO_LATERALITY = "NIfTI does not say: give its DICOM, or take networks of unmirrored knees"
+NO_LATERALITY = (
+    "call it left_knee_sag.nii.gz, say, or give its DICOM; or take networks of unmirrored knees"
+)
 
 
 @dataclass
@@ -313,7 +315,10 @@ def series_of(headers):
     """The headers of one series' files, with a frame at least -> Series, or why it is none."""
     frames = [frame for header in headers for frame in header.frames]
     places = {header.frame for header in headers}
-    return assemble(headers[0].title, frames, places.pop() if len(places) == 1 else "")
+    found = assemble(headers[0].title, frames, places.pop() if len(places) == 1 else "")
+    if isinstance(found, Series):
+        found.said = headers[0].said
+    return found
 
 
 def studies_beside(file, studies):

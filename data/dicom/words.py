@@ -4,6 +4,7 @@ All expressions below match text as `words_of` returns it, but for KNEE and AGEN
 lower-case text.
 """
 
+import itertools
 import re
 import unicodedata
 
@@ -51,6 +52,11 @@ KNEE = re.compile(
     r"knee|knie|kn[äæ]|\bkne\b|genou|rodilla|ginocch|joelho|patell|kolan|kolen|koljen|polvi|põlv|"
     r"genunchi|térd|\bdiz\b|γόνα|γονα|колен|колян|колін|膝|무릎"
 )
+
+LEFT = re.compile(r"left|links|linke[rs]?|gauche|izquierd[ao]|sinistr[ao]|esquerd[ao]")
+RIGHT = re.compile(r"right|rechts|rechte[rs]?|droite?|derech[ao]|destr[ao]|direit[ao]")
+SHORT_SIDES = {"lt": "L", "l": "L", "li": "L", "sx": "L", "rt": "R", "r": "R", "re": "R", "dx": "R"}
+JOINT = re.compile(r"joint|jt|ext|extremity")  # "MRI LOW EXT JT LT": knees are called that, too
 
 
 def words_of(text):
@@ -114,3 +120,16 @@ def other_part(region, series, study):
     else:
         parts = tagged or named or titled
     return parts[0].upper() if parts else ""
+
+
+def side_in(text):
+    """Which knee a title names, L or R; '' for none or both. A short form counts beside a word
+    for the joint alone: "R" is a direction of phases elsewhere, and "RT" a trigger."""
+    words = words_of(text).split()
+    long = {"L": LEFT, "R": RIGHT}
+    said = {side for side in long for word in words if long[side].fullmatch(word)}
+    for pair in itertools.pairwise(words):
+        for word, other in (pair, pair[::-1]):
+            if word in SHORT_SIDES and (names_knee(other) or JOINT.fullmatch(other)):
+                said.add(SHORT_SIDES[word])
+    return said.pop() if len(said) == 1 else ""
