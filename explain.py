@@ -8,7 +8,8 @@ Writes OUT/<exam>-<task>.html (one file, opens without a server or a network, a 
 .png (the slices that count most) and .gif (all slices). With --all it writes OUT/index.html, to
 sort and filter the exams by probability and error, and a page for each; a second run goes on where
 the first one stopped. The maps are exact: summed over all slices, plus the bias, they are the logit
-(MRNet.heat_maps). Research use only, not a medical device.
+(MRNet.heat_maps). Several tasks are joined by + in the page's name. Research use only, not a
+medical device.
 
 OUT/exams.jsonl has a line for each exam of --all: exam, source (its folder), input and model
 (hashes of the exam and of the networks), page, error (what could not be used), tasks, findings

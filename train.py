@@ -105,7 +105,8 @@ def parse_arguments():
     add("--plane-dropout", type=cli.probability, help=drop)
 
     add = parser.add_argument_group("recipe").add_argument
-    recipe = "article: as published; best: better and faster; fast: for a first answer; or a file"
+    recipe = "article: as published; best: better and faster; fast: for a first answer; phantom, "
+    recipe += "rsna: for these; or a TOML file"
     add("--recipe", default=ARTICLE, metavar="NAME|FILE", help=recipe)
     most = "at most; early stopping ends most runs sooner. cosine and one-cycle plan for them"
     add("--epochs", type=cli.positive_int, help=most)
@@ -151,7 +152,7 @@ def parse_arguments():
     cache = "where volumes lie between epochs; auto: on a GPU with room; disk is as fast on a CPU"
     machine.add_argument("--cache", choices=CACHES, default="auto", help=cache)
     graphs = "steps as CUDA graphs; default where volumes are on a GPU (not with several planes, "
-    graphs += "--augment strong, --lr-scheduler one-cycle)"
+    graphs += "--augment strong, --lr-scheduler one-cycle, torchrun)"
     machine.add_argument("--cuda-graphs", action=switch, help=graphs)
 
     add = parser.add_argument_group("files").add_argument

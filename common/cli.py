@@ -128,7 +128,8 @@ def add_parallel_arguments(parser, what, by_default):
         the group's add_argument.
     """
     add = parser.add_argument_group("side by side").add_argument
-    add("--jobs", type=positive_int, help=f"{what} side by side; by default {by_default}")
+    jobs = f"{what} side by side; by default {by_default}; not with --cluster"
+    add("--jobs", type=positive_int, help=jobs)
     threads = "of each process; by default the cores are shared out, and on a cluster one"
     add("--threads", type=positive_int, help=threads)
     each = f"{what} side by side on each GPU"
@@ -181,7 +182,7 @@ def add_recipes_argument(parser):
         nargs="+",
         metavar="RECIPE",
         default=[ARTICLE],
-        help="of the networks, as train.py's --recipe; several: the stack of all of them",
+        help="name of the networks' recipe, as their files have it; several: the stack of all",
     )
 
 

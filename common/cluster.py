@@ -132,8 +132,10 @@ class Machines(NamedTuple):
             bytes_each: memory that each takes on a CPU; by default a training of the article's.
 
         Raises:
-            InputError: as RayJobs, or --fetch without a cluster.
+            InputError: as RayJobs, --fetch without a cluster, or --jobs with one.
         """
+        if self.cluster and self.jobs:
+            raise InputError("--jobs: not with --cluster, which takes as many as it has room for")
         if self.cluster:
             per_gpu = 0 if device == "cpu" else self.jobs_per_gpu
             return RayJobs(self.threads or 1, per_gpu, self.fetch)

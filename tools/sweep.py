@@ -7,9 +7,13 @@
 A sweep is a TOML file: `task`, `planes`, `folds`, `seeds`, `protocol`, perhaps `views` (random
 views of an exam that predictions are averaged over as well), and for each recipe a table
 [recipes.NAME] with what differs from the article's, or from another of the file
-(`like = "NAME"`); sweeps/ has examples. Each network is one run of train.py, as a job of its own;
-every training exam is then predicted by the network that was not trained on it and whose epoch
-other exams selected. Start it again after an interruption: nothing finished is repeated.
+(`like = "NAME"`), and perhaps `planes` of its own ("axial+sagittal" is one network). A task "a+b"
+has one network for both findings. [stacks] names stacks of several recipes:
+`NAME = { recipes = ["a", "b"], features = "logit", average_seeds = true }`. sweeps/ has examples.
+
+Each network is one run of train.py, as a job of its own; every training exam is then predicted by
+the network that was not trained on it and whose epoch other exams selected. Start it again after an
+interruption: nothing finished is repeated.
 
 Writes benchmarks/SWEEP/NAME.json for each recipe, with the whole configuration and for each
 network its out-of-fold logits, time (null where the sweep was killed in between), memory, epoch,

@@ -9,7 +9,7 @@ Writes OUT/<split>/<plane>/0000.npy, uint8 (s, 256, 256). One exam is one knee o
 or one folder of NIfTI files. Numbers go on where those of OUT end, and OUT/exams.csv keeps them: an
 exam that OUT has already keeps its number. OUT/<split>-groups.csv has a number for each patient, so
 that no two folds share one. The output holds pixels, numbers and hashes: no name, date or UID
-leaves the DICOM, and nothing read is ever executed.
+leaves the DICOM but with --id-map, and nothing read is ever executed.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from data.dicom.serve import run_importer, serve  # noqa: E402
 from data.dicom.studies import Choice, digest_of, find_exams, volumes_of  # noqa: E402
 
 VERSION = "4"  # of what is written from the same files; raise it with every change of the pixels
-CONVENTION = """\
+CONVENTION = """
 orientation of what is written (the patient's right and left):
   sagittal  rows superior to inferior, columns anterior to posterior, slices right to left
   coronal   rows superior to inferior, columns right to left, slices anterior to posterior
@@ -255,8 +255,8 @@ def serve_exams(source, out, choice, report):
 
 def parse(argv):
     parser = argparse.ArgumentParser(
-        description="DICOM exams and NIfTI volumes to MRNet's layout. Research use only.",
-        epilog=CONVENTION,
+        description=__doc__.partition("\n\n")[0],
+        epilog=__doc__.partition("\n\n")[2] + CONVENTION,
         formatter_class=Formatter,
     )
     parser.add_argument("source", type=Path, help="folder, zip file, or one .dcm or .nii file")
@@ -268,8 +268,8 @@ def parse(argv):
         default=[],
         metavar="TEXT",
         help="part of a series' description, or its number; may be repeated. Without it, "
-        "fluid-sensitive fat-suppressed series are preferred, then straight ones, then those with "
-        "more slices",
+        "fluid-sensitive fat-suppressed series are preferred, then 2-D ones to 3-D scans, straight "
+        "ones, those with more slices",
     )
     group.add_argument(
         "--square",
@@ -291,7 +291,7 @@ def parse(argv):
         type=Path,
         metavar="CSV",
         help="columns exam,task,label; exam is a folder below SOURCE (of one of two knees: "
-        "folder-L), or the exam's name or number. "
+        "folder-L), or the exam's name or number; label is 0 or 1. "
         "Makes OUT/<split>-<task>.csv",
     )
     group.add_argument(

@@ -25,7 +25,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
 
 from common.errors import InputError  # noqa: E402
-from data.common import write_csv, write_dataset, write_volume  # noqa: E402
+from data.common import Formatter, write_csv, write_dataset, write_volume  # noqa: E402
 
 PLANES = ("axial", "coronal", "sagittal")  # along axis 0, 1, 2 of a volume
 SMALLEST_SIDE = 63  # px; what AlexNet needs
@@ -33,7 +33,9 @@ SMALLEST_SIDE = 63  # px; what AlexNet needs
 
 def parse_arguments():
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__.partition("\n\n")[0],
+        epilog=__doc__.partition("\n\n")[2],
+        formatter_class=Formatter,
     )
     parser.add_argument("source", type=Path, help="a 3-D set's .npz, as downloaded")
     parser.add_argument("out", type=Path, help="data folder to write to")
