@@ -39,7 +39,7 @@ def part_argument(text):
     return Part(int(number), int(of))
 
 
-def digest_of(keys):
+def list_digest(keys):
     """Hash of a list of exams' (source, name), hexadecimal."""
     total = hashlib.blake2b(digest_size=16)
     for source, name in keys:
@@ -54,7 +54,7 @@ def write_part(out, part, keys):
         out: Path of the rows.
         keys: (source, name) of all exams, of every part.
     """
-    about = part._asdict() | {"exams": len(keys), "list": digest_of(keys)}
+    about = part._asdict() | {"exams": len(keys), "list": list_digest(keys)}
     write_text(beside(out), json.dumps(about) + "\n")
 
 
@@ -70,7 +70,7 @@ def beside(out):
     return Path(f"{out}.part.json")
 
 
-class Exam(NamedTuple):
+class ExamRows(NamedTuple):
     """What a part says of one exam."""
 
     key: tuple  # (source, name)
@@ -124,7 +124,7 @@ class Rows:
             ) from None
 
     def exams(self):
-        """Yields an Exam for each."""
+        """Yields an ExamRows for each."""
         with open(self.path, newline="", encoding="utf-8") as file:
             if self.head:
                 file.readline()
@@ -133,10 +133,10 @@ class Rows:
                 members = list(members)
                 _, _, tasks, models, errors = zip(*(fields for fields, _ in members), strict=True)
                 error = next(filter(None, errors), "")
-                yield Exam(key, tasks, models[0], error, [line for _, line in members])
+                yield ExamRows(key, tasks, models[0], error, [line for _, line in members])
 
 
-def in_order(found):
+def sorted_parts(found):
     """The parts of one list by number: list of Rows.
 
     Raises:
@@ -165,7 +165,7 @@ def in_order(found):
 
 
 def merged(parts):
-    """Yields the parts.Exam of every exam in the order of the list.
+    """Yields the ExamRows of every exam in the order of the list.
 
     Raises:
         InputError: a part lacks exams or rows, has others, or was predicted by other networks.
@@ -197,7 +197,7 @@ def merged(parts):
     for one, stream in zip(parts, streams, strict=True):
         if next(stream, None) is not None:
             raise InputError(f"{one.path}: more exams than the list has; run it with --resume")
-    if digest_of(keys) != parts[0].list:
+    if list_digest(keys) != parts[0].list:
         raise InputError("other exams than the list has; run each part again with --resume")
 
 
@@ -211,9 +211,9 @@ def merge(paths, out):
         how many exams have an error.
 
     Raises:
-        InputError: as `in_order` and `merged`; nothing is written.
+        InputError: as `sorted_parts` and `merged`; nothing is written.
     """
-    parts = in_order([Rows(path) for path in paths])
+    parts = sorted_parts([Rows(path) for path in paths])
     heads = {one.head for one in parts}
     if len(heads) > 1:
         raise InputError("the parts have different columns; predict them with the same options")
