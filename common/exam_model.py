@@ -38,7 +38,7 @@ def preparation_of(networks):
     """
     found = {}  # {(name, plane, or "" where it is of all): value}
     for metadata in networks:
-        dataset = metadata.get("dataset") or {}
+        dataset = metadata["dataset"] or {}
         if not dataset.get("orientation"):  # not known, or not of knees
             continue
         mine = {

@@ -18,7 +18,7 @@ from common.devices import autocast
 from common.errors import InputError
 from common.names import column_name, model_path, stack_name, stack_path
 from common.stacking import is_combination_name, load_stack, order_of
-from dataloader import ALL_PLANES, CHANNELS, check_side, in_order, preprocess
+from dataloader import ALL_PLANES, check_side, in_order, preprocess
 from model import BACKBONES
 
 ANY_PLANE = "|".join(sorted(ALL_PLANES, key=len, reverse=True))  # as a regular expression
@@ -190,8 +190,8 @@ def as_network(model, metadata, device):
         model.to(device),
         tuple(metadata["plane"].split("+")),
         metadata["intensity"],
-        metadata.get("channels", CHANNELS[0]),
-        metadata.get("plane_dropout", 0) > 0,
+        metadata["channels"],
+        metadata["plane_dropout"] > 0,
         digest,
     )
 
@@ -234,18 +234,11 @@ def load_task(models_dir, task, device="cpu", recipes=(ARTICLE,)):
                 )
         networks[column] = [as_network(*one, device) for one in loaded]
         for _, metadata in loaded:
-            prevalences.append(prevalence_of(metadata))
-            if metadata.get("dataset") not in datasets:
-                datasets.append(metadata.get("dataset"))
+            prevalences.append(metadata["prevalence"])
+            if metadata["dataset"] not in datasets:
+                datasets.append(metadata["dataset"])
     if stack:
         digests.append(digest_of(stack_path(folder, task, recipes)))
     digest = hashlib.sha256(" ".join(digests).encode()).hexdigest()[:12]
     prevalence = sum(prevalences) / len(prevalences)
     return TaskModels(task, networks, stack, digest, datasets, prevalence)
-
-
-def prevalence_of(metadata):
-    """Mean label of a network's training exams; earlier versions recorded the class weights only:
-    1 for negatives, negatives / positives for positives."""
-    negative, positive = metadata.get("class_weights", (1.0, 1.0))
-    return metadata.get("prevalence", negative / (negative + positive))

@@ -79,7 +79,8 @@ def test_onnxruntime_answers_as_the_stack_does(trained, tmp_path):
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_backbone_pooling_and_number_of_planes(tmp_path, backbone, pooling, channels, planes):
     torch.manual_seed(0)
-    model = build_model({"backbone": backbone, "pooling": pooling}, list(planes)).eval()
+    architecture = {"backbone": backbone, "pooling": pooling, "dropout": 0, "share_backbone": False}
+    model = build_model(architecture, list(planes)).eval()
     network = Network(model, planes, "standardized", channels, False, "")
     # Raises unless onnxruntime answers as torch does, at five sizes.
     export.to_onnx(ExamModel("acl", network).eval(), {}, tmp_path / "model.onnx")

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import metadata_of
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
@@ -42,16 +43,6 @@ from train_logistic_regression import (
 )
 
 PLANES = ("axial", "coronal", "sagittal")
-METADATA = {
-    "task": "acl",
-    "plane": "axial",
-    "intensity": "raw",
-    "protocol": "article",
-    "epoch": 3,
-    "out_of_fold": [],
-    "data": {"valid": "0123456789abcdef"},
-    "metrics": {},
-}
 
 
 def logit(p):
@@ -82,7 +73,7 @@ def a_stack(**more):
     combinations = {planes: one_combination(planes) for planes in combinations_of(PLANES)}
     return {"task": "acl", "features": "probability", "combinations": combinations,
             "base_models": {plane: [f"acl-{plane}.pt"] for plane in PLANES},
-            "digests": {}} | more  # fmt: skip
+            "digests": {}, "thresholds": "chosen on 20 exams"} | more  # fmt: skip
 
 
 def test_every_set_of_planes():
@@ -303,26 +294,9 @@ def test_a_stack_is_read_as_it_was_written(tmp_path):
     assert path.read_text().endswith("}\n")
 
 
-def test_stacks_of_earlier_versions(tmp_path):
-    path = stack_path(tmp_path, "acl")
-    earlier = a_stack()
-    for combination in earlier["combinations"].values():
-        del combination["columns"]
-    path.write_text(json.dumps({"format": "mrnet-stack-3"} | earlier))
-    assert load_stack(tmp_path, "acl") == a_stack(format="mrnet-stack-3")
-    earlier["members"] = earlier.pop("base_models")
-    for version in ("mrnet-stack-1", "mrnet-stack-2"):
-        path.write_text(json.dumps({"format": version} | earlier))
-        assert load_stack(tmp_path, "acl") == a_stack(format=version)
-    path.write_text(json.dumps({"format": "mrnet-stack-2"} | earlier | {"features": "logit"}))
-    load_stack(tmp_path, "acl")
-    path.write_text(json.dumps({"format": "mrnet-stack-1"} | earlier | {"features": "logit"}))
-    with pytest.raises(InputError, match="rounded logits.*--task acl --features logit` again"):
-        load_stack(tmp_path, "acl")
-
-
 def faulty_stacks():
-    yield {"format": "mrnet-stack-0"}
+    for version in (1, 4, 99):
+        yield {"format": f"mrnet-stack-{version}"}
     yield {"task": "meniscus"}
     yield {"features": "other"}
     yield {"combinations": {}}
@@ -330,6 +304,7 @@ def faulty_stacks():
     for name in ("../acl-axial.pt", "acl-axial.zip", 7):
         yield {"base_models": a_stack()["base_models"] | {"axial": [name]}}
     yield {"digests": []}
+    yield {"thresholds": None}
     bad = ({"coefficients": [1.0, 2.0]}, {"coefficients": ["1"]}, {"intercept": math.nan},
            {"threshold": math.inf}, {"threshold": True}, {"coefficients": None},
            {"columns": ["axial-other"]}, {"columns": []})  # fmt: skip
@@ -343,7 +318,7 @@ def faulty_stacks():
 def test_a_damaged_stack_is_named(tmp_path, change):
     path = stack_path(tmp_path, "acl")
     path.write_text(json.dumps({"format": stacking.FORMAT} | a_stack() | change))
-    with pytest.raises(InputError, match="acl-stack.json: damaged, or not a stack of acl"):
+    with pytest.raises(InputError, match=f"{path}: damaged, of another version, or not a stack"):
         load_stack(tmp_path, "acl")
 
 
@@ -355,7 +330,7 @@ def test_no_stack_says_what_makes_one(tmp_path):
 def write_models(folder, *names, dataset=None):
     for name in names:
         task, plane, *_ = name.split("-")
-        metadata = METADATA | {"task": task, "plane": plane, "dataset": dataset}
+        metadata = metadata_of(task, plane, intensity="raw", dataset=dataset)
         save_model(folder / f"{name}.pt", MRNet(), metadata)
 
 
