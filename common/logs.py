@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from common import ranks
-from common.metrics import mean_of, roc_auc
+from common.engine import mean_of
+from common.metrics import roc_auc
 from dataloader import is_positive
 
 

@@ -198,13 +198,11 @@ def threshold_for(labels, probabilities, tuning, sensitivity=None):
     Args:
         labels, probabilities: (n,).
         tuning: bool (n,), the exams to choose on; all of them if these are not of both classes.
-        sensitivity: to reach on these exams; None for the greatest sensitivity + specificity.
+        sensitivity: as `choose_threshold` takes it.
     """
     if of_both_classes(labels[tuning]):
         labels, probabilities = labels[tuning], probabilities[tuning]
-    if sensitivity is None:
-        return choose_threshold(labels, probabilities)
-    return choose_threshold(labels, probabilities, "sensitivity", sensitivity)
+    return choose_threshold(labels, probabilities, sensitivity)
 
 
 def of_both_classes(labels):

@@ -9,8 +9,8 @@ import torch
 
 from common.checkpoint import STATE_FORMAT, load_model, read_checkpoint, write_checkpoint
 from common.config import PLANNED
+from common.engine import mean_of
 from common.errors import InputError
-from common.metrics import mean_of
 from common.optimization import steps_with_optimizer
 
 SELECTIONS = ("auc", "last")  # which epoch's network is saved
