@@ -519,7 +519,7 @@ def space_to_depth_convolution(x, conv):
     return F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, conv.bias)
 
 
-def upsample_maps(maps, height, width, backbone="alexnet"):
+def upsample_maps(maps, height, width, backbone):
     """Heat maps resampled to the size of the slices, bilinearly.
 
     Each cell is placed at the centre of its receptive field, cell_step * i + cell_first px:

@@ -110,7 +110,7 @@ def explain_mistakes(results, data_dir, why, pages, out):
     try:
         if not why:
             device = pick_device("auto")
-            models = load_task(results.folder, results.task, device, results.content["recipes"])
+            models = load_task(results.folder, results.task, results.content["recipes"], device)
             exams = FolderExams(data_dir)
             keys = {name.lstrip("0") or "0": (source, name) for source, name in exams
                     if source == "valid"}  # fmt: skip

@@ -301,7 +301,7 @@ def save_stack(path, stack):
     write_text(path, json.dumps({"format": FORMAT, **stack}, indent=2) + "\n")
 
 
-def load_stack(models_dir, task, recipes=(ARTICLE,)):
+def load_stack(models_dir, task, recipes):
     """A task's stack.
 
     Returns:

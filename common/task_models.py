@@ -1,7 +1,7 @@
 """The trained networks of a finding and their stack, loaded to answer about exams.
 
 from common.task_models import load_task
-models = load_task("models", "acl")
+models = load_task("models", "acl", ["article"])
 logits = models.logits({"sagittal": volume}, torch.device("cpu"), "fp32", {})
 """
 
@@ -152,7 +152,7 @@ class TaskModels(NamedTuple):
         }
 
 
-def saved_tasks(models_dir, recipes=(ARTICLE,)):
+def saved_tasks(models_dir, recipes):
     """Names of the tasks that have a stack or a model of some recipes, sorted.
 
     Raises:
@@ -196,7 +196,7 @@ def as_network(model, metadata, device):
     )
 
 
-def load_task(models_dir, task, device="cpu", recipes=(ARTICLE,)):
+def load_task(models_dir, task, recipes, device="cpu"):
     """The networks of a task, on `device`, and its stack if there is one: TaskModels.
 
     Args:

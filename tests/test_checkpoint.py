@@ -93,7 +93,7 @@ def test_array_unpickler_admits_arrays_only(tmp_path):
 
 def test_imagenet_features_are_the_published_numbers():
     try:
-        features = weights.imagenet_features()
+        features = weights.imagenet_features("alexnet")
     except InputError as error:
         pytest.skip(f"no cache and no network: {error}")
     np.testing.assert_allclose(
@@ -109,7 +109,7 @@ def test_without_weights_the_run_stops(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(weights, "sources", lambda backbone: {"nowhere": refused})
     with pytest.raises(InputError, match="no route to host.*--no-pretrained"):
-        weights.imagenet_features()
+        weights.imagenet_features("alexnet")
 
 
 def test_atomic_keeps_the_old_file_on_failure(tmp_path):

@@ -161,7 +161,7 @@ def named(name, read, *more):
 
 def read_stack(path):
     (path.parent / "acl-stack.json").write_bytes(path.read_bytes())
-    stack = load_stack(path.parent, "acl")
+    stack = load_stack(path.parent, "acl", ["article"])
     for planes in stack["combinations"]:
         columns = dict.fromkeys(stack["base_models"], np.array([[0.3, 2.0]]))
         stacking.combine(stack, planes.split("+"), columns)
