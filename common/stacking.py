@@ -21,12 +21,11 @@ import numpy as np
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
-from common.config import ARTICLE
 from common.engine import sigmoid
 from common.errors import InputError
 from common.files import write_text
 from common.metrics import choose_threshold
-from common.names import stack_path
+from common.names import ARTICLE, stack_path
 from dataloader import ALL_PLANES, in_order
 
 FORMAT = "mrnet-stack-5"

@@ -13,10 +13,9 @@ from typing import NamedTuple
 import torch
 
 from common.checkpoint import body_digest, digest_of, load_model
-from common.config import ARTICLE
 from common.devices import autocast
 from common.errors import InputError
-from common.names import column_name, model_path, stack_name, stack_path
+from common.names import ARTICLE, column_name, model_path, stack_name, stack_path
 from common.stacking import is_combination_name, load_stack, order_of
 from dataloader import ALL_PLANES, check_side, in_order, preprocess
 from model import BACKBONES

@@ -30,8 +30,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
 
 from common.errors import InputError  # noqa: E402
+from common.files import write_csv  # noqa: E402
 from common.pickles import ArrayUnpickler, PickledArray  # noqa: E402
-from data.common import Report, to_square, window, write_csv, write_dataset, write_volume  # noqa: E402
+from data.common import Report, to_square, window, write_dataset, write_volume  # noqa: E402
 
 GROUPS = "groups"
 TASKS = {"acl": 0, "acl-complete": 1}  # positive above this aclDiagnosis (0, 1 partial, 2 complete)
