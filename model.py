@@ -231,13 +231,13 @@ class MRNet(nn.Module):
     def exam_features(self, x):
         """One exam -> its features, `x` as in `forward`: float32 (1, channels)."""
         x = x.reshape(-1, *x.shape[-3:])  # (1, s, c, H, W) -> (s, c, H, W)
-        slices = self.slice_features(self.feature_maps(x))  # (s, 256)
+        slices = self.slice_features(self.feature_maps(x))  # (s, channels)
         if self.pooling == "max":
-            return slices.amax(dim=0, keepdim=True)  # (s, 256) -> (1, 256)
+            return slices.amax(dim=0, keepdim=True)  # (s, channels) -> (1, channels)
         return (slices * self.slice_weights(slices)).sum(dim=0, keepdim=True)
 
     def feature_maps(self, x):
-        """Last feature maps of each slice: (s, 1 or 3, H, W) -> (s, 256, h, w)."""
+        """Last feature maps of each slice: (s, 1 or 3, H, W) -> (s, channels, h, w)."""
         if self.scale is not None:
             x = x * self.scale + self.offset  # one channel becomes three that differ
         chunks = self.chunks((x.shape[0], *x.shape[2:]), x.device)
@@ -258,10 +258,10 @@ class MRNet(nn.Module):
         return math.ceil(math.prod(shape) * BACKBONES[self.backbone].activations / most)
 
     def slice_features(self, maps):
-        """Global average of feature maps, in fp32: (s, 256, h, w) -> (s, 256)."""
+        """Global average of feature maps, in fp32: (s, channels, h, w) -> (s, channels)."""
         # In fp32 even after bf16 convolutions: free, and the maximum is precise.
         maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
-        return self.pooling_layer(maps).flatten(1)  # (s, 256, 1, 1) -> (s, 256)
+        return self.pooling_layer(maps).flatten(1)  # (s, channels, 1, 1) -> (s, channels)
 
     def slice_weights(self, slices):
         """What each slice counts in each exam feature; each channel's weights sum to 1.
@@ -292,8 +292,8 @@ class MRNet(nn.Module):
         Returns:
             float32 (s, h, w); and their exact sum, computed from the pooled features: ().
         """
-        slices = self.slice_features(maps)  # (s, 256)
-        weights = self.slice_weights(slices) * weight  # (s, 256)
+        slices = self.slice_features(maps)  # (s, channels)
+        weights = self.slice_weights(slices) * weight  # (s, channels)
         cells = maps.shape[2] * maps.shape[3]
         # No matrix product: autocast would round it to bf16, and the sum would not be exact.
         parts = (maps * (weights / cells).expand_as(slices)[:, :, None, None]).sum(dim=1)
@@ -519,7 +519,7 @@ def space_to_depth_convolution(x, conv):
     return F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, conv.bias)
 
 
-def upsample_maps(maps, height, width, backbone="alexnet"):
+def upsample_maps(maps, height, width, backbone):
     """Heat maps resampled to the size of the slices, bilinearly.
 
     Each cell is placed at the centre of its receptive field, cell_step * i + cell_first px:

@@ -466,7 +466,7 @@ def print_models(models):
     for dataset in cli.describe_datasets(models.datasets):
         print(f"{models.task:<10} trained on {dataset}")
     if models.stack:
-        threshold = models.stack.get("thresholds", "chosen on training predictions")
+        threshold = models.stack["thresholds"]
         print(f"{'':<10} threshold {one_line(threshold)}")
 
 

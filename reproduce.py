@@ -23,13 +23,21 @@ from pathlib import Path
 
 from common import cli
 from common.cluster import Machines
-from common.config import ARTICLE, THE_ARTICLES, read_recipe
+from common.config import THE_ARTICLES, read_recipe
 from common.datasets import all_tasks, trainable_planes
 from common.description import read_own_labels
 from common.errors import Interrupted, RunError
 from common.files import write_text
 from common.jobs import ROOT, Job, bytes_of_a_job, failures
-from common.names import column_name, folds_path, list_runs, model_path, results_path, state_path
+from common.names import (
+    ARTICLE,
+    column_name,
+    folds_path,
+    list_runs,
+    model_path,
+    results_path,
+    state_path,
+)
 from common.report import read_all, write_report
 from common.table import markdown
 

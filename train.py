@@ -43,14 +43,14 @@ from common.checkpoint import (
     lock,
     save_model,
 )
-from common.config import ARTICLE, THE_ARTICLES, Config, read_recipe, selection_note
+from common.config import THE_ARTICLES, Config, read_recipe, selection_note
 from common.datasets import all_tasks, load_exams
 from common.devices import CACHES, cache_volumes, pick_device, pick_precision
 from common.errors import Interrupted, RunError
 from common.graphs import GraphedStep, use_graphs
 from common.logs import Epoch, TrainingLog, heads_of_epochs, history_of, new_log_dir
 from common.metrics import auc_interval
-from common.names import column_name, folds_path, model_path, state_path
+from common.names import ARTICLE, column_name, folds_path, model_path, state_path
 from common.optimization import (
     OPTIMIZERS,
     SCHEDULERS,

@@ -25,7 +25,7 @@ def load_tasks(models_dir, names, device, recipes):
         InputError: as `task_models.load_task`.
     """
     names = sorted(set(names)) if names else saved_tasks(models_dir, recipes)
-    return [load_task(models_dir, name, device, recipes) for name in names]
+    return [load_task(models_dir, name, recipes, device) for name in names]
 
 
 @contextmanager

@@ -11,12 +11,13 @@ import io
 import os
 import pickle
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from common import ranks
-from common.config import ARTICLE, THE_ARTICLES
+from common.config import THE_ARTICLES, Config
 from common.description import is_dataset
 from common.errors import InputError, one_line
 from common.files import held, remove_leftovers, write_bytes
@@ -24,26 +25,29 @@ from common.names import column_name, state_path
 from dataloader import ALL_PLANES, CHANNELS, INTENSITIES
 from model import POOLINGS, MRNet, MultiPlaneMRNet
 
-FORMAT = "mrnet-model-2"
-STATE_FORMAT = "mrnet-training-2"
-# Names that earlier versions of each format used: {format: {their name: ours}}.
-EARLIER = {
-    FORMAT: {"mrnet-model-1": {"about": "metadata", "held_out": "out_of_fold",
-                               "choose": "selection"}},
-    STATE_FORMAT: {"mrnet-training-1": {"recipe": "config", "choose": "selection",
-                                        "part": "partial_epoch"}},
-}  # fmt: skip
+FORMAT = "mrnet-model-3"
+STATE_FORMAT = "mrnet-training-3"
 # What a network is built from, and must be saved with its weights.
 ARCHITECTURE = ("backbone", "pooling", "dropout", "share_backbone")
 # What the metadata of every saved model has; train.py writes more.
 METADATA = {
     "task": str,
     "plane": str,
+    "recipe": str,
+    "architecture": dict,  # as `build_model` takes it
     "intensity": str,
+    "channels": str,
+    "plane_dropout": (int, float),
     "protocol": str,
+    "seed": int,
+    "fold": int,
     "epoch": int,
     "out_of_fold": list,  # ids of training exams that it was not trained on
+    "tuning": list,  # ids of training exams that were kept to select the epoch
+    "arguments": dict,  # as Config names them
+    "prevalence": float,  # mean label of the training exams
     "data": dict,  # fingerprints of the exams
+    "dataset": (dict, type(None)),  # content of dataset.json
     "metrics": dict,
 }
 
@@ -52,7 +56,7 @@ def read_checkpoint(path, expected=FORMAT):
     """A dict of tensors, numbers and strings that `write_checkpoint` wrote.
 
     Args:
-        expected: its format; earlier versions of it are read too.
+        expected: its format.
 
     Raises:
         InputError: missing, damaged, or of another format.
@@ -72,22 +76,12 @@ def read_checkpoint(path, expected=FORMAT):
         raise InputError(
             f"{path}: damaged, or not a saved model ({why}); delete it and train again"
         ) from None
-    if isinstance(content, dict) and content.get("format") == expected:
-        return content
-    for earlier, names in EARLIER.get(expected, {}).items():
-        if isinstance(content, dict) and content.get("format") == earlier:
-            return renamed(content, names) | {"format": expected}
-    raise InputError(f"{path}: not a {expected} file; it was made by another program or version")
-
-
-def renamed(content, names):
-    """A dict with some keys renamed, in nested dicts too."""
-    if not isinstance(content, dict):
-        return content
-    return {
-        names.get(key, key) if isinstance(key, str) else key: renamed(value, names)
-        for key, value in content.items()
-    }
+    if not isinstance(content, dict) or content.get("format") != expected:
+        raise InputError(
+            f"{path}: not a {expected} file; it was made by another program or version, delete it "
+            "and train again"
+        )
+    return content
 
 
 def write_checkpoint(path, content):
@@ -188,15 +182,16 @@ def load_model(path, task=None, column=None):
     content = read_checkpoint(path)
     try:
         metadata = content["metadata"]
+        metadata["arguments"] = recorded(metadata["arguments"])
         is_valid = is_metadata(metadata)
-        model = build_model(metadata.get("architecture", {}), metadata["plane"].split("+"))
+        model = build_model(metadata["architecture"], metadata["plane"].split("+"))
         model.load_state_dict(content["model"])
         is_valid = is_valid and all(bool(torch.isfinite(w).all()) for w in model.parameters())
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
         is_valid = False
     if not is_valid:
         raise InputError(f"{path}: incomplete model file; delete it and train again")
-    found = column_name(metadata["plane"], metadata.get("recipe", ARTICLE))
+    found = column_name(metadata["plane"], metadata["recipe"])
     if (task or metadata["task"], column or found) != (metadata["task"], found):
         raise InputError(
             f"{path}: a model of {one_line(metadata['task'])}, {one_line(found)}, not "
@@ -209,8 +204,7 @@ def build_model(architecture, planes, features=None, tasks=1):
     """A network with random weights, or ImageNet's in its backbones.
 
     Args:
-        architecture: dict with `backbone`, `pooling`, `dropout`, `share_backbone`, as in Config;
-            without a name of them, the article's.
+        architecture: dict with `backbone`, `pooling`, `dropout`, `share_backbone`, as in Config.
         planes: list; a MultiPlaneMRNet for several.
         features: state dict of the backbone, or None.
         tasks: number of findings.
@@ -218,7 +212,6 @@ def build_model(architecture, planes, features=None, tasks=1):
     Raises:
         KeyError, ValueError: no such backbone or pooling.
     """
-    architecture = {name: THE_ARTICLES[name] for name in ARCHITECTURE} | architecture
     backbone, pooling = architecture["backbone"], architecture["pooling"]
     if pooling not in POOLINGS:
         raise ValueError(f"no such pooling: {pooling}")
@@ -240,18 +233,15 @@ def is_metadata(content):
     return (
         all(isinstance(content[name], kind) for name, kind in METADATA.items())
         and set(content["plane"].split("+")) <= set(ALL_PLANES)
-        and isinstance(content.get("recipe", ARTICLE), str)
+        and {field.name for field in fields(Config)} <= content["arguments"].keys()
         and content["intensity"] in INTENSITIES
-        and content.get("channels", CHANNELS[0]) in CHANNELS
+        and content["channels"] in CHANNELS
         and "valid" in content["data"]
         and all(isinstance(exam_id, str) for exam_id in content["out_of_fold"])
-        and (content.get("dataset") is None or is_dataset(content["dataset"]))
+        and (content["dataset"] is None or is_dataset(content["dataset"]))
     )
 
 
 def recorded(config):
-    """Arguments as an earlier version recorded them, with what it did not know: the article's."""
-    config = dict(THE_ARTICLES) | {"recipe": ARTICLE} | (config if isinstance(config, dict) else {})
-    if isinstance(config["augment"], bool):
-        config["augment"] = "article" if config["augment"] else "none"
-    return config
+    """A training's arguments as a file holds them, with the article's for options that came later."""
+    return THE_ARTICLES | config

@@ -41,7 +41,6 @@ JOINT_PLACES, REPORT_NUMBER = 350, 399
 SIDE_WORDS = {"L": "left ", "R": "right "}
 LO = 64  # characters of a description
 BURNT_IN = "RESEARCH USE ONLY"
-ONE_REPORT = "report.dcm"  # of all tasks, as earlier versions wrote it
 # Attributes of patient and study that must be there and may be empty.
 TYPE_2 = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate",
           "StudyTime", "AccessionNumber", "ReferringPhysicianName")  # fmt: skip
@@ -177,8 +176,7 @@ def remove_others(folder, tasks, written):
             path.unlink()
             with suppress(OSError):  # something else lies there
                 path.parent.rmdir()
-    reports = {folder / report_name(task) for task in tasks}
-    for path in (reports | {folder / ONE_REPORT}) - set(written):
+    for path in {folder / report_name(task) for task in tasks} - set(written):
         path.unlink(missing_ok=True)
 
 

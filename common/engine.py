@@ -204,6 +204,14 @@ def metrics_of(names, labels, logits, losses):
     return metrics
 
 
+def mean_of(metrics):
+    """The mean over findings: {finding: {"loss", "auc"}} -> {"loss", "auc"}, of those that are
+    defined; NaN where none is."""
+    found = {name: np.array([one[name] for one in metrics.values()]) for name in ("loss", "auc")}
+    known = {name: values[~np.isnan(values)] for name, values in found.items()}
+    return {name: float(x.mean()) if len(x) else float("nan") for name, x in known.items()}
+
+
 def sigmoid(logits):
     """Probabilities of logits, float64."""
     return expit(np.asarray(logits, np.float64))

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from common.checkpoint import load_model
-from common.config import ARTICLE
 from common.description import contrast
 from common.errors import InputError, one_line
 from common.names import stack_path
@@ -38,7 +37,7 @@ def preparation_of(networks):
     """
     found = {}  # {(name, plane, or "" where it is of all): value}
     for metadata in networks:
-        dataset = metadata.get("dataset") or {}
+        dataset = metadata["dataset"] or {}
         if not dataset.get("orientation"):  # not known, or not of knees
             continue
         mine = {
@@ -162,13 +161,13 @@ class StackModel(nn.Module):
         return score.sigmoid().float()
 
 
-def load_stack_model(models_dir, task, recipes=(ARTICLE,)):
+def load_stack_model(models_dir, task, recipes):
     """The StackModel of a finding, in evaluation mode on the CPU.
 
     Raises:
         InputError: no stack, none of all planes, or as `task_models.load_task`.
     """
-    models = load_task(models_dir, task, recipes=recipes)
+    models = load_task(models_dir, task, recipes)
     if models.stack is None:
         raise InputError(f"{models_dir}: {task} has no stack; run train_logistic_regression.py")
     if (whole := "+".join(models.planes)) not in models.stack["combinations"]:

@@ -204,7 +204,7 @@ def read_planes(exam, models, read=None):
     return volumes, unusable
 
 
-def refuse_unfit(models, datasets, allow_synthetic, shown=PLANES):
+def refuse_unfit(models, datasets, allow_synthetic, shown):
     """Refuse exams that the networks of a task have no answer for.
 
     Args:

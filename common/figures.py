@@ -162,7 +162,7 @@ def heat_colours():
     return (matplotlib.colormaps["managua_r"](np.linspace(0, 1, 256))[:, :3] * 255).astype(np.uint8)
 
 
-def overlay(volume, maps, backbone="alexnet", scale=None):
+def overlay(volume, maps, backbone, scale=None):
     """Slices with their heat maps on top, as strong as OPACITY where the map is strongest.
 
     Args:

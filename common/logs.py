@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from common import ranks
-from common.metrics import mean_of, roc_auc
+from common.engine import mean_of
+from common.metrics import roc_auc
 from dataloader import is_positive
 
 
@@ -123,7 +124,7 @@ class TrainingLog:
             writer.__exit__(*error)
 
     def add_images(self, title, slices, epoch, dataformats="NCHW"):
-        """Slices as pictures: float 0..1 (s, 1, H, W), or uint8 (s, H, W, 3) as "NHWC"."""
+        """Slices as pictures: float 0..1 (s, 1 or 3, H, W), or uint8 (s, H, W, 3) as "NHWC"."""
         self.writer.add_images(title, slices, epoch, dataformats=dataformats)
 
     def add_steps(self, epoch, labels, logits, losses):

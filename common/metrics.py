@@ -22,6 +22,7 @@ from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_s
 
 from common.errors import MetricError, OneClassError
 
+LEVEL = 0.95  # of confidence intervals
 RESAMPLES = 2000  # of the bootstrap: the default of pROC (Robin et al. 2011)
 ECE_BINS = 10
 ROUNDING = 1e-12  # part of a variance that is none
@@ -92,10 +93,10 @@ def roc_auc(labels, scores):
     return float(roc_auc_score(positive, scores))
 
 
-def auc_interval(labels, scores, level=0.95, method="delong", resamples=RESAMPLES, seed=0):
+def auc_interval(labels, scores):
     """AUC with its confidence interval, an Interval within [0, 1] that contains the estimate.
 
-    "delong": the variance of DeLong et al. (Biometrics 1988), by the midranks of Sun & Xu (IEEE
+    The variance is that of DeLong et al. (Biometrics 1988), by the midranks of Sun & Xu (IEEE
     Signal Process. Lett. 2014), on the logit scale, which keeps coverage near AUC 1 (Qin &
     Hotilovac, Stat. Methods Med. Res. 2008; Perme & Manevski, same journal, 2019). The quantile
     is Student's with one degree of freedom less than the smaller class has exams, the lower limit
@@ -106,28 +107,13 @@ def auc_interval(labels, scores, level=0.95, method="delong", resamples=RESAMPLE
     takes its variance from AUC and class sizes alone. It is cautious: a perfect ranking can have
     a lower bound below that of a nearly perfect one.
 
-    "bootstrap": percentiles over stratified resamples of the exams. Too narrow with few exams, the
-    more so near AUC 1: a perfect ranking stays perfect in every resample, which gives [1, 1].
-
-    Raises MetricError for bad arrays or arguments, OneClassError when the AUC is undefined.
+    Raises MetricError for bad arrays, OneClassError when the AUC is undefined.
     """
-    _check_level(level)
     positive, scores = _checked(labels, scores, both_classes=True)
-    if method == "delong":
-        return _delong_interval(*_placements(positive, scores), level)
-    if method != "bootstrap":
-        raise MetricError(f"method is 'delong' or 'bootstrap', not {method!r}")
-    auc = float(roc_auc_score(positive, scores))
-    resampled = []
-    for positives, negatives in _resampled_counts(positive, scores, resamples, seed):
-        below = negatives.cumsum(axis=1) - negatives / 2  # (r, k): a tie counts half
-        resampled.append((positives * below).sum(axis=1))  # (r, k) -> (r,)
-    pairs = positive.sum() * (~positive).sum()
-    low, high = np.quantile(np.concatenate(resampled) / pairs, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(auc, min(float(low), auc), max(float(high), auc))
+    return _delong_interval(*_placements(positive, scores))
 
 
-def mean_auc_interval(labels, scores, level=0.95):
+def mean_auc_interval(labels, scores):
     """Mean AUC over several findings of the same exams, an Interval.
 
     Each finding's own limits (`auc_interval`'s, which hold with few positives and at AUC 1) are
@@ -143,7 +129,6 @@ def mean_auc_interval(labels, scores, level=0.95):
 
     Raises MetricError for bad arrays, OneClassError when the AUC of a finding is undefined.
     """
-    _check_level(level)
     labels, scores = np.asarray(labels, np.float64), np.asarray(scores, np.float64)
     if labels.shape != scores.shape or labels.ndim != 2 or not labels.shape[1]:
         raise MetricError(f"labels {labels.shape} and scores {scores.shape} are not (n, findings)")
@@ -152,7 +137,7 @@ def mean_auc_interval(labels, scores, level=0.95):
     for k, rows in enumerate(known.T):
         positive, of_finding = _checked(labels[rows, k], scores[rows, k], both_classes=True)
         placements = _placements(positive, of_finding)
-        intervals.append(_delong_interval(*placements, level))
+        intervals.append(_delong_interval(*placements))
         rows = np.flatnonzero(rows)
         influences[rows[positive], k], influences[rows[~positive], k] = _influences(*placements)
     deviations = np.linalg.norm(influences, axis=0)
@@ -168,15 +153,15 @@ def mean_auc_interval(labels, scores, level=0.95):
     return Interval(mean, max(mean - below, 0.0), min(mean + above, 1.0))
 
 
-def auc_difference(labels, scores_a, scores_b, level=0.95):
+def auc_difference(labels, scores_a, scores_b):
     """AUC of a minus AUC of b on the same exams: DeLong's paired test (Biometrics 1988).
 
     The `mean_auc_difference` of one run each.
     """
-    return mean_auc_difference(labels, [scores_a], [scores_b], level=level)
+    return mean_auc_difference(labels, [scores_a], [scores_b])
 
 
-def mean_auc_difference(labels, runs_a, runs_b, level=0.95):
+def mean_auc_difference(labels, runs_a, runs_b):
     """Mean AUC of some runs a minus that of as many runs b, run by run on the same exams.
 
     A run is a training with a seed and folds of its own. DeLong's variance of the mean over the
@@ -196,9 +181,8 @@ def mean_auc_difference(labels, runs_a, runs_b, level=0.95):
     Args:
         runs_a, runs_b: scores (runs, n).
 
-    Raises MetricError for bad arrays or arguments, OneClassError when the AUC is undefined.
+    Raises MetricError for bad arrays, OneClassError when the AUC is undefined.
     """
-    _check_level(level)
     positive, *scores = _checked(labels, *runs_a, *runs_b, both_classes=True)
     count = len(runs_a)
     scores = scores[:count], scores[count:]
@@ -211,13 +195,13 @@ def mean_auc_difference(labels, runs_a, runs_b, level=0.95):
     if variance == 0 and not all(
         np.array_equal(rankdata(x), rankdata(y)) for x, y in zip(*scores, strict=True)
     ):
-        quantile = float(norm.ppf((1 + level) / 2))
-        below, above = (side / quantile for side in _independent_distances(a, b, level))
+        quantile = float(norm.ppf((1 + LEVEL) / 2))
+        below, above = (side / quantile for side in _independent_distances(a, b))
     each = [_mean_auc(*x) - _mean_auc(*y) for x, y in zip(*placements, strict=True)]
     of_runs = float(np.var(each, ddof=1)) / count if count > 1 else 0.0
     below, above = (_with_runs(side**2, of_runs, count) for side in (below, above))
     low, high = (
-        error * float(student.isf((1 - level) / 2, free)) for error, free in (below, above)
+        error * float(student.isf((1 - LEVEL) / 2, free)) for error, free in (below, above)
     )
     error, free = below if difference > 0 else above  # the side where 0 lies
     p = float(2 * student.sf(abs(difference) / error, free)) if error else 1.0
@@ -241,9 +225,8 @@ def holm(p_values):
     return adjusted[np.argsort(order)]
 
 
-def wilson_interval(successes, n, level=0.95):
+def wilson_interval(successes, n, level=LEVEL):
     """A proportion with Wilson's interval (JASA 1927), from scipy; n at least 1."""
-    _check_level(level)
     if n < 1 or not 0 <= successes <= n:
         raise MetricError(f"no proportion: {successes} successes of {n}")
     low, high = binomtest(int(successes), int(n)).proportion_ci(level, method="wilson")
@@ -252,7 +235,7 @@ def wilson_interval(successes, n, level=0.95):
     return Interval(float(value), float(min(low, value)), float(max(high, value)))
 
 
-def operating_point(labels, scores, threshold, level=0.95):
+def operating_point(labels, scores, threshold):
     """Sensitivity, specificity and accuracy with Wilson intervals; positive is score >= threshold.
 
     Raises MetricError for bad arrays or arguments, OneClassError when one of them is undefined.
@@ -265,9 +248,9 @@ def operating_point(labels, scores, threshold, level=0.95):
     fp, tn = int((called & ~positive).sum()), int((~called & ~positive).sum())
     return OperatingPoint(
         float(threshold),
-        wilson_interval(tp, tp + fn, level),
-        wilson_interval(tn, tn + fp, level),
-        wilson_interval(tp + tn, len(scores), level),
+        wilson_interval(tp, tp + fn),
+        wilson_interval(tn, tn + fp),
+        wilson_interval(tp + tn, len(scores)),
         tp,
         fp,
         tn,
@@ -275,28 +258,28 @@ def operating_point(labels, scores, threshold, level=0.95):
     )
 
 
-def choose_threshold(labels, scores, rule="youden", sensitivity=0.95):
+def choose_threshold(labels, scores, sensitivity=None):
     """A threshold for operating_point, always one of the scores, so finite.
 
     **Never choose it on the exams it is reported on**: that makes both look better than they are.
-    "youden": largest sensitivity + specificity (Youden, Cancer 1950); of equals the one with more
-    sensitivity. "sensitivity": the highest threshold that reaches the wanted sensitivity, and so
-    the best specificity that goes with it.
+
+    Args:
+        sensitivity: the highest threshold that reaches it, and so the best specificity that goes
+            with it; None for the largest sensitivity + specificity (Youden, Cancer 1950), of equals
+            the one with more sensitivity.
 
     Raises MetricError for bad arrays or arguments, OneClassError when the ROC is undefined.
     """
     positive, scores = _checked(labels, scores, both_classes=True)
     fpr, tpr, thresholds = roc_curve(positive, scores, drop_intermediate=False)
     fpr, tpr, thresholds = fpr[1:], tpr[1:], thresholds[1:]  # the first is inf: nobody positive
-    if rule == "youden":
+    if sensitivity is None:
         gain = tpr - fpr
         chosen = np.flatnonzero(np.isclose(gain, gain.max(), rtol=0, atol=1e-12))[-1]
-    elif rule == "sensitivity":
-        if not 0 < sensitivity <= 1:
-            raise MetricError(f"a wanted sensitivity is in (0, 1], not {sensitivity}")
+    elif 0 < sensitivity <= 1:
         chosen = np.flatnonzero(tpr >= sensitivity - 1e-12)[0]  # 19 of 20 is 0.95, rounded or not
     else:
-        raise MetricError(f"rule is 'youden' or 'sensitivity', not {rule!r}")
+        raise MetricError(f"a wanted sensitivity is in (0, 1], not {sensitivity}")
     return float(thresholds[chosen])
 
 
@@ -318,7 +301,7 @@ def average_precision(labels, scores):
     return float(average_precision_score(positive, scores))
 
 
-def calibration_curve(labels, probabilities, bins=ECE_BINS, level=0.95):
+def calibration_curve(labels, probabilities, bins=ECE_BINS):
     """The points of a reliability diagram, with what scikit-learn's leaves out: counts, intervals.
 
     Bins are equally wide, each without its lower edge (0 belongs to the first), as in Guo et al.
@@ -337,7 +320,7 @@ def calibration_curve(labels, probabilities, bins=ECE_BINS, level=0.95):
     predicted = np.bincount(index, probabilities, minlength=bins)[filled] / count
     positives = np.bincount(index, positive, minlength=bins)[filled]
     observed, low, high = np.array(
-        [wilson_interval(k, n, level) for k, n in zip(positives, count, strict=True)]
+        [wilson_interval(k, n) for k, n in zip(positives, count, strict=True)]
     ).T
     return Calibration(predicted, observed, low, high, count)
 
@@ -354,7 +337,7 @@ def expected_calibration_error(labels, probabilities, bins=ECE_BINS):
     return float(np.average(np.abs(curve.predicted - curve.observed), weights=curve.count))
 
 
-def roc_band(labels, scores, level=0.95, resamples=RESAMPLES, seed=0, points=101):
+def roc_band(labels, scores, level=LEVEL, resamples=RESAMPLES, seed=0, points=101):
     """The ROC curve at `points` false positive rates from 0 to 1, with a pointwise band: RocBand.
 
     Each rate's stratified bootstrap variance gives the effective sample size of the sensitivity, at
@@ -364,7 +347,6 @@ def roc_band(labels, scores, level=0.95, resamples=RESAMPLES, seed=0, points=101
 
     Raises MetricError for bad arrays or arguments, OneClassError when the ROC is undefined.
     """
-    _check_level(level)
     positive, scores = _checked(labels, scores, both_classes=True)
     grid = np.linspace(0, 1, points)
     # np.interp takes the last of equal abscissas: the top of a vertical step
@@ -384,15 +366,15 @@ def roc_band(labels, scores, level=0.95, resamples=RESAMPLES, seed=0, points=101
     return RocBand(grid, tpr, np.minimum(low, tpr), np.maximum(high, tpr))
 
 
-def summary(labels, probabilities, threshold, level=0.95):
+def summary(labels, probabilities, threshold):
     """All metrics in one flat dict of plain ints and floats, ready for JSON.
 
     Raises MetricError for bad arrays or arguments, OneClassError when all labels are the same.
     """
-    point = operating_point(labels, probabilities, threshold, level)
+    point = operating_point(labels, probabilities, threshold)
     report = {"n": point.tp + point.fp + point.tn + point.fn, "positives": point.tp + point.fn}
     intervals = {
-        "auc": auc_interval(labels, probabilities, level),
+        "auc": auc_interval(labels, probabilities),
         "sensitivity": point.sensitivity,
         "specificity": point.specificity,
         "accuracy": point.accuracy,
@@ -445,11 +427,6 @@ def _checked(labels, *scores, both_classes=False, probability=False):
     return labels == 1, *scores
 
 
-def _check_level(level):
-    if not 0 < level < 1:
-        raise MetricError(f"a confidence level is between 0 and 1, not {level}")
-
-
 def _placements(positive, scores):
     """For each positive the negatives it beats, (m,); for each negative the positives, (n,).
 
@@ -487,24 +464,24 @@ def _influences(beaten, beating):
     return of_positives, (beating - beating.mean()) / (m * math.sqrt(n * (n - 1)))
 
 
-def _delong_interval(beaten, beating, level):
-    """auc_interval's default, from _placements."""
+def _delong_interval(beaten, beating):
+    """auc_interval, from _placements."""
     m, n = len(beaten), len(beating)
     auc = _mean_auc(beaten, beating)
     variance = _delong_variance(beaten, beating)
     if variance == 0:
-        quantile = norm.ppf((1 + level) / 2)
+        quantile = norm.ppf((1 + LEVEL) / 2)
         return Interval(
             auc, _newcombe_low(auc, m, n, quantile), 1 - _newcombe_low(1 - auc, m, n, quantile)
         )
-    width = student.ppf((1 + level) / 2, min(m, n) - 1) * math.sqrt(variance) / (auc * (1 - auc))
+    width = student.ppf((1 + LEVEL) / 2, min(m, n) - 1) * math.sqrt(variance) / (auc * (1 - auc))
     return Interval(auc, float(expit(logit(auc) - width)), float(expit(logit(auc) + width)))
 
 
-def _independent_distances(a, b, level):
+def _independent_distances(a, b):
     """From a difference of AUCs, of pairs of _placements, to its limits as if independent."""
-    auc_a, low_a, high_a = _delong_interval(*a, level)
-    auc_b, low_b, high_b = _delong_interval(*b, level)
+    auc_a, low_a, high_a = _delong_interval(*a)
+    auc_b, low_b, high_b = _delong_interval(*b)
     return math.hypot(auc_a - low_a, high_b - auc_b), math.hypot(high_a - auc_a, auc_b - low_b)
 
 
@@ -547,11 +524,3 @@ def _resampled_counts(positive, scores, resamples, seed):
             drawn += k * np.arange(rows)[:, None]  # each resample its own columns
             counts.append(np.bincount(drawn.ravel(), minlength=rows * k).reshape(rows, k))
         yield counts
-
-
-def mean_of(metrics):
-    """The mean over findings: {finding: {"loss", "auc"}} -> {"loss", "auc"}, of those that are
-    defined; NaN where none is."""
-    found = {name: np.array([one[name] for one in metrics.values()]) for name in ("loss", "auc")}
-    known = {name: values[~np.isnan(values)] for name, values in found.items()}
-    return {name: float(x.mean()) if len(x) else float("nan") for name, x in known.items()}

@@ -16,17 +16,9 @@ from common.explain_page import NOTICE
 from common.files import write_text
 from common.names import RESULTS, column_name, results_path
 from common.provenance import made
-from common.report import (
-    STACK,
-    environment,
-    facts_of,
-    read_columns,
-    subgroups_of,
-    training_facts,
-    unique,
-)
+from common.report import environment, facts_of, read_columns, subgroups_of, training_facts, unique
 from common.results import read_results
-from common.stacking import DIGITS, largest_combination, load_stack, reaches
+from common.stacking import DIGITS, STACK, largest_combination, load_stack, reaches
 from dataloader import read_groups
 
 

@@ -45,7 +45,7 @@ def list_runs(folds, seeds):
 # --- networks -------------------------------------------------------------------------------------
 
 
-def column_name(plane, recipe=ARTICLE):
+def column_name(plane, recipe):
     """What a network of one plane, or of several joined by "+", is to a stack: "sagittal", or
     "sagittal-vgg16" for a recipe other than the article's."""
     return plane if recipe == ARTICLE else f"{plane}-{recipe}"
@@ -96,21 +96,21 @@ def stack_name(recipes=(ARTICLE,)):
     return "stack" if tuple(recipes) == (ARTICLE,) else f"stack-{'+'.join(recipes)}"
 
 
-def stack_path(models_dir, task, recipes=(ARTICLE,)):
+def stack_path(models_dir, task, recipes):
     """Path of a task's stack."""
     return Path(models_dir) / f"{task}-{stack_name(recipes)}.json"
 
 
-def start_of_results(models_dir, task, recipes=(ARTICLE,)):
+def start_of_results(models_dir, task, recipes):
     """Start of the paths of a stack's tables and figures: "acl" or "acl-article+vgg16"."""
     return str(Path(models_dir) / f"{task}{stack_name(recipes).removeprefix('stack')}")
 
 
-def results_path(models_dir, task, recipes=(ARTICLE,)):
+def results_path(models_dir, task, recipes):
     """Path of the figures of a task's stack."""
     return Path(start_of_results(models_dir, task, recipes) + RESULTS)
 
 
-def predictions_path(models_dir, task, recipes=(ARTICLE,)):
+def predictions_path(models_dir, task, recipes):
     """Path of the probabilities of a task's stack and of its columns."""
     return Path(start_of_results(models_dir, task, recipes) + PREDICTIONS)

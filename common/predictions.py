@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 from common import engine
-from common.checkpoint import body_digest, load_model, recorded
+from common.checkpoint import body_digest, load_model
 from common.errors import InputError
 from common.names import list_runs, model_path, unfinished_states
 from common.stacking import combinations_of
 from common.task_models import Body
-from dataloader import CHANNELS, SPLITS, MRDataset, MultiPlaneDataset, in_order
+from dataloader import SPLITS, MRDataset, MultiPlaneDataset, in_order
 
 
 class BaseModels(NamedTuple):
@@ -81,21 +81,18 @@ def check_network(path, metadata, sets, expected):
     Raises:
         InputError: with what it was trained on.
     """
-    found = {"folds": metadata.get("arguments", {}).get("folds", expected["folds"])}
-    found |= {name: metadata.get(name, expected[name]) for name in ("seed", "fold")}
+    found = {"folds": metadata["arguments"]["folds"]}
+    found |= {name: metadata[name] for name in ("seed", "fold")}
     other = [f"{name} {found[name]}" for name in expected if found[name] != expected[name]]
     if other:
         raise InputError(
             f"{path}: was trained with {', '.join(other)}; give --seed, --folds and --repeat as "
             "train.py had them, or train it again"
         )
-    splits = {"valid": sets["valid"]}
-    # Earlier versions did not record which exams selected the epoch.
-    if "tuning" in metadata or metadata["protocol"] == "article":
-        unused = {*metadata["out_of_fold"], *metadata.get("tuning", ())}
-        ids = sets["train"].ids
-        rows = [row for row, exam_id in enumerate(ids) if exam_id not in unused]
-        splits["train"] = sets["train"].subset(rows)
+    unused = {*metadata["out_of_fold"], *metadata["tuning"]}
+    ids = sets["train"].ids
+    rows = [row for row, exam_id in enumerate(ids) if exam_id not in unused]
+    splits = {"valid": sets["valid"], "train": sets["train"].subset(rows)}
     for split, exams in splits.items():
         if not exams.has_fingerprint(metadata["data"].get(split, "")):
             kind = {"valid": "validation", "train": "training"}[split]
@@ -183,7 +180,7 @@ def predict_column(base_models, column, seed, sets, predict):
         check_network(path, metadata, sets, expected)
         for exams in sets.values():
             exams.intensity = metadata["intensity"]
-            exams.channels = metadata.get("channels", CHANNELS[0])
+            exams.channels = metadata["channels"]
         out = metadata["out_of_fold"] if folds > 1 else sets["train"].ids
         rows, model = sets["train"].rows_of(out), model.to(predict.device)
         for planes in sets_of_planes(metadata):
@@ -193,9 +190,8 @@ def predict_column(base_models, column, seed, sets, predict):
             logits[rows] = predict(model, sets["train"].subset(rows), path.stem)
             valid.setdefault(planes, []).append(predict(model, sets["valid"], path.stem))
         fold_of |= dict.fromkeys(out, run.fold) if folds > 1 else {}
-        protocol = {"protocol": metadata["protocol"]}
-        trainings.append(recorded(metadata.get("arguments")) | protocol)
-        tuning = metadata.get("tuning", []) if folds == 1 else []
+        trainings.append(metadata["arguments"])
+        tuning = metadata["tuning"] if folds == 1 else []
     if np.isnan(next(iter(train.values()))).any():
         raise InputError(f"{paths[0]}: its folds leave training exams out; train all folds again")
     valid = {key: np.concatenate(ones, axis=1).astype(np.float64) for key, ones in valid.items()}
@@ -243,7 +239,7 @@ def spread(found, sets, exams):
 def sets_of_planes(metadata):
     """The planes that a network takes, joined by +; with plane dropout, then each part of them."""
     planes = metadata["plane"]
-    if not metadata.get("plane_dropout"):
+    if not metadata["plane_dropout"]:
         return [planes]
     parts = combinations_of(planes.split("+"))[:-1]
     return [planes, *parts]

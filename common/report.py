@@ -21,7 +21,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from common import cli
-from common.checkpoint import recorded
 from common.config import beyond_article, selection_of
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, OneClassError, one_line
@@ -111,7 +110,7 @@ def explain_mistakes(results, data_dir, why, pages, out):
     try:
         if not why:
             device = pick_device("auto")
-            models = load_task(results.folder, results.task, device, results.content["recipes"])
+            models = load_task(results.folder, results.task, results.content["recipes"], device)
             exams = FolderExams(data_dir)
             keys = {name.lstrip("0") or "0": (source, name) for source, name in exams
                     if source == "valid"}  # fmt: skip
@@ -230,15 +229,15 @@ def training_facts(networks):
         networks: list of (column, metadata).
     """
     metadata = [one for _, one in networks]
-    arguments = [recorded(one.get("arguments")) for one in metadata]
+    arguments = [one["arguments"] for one in metadata]
     return {
-        "datasets": unique(cli.describe_dataset(one.get("dataset")) for one in metadata),
-        "synthetic": any((one.get("dataset") or {}).get("synthetic") for one in metadata),
-        "source": unique((one.get("dataset") or {}).get("source") for one in metadata),
-        "licence": unique((one.get("dataset") or {}).get("licence") for one in metadata),
+        "datasets": unique(cli.describe_dataset(one["dataset"]) for one in metadata),
+        "synthetic": any((one["dataset"] or {}).get("synthetic") for one in metadata),
+        "source": unique((one["dataset"] or {}).get("source") for one in metadata),
+        "licence": unique((one["dataset"] or {}).get("licence") for one in metadata),
         "networks": len(metadata),
         "columns": unique(column for column, _ in networks),
-        "seeds": unique(one.get("seed") for one in metadata),
+        "seeds": unique(one["seed"] for one in metadata),
         "backbones": unique(a["backbone"] for a in arguments),
         "pretrained": unique(one.get("pretrained") for one in metadata),
         "augment": unique(a["augment"] for a in arguments),
@@ -246,7 +245,7 @@ def training_facts(networks):
         "decided": selection_of(arguments),
         "differences": differences_of([column for column, _ in networks], arguments),
         "plane_dropout": any(a["plane_dropout"] > 0 for a in arguments),
-        "may_lack_planes": any((m.get("dataset") or {}).get("may_lack_planes") for m in metadata),
+        "may_lack_planes": any((m["dataset"] or {}).get("may_lack_planes") for m in metadata),
         "machines": unique(one.get("machine") for one in metadata),
         "precision": unique(one.get("precision") for one in metadata),
         "commits": unique(one.get("git") for one in metadata),

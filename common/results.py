@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.checkpoint import digest_of, load_model, recorded
+from common.checkpoint import digest_of, load_model
 from common.config import selection_of
 from common.errors import InputError, one_line
 from common.names import RESULTS, predictions_path, results_path
@@ -15,7 +15,7 @@ from common.predictions import exams_of_any, load_exams
 from common.stacking import STACK, load_stack, order_of, reaches
 from dataloader import SPLITS, is_positive
 
-NEEDED = {"data", "digests", "other_thresholds"}  # some earlier versions did not write them
+NEEDED = {"data", "digests", "other_thresholds"}  # keys of the figures, beside those below
 
 
 class Results(NamedTuple):
@@ -50,12 +50,12 @@ class Results(NamedTuple):
     def selection(self):
         """What the validation exams decided in the trainings: `selection_of`; "" for nothing."""
         optimistic = [one for _, one in self.networks if one["protocol"] == "article"]
-        return selection_of([recorded(one.get("arguments")) for one in optimistic])
+        return selection_of([one["arguments"] for one in optimistic])
 
     def trained_on(self, column, metadata):
         """The training exams that one of the networks was trained on: bool (n,). Those of its
         fold and those that selected its epoch are not; nor those that lack its planes."""
-        unused = {*metadata["out_of_fold"], *metadata.get("tuning", ())}
+        unused = {*metadata["out_of_fold"], *metadata["tuning"]}
         is_used = np.array([exam_id not in unused for exam_id in self.train_ids])
         return is_used & ~np.isnan(self.train_scores[column])
 
@@ -111,7 +111,7 @@ def read_results(path):
             raise ValueError
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise InputError(
-            f"{path}: damaged, or of an earlier version; run train_logistic_regression.py again"
+            f"{path}: damaged, or of another version; run train_logistic_regression.py again"
         ) from None
     predictions = predictions_path(path.parent, task, recipes)
     ids, labels, scores = read_predictions(predictions)

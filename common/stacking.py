@@ -21,17 +21,14 @@ import numpy as np
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
-from common.config import ARTICLE
 from common.engine import sigmoid
 from common.errors import InputError
 from common.files import write_text
 from common.metrics import choose_threshold
-from common.names import stack_path
+from common.names import ARTICLE, stack_path
 from dataloader import ALL_PLANES, in_order
 
-FORMAT = "mrnet-stack-4"
-FORMATS = (FORMAT, "mrnet-stack-3", "mrnet-stack-2", "mrnet-stack-1")  # that can be read
-ROUNDED_LOGITS = "mrnet-stack-1"  # its logits had gone through rounded probabilities
+FORMAT = "mrnet-stack-5"
 FEATURES = ("probability", "logit")
 STACK = "stack"  # its column, beside those of planes
 DIGITS = 8  # of a probability, where it is written
@@ -200,13 +197,11 @@ def threshold_for(labels, probabilities, tuning, sensitivity=None):
     Args:
         labels, probabilities: (n,).
         tuning: bool (n,), the exams to choose on; all of them if these are not of both classes.
-        sensitivity: to reach on these exams; None for the greatest sensitivity + specificity.
+        sensitivity: as `choose_threshold` takes it.
     """
     if of_both_classes(labels[tuning]):
         labels, probabilities = labels[tuning], probabilities[tuning]
-    if sensitivity is None:
-        return choose_threshold(labels, probabilities)
-    return choose_threshold(labels, probabilities, "sensitivity", sensitivity)
+    return choose_threshold(labels, probabilities, sensitivity)
 
 
 def of_both_classes(labels):
@@ -305,27 +300,23 @@ def save_stack(path, stack):
     write_text(path, json.dumps({"format": FORMAT, **stack}, indent=2) + "\n")
 
 
-def load_stack(models_dir, task, recipes=(ARTICLE,)):
+def load_stack(models_dir, task, recipes):
     """A task's stack.
 
     Returns:
         dict with at least `task`; `features`, "probability" or "logit"; `base_models`, the file
-        names of each column's networks; `digests`, the SHA-256 of each of these files; and
-        `combinations`, for each set of planes ("axial+sagittal") its `columns`, `coefficients`,
-        `intercept` and `threshold`.
+        names of each column's networks; `digests`, the SHA-256 of each of these files;
+        `thresholds`, which predictions chose them; and `combinations`, for each set of planes
+        ("axial+sagittal") its `columns`, `coefficients`, `intercept` and `threshold`.
 
     Raises:
-        InputError: missing, damaged, or not a stack of this task.
+        InputError: missing, damaged, of another version, or not a stack of this task.
     """
     path = stack_path(models_dir, task, recipes)
     again = f"train_logistic_regression.py --task {task}"
     again += f" --recipes {' '.join(recipes)}" if tuple(recipes) != (ARTICLE,) else ""
     try:
         stack = json.loads(path.read_text(encoding="utf-8"))
-        if "members" in stack:  # as earlier versions called them
-            stack["base_models"] = stack.pop("members")
-        for planes, combination in stack["combinations"].items():
-            combination.setdefault("columns", planes.split("+"))  # earlier versions had no recipes
         is_valid = is_stack(stack) and stack["task"] == task
     except FileNotFoundError:
         raise InputError(f"{path}: no such stack; run `python {again}`") from None
@@ -334,12 +325,8 @@ def load_stack(models_dir, task, recipes=(ARTICLE,)):
         is_valid = False
     if not is_valid:
         raise InputError(
-            f"{path}: damaged, or not a stack of {task}; run train_logistic_regression.py again"
-        )
-    if stack["format"] == ROUNDED_LOGITS and stack["features"] == "logit":
-        raise InputError(
-            f"{path}: fitted on rounded logits by an earlier version; run `python {again} "
-            "--features logit` again"
+            f"{path}: damaged, of another version, or not a stack of {task}; run "
+            "train_logistic_regression.py again"
         )
     return stack
 
@@ -347,12 +334,13 @@ def load_stack(models_dir, task, recipes=(ARTICLE,)):
 def is_stack(content):
     """Whether parsed JSON has all that `load_stack` promises; raises many kinds if not."""
     return (
-        content["format"] in FORMATS
+        content["format"] == FORMAT
         and content["features"] in FEATURES
         and len(content["combinations"]) > 0
         and all(map(is_combination_name, content["combinations"]))
         and all(is_combination(c, content["base_models"]) for c in content["combinations"].values())
         and isinstance(content["digests"], dict)
+        and isinstance(content["thresholds"], str)
         and all(is_file_name(f) for files in content["base_models"].values() for f in files)
     )
 

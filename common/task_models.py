@@ -1,7 +1,7 @@
 """The trained networks of a finding and their stack, loaded to answer about exams.
 
 from common.task_models import load_task
-models = load_task("models", "acl")
+models = load_task("models", "acl", ["article"])
 logits = models.logits({"sagittal": volume}, torch.device("cpu"), "fp32", {})
 """
 
@@ -13,12 +13,11 @@ from typing import NamedTuple
 import torch
 
 from common.checkpoint import body_digest, digest_of, load_model
-from common.config import ARTICLE
 from common.devices import autocast
 from common.errors import InputError
-from common.names import column_name, model_path, stack_name, stack_path
+from common.names import ARTICLE, column_name, model_path, stack_name, stack_path
 from common.stacking import is_combination_name, load_stack, order_of
-from dataloader import ALL_PLANES, CHANNELS, check_side, in_order, preprocess
+from dataloader import ALL_PLANES, check_side, in_order, preprocess
 from model import BACKBONES
 
 ANY_PLANE = "|".join(sorted(ALL_PLANES, key=len, reverse=True))  # as a regular expression
@@ -152,7 +151,7 @@ class TaskModels(NamedTuple):
         }
 
 
-def saved_tasks(models_dir, recipes=(ARTICLE,)):
+def saved_tasks(models_dir, recipes):
     """Names of the tasks that have a stack or a model of some recipes, sorted.
 
     Raises:
@@ -190,13 +189,13 @@ def as_network(model, metadata, device):
         model.to(device),
         tuple(metadata["plane"].split("+")),
         metadata["intensity"],
-        metadata.get("channels", CHANNELS[0]),
-        metadata.get("plane_dropout", 0) > 0,
+        metadata["channels"],
+        metadata["plane_dropout"] > 0,
         digest,
     )
 
 
-def load_task(models_dir, task, device="cpu", recipes=(ARTICLE,)):
+def load_task(models_dir, task, recipes, device="cpu"):
     """The networks of a task, on `device`, and its stack if there is one: TaskModels.
 
     Args:
@@ -234,18 +233,11 @@ def load_task(models_dir, task, device="cpu", recipes=(ARTICLE,)):
                 )
         networks[column] = [as_network(*one, device) for one in loaded]
         for _, metadata in loaded:
-            prevalences.append(prevalence_of(metadata))
-            if metadata.get("dataset") not in datasets:
-                datasets.append(metadata.get("dataset"))
+            prevalences.append(metadata["prevalence"])
+            if metadata["dataset"] not in datasets:
+                datasets.append(metadata["dataset"])
     if stack:
         digests.append(digest_of(stack_path(folder, task, recipes)))
     digest = hashlib.sha256(" ".join(digests).encode()).hexdigest()[:12]
     prevalence = sum(prevalences) / len(prevalences)
     return TaskModels(task, networks, stack, digest, datasets, prevalence)
-
-
-def prevalence_of(metadata):
-    """Mean label of a network's training exams; earlier versions recorded the class weights only:
-    1 for negatives, negatives / positives for positives."""
-    negative, positive = metadata.get("class_weights", (1.0, 1.0))
-    return metadata.get("prevalence", negative / (negative + positive))

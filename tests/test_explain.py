@@ -74,17 +74,17 @@ def test_maps_point_at_a_planted_square(row, column):
     volume[6, row - 12 : row + 12, column - 12 : column + 12] = 255
     fed = preprocess(torch.from_numpy(volume), "raw")
     maps, _ = model.heat_maps(fed)
-    found = pointing_game.strongest_voxel(maps)
+    found = pointing_game.strongest_voxel(maps, "alexnet")
     assert found[0] == 6
     assert np.abs(found[1:] - (row, column)).max() <= 24  # a cell is 32 px, its pooling 96
-    big = upsample_maps(maps, 256, 256)
+    big = upsample_maps(maps, 256, 256, "alexnet")
     peak = np.unravel_index(big.argmax(), big.shape)
     assert peak[0] == 6 and np.abs(np.array(peak[1:]) - (row, column)).max() <= 24
 
 
 def test_colours_are_clear_at_zero_and_strong_at_the_ends():
     volume = np.full((2, 64, 64), 90, np.uint8)
-    assert (overlay(volume, np.zeros((2, 1, 1), np.float32)) == 90).all()
+    assert (overlay(volume, np.zeros((2, 1, 1), np.float32), "alexnet") == 90).all()
     colours = heat_colours().astype(int)
     yellow, cyan = colours[255], colours[0]
     assert yellow[0] > yellow[2] + 60 and cyan[2] > cyan[0] + 60

@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import PLANES, assert_one_line_error, run_script
+from conftest import PLANES, assert_one_line_error, metadata_of, run_script
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
@@ -79,7 +79,8 @@ def test_onnxruntime_answers_as_the_stack_does(trained, tmp_path):
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_backbone_pooling_and_number_of_planes(tmp_path, backbone, pooling, channels, planes):
     torch.manual_seed(0)
-    model = build_model({"backbone": backbone, "pooling": pooling}, list(planes)).eval()
+    architecture = {"backbone": backbone, "pooling": pooling, "dropout": 0, "share_backbone": False}
+    model = build_model(architecture, list(planes)).eval()
     network = Network(model, planes, "standardized", channels, False, "")
     # Raises unless onnxruntime answers as torch does, at five sizes.
     export.to_onnx(ExamModel("acl", network).eval(), {}, tmp_path / "model.onnx")
@@ -191,7 +192,7 @@ def test_what_a_scan_must_be_before_networks_take_it():
 def test_the_card_tells_to_mirror_right_knees(tmp_path):
     def card(**more):
         path = tmp_path / "README.md"
-        metadata = {"plane": "coronal", "dataset": MIRRORED | more, "recipe": "article"}
+        metadata = metadata_of(plane="coronal", dataset=MIRRORED | more)
         subject = Subject("acl-coronal", "acl", [("coronal", metadata)], "coronal", None, "none")
         write_card(subject, "onnx", "a.onnx", path)
         text = path.read_text()

@@ -44,7 +44,7 @@ def work(tmp_path_factory):
 def test_all_planes_of_the_folder_are_trained_and_stacked(work):
     columns = saved_columns(work / "models", ["article"])
     assert columns == {"acl": [*PLANES, T1]}
-    models = load_task(work / "models", "acl")
+    models = load_task(work / "models", "acl", ["article"])
     assert models.planes == [*PLANES, T1]
     combinations = models.stack["combinations"]
     assert len(combinations) == 15 and combinations["+".join((*PLANES, T1))]["columns"] == [

@@ -20,7 +20,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, metadata_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom.data import get_testdata_file
@@ -93,8 +93,7 @@ def hostile_archive():
     return data.getvalue()
 
 
-OF_MODEL = {"task": "acl", "plane": "axial", "intensity": "raw", "protocol": "article", "epoch": 3}
-OF_MODEL |= {"out_of_fold": [], "data": {"valid": "0"}, "metrics": {}}
+OF_MODEL = metadata_of()
 VOLUME = np.arange(2 * 64 * 64, dtype=np.uint8).reshape(2, 64, 64)
 STACK = {
     "format": stacking.FORMAT,
@@ -102,6 +101,7 @@ STACK = {
     "features": "logit",
     "base_models": {plane: [f"acl-{plane}.pt"] for plane in ("axial", "coronal", "sagittal")},
     "digests": {"acl-axial.pt": "00"},
+    "thresholds": "chosen on 20 exams",
     "combinations": {
         planes: {
             "columns": planes.split("+"),
@@ -161,7 +161,7 @@ def named(name, read, *more):
 
 def read_stack(path):
     (path.parent / "acl-stack.json").write_bytes(path.read_bytes())
-    stack = load_stack(path.parent, "acl")
+    stack = load_stack(path.parent, "acl", ["article"])
     for planes in stack["combinations"]:
         columns = dict.fromkeys(stack["base_models"], np.array([[0.3, 2.0]]))
         stacking.combine(stack, planes.split("+"), columns)

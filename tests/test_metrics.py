@@ -128,10 +128,10 @@ def test_delong_equals_all_pairs_brute_force(case):
 
 
 @settings(deadline=None, max_examples=150)
-@given(exams(), st.sampled_from([0.5, 0.9, 0.95, 0.99]), st.sampled_from(["delong", "bootstrap"]))
-def test_interval_contains_the_estimate_and_stays_in_range(case, level, method):
+@given(exams())
+def test_interval_contains_the_estimate_and_stays_in_range(case):
     labels, scores = case
-    auc, low, high = auc_interval(labels, scores, level, method, resamples=50)
+    auc, low, high = auc_interval(labels, scores)
     assert 0 <= low <= auc <= high <= 1
     assert auc == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
     assert type(low) is type(high) is type(auc) is float
@@ -184,6 +184,17 @@ def test_coverage_at_120_exams(positives, auc):
     assert 0.93 <= coverage <= 0.97
 
 
+def bootstrap_interval(labels, scores, resamples=metrics.RESAMPLES, seed=0):
+    """Percentiles of the AUC over stratified resamples. Too narrow with few exams: a perfect
+    ranking stays perfect in every resample, which gives [1, 1]."""
+    resampled = []
+    for positives, negatives in metrics._resampled_counts(labels == 1, scores, resamples, seed):
+        below = negatives.cumsum(axis=1) - negatives / 2  # (r, k): a tie counts half
+        resampled.append((positives * below).sum(axis=1))  # (r, k) -> (r,)
+    pairs = (labels == 1).sum() * (labels == 0).sum()
+    return np.quantile(np.concatenate(resampled) / pairs, [0.025, 0.975])
+
+
 @pytest.mark.parametrize("positives", [24, 60])
 @pytest.mark.whole
 def test_closer_to_the_exact_interval_than_ten_thousand_resamples(positives):
@@ -205,9 +216,9 @@ def test_closer_to_the_exact_interval_than_ten_thousand_resamples(positives):
         for scores in binormal(rng, positives, negatives, auc, rows=(60,))[1]:
             seen = roc_auc(labels, scores)
             exact = np.array([np.interp(seen, upper, truths), np.interp(seen, lower, truths)])
-            for method, found in errors.items():
-                bounds = auc_interval(labels, scores, method=method, resamples=10_000)[1:]
-                found.append(np.abs(bounds - exact).mean())
+            errors["delong"].append(np.abs(auc_interval(labels, scores)[1:] - exact).mean())
+            bounds = bootstrap_interval(labels, scores, resamples=10_000)
+            errors["bootstrap"].append(np.abs(bounds - exact).mean())
     assert np.mean(errors["delong"]) < np.mean(errors["bootstrap"])
 
 
@@ -222,9 +233,9 @@ def test_bootstrap_is_scikit_learn_over_the_same_resamples():
         for p, n in zip(up, down, strict=True):
             drawn = np.concatenate([np.repeat(distinct, p), np.repeat(distinct, n)])
             aucs.append(roc_auc_score(np.repeat([1, 0], [15, 25]), drawn))
-    bounds = auc_interval(labels, scores, method="bootstrap", resamples=60, seed=9)[1:]
+    bounds = bootstrap_interval(labels, scores, resamples=60, seed=9)
     assert len(aucs) == 60 and bounds == pytest.approx(np.quantile(aucs, [0.025, 0.975]))
-    auc_interval(labels, scores, method="bootstrap", resamples=1)  # the fewest
+    roc_band(labels, scores, resamples=1)  # the fewest
 
 
 def test_a_difference_of_one_run_is_delongs():
@@ -264,10 +275,10 @@ def test_holm():
 def test_bootstrap_agrees_with_delong_on_many_exams_and_is_seeded(monkeypatch):
     labels, scores = binormal(np.random.default_rng(3), 800, 1200, 0.85)
     monkeypatch.setattr(metrics, "CHUNK", 500_000)  # 2,000 resamples in 8 chunks
-    bootstrap = auc_interval(labels, scores, method="bootstrap")
-    assert bootstrap == pytest.approx(auc_interval(labels, scores), abs=0.0015)
-    assert bootstrap == auc_interval(labels, scores, method="bootstrap")
-    assert bootstrap != auc_interval(labels, scores, method="bootstrap", seed=1)
+    bootstrap = bootstrap_interval(labels, scores)
+    assert bootstrap == pytest.approx(auc_interval(labels, scores)[1:], abs=0.0015)
+    assert np.array_equal(bootstrap, bootstrap_interval(labels, scores))
+    assert not np.array_equal(bootstrap, bootstrap_interval(labels, scores, seed=1))
 
 
 # --- two models on the same exams
@@ -404,10 +415,9 @@ def test_youden_tells_close_sums_apart():
 def test_wanted_sensitivity_by_hand():
     labels, scores = [1] * 20 + [0] * 20, np.r_[np.arange(21, 41), np.arange(1, 40, 2)]
     # 19 of 20 positives score 22 and more, all of them 21 and more
-    assert choose_threshold(labels, scores, "sensitivity", 0.95) == 22
-    assert choose_threshold(labels, scores, "sensitivity") == 22  # 0.95 is the default
-    assert choose_threshold(labels, scores, "sensitivity", 0.951) == 21
-    assert choose_threshold(labels, scores, "sensitivity", 1.0) == 21
+    assert choose_threshold(labels, scores, 0.95) == 22
+    assert choose_threshold(labels, scores, 0.951) == 21
+    assert choose_threshold(labels, scores, 1.0) == 21
 
 
 @settings(deadline=None, max_examples=150)
@@ -420,7 +430,7 @@ def test_thresholds_are_scores_and_do_what_they_promise(case, wanted):
     assert youden.sensitivity.value + youden.specificity.value - 1 == pytest.approx(
         (tpr - fpr)[1:].max(), abs=1e-12
     )
-    point = operating_point(labels, scores, choose_threshold(labels, scores, "sensitivity", wanted))
+    point = operating_point(labels, scores, choose_threshold(labels, scores, wanted))
     assert point.threshold in scores and point.sensitivity.value >= wanted - 1e-12
     higher = scores[scores > point.threshold]
     if len(higher):
@@ -446,7 +456,7 @@ def test_brier_and_ece_by_hand():
 @given(exams(), st.integers(1, 15))
 def test_calibration_curve_is_scikit_learns_with_counts(case, bins):
     labels, probabilities = case
-    curve = calibration_curve(labels, probabilities, bins, level=0.8)
+    curve = calibration_curve(labels, probabilities, bins)
     observed, predicted = calibration.calibration_curve(labels, probabilities, n_bins=bins)
     assert curve.observed == pytest.approx(observed)
     assert curve.predicted == pytest.approx(predicted)
@@ -454,7 +464,7 @@ def test_calibration_curve_is_scikit_learns_with_counts(case, bins):
     for k, n, low, high in zip(
         curve.observed * curve.count, curve.count, curve.low, curve.high, strict=True
     ):
-        assert wilson_interval(round(k), n, 0.8)[1:] == pytest.approx((low, high))
+        assert wilson_interval(round(k), n)[1:] == pytest.approx((low, high))
     assert 0 <= expected_calibration_error(labels, probabilities, bins) <= 1
 
 
@@ -521,10 +531,10 @@ def test_band_is_scikit_learns_curve_of_each_resample_and_jeffreys_interval(monk
 def test_summary_by_hand():
     labels, probabilities = [1, 0, 1, 1, 0, 0], [0.9, 0.8, 0.6, 0.3, 0.35, 0.1]
     parts = {
-        "auc": auc_interval(labels, probabilities, 0.8),
-        "sensitivity": wilson_interval(2, 3, 0.8),
-        "specificity": wilson_interval(1, 3, 0.8),
-        "accuracy": wilson_interval(3, 6, 0.8),
+        "auc": auc_interval(labels, probabilities),
+        "sensitivity": wilson_interval(2, 3),
+        "specificity": wilson_interval(1, 3),
+        "accuracy": wilson_interval(3, 6),
     }
     wanted = {"n": 6, "positives": 3, "threshold": 0.35, "tp": 2, "fp": 2, "tn": 1, "fn": 1}
     for name, (value, low, high) in parts.items():
@@ -532,7 +542,7 @@ def test_summary_by_hand():
     wanted["average_precision"] = average_precision_score(labels, probabilities)
     wanted["brier"] = (0.1**2 + 0.8**2 + 0.4**2 + 0.7**2 + 0.35**2 + 0.1**2) / 6
     wanted["ece"] = (0.1 + 0.8 + 0.4 + 0.7 + 0.35 + 0.1) / 6  # each alone in its bin
-    assert summary(labels, probabilities, 0.35, level=0.8) == pytest.approx(wanted)
+    assert summary(labels, probabilities, 0.35) == pytest.approx(wanted)
 
 
 @settings(deadline=None, max_examples=60)
@@ -619,14 +629,9 @@ def test_one_class_is_its_own_error(function, label):
         (lambda y, s: brier(y, s * 4 - 2), "logits"),
         (lambda y, s: expected_calibration_error(y, s + 1), "logits"),
         (lambda y, s: calibration_curve(y, s, bins=0), "one bin"),
-        (lambda y, s: auc_interval(y, s, method="magic"), "'magic'"),
-        (lambda y, s: auc_interval(y, s, level=95), "level"),
-        (lambda y, s: auc_difference(y, s, 1 - s, level=1), "level"),
-        (lambda y, s: roc_band(y, s, level=0), "level"),
-        (lambda y, s: auc_interval(y, s, method="bootstrap", resamples=0), "one resample"),
-        (lambda y, s: choose_threshold(y, s, "best"), "'best'"),
-        (lambda y, s: choose_threshold(y, s, "sensitivity", 1.5), "1.5"),
-        (lambda y, s: choose_threshold(y, s, "sensitivity", 0), "0"),
+        (lambda y, s: roc_band(y, s, resamples=0), "one resample"),
+        (lambda y, s: choose_threshold(y, s, 1.5), "1.5"),
+        (lambda y, s: choose_threshold(y, s, 0), "0"),
         (lambda y, s: operating_point(y, s, math.nan), "nan"),
         (lambda y, s: operating_point(y, s, math.inf), "inf"),
     ],

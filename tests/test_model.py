@@ -126,4 +126,4 @@ def test_enlarged_maps_are_numpys_interpolation_between_the_centres_of_cells(cel
         wanted = np.apply_along_axis(
             lambda row, at=centres, n=side: np.interp(np.arange(n), at, row), axis, wanted
         )
-    np.testing.assert_allclose(upsample_maps(maps, 230, 256), wanted, atol=1e-4)
+    np.testing.assert_allclose(upsample_maps(maps, 230, 256, "alexnet"), wanted, atol=1e-4)

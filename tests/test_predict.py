@@ -299,7 +299,7 @@ def test_a_model_of_another_plane_task_or_version(trained, tmp_path):
     shutil.copy(models / "acl-axial.pt", models / "acl-coronal.pt")
     assert_one_line_error(run_script(*args), "acl-coronal.pt", "axial", "train again")
     content = read_checkpoint(models / "acl-axial.pt")
-    write_checkpoint(models / "acl-coronal.pt", content | {"format": "mrnet-model-0"})
+    write_checkpoint(models / "acl-coronal.pt", content | {"format": "mrnet-model-2"})
     assert_one_line_error(run_script(*args), "acl-coronal.pt", "version")
     torch.save(Evil(tmp_path / "proof"), models / "acl-coronal.pt")
     assert_one_line_error(run_script(*args), "acl-coronal.pt")

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import PLANES, assert_one_line_error, run_script, write_exams
+from conftest import PLANES, assert_one_line_error, metadata_of, run_script, write_exams
 from test_options import files, train_quickly, write_findings
 
 from common import engine
@@ -22,11 +22,10 @@ CPU = torch.device("cpu")
 
 def findings_of(network, folder):
     """A network of several findings as it is saved and read: one model each."""
-    metadata = {"plane": "axial", "intensity": "raw", "protocol": "article", "epoch": 1,
-                "out_of_fold": [], "data": {"valid": ""}, "metrics": {},
-                "architecture": {"pooling": network.pooling}}  # fmt: skip
+    metadata = metadata_of(intensity="raw")
+    metadata["architecture"]["pooling"] = network.pooling
     for finding in range(network.classifier.out_features):
-        save_model(folder / f"{finding}.pt", network, metadata | {"task": "acl"}, finding)
+        save_model(folder / f"{finding}.pt", network, metadata, finding)
         yield load_model(folder / f"{finding}.pt")[0]
 
 
@@ -139,13 +138,12 @@ def test_a_networks_features_of_one_exam_are_told_apart():
     model = MultiPlaneMRNet({"axial": MRNet(), "coronal": MRNet()}).eval()
     rng = np.random.default_rng(0)
     both = {p: rng.integers(0, 255, (3, 64, 64), np.uint8) for p in ("axial", "coronal")}
-    network = as_network(model, {"plane": "axial+coronal", "intensity": "raw"}, CPU)
-    other = as_network(copy.deepcopy(model), {"plane": "axial+coronal", "intensity": "raw"}, CPU)
+    metadata = metadata_of(plane="axial+coronal", intensity="raw")
+    network = as_network(model, metadata, CPU)
+    other = as_network(copy.deepcopy(model), metadata, CPU)
     torch.nn.init.ones_(other.model.classifier.weight)
     another = as_network(
-        MultiPlaneMRNet({"axial": MRNet(), "coronal": MRNet()}).eval(),
-        {"plane": "axial+coronal", "intensity": "raw"},
-        CPU,
+        MultiPlaneMRNet({"axial": MRNet(), "coronal": MRNet()}).eval(), metadata, CPU
     )
     others = [
         (network, both),

@@ -349,7 +349,7 @@ def test_networks_that_were_trained_again_are_not_reported_with_old_figures(work
         read_results(models / "acl-results.json")
     del content["digests"]
     (models / "acl-results.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="acl-results.json: damaged, or of an earlier version"):
+    with pytest.raises(InputError, match="acl-results.json: damaged, or of another version"):
         read_results(models / "acl-results.json")
 
 

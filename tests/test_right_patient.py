@@ -744,7 +744,7 @@ def test_14_a_download_that_fails_without_a_word(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "cache_file", lambda backbone: tmp_path / "features.pt")
     monkeypatch.setattr(weights, "sources", lambda backbone: {"nowhere": silent})
     with pytest.raises(InputError, match="nowhere: OSError"):
-        weights.imagenet_features()
+        weights.imagenet_features("alexnet")
 
 
 def test_14_the_last_exam_has_a_label(shared_exams):
@@ -926,10 +926,10 @@ def test_15d_the_summit_of_a_map_is_where_the_bright_spot_is(size):
             volume = np.zeros((3, size, size), np.uint8)
             volume[1, row - 4 : row + 5, column - 4 : column + 5] = 255
             maps, _ = model.heat_maps(preprocess(torch.from_numpy(volume), "raw"))
-            summit = strongest_voxel(maps)
+            summit = strongest_voxel(maps, "alexnet")
             assert summit[0] == 1 and np.abs(summit[1:] - (row, column)).max() <= 6
             if first + step * (cell + 1) > size - step / 2:
                 continue  # beyond the last cell's middle the map stays as high
-            big = upsample_maps(maps, size, size)[1]
+            big = upsample_maps(maps, size, size, "alexnet")[1]
             top = np.argwhere(big == big.max()).mean(axis=0)
             assert np.abs(top - (row, column)).max() <= 8

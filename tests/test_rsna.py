@@ -443,7 +443,7 @@ def test_networks_of_mirrored_or_cropped_knees_refuse_others():
 
     def ask(trained_on, given):
         models = SimpleNamespace(task="acl", is_synthetic=False, datasets=[trained_on], planes=[])
-        refuse_unfit(models, [given], allow_synthetic=False)
+        refuse_unfit(models, [given], False, PLANES)
 
     ask(about, about)
     ask(about, None)  # not known

@@ -230,23 +230,23 @@ def test_scans_are_read_in_the_contrast_that_the_networks_know(tmp_path):
         lines = []
         with open_exams([tmp_path / "scan"], log=lines.append, networks=[networks(ours)]) as exams:
             assert len(list(exams.each())) == 1
-            refuse_unfit(networks(ours), exams.datasets, False)
+            refuse_unfit(networks(ours), exams.datasets, False, PLANES)
         assert any(f"sagittal: series {ours != ['sagittal']:d} '{taken}'" in line for line in lines)
         assert UNKNOWN_CONTRAST not in lines
     lines, unknown = [], networks([])._replace(datasets=[None])
     with open_exams([tmp_path / "scan"], log=lines.append, networks=[unknown]) as exams:
-        refuse_unfit(unknown, exams.datasets, False)
+        refuse_unfit(unknown, exams.datasets, False, PLANES)
     assert UNKNOWN_CONTRAST in lines
 
 
 def test_exams_of_another_contrast_are_refused(tmp_path):
     given = [FROM_DICOM | {"t1_planes": ["coronal"]}]
-    refuse_unfit(networks(["coronal"]), given, False)
-    refuse_unfit(networks([], ["sagittal"]), given, False)  # they take no coronal plane
+    refuse_unfit(networks(["coronal"]), given, False, PLANES)
+    refuse_unfit(networks([], ["sagittal"]), given, False, PLANES)  # they take no coronal plane
     refuse_unfit(networks([]), given, False, {"sagittal"})  # there is none
     for theirs, mine in (([], given[0]), (["coronal"], FROM_DICOM)):
         with pytest.raises(InputError, match="coronal series are .*--t1-plane coronal"):
-            refuse_unfit(networks(theirs), [mine], False)
+            refuse_unfit(networks(theirs), [mine], False, PLANES)
 
 
 def test_copies_count_once_and_what_is_no_slice_is_none(tmp_path):

@@ -124,7 +124,7 @@ def test_stack_is_scikit_learns_on_the_written_predictions(trained):
         y = np.array([int(row["label"]) for row in part])
         by_split[split] = x, y, np.array([float(row["stack"]) for row in part])
     reference = LogisticRegression().fit(*by_split["train"][:2])
-    stack = load_stack(work / "models", "acl")
+    stack = load_stack(work / "models", "acl", ["article"])
     combination = stack["combinations"]["axial+coronal+sagittal"]
     np.testing.assert_allclose(combination["coefficients"], reference.coef_[0], atol=1e-4)
     x, y, p = by_split["valid"]
@@ -338,7 +338,7 @@ def test_folds_and_seeds_stack_out_of_fold(exams):
     done = run_script("train_logistic_regression.py", *files, *more)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "out-of-fold AUC" in done.stdout and "2 seeds: mean" in done.stdout
-    stack = load_stack(exams.parent / "models", "acl")
+    stack = load_stack(exams.parent / "models", "acl", ["article"])
     assert len(stack["base_models"]["axial"]) == 4
     # The written training prediction of an exam is that of the networks that did not see it.
     valid = MRDataset(exams, "acl", "axial")
@@ -412,7 +412,7 @@ def test_exams_that_lack_a_plane_go_through_every_script(exams):
     assert np.isnan(scores["sagittal"][ids.index("13")])
     assert np.isfinite(scores["stack"]).all() and np.isnan(scores["sagittal"]).sum() == 1
     results = read_results(models / "acl-results.json")
-    combinations = load_stack(models, "acl")["combinations"]
+    combinations = load_stack(models, "acl", ["article"])["combinations"]
     for row, exam_id in enumerate(ids):  # decided as predict.py does
         planes = "axial+coronal" if exam_id == "13" else "axial+coronal+sagittal"
         threshold = combinations[planes]["threshold"]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import metadata_of
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
@@ -42,16 +43,7 @@ from train_logistic_regression import (
 )
 
 PLANES = ("axial", "coronal", "sagittal")
-METADATA = {
-    "task": "acl",
-    "plane": "axial",
-    "intensity": "raw",
-    "protocol": "article",
-    "epoch": 3,
-    "out_of_fold": [],
-    "data": {"valid": "0123456789abcdef"},
-    "metrics": {},
-}
+RECIPES = ["article"]
 
 
 def logit(p):
@@ -82,7 +74,7 @@ def a_stack(**more):
     combinations = {planes: one_combination(planes) for planes in combinations_of(PLANES)}
     return {"task": "acl", "features": "probability", "combinations": combinations,
             "base_models": {plane: [f"acl-{plane}.pt"] for plane in PLANES},
-            "digests": {}} | more  # fmt: skip
+            "digests": {}, "thresholds": "chosen on 20 exams"} | more  # fmt: skip
 
 
 def test_every_set_of_planes():
@@ -291,7 +283,7 @@ def test_labels_that_are_not_the_sets_own_are_said(tmp_path):
 
 
 def test_a_stack_is_read_as_it_was_written(tmp_path):
-    path = stack_path(tmp_path, "acl")
+    path = stack_path(tmp_path, "acl", RECIPES)
     assert path == tmp_path / "acl-stack.json"
     joint = {"columns": ["axial+coronal", "axial-vgg16"], "coefficients": [1.0, 2.0],
              "intercept": 0.5, "threshold": 0.5}  # fmt: skip
@@ -299,30 +291,13 @@ def test_a_stack_is_read_as_it_was_written(tmp_path):
     other = a_stack(base_models=names, combinations={"axial+coronal": joint})
     for stack in (other, a_stack()):
         save_stack(path, stack)
-        assert load_stack(tmp_path, "acl") == {"format": stacking.FORMAT} | stack
+        assert load_stack(tmp_path, "acl", RECIPES) == {"format": stacking.FORMAT} | stack
     assert path.read_text().endswith("}\n")
 
 
-def test_stacks_of_earlier_versions(tmp_path):
-    path = stack_path(tmp_path, "acl")
-    earlier = a_stack()
-    for combination in earlier["combinations"].values():
-        del combination["columns"]
-    path.write_text(json.dumps({"format": "mrnet-stack-3"} | earlier))
-    assert load_stack(tmp_path, "acl") == a_stack(format="mrnet-stack-3")
-    earlier["members"] = earlier.pop("base_models")
-    for version in ("mrnet-stack-1", "mrnet-stack-2"):
-        path.write_text(json.dumps({"format": version} | earlier))
-        assert load_stack(tmp_path, "acl") == a_stack(format=version)
-    path.write_text(json.dumps({"format": "mrnet-stack-2"} | earlier | {"features": "logit"}))
-    load_stack(tmp_path, "acl")
-    path.write_text(json.dumps({"format": "mrnet-stack-1"} | earlier | {"features": "logit"}))
-    with pytest.raises(InputError, match="rounded logits.*--task acl --features logit` again"):
-        load_stack(tmp_path, "acl")
-
-
 def faulty_stacks():
-    yield {"format": "mrnet-stack-0"}
+    for version in (1, 4, 99):
+        yield {"format": f"mrnet-stack-{version}"}
     yield {"task": "meniscus"}
     yield {"features": "other"}
     yield {"combinations": {}}
@@ -330,6 +305,7 @@ def faulty_stacks():
     for name in ("../acl-axial.pt", "acl-axial.zip", 7):
         yield {"base_models": a_stack()["base_models"] | {"axial": [name]}}
     yield {"digests": []}
+    yield {"thresholds": None}
     bad = ({"coefficients": [1.0, 2.0]}, {"coefficients": ["1"]}, {"intercept": math.nan},
            {"threshold": math.inf}, {"threshold": True}, {"coefficients": None},
            {"columns": ["axial-other"]}, {"columns": []})  # fmt: skip
@@ -341,40 +317,40 @@ def faulty_stacks():
 
 @pytest.mark.parametrize("change", list(faulty_stacks()))
 def test_a_damaged_stack_is_named(tmp_path, change):
-    path = stack_path(tmp_path, "acl")
+    path = stack_path(tmp_path, "acl", RECIPES)
     path.write_text(json.dumps({"format": stacking.FORMAT} | a_stack() | change))
-    with pytest.raises(InputError, match="acl-stack.json: damaged, or not a stack of acl"):
-        load_stack(tmp_path, "acl")
+    with pytest.raises(InputError, match=f"{path}: damaged, of another version, or not a stack"):
+        load_stack(tmp_path, "acl", RECIPES)
 
 
 def test_no_stack_says_what_makes_one(tmp_path):
     with pytest.raises(InputError, match="no such stack; run .*regression.py --task acl"):
-        load_stack(tmp_path, "acl")
+        load_stack(tmp_path, "acl", RECIPES)
 
 
 def write_models(folder, *names, dataset=None):
     for name in names:
         task, plane, *_ = name.split("-")
-        metadata = METADATA | {"task": task, "plane": plane, "dataset": dataset}
+        metadata = metadata_of(task, plane, intensity="raw", dataset=dataset)
         save_model(folder / f"{name}.pt", MRNet(), metadata)
 
 
 def test_tasks_with_models(tmp_path):
     with pytest.raises(InputError, match="no saved models.*another --models-dir"):
-        saved_tasks(tmp_path)
+        saved_tasks(tmp_path, RECIPES)
     write_models(tmp_path, "cyst-axial", "acl-sagittal")
-    save_stack(stack_path(tmp_path, "meniscus"), a_stack())
+    save_stack(stack_path(tmp_path, "meniscus", RECIPES), a_stack())
     (tmp_path / "acl-axial-fold1of2.pt").touch()
-    assert saved_tasks(tmp_path) == ["acl", "cyst", "meniscus"]
+    assert saved_tasks(tmp_path, RECIPES) == ["acl", "cyst", "meniscus"]
     with pytest.raises(InputError, match="no models of task 'x'; tasks here: acl, cyst, meniscus"):
-        load_task(tmp_path, "x")
+        load_task(tmp_path, "x", RECIPES)
 
 
 def test_everything_of_a_task(tmp_path):
     synthetic = {"name": "phantom", "version": "1", "synthetic": True, "orientation": None}
     write_models(tmp_path, "acl-axial", dataset=synthetic)
     write_models(tmp_path, "acl-coronal")
-    models = load_task(tmp_path, "acl")
+    models = load_task(tmp_path, "acl", RECIPES)
     assert models.task == "acl" and models.stack is None
     assert {plane: [n.intensity for n in found] for plane, found in models.networks.items()} == {
         "axial": ["raw"], "coronal": ["raw"],
@@ -383,14 +359,14 @@ def test_everything_of_a_task(tmp_path):
     assert models.datasets == [synthetic, None] and models.is_synthetic
     assert len(models.digest) == 12
     write_models(tmp_path, "acl-axial")
-    again = load_task(tmp_path, "acl")
+    again = load_task(tmp_path, "acl", RECIPES)
     assert again.digest != models.digest
     assert again.datasets == [None] and not again.is_synthetic
     with pytest.raises(InputError, match="no models of task 'cyst'; tasks here: acl"):
-        load_task(tmp_path, "cyst")
+        load_task(tmp_path, "cyst", RECIPES)
     write_models(tmp_path, "acl-axial", "acl-coronal", dataset=synthetic)
-    assert load_task(tmp_path, "acl").datasets == [synthetic]  # once
-    there = load_task(tmp_path, "acl", "meta").networks.values()
+    assert load_task(tmp_path, "acl", RECIPES).datasets == [synthetic]  # once
+    there = load_task(tmp_path, "acl", RECIPES, "meta").networks.values()
     assert all(p.is_meta for found in there for n in found for p in n.model.parameters())
 
 
@@ -399,7 +375,7 @@ def test_a_model_of_another_task_or_plane_is_refused(tmp_path, name):
     write_models(tmp_path, name)
     (tmp_path / f"{name}.pt").rename(tmp_path / "acl-axial.pt")
     with pytest.raises(InputError, match="acl-axial.pt: a model of " + name.replace("-", ", ")):
-        load_task(tmp_path, "acl")
+        load_task(tmp_path, "acl", RECIPES)
 
 
 def test_a_task_with_a_stack_has_the_stacks_networks(tmp_path):
@@ -409,15 +385,15 @@ def test_a_task_with_a_stack_has_the_stacks_networks(tmp_path):
     digests = {name: digest_of(tmp_path / name) for name in files}
     combinations = {"axial": one_combination("axial")}
     stack = a_stack(base_models={"axial": files}, digests=digests, combinations=combinations)
-    save_stack(stack_path(tmp_path, "acl"), stack)
-    models = load_task(tmp_path, "acl")
+    save_stack(stack_path(tmp_path, "acl", RECIPES), stack)
+    models = load_task(tmp_path, "acl", RECIPES)
     assert list(models.networks) == ["axial"] and len(models.networks["axial"]) == 2
     assert models.stack["digests"] == digests and models.datasets == [None]
-    save_stack(stack_path(tmp_path, "acl"), stack | {"note": "other"})
-    assert load_task(tmp_path, "acl").digest != models.digest
+    save_stack(stack_path(tmp_path, "acl", RECIPES), stack | {"note": "other"})
+    assert load_task(tmp_path, "acl", RECIPES).digest != models.digest
     write_models(tmp_path, names[1])
     with pytest.raises(InputError, match="fold2of2.pt: trained again after the stack was fitted"):
-        load_task(tmp_path, "acl")
+        load_task(tmp_path, "acl", RECIPES)
 
 
 def test_exams_that_lack_a_plane_are_stacked_from_the_planes_they_have():

@@ -139,7 +139,7 @@ def check_volume(place):
     return Volume(*place, shape=volume.shape, digest=hashlib.blake2b(volume).digest())
 
 
-def find_volumes(root, labels, may_lack=False):
+def find_volumes(root, labels, may_lack):
     """Every volume that lies in the folder or should: list of (split, plane, id, path), faults.
 
     Args:

@@ -28,12 +28,11 @@ import torch
 
 from common import cli
 from common.checkpoint import load_model
-from common.config import ARTICLE
 from common.errors import InputError, RunError
 from common.exam_model import load_exam_model, load_stack_model, preparation_of
 from common.files import atomic, write_text
 from common.model_card import subject_of_network, subject_of_stack, write_card
-from common.names import stack_name
+from common.names import ARTICLE, stack_name
 from dataloader import MEAN, STD
 from model import BACKBONES, SMALLEST_SIDE
 

@@ -82,7 +82,7 @@ def near(points, boxes):
     )
 
 
-def strongest_voxel(maps, backbone="alexnet"):
+def strongest_voxel(maps, backbone):
     """Where the heat map is strongest: slice, row and column in voxels, float (3,)."""
     s, i, j = np.unravel_index(np.argmax(maps), maps.shape)
     step, first = BACKBONES[backbone].cell_step, BACKBONES[backbone].cell_first
@@ -139,7 +139,7 @@ def run(args):
     head = ("positive", "found", "hits", "pointing [95 %]", "chance", "centre")
     print(f"{'task':<10}{'plane':<10}{{:>9}}{{:>7}}{{:>6}}{{:>21}}{{:>8}}{{:>8}}".format(*head))
     for name in names:
-        models = load_task(args.models_dir, name, device, recipes)
+        models = load_task(args.models_dir, name, recipes, device)
         for (plane,) in (planes for planes in models.by_planes if len(planes) == 1):
             count, found = play(models, plane, args.data, lesions, device, precision)
             line = f"{name:<10}{plane:<10}{count:9d}{len(found):7d}"

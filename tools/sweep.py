@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from common import cli, engine
-from common.checkpoint import check_writable, load_model, recorded
+from common.checkpoint import check_writable, load_model
 from common.cluster import Machines
 from common.config import ARTICLE, THE_ARTICLES, Config
 from common.datasets import make_exams
@@ -431,7 +431,7 @@ def predict_out_of_fold(sweep, network, setting):
 def check_recipe(path, metadata, recipe):
     """Raise InputError where the model at `path` was trained by another recipe than `recipe`."""
     wanted = THE_ARTICLES | {key.replace("-", "_"): value for key, value in recipe.items()}
-    trained = recorded(metadata.get("arguments"))
+    trained = metadata["arguments"]
     other = [f"--{name.replace('_', '-')} {trained[name]}"
              for name, value in wanted.items() if trained[name] != value]  # fmt: skip
     if other:

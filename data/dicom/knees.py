@@ -148,7 +148,7 @@ def sides_by_place(series, absolute):
     return {"L": left, "R": right}, torn_apart(left) or torn_apart(right)
 
 
-def split_knees(series, absolute=True):
+def split_knees(series, absolute):
     """The knees of a study.
 
     Args:

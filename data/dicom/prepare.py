@@ -27,6 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
 
 from common.errors import InputError  # noqa: E402
+from common.files import write_csv  # noqa: E402
 from data.common import (  # noqa: E402
     Formatter,
     Register,
@@ -35,7 +36,6 @@ from data.common import (  # noqa: E402
     keyed_hash,
     merge_csv,
     patient_key,
-    write_csv,
     write_dataset,
     write_planes,
 )

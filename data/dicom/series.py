@@ -443,7 +443,7 @@ def series_name(title):
     return f"series {'?' if number is None else number} '{description}'"
 
 
-def assemble(title, frames, frame_of_reference=""):
+def assemble(title, frames, frame_of_reference):
     """The frames of one DICOM series -> Series, slices ordered along their normal; or why not."""
     placed = [f for f in frames if f.position and f.orientation and f.spacing]
     if not placed and len(frames) >= MIN_SLICES:

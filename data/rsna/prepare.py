@@ -377,7 +377,7 @@ def write_problems(path, problems, afresh):
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 
-def label_cells(label, weight=1.0):
+def label_cells(label, weight):
     """A label as the layout has it: 0, 1, 0.xxxx or nothing, and a weight other than 1."""
     if math.isnan(label):
         return ("",)
