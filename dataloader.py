@@ -667,14 +667,6 @@ class MRDataset(Dataset):
             text += "".join(f"{label_text(weights)}\n" for weights in self.label_weights)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def has_fingerprint(self, fingerprint):
-        """Whether `fingerprint` is of these exams; earlier versions did not hash the voxels."""
-        if len(fingerprint) == 32:
-            return fingerprint == self.fingerprint()
-        rows = zip(self.ids, self.labels, self.shapes, strict=True)
-        text = "".join(f"{i},{label_text(label)},{shape}\n" for i, label, shape in rows)
-        return fingerprint == hashlib.sha256(text.encode()).hexdigest()[:16]
-
 
 def check_side(path, shape, smallest, backbone):
     """Raise InputError where a volume's slices are smaller than a backbone needs.

@@ -243,5 +243,5 @@ def is_metadata(content):
 
 
 def recorded(config):
-    """A training's arguments as a file holds them, with the article's for options that came later."""
+    """Arguments as a file holds them, with the article's for options that came later."""
     return THE_ARTICLES | config

@@ -72,7 +72,7 @@ class Results(NamedTuple):
             exams = exams_of_any(load_exams(data_dir, self.task, wanted), data_dir, self.task)
         except InputError as error:
             return one_line(error)
-        if all(exams[split].has_fingerprint(self.content["data"][split]) for split in SPLITS):
+        if all(exams[split].fingerprint() == self.content["data"][split] for split in SPLITS):
             return ""
         return f"{data_dir} has other exams or labels than those that the stack was fitted on"
 

@@ -133,7 +133,7 @@ def check_same(path, config, data_sets, earlier, ignore=()):
             "--models-dir, or leave out --resume to train it again"
         )
     if fingerprints.keys() != data_sets.keys() or not all(
-        exams.has_fingerprint(fingerprints[name]) for name, exams in data_sets.items()
+        exams.fingerprint() == fingerprints[name] for name, exams in data_sets.items()
     ):
         raise InputError(
             f"{path}: was trained on other exams; give another --models-dir, or leave out --resume "

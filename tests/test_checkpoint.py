@@ -220,11 +220,11 @@ def test_each_finding_has_its_own_best_epoch():
 class Exams:
     """Stands in for an MRDataset."""
 
-    def __init__(self, fingerprint):
-        self.fingerprint = fingerprint
+    def __init__(self, of_exams):
+        self.of_exams = of_exams
 
-    def has_fingerprint(self, fingerprint):
-        return fingerprint == self.fingerprint
+    def fingerprint(self):
+        return self.of_exams
 
 
 def test_what_a_resumed_run_must_agree_on():
