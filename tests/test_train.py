@@ -376,6 +376,44 @@ def trained_on(exams, folder, *more):
     )  # fmt: skip
 
 
+def test_settings_reach_the_step_and_the_average_is_evaluated_and_saved(
+    shared_exams, tmp_path, monkeypatch
+):
+    """Two epochs of three steps: 12 exams, 5 in a step."""
+    steps, rates, average = [], [], {}
+
+    class Step(engine.TrainingStep):
+        def __init__(self, *args):
+            super().__init__(*args)
+            steps.append(self)
+
+        def update(self):
+            rates.append(self.optimizer.param_groups[0]["lr"])
+            super().update()
+            for name, now in self.model.named_parameters():
+                before = average.get(name, now.detach())  # the first is copied
+                average[name] = 0.6 * before + 0.4 * now.detach()
+
+    monkeypatch.setattr(engine, "TrainingStep", Step)
+    done = trained_on(
+        shared_exams, tmp_path, "--plane", "axial", "coronal", "--epochs", "2", "--lr", "1e-4",
+        "--lr-scheduler", "cosine", "--accumulate", "5", "--clip", "0.7", "--plane-weight", "0.3",
+        "--average-weights", "0.6", "--select", "last",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [(step.clip, step.plane_weight) for step in steps] == [(0.7, 0.3)]
+    cosine = 1e-4 * (1 + np.cos(np.pi * np.arange(6) / 6)) / 2
+    np.testing.assert_allclose(rates, cosine, rtol=1e-9)
+    model, metadata = load_model(tmp_path / "models" / "acl-axial+coronal.pt")
+    history = metadata["history"]
+    assert [one["lr"] for one in history] == pytest.approx([1e-4, 0.5e-4])
+    saved = dict(model.named_parameters())
+    assert saved.keys() == average.keys()
+    for name, wanted in average.items():
+        torch.testing.assert_close(saved[name].detach(), wanted, atol=1e-7, rtol=1e-5)
+    assert history[1]["valid"]["loss"] == pytest.approx(metadata["metrics"]["valid"]["loss"])
+
+
 def test_training_stops_after_epochs_without_a_better_loss(tmp_path):
     exams = write_exams(tmp_path / "data", train=30)
     more = ("--protocol", "held-out", "--epochs", "9", "--patience", "2", "--lr", "1e-30")
