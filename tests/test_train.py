@@ -451,6 +451,19 @@ def test_an_augmented_exam_and_heat_maps_are_logged(shared_exams, tmp_path):
             "roc"} <= set(logged)  # fmt: skip
 
 
+def test_heat_maps_are_titled_by_the_label_of_their_exam(shared_exams, tmp_path):
+    model, shown = MRNet().eval(), {}
+    torch.nn.init.zeros_(model.classifier.weight)  # no heat, so the slices as they are
+    with TrainingLog(tmp_path, log_every=5) as log:
+        log.add_images = lambda title, slices, *_: shown.update({title: slices})
+        log.add_heat_maps(model, MRDataset(shared_exams, "acl", "axial", train=False), 1, CPU)
+    assert len(shown) == 2
+    for name, exam in (("positive", "0012"), ("negative", "0013")):
+        stored = np.load(shared_exams / "valid" / "axial" / f"{exam}.npy")
+        slices = shown[f"heat map of a {name} validation exam"]
+        np.testing.assert_array_equal(slices, np.stack([stored] * 3, axis=-1))
+
+
 def test_cuda_graphs_need_cuda(shared_exams, tmp_path):
     done = trained_on(shared_exams, tmp_path, "--cuda-graphs", "--cache", "device")
     assert_one_line_error(done, "--cuda-graphs: needs --device cuda")
