@@ -569,9 +569,14 @@ def test_joined_planes_are_predicted_and_explained(joined):
     data = finding_of(out / "0012-acl.html")
     titles = [plane["plane"] for plane in data["planes"]]
     assert titles == [*PLANES, *(f"{plane} of axial+coronal+sagittal" for plane in PLANES)]
-    for plane in data["planes"]:
-        total = sum(plane["sums"]) + (plane["others"] or 0) + plane["bias"]
-        assert total == pytest.approx(plane["logit"], abs=1e-4)
+    sums = [sum(plane["sums"]) for plane in data["planes"]]
+    for mine, plane in zip(sums[:3], data["planes"][:3], strict=True):
+        assert mine + plane["bias"] == pytest.approx(plane["logit"], abs=1e-4)
+        assert plane["others"] is None
+    joint = sum(sums[3:])
+    for mine, plane in zip(sums[3:], data["planes"][3:], strict=True):
+        assert joint + plane["bias"] == pytest.approx(plane["logit"], abs=1e-4)
+        assert plane["others"] == pytest.approx(joint - mine, abs=1e-4)
     assert "alexnet, maximum over slices" in data["planes"][0]["of"]
 
 
