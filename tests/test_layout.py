@@ -106,10 +106,33 @@ def test_functions_fit_a_screen_and_take_what_they_use():
         assert "args" not in names or node.name == "run", where
 
 
+def modules_in(tree):
+    """Names that a file has for the modules that it imports."""
+    ours, found = {module_of(path) for path in FILES}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = (one for one in node.names if f"{node.module}.{one.name}" in ours)
+            found |= {alias.asname or alias.name for alias in names}
+    return found
+
+
+def written_attributes(tree):
+    """Attributes of imported modules that a file writes to, but PyTorch's own settings."""
+    modules = modules_in(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+            name = ast.unparse(node)
+            if name.split(".")[0] in modules and not name.startswith("torch.backends."):
+                yield name
+
+
 def test_nothing_global_is_written_to():
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            assert not isinstance(node, ast.Global), path
+        tree = ast.parse(path.read_text())
+        assert not any(isinstance(node, ast.Global) for node in ast.walk(tree)), path
+        assert list(written_attributes(tree)) == [], path
 
 
 @pytest.mark.parametrize("source", sorted(p.parent.name for p in ROOT.glob("data/*/prepare.py")))

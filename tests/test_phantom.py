@@ -12,7 +12,7 @@ from scipy import ndimage
 from data.phantom import knee, prepare
 from data.phantom.anatomy import draw_knee
 from data.phantom.lesions import draw_labels, draw_lesions
-from data.phantom.scanner import Pose, averaged, place, scan
+from data.phantom.scanner import Cut, Pose, averaged, place, scan
 
 SCRIPT = "data/phantom/prepare.py"
 PLANES = ("axial", "coronal", "sagittal")
@@ -168,7 +168,8 @@ def test_a_torn_acl_is_brighter_than_the_same_knee_untorn_at_the_noted_place(see
     points = next(points for kind, _, points in torn.lesions if kind == "acl")
     for plane in PLANES:
         (volume, geometry), (healthy, _) = (
-            scan(drawn, pose, plane, 128, np.random.default_rng(seed)) for drawn in (torn, intact)
+            scan(drawn, pose, plane, Cut(128), np.random.default_rng(seed))
+            for drawn in (torn, intact)
         )
         found = place(pose.to_patient(points), geometry, torn.grid)
         s, r, c = np.rint(found["centre"]).astype(int)

@@ -129,7 +129,7 @@ def test_a_study_is_the_knee_that_mrnets_layout_has(data, monkeypatch):
         for plane in PLANES:
             for path in data.glob(f"*/{plane}/{numbers[exam_name(uid)]:04d}.npy"):
                 volume = np.load(path)
-                own, _ = scanner.scan(drawn.knee, drawn.pose, plane, 64, rng, 140.0)
+                own, _ = scanner.scan(drawn.knee, drawn.pose, plane, scanner.Cut(64, 140.0), rng)
                 if drawn.side < 0:
                     own = np.flip(own, 0 if plane == "sagittal" else 2)
                 middle, own = volume[len(volume) // 2, ::4, ::4], own[len(own) // 2]
