@@ -335,7 +335,7 @@ def test_folds_and_seeds_stack_out_of_fold(exams):
     assert ids[0] != ids[1]
     with open(exams.parent / "models" / "acl-folds.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 24
-    done = run_script("train_logistic_regression.py", *files, *more)
+    done = run_script("train_logistic_regression.py", *files, *more, "--sensitivity", "0.5")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "out-of-fold AUC" in done.stdout and "2 seeds: mean" in done.stdout
     stack = load_stack(exams.parent / "models", "acl")
@@ -356,6 +356,11 @@ def test_folds_and_seeds_stack_out_of_fold(exams):
     train_rows = [row for row in rows.values() if row["split"] == "train"]
     x = np.array([[float(row[plane]) for plane in PLANES] for row in train_rows])
     y = np.array([int(row["label"]) for row in train_rows])
+    # Half of the 4 positives reach each threshold, which is the second highest of theirs.
+    for planes, one in stack["combinations"].items():
+        columns = [PLANES.index(plane) for plane in planes.split("+")]
+        p = LogisticRegression().fit(x[:, columns], y).predict_proba(x[:, columns])[:, 1]
+        assert one["threshold"] == pytest.approx(sorted(p[y == 1])[-2], abs=1e-5)
     cut = PredefinedSplit([int(row["id"] in ids[0][1]) for row in train_rows])
     given = LogisticRegression(), x, y
     wanted = cross_val_predict(*given, cv=cut, method="predict_proba")[:, 1]
