@@ -51,9 +51,9 @@ def test_caches_give_the_same_numbers(shared_exams, capsys):
         else:
             devices.cache_volumes([exams], where, CPU)
         assert (exams.cached[0] is None) == (where != "memory")
-        results.append(one_epoch(exams)[1])
-    for other in results[1:]:
-        assert all(np.array_equal(a, b) for a, b in zip(results[0], other, strict=True))
+        if where in ("disk", "memory"):  # what the others are on a CPU
+            results.append(one_epoch(exams)[1])
+    assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
     assert "cache      disk" in capsys.readouterr().out
 
 

@@ -107,8 +107,11 @@ def test_tensorboard_holds_the_curves(trained):
     within = EventAccumulator(str(run / "within-epoch")).Reload()
     assert [p.step for p in within.Scalars("within-epoch/train-loss")][-1] == 40
     assert [point.step for point in events.Scalars("learning-rate")] == [1, 2]
-    images = {"an augmented training exam", "roc", "heat map of a positive validation exam"}
-    assert images <= set(tags["images"])
+    logged = {tag.split("/")[0]: tag for tag in tags["images"]}
+    heat = {f"heat map of a {name} validation exam" for name in ("positive", "negative")}
+    assert heat | {"roc"} <= set(logged)
+    augmented = events.Images(logged["an augmented training exam"])
+    assert [event.step for event in augmented] == [1]
     assert "precision-recall" in tags["tensors"]
 
 
