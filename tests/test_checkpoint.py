@@ -8,6 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from conftest import METADATA
 
 from common import checkpoint, weights
 from common.checkpoint import load_model, save_model
@@ -17,17 +18,6 @@ from common.files import atomic
 from common.pickles import ArrayUnpickler
 from common.train_state import TrainState, check_same, restore_state
 from model import MRNet
-
-METADATA = {
-    "task": "acl",
-    "plane": "axial",
-    "intensity": "standardized",
-    "protocol": "article",
-    "epoch": 3,
-    "out_of_fold": [],
-    "data": {"valid": "0123456789abcdef"},
-    "metrics": {},
-}
 
 
 class Hostile:

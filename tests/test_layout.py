@@ -4,11 +4,10 @@ import ast
 import subprocess
 import sys
 from graphlib import TopologicalSorter
-from pathlib import Path
 
 import pytest
+from conftest import FILES, ROOT, imports_of, module_of
 
-ROOT = Path(__file__).parent.parent
 SCRIPTS = {"train", "train_logistic_regression", "predict", "explain", "reproduce"}
 LAYERS = [  # each imports from itself and from those before it only
     {
@@ -25,13 +24,6 @@ LAYERS = [  # each imports from itself and from those before it only
     SCRIPTS | {"hubconf"},
     {"tools"},
 ]
-FILES = sorted(
-    path for folder in (".", "common", "tools", "data") for path in ROOT.glob(f"{folder}/*.py")
-) + sorted(ROOT.glob("data/*/*.py"))
-
-
-def module_of(path):
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
 def layer_of(module):
@@ -41,19 +33,6 @@ def layer_of(module):
             if name in layer:
                 return i
     return None
-
-
-def imports_of(path):
-    """Names of the modules that a file imports, those within functions too."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            within = {f"{node.module}.{alias.name}" for alias in node.names}
-            modules = {module_of(p) for p in FILES}
-            found |= (within & modules) or {node.module}
-    return found
 
 
 def functions():

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import assert_one_line_error, run_script
+from conftest import PLANES, assert_one_line_error, run_script
 from scipy import ndimage
 
 from data.phantom import knee, prepare
@@ -15,7 +15,6 @@ from data.phantom.lesions import draw_labels, draw_lesions
 from data.phantom.scanner import Cut, Pose, averaged, place, scan
 
 SCRIPT = "data/phantom/prepare.py"
-PLANES = ("axial", "coronal", "sagittal")
 TASKS = ("abnormal", "acl", "meniscus")
 ACL_TEAR = {"abnormal": 1, "acl": 1, "meniscus": 0}
 

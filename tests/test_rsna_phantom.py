@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pydicom
 import pytest
-from conftest import assert_one_line_error, run_script
+from conftest import PLANES, assert_one_line_error, run_script
 from filelock import FileLock
 from sklearn.metrics import roc_auc_score
 
@@ -19,7 +19,6 @@ from data.phantom.lesions import draw_labels
 from data.phantom.rsna import FINDINGS, draw_scanner, findings_of, make_study, report_of
 from data.rsna.tables import read_labels, read_series
 
-PLANES = ("axial", "coronal", "sagittal")
 pytestmark = pytest.mark.whole
 
 

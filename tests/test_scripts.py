@@ -4,13 +4,14 @@ import csv
 import json
 import runpy
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
+    PLANES,
     QUICK,
+    ROOT,
     assert_one_line_error,
     assert_same_training,
     let_planes_lack,
@@ -28,8 +29,6 @@ from common.results import read_predictions, read_results
 from common.stacking import load_stack
 from dataloader import MRDataset
 
-PLANES = ("axial", "coronal", "sagittal")
-ROOT = Path(__file__).parent.parent
 COMMANDS = [
     path.relative_to(ROOT)
     for pattern in ("*.py", "tools/*.py", "data/*/*.py")

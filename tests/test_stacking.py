@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import METADATA, PLANES
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
@@ -42,18 +43,6 @@ from train_logistic_regression import (
     names_untuned,
     threshold_source,
 )
-
-PLANES = ("axial", "coronal", "sagittal")
-METADATA = {
-    "task": "acl",
-    "plane": "axial",
-    "intensity": "raw",
-    "protocol": "article",
-    "epoch": 3,
-    "out_of_fold": [],
-    "data": {"valid": "0123456789abcdef"},
-    "metrics": {},
-}
 
 
 def logit(p):
