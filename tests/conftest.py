@@ -1,5 +1,6 @@
 """Small exams in MRNet's layout, made in a temporary folder."""
 
+import ast
 import contextlib
 import csv
 import importlib
@@ -27,8 +28,28 @@ from common.config import Config
 
 ROOT = Path(__file__).parent.parent
 PLANES = ("axial", "coronal", "sagittal")
+FILES = sorted(  # of the project's code
+    path for folder in (".", "common", "tools", "data") for path in ROOT.glob(f"{folder}/*.py")
+) + sorted(ROOT.glob("data/*/*.py"))
 # Importers keep a key of the user's there; no test may touch the real one.
 os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="mrnet-tests-")
+
+
+def module_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def imports_of(path):
+    """Names of the modules that a file imports, those within functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            within = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {module_of(p) for p in FILES}
+            found |= (within & modules) or {node.module}
+    return found
 
 
 def write_exams(root, task="acl", train=12, valid=8, size=64, seed=0):
@@ -49,6 +70,17 @@ def write_exams(root, task="acl", train=12, valid=8, size=64, seed=0):
             rows.append(f"{exam_id},{label}\n")
         (root / f"{split}-{task}.csv").write_text("".join(rows))
         first += n
+    return root
+
+
+def write_findings(root):
+    """Labels of three findings: hard, soft, and partly unknown."""
+    write_exams(root)
+    for split, ids in (("train", range(12)), ("valid", range(12, 20))):
+        soft = "".join(f"{i},{(0.1, 0.7, 1)[i % 3]}\n" for i in ids)
+        some = "".join(f"{i},{'' if i % 4 == 1 else int(i % 2)}\n" for i in ids)
+        (root / f"{split}-soft.csv").write_text(soft)
+        (root / f"{split}-some.csv").write_text(some)
     return root
 
 
@@ -209,6 +241,19 @@ def run_script(script, *args):
     finally:
         sys.argv = argv
     return Finished(status, out.getvalue(), err.getvalue())
+
+
+def files(work):
+    """Arguments of train.py and the stack: everything within one folder."""
+    return ("--data-dir", work / "data", "--models-dir", work / "models", "--logs-dir",
+            work / "logs", "--precision", "fp32")  # fmt: skip
+
+
+def train_quickly(work, *options, status=0):
+    """train.py for one epoch, which must end with `status`."""
+    done = run_script("train.py", *files(work), "--no-pretrained", "--epochs", "1", *options)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
 
 
 def assert_one_line_error(done, *words, status=2):

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import PLANES
 from scipy import ndimage
+from scipy.stats import binom
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import affine
 
@@ -19,6 +21,7 @@ from dataloader import (
     Augmentation,
     LabelRow,
     MRDataset,
+    MultiPlaneDataset,
     grey_levels,
     label_rows,
     open_volume,
@@ -145,8 +148,43 @@ def test_drawn_poses_are_the_articles():
 
 
 def test_evaluation_is_not_moved(shared_exams):
-    exams = MRDataset(shared_exams, "acl", "axial", train=False)
-    assert torch.equal(exams[0][0], exams[0][0])
+    exams, still = (MRDataset(shared_exams, "acl", "axial", transform=t)
+                    for t in (Augmentation(), None))  # fmt: skip
+    assert torch.equal(exams.exam(0), still.exam(0))
+    assert not torch.equal(exams[0][0], still[0][0])  # as it is trained on
+
+
+def test_each_plane_is_moved_as_if_alone_and_by_a_pose_of_its_own(shared_exams):
+    axes = dict(zip(PLANES, ("columns", "rows", "slices"), strict=True))
+    moves = {plane: Augmentation(mirror) for plane, mirror in axes.items()}
+    exams = MultiPlaneDataset(shared_exams, "acl", PLANES, transform=moves)
+    alone = {p: MRDataset(shared_exams, "acl", p, transform=moves[p]) for p in PLANES}
+    exams.slices = (0.5, 0.5)
+    torch.manual_seed(0)
+    rows, poses = [3, 7, 0], set()
+    for i, view in zip(rows, exams.draw(rows), strict=True):
+        moved = exams.exam(i, view=view)
+        assert list(moved) == list(PLANES)
+        for plane, one in view.items():
+            assert torch.equal(moved[plane], alone[plane].exam(i, view=one))
+            assert len(one.rows) == round(len(np.load(alone[plane].paths[i])) / 2)
+            poses.add(tuple(one.drawn.tolist()))
+    assert len(poses) == 9
+
+
+def test_planes_are_left_out_as_often_as_asked_for_and_one_stays(shared_exams):
+    exams = MultiPlaneDataset(shared_exams, "acl", PLANES)
+    exams.plane_dropout = 0.3
+    torch.manual_seed(0)
+    views = exams.draw([0] * 2000)
+    # Where all three would go, 0.027 of all steps, one of them stays.
+    for count, p in ((1, 3 * 0.7 * 0.09 + 0.027), (2, 3 * 0.49 * 0.3), (3, 0.343)):
+        low, high = binom.interval(0.9999, 2000, p)
+        assert low <= sum(len(view) == count for view in views) <= high
+    low, high = binom.interval(0.9999, 2000, 0.7 + 0.027 / 3)
+    for plane in PLANES:
+        assert low <= sum(plane in view for view in views) <= high
+    assert {len(view) for view in views} == {1, 2, 3}
 
 
 def damaged(exams, name, content):

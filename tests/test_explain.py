@@ -197,6 +197,20 @@ def test_which_exam_in_one_line(trained, tmp_path):
     )
 
 
+def test_a_number_in_both_splits_is_of_two_exams(trained, tmp_path):
+    for split in ("train", "valid"):
+        (tmp_path / split / "axial").mkdir(parents=True)
+        volume = trained[0] / "data" / "valid" / "axial" / "0020.npy"
+        shutil.copy(volume, tmp_path / split / "axial")
+    shutil.copy(trained[0] / "data" / "dataset.json", tmp_path)
+    args = ("--models-dir", trained[0] / "models", "--task", "acl", "--out", tmp_path / "out")
+    done = run_script("explain.py", tmp_path, "--exam", "20", *args)
+    assert_one_line_error(done, "2 exams called 20; give --exam", "train/0020, valid/0020")
+    assert not (tmp_path / "out").exists()
+    done = run_script("explain.py", tmp_path, "--exam", "valid/20", *args)
+    assert done.returncode == 0, done.stderr
+
+
 # --- from DICOM, as README says ------------------------------------------------------------------
 
 

@@ -3,12 +3,11 @@
 import csv
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_layout import FILES, imports_of, module_of
+from conftest import FILES, ROOT, imports_of, module_of
 
 import hubconf
 from common.checkpoint import load_model
@@ -16,7 +15,6 @@ from common.errors import InputError
 from common.exam_model import ExamModel, load_exam_model
 from common.task_models import as_network
 
-ROOT = Path(__file__).parent.parent
 LOAD = """
 import sys, numpy, torch
 repository, weights, *exams = sys.argv[1:]

@@ -4,11 +4,10 @@ import ast
 import subprocess
 import sys
 from graphlib import TopologicalSorter
-from pathlib import Path
 
 import pytest
+from conftest import FILES, ROOT, imports_of, module_of
 
-ROOT = Path(__file__).parent.parent
 SCRIPTS = {"train", "train_logistic_regression", "predict", "explain", "reproduce"}
 LAYERS = [  # each imports from itself and from those before it only
     {
@@ -25,13 +24,6 @@ LAYERS = [  # each imports from itself and from those before it only
     SCRIPTS | {"hubconf"},
     {"tools"},
 ]
-FILES = sorted(
-    path for folder in (".", "common", "tools", "data") for path in ROOT.glob(f"{folder}/*.py")
-) + sorted(ROOT.glob("data/*/*.py"))
-
-
-def module_of(path):
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
 def layer_of(module):
@@ -41,19 +33,6 @@ def layer_of(module):
             if name in layer:
                 return i
     return None
-
-
-def imports_of(path):
-    """Names of the modules that a file imports, those within functions too."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            within = {f"{node.module}.{alias.name}" for alias in node.names}
-            modules = {module_of(p) for p in FILES}
-            found |= (within & modules) or {node.module}
-    return found
 
 
 def functions():
@@ -106,10 +85,33 @@ def test_functions_fit_a_screen_and_take_what_they_use():
         assert "args" not in names or node.name == "run", where
 
 
+def modules_in(tree):
+    """Names that a file has for the modules that it imports."""
+    ours, found = {module_of(path) for path in FILES}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = (one for one in node.names if f"{node.module}.{one.name}" in ours)
+            found |= {alias.asname or alias.name for alias in names}
+    return found
+
+
+def written_attributes(tree):
+    """Attributes of imported modules that a file writes to, but PyTorch's own settings."""
+    modules = modules_in(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+            name = ast.unparse(node)
+            if name.split(".")[0] in modules and not name.startswith("torch.backends."):
+                yield name
+
+
 def test_nothing_global_is_written_to():
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            assert not isinstance(node, ast.Global), path
+        tree = ast.parse(path.read_text())
+        assert not any(isinstance(node, ast.Global) for node in ast.walk(tree)), path
+        assert list(written_attributes(tree)) == [], path
 
 
 @pytest.mark.parametrize("source", sorted(p.parent.name for p in ROOT.glob("data/*/prepare.py")))

@@ -10,7 +10,7 @@ from conftest import ROOT
 from torch import nn
 from torchvision.models import alexnet
 
-from model import MRNet, space_to_depth_convolution, upsample_maps
+from model import BACKBONES, MRNet, space_to_depth_convolution, upsample_maps
 
 
 def articles_forward(model, x):
@@ -102,9 +102,18 @@ def test_logit_is_a_maximum_over_slices():
         assert (model(x[:, :1]) - logit).abs() > 1e-6
 
 
-def test_several_hundred_slices():
+def test_slices_in_chunks_change_nothing_without_gradient(monkeypatch):
+    torch.manual_seed(0)
+    model, x = MRNet().eval(), torch.randn(1, 7, 1, 64, 64)
+    found, lengths = [], []
+    model.pretrained_model.register_forward_pre_hook(lambda _, x: lengths.append(len(x[0])))
     with torch.inference_mode():
-        assert MRNet().eval()(torch.randn(1, 400, 1, 64, 64)).shape == (1, 1)
+        for most in (900e6, 3 * 64 * 64 * BACKBONES["alexnet"].activations):
+            monkeypatch.setattr("model.MOST_ACTIVATIONS", most)
+            found.append((model(x), *model.heat_maps(x[0])))
+    assert lengths == [7, 7, 3, 3, 1, 3, 3, 1]
+    for whole, parts in zip(*found, strict=True):
+        np.testing.assert_allclose(parts, whole, atol=1e-6)
 
 
 def test_dropout_only_while_training():

@@ -12,7 +12,16 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from conftest import PLANES, assert_one_line_error, finding_of, run_script, write_exams
+from conftest import (
+    PLANES,
+    assert_one_line_error,
+    files,
+    finding_of,
+    run_script,
+    train_quickly,
+    write_exams,
+    write_findings,
+)
 from torch.nn import functional as F
 
 import reproduce
@@ -39,17 +48,6 @@ from model import BACKBONES, MRNet
 
 def config(**more):
     return Config(**{"task": "acl", "plane": "axial", "pretrained": False} | more)
-
-
-def files(work):
-    return ("--data-dir", work / "data", "--models-dir", work / "models", "--logs-dir",
-            work / "logs", "--precision", "fp32")  # fmt: skip
-
-
-def train_quickly(work, *options, status=0):
-    done = run_script("train.py", *files(work), "--no-pretrained", "--epochs", "1", *options)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
 
 
 @pytest.fixture
@@ -219,17 +217,6 @@ def test_strong_draws_are_the_same_for_all_slices_and_for_a_resumed_run():
 
 
 # --- labels ---------------------------------------------------------------------------------------
-
-
-def write_findings(root):
-    """Labels of three findings: hard, soft, and partly unknown."""
-    write_exams(root)
-    for split, ids in (("train", range(12)), ("valid", range(12, 20))):
-        soft = "".join(f"{i},{(0.1, 0.7, 1)[i % 3]}\n" for i in ids)
-        some = "".join(f"{i},{'' if i % 4 == 1 else int(i % 2)}\n" for i in ids)
-        (root / f"{split}-soft.csv").write_text(soft)
-        (root / f"{split}-some.csv").write_text(some)
-    return root
 
 
 def test_soft_and_unknown_labels(tmp_path):
@@ -569,9 +556,14 @@ def test_joined_planes_are_predicted_and_explained(joined):
     data = finding_of(out / "0012-acl.html")
     titles = [plane["plane"] for plane in data["planes"]]
     assert titles == [*PLANES, *(f"{plane} of axial+coronal+sagittal" for plane in PLANES)]
-    for plane in data["planes"]:
-        total = sum(plane["sums"]) + (plane["others"] or 0) + plane["bias"]
-        assert total == pytest.approx(plane["logit"], abs=1e-4)
+    sums = [sum(plane["sums"]) for plane in data["planes"]]
+    for mine, plane in zip(sums[:3], data["planes"][:3], strict=True):
+        assert mine + plane["bias"] == pytest.approx(plane["logit"], abs=1e-4)
+        assert plane["others"] is None
+    joint = sum(sums[3:])
+    for mine, plane in zip(sums[3:], data["planes"][3:], strict=True):
+        assert joint + plane["bias"] == pytest.approx(plane["logit"], abs=1e-4)
+        assert plane["others"] == pytest.approx(joint - mine, abs=1e-4)
     assert "alexnet, maximum over slices" in data["planes"][0]["of"]
 
 

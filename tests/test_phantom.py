@@ -6,16 +6,15 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import assert_one_line_error, run_script
+from conftest import PLANES, assert_one_line_error, run_script
 from scipy import ndimage
 
 from data.phantom import knee, prepare
 from data.phantom.anatomy import draw_knee
 from data.phantom.lesions import draw_labels, draw_lesions
-from data.phantom.scanner import Pose, averaged, place, scan
+from data.phantom.scanner import Cut, Pose, averaged, place, scan
 
 SCRIPT = "data/phantom/prepare.py"
-PLANES = ("axial", "coronal", "sagittal")
 TASKS = ("abnormal", "acl", "meniscus")
 ACL_TEAR = {"abnormal": 1, "acl": 1, "meniscus": 0}
 
@@ -168,7 +167,8 @@ def test_a_torn_acl_is_brighter_than_the_same_knee_untorn_at_the_noted_place(see
     points = next(points for kind, _, points in torn.lesions if kind == "acl")
     for plane in PLANES:
         (volume, geometry), (healthy, _) = (
-            scan(drawn, pose, plane, 128, np.random.default_rng(seed)) for drawn in (torn, intact)
+            scan(drawn, pose, plane, Cut(128), np.random.default_rng(seed))
+            for drawn in (torn, intact)
         )
         found = place(pose.to_patient(points), geometry, torn.grid)
         s, r, c = np.rint(found["centre"]).astype(int)

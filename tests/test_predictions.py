@@ -7,8 +7,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import PLANES, assert_one_line_error, metadata_of, run_script, write_exams
-from test_options import files, train_quickly, write_findings
+from conftest import (
+    PLANES,
+    assert_one_line_error,
+    files,
+    metadata_of,
+    run_script,
+    train_quickly,
+    write_exams,
+    write_findings,
+)
 
 from common import engine
 from common.checkpoint import body_digest, load_model, save_model

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pydicom
 import pytest
-from conftest import assert_one_line_error, run_script
+from conftest import PLANES, assert_one_line_error, run_script
 from hospital import PIXEL, SIDE, code_of, damage, read_code, write_series
 from pydicom.uid import ImplicitVRLittleEndian, JPEG2000Lossless
 from test_dicom import SLICES
@@ -49,7 +49,6 @@ from data.rsna.tables import (
 from dataloader import MRDataset
 from predict import Answer, make_row
 
-PLANES = ("axial", "coronal", "sagittal")
 KNEE = 85.0  # mm from the patient's middle
 HEAD = ["StudyInstanceUID", "PatientSex", "Report", *FINDINGS]
 SERIES_HEAD = ["StudyInstanceUID", "SeriesInstanceUID", "Fluid_Sensitive", "Fat_Suppression",

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pydicom
 import pytest
-from conftest import assert_one_line_error, run_script
+from conftest import PLANES, assert_one_line_error, run_script
 from filelock import FileLock
 from sklearn.metrics import roc_auc_score
 
@@ -19,7 +19,6 @@ from data.phantom.lesions import draw_labels
 from data.phantom.rsna import FINDINGS, draw_scanner, findings_of, make_study, report_of
 from data.rsna.tables import read_labels, read_series
 
-PLANES = ("axial", "coronal", "sagittal")
 pytestmark = pytest.mark.whole
 
 
@@ -129,7 +128,7 @@ def test_a_study_is_the_knee_that_mrnets_layout_has(data, monkeypatch):
         for plane in PLANES:
             for path in data.glob(f"*/{plane}/{numbers[exam_name(uid)]:04d}.npy"):
                 volume = np.load(path)
-                own, _ = scanner.scan(drawn.knee, drawn.pose, plane, 64, rng, 140.0)
+                own, _ = scanner.scan(drawn.knee, drawn.pose, plane, scanner.Cut(64, 140.0), rng)
                 if drawn.side < 0:
                     own = np.flip(own, 0 if plane == "sagittal" else 2)
                 middle, own = volume[len(volume) // 2, ::4, ::4], own[len(own) // 2]

@@ -4,13 +4,14 @@ import csv
 import json
 import runpy
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
+    PLANES,
     QUICK,
+    ROOT,
     assert_one_line_error,
     assert_same_training,
     let_planes_lack,
@@ -28,8 +29,6 @@ from common.results import read_predictions, read_results
 from common.stacking import load_stack
 from dataloader import MRDataset
 
-PLANES = ("axial", "coronal", "sagittal")
-ROOT = Path(__file__).parent.parent
 COMMANDS = [
     path.relative_to(ROOT)
     for pattern in ("*.py", "tools/*.py", "data/*/*.py")
@@ -107,8 +106,11 @@ def test_tensorboard_holds_the_curves(trained):
     within = EventAccumulator(str(run / "within-epoch")).Reload()
     assert [p.step for p in within.Scalars("within-epoch/train-loss")][-1] == 40
     assert [point.step for point in events.Scalars("learning-rate")] == [1, 2]
-    images = {"an augmented training exam", "roc", "heat map of a positive validation exam"}
-    assert images <= set(tags["images"])
+    logged = {tag.split("/")[0]: tag for tag in tags["images"]}
+    heat = {f"heat map of a {name} validation exam" for name in ("positive", "negative")}
+    assert heat | {"roc"} <= set(logged)
+    augmented = events.Images(logged["an augmented training exam"])
+    assert [event.step for event in augmented] == [1]
     assert "precision-recall" in tags["tensors"]
 
 
@@ -335,7 +337,7 @@ def test_folds_and_seeds_stack_out_of_fold(exams):
     assert ids[0] != ids[1]
     with open(exams.parent / "models" / "acl-folds.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 24
-    done = run_script("train_logistic_regression.py", *files, *more)
+    done = run_script("train_logistic_regression.py", *files, *more, "--sensitivity", "0.5")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "out-of-fold AUC" in done.stdout and "2 seeds: mean" in done.stdout
     stack = load_stack(exams.parent / "models", "acl", ["article"])
@@ -356,6 +358,11 @@ def test_folds_and_seeds_stack_out_of_fold(exams):
     train_rows = [row for row in rows.values() if row["split"] == "train"]
     x = np.array([[float(row[plane]) for plane in PLANES] for row in train_rows])
     y = np.array([int(row["label"]) for row in train_rows])
+    # Half of the 4 positives reach each threshold, which is the second highest of theirs.
+    for planes, one in stack["combinations"].items():
+        columns = [PLANES.index(plane) for plane in planes.split("+")]
+        p = LogisticRegression().fit(x[:, columns], y).predict_proba(x[:, columns])[:, 1]
+        assert one["threshold"] == pytest.approx(sorted(p[y == 1])[-2], abs=1e-5)
     cut = PredefinedSplit([int(row["id"] in ids[0][1]) for row in train_rows])
     given = LogisticRegression(), x, y
     wanted = cross_val_predict(*given, cv=cut, method="predict_proba")[:, 1]

@@ -6,13 +6,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import metadata_of
+import torch
+from conftest import PLANES, metadata_of
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
 from common import stacking
 from common.checkpoint import digest_of, save_model
 from common.errors import InputError
+from common.exam_model import StackModel
 from common.metrics import roc_auc, wilson_interval
 from common.names import stack_path
 from common.stacking import (
@@ -30,8 +32,8 @@ from common.stacking import (
     stack_features,
     threshold_for,
 )
-from common.task_models import load_task, saved_tasks
-from model import MRNet
+from common.task_models import Network, load_task, saved_tasks
+from model import MRNet, MultiPlaneMRNet
 from train_logistic_regression import (
     RATES,
     derived_caveats,
@@ -42,7 +44,6 @@ from train_logistic_regression import (
     threshold_source,
 )
 
-PLANES = ("axial", "coronal", "sagittal")
 RECIPES = ["article"]
 
 
@@ -92,6 +93,37 @@ def test_features_are_means_of_probabilities_or_of_logits():
     np.testing.assert_allclose(features, [[0.3, sigmoids]])
     features = stack_features("logit", [logits["sagittal"]])
     np.testing.assert_allclose(features, [[2.0]])
+
+
+@pytest.mark.parametrize("kind", ["probability", "logit"])
+def test_a_stack_as_a_network_answers_as_the_stack_does(kind):
+    torch.manual_seed(0)
+    columns = {"axial": ("axial",), "axial+coronal": ("axial", "coronal")}
+
+    def network(planes):
+        ones = {plane: MRNet().eval() for plane in planes}
+        model = ones["axial"] if len(ones) == 1 else MultiPlaneMRNet(ones).eval()
+        return Network(model, planes, "raw", "grey", False, "")
+
+    networks = {name: [network(planes) for _ in range(2)] for name, planes in columns.items()}
+    whole = {"columns": list(columns), "coefficients": [1.5, -2.0], "intercept": 0.25,
+             "threshold": 0.4}  # fmt: skip
+    stack = {"features": kind, "combinations": {"axial+coronal": whole}}
+    models = SimpleNamespace(task="acl", planes=["axial", "coronal"], stack=stack,
+                             networks=networks)  # fmt: skip
+    volumes = {plane: torch.randint(0, 256, (s, 64, 64), dtype=torch.uint8)
+               for plane, s in (("axial", 2), ("coronal", 3))}  # fmt: skip
+    fed = {plane: volume[:, None].float() for plane, volume in volumes.items()}
+    with torch.inference_mode():
+        found = StackModel(models)(*volumes.values()).item()
+        logits = {
+            name: np.array([[one.model(fed if len(one.planes) > 1 else fed["axial"]).item()
+                             for one in ones]])
+            for name, ones in networks.items()
+        }  # fmt: skip
+    assert all(np.ptp(one) > 0.1 for one in logits.values())
+    (wanted,), _ = combine(stack, models.planes, logits)
+    assert found == pytest.approx(wanted, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["probability", "logit"])

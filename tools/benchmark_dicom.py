@@ -47,10 +47,10 @@ def parse_arguments():
 def make_set(root, studies, syntax):
     """A set of equal knees under different UIDs."""
     thick = {plane: (high - low) / SLICES for plane, (low, high) in scanner.COVER.items()}
-    scanner.SPACING = {plane: (step, step) for plane, step in thick.items()}
+    spacing = {plane: (step, step) for plane, step in thick.items()}
     habits = Scanner(
         ("Maker", "Model", "1", 1.5), SIDE, 160.0, syntax, 0.0, False, False,
-        frozenset({"Laterality"}), (1.0, 0.0),
+        frozenset({"Laterality"}), (1.0, 0.0), spacing,
     )  # fmt: skip
     drawn, rows = draw_exam(0, KNEE, 0), []
     scans = {plane: scan_series(drawn, SeriesPlan(plane, "PD FS"), habits) for plane in TARGET}

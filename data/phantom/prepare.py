@@ -40,7 +40,7 @@ from data.common import ORIENTATION, TARGET, Formatter, write_dataset, write_vol
 from data.phantom.exam import draw_exam  # noqa: E402
 from data.phantom.lesions import PREVALENCE, draw_labels  # noqa: E402
 from data.phantom.rsna import NEEDS, TRUTH, make_study, write_tables  # noqa: E402
-from data.phantom.scanner import place, scan  # noqa: E402
+from data.phantom.scanner import Cut, place, scan  # noqa: E402
 
 LESIONS = "lesions.json"
 VERSION = "5"  # of the knees that are drawn; raise it with every change of the pixels
@@ -58,7 +58,7 @@ def make_exam(exam_id, split, labels, seed, size, out):
     knee, pose, side, _, rng = draw_exam(exam_id, labels, seed)
     planes = {}
     for plane in TARGET:
-        volume, planes[plane] = scan(knee, pose, plane, size, rng)
+        volume, planes[plane] = scan(knee, pose, plane, Cut(size), rng)
         write_volume(out / split / plane / f"{exam_id:04d}.npy", volume)
     lesions = []
     for kind, task, points in knee.lesions:

@@ -22,7 +22,7 @@ from scipy.spatial.transform import Rotation
 from common.files import write_csv
 from data.common import TARGET
 from data.phantom.exam import draw_exam
-from data.phantom.scanner import scan
+from data.phantom.scanner import Cut, scan
 from data.rsna.tables import FAT, FINDINGS, FLUID, PLANE, REPORT, SERIES, STUDY
 
 TRUTH = "truth.csv"
@@ -61,6 +61,7 @@ class Scanner(NamedTuple):
     centred: bool  # knees lie in the middle: their place does not tell the side
     tags: frozenset  # those of OPTIONAL that it writes
     offset: tuple  # rescale slope and intercept
+    spacing: dict | None = None  # as Cut has it
 
 
 class SeriesPlan(NamedTuple):
@@ -185,9 +186,8 @@ def scan_series(drawn, plan, scanner):
     knee, signal = drawn.knee, drawn.knee.signal
     if CONTRASTS[plan.contrast]:
         knee.signal = np.interp(signal, SIGNAL, CONTRASTS[plan.contrast]).astype(np.float32)
-    volume, geometry = scan(
-        knee, drawn.pose, plan.plane, scanner.size, drawn.rng, scanner.field_of_view
-    )
+    cut = Cut(scanner.size, scanner.field_of_view, scanner.spacing)
+    volume, geometry = scan(knee, drawn.pose, plan.plane, cut, drawn.rng)
     knee.signal = signal
     kept = round(len(volume) * plan.share)
     first = (len(volume) - kept) // 2

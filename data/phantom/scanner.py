@@ -3,6 +3,8 @@
 Patient coordinates, mm: x to the patient's left, y to posterior, z to superior.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
@@ -48,17 +50,25 @@ class Pose:
         return found
 
 
-def scan(knee, pose, plane, size, rng, field_of_view=FIELD_OF_VIEW):
+class Cut(NamedTuple):
+    """How finely a knee is cut into slices."""
+
+    size: int  # px, a slice's side
+    field_of_view: float = FIELD_OF_VIEW  # mm, the same
+    spacing: dict | None = None  # {plane: (least, most)}, mm from slice to slice; None for SPACING
+
+
+def scan(knee, pose, plane, cut, rng):
     """Cut one plane: uint8 (s, size, size) and its geometry.
 
     Args:
-        field_of_view: mm, a slice's side.
+        cut: Cut.
 
     The geometry takes patient mm to voxel indices: index = (direction * mm[axis] - start) / step,
     each for slices, rows and columns.
     """
-    axes = TARGET[plane]
-    step = rng.uniform(*SPACING[plane])
+    axes, size, field_of_view = TARGET[plane], cut.size, cut.field_of_view
+    step = rng.uniform(*(cut.spacing or SPACING)[plane])
     low, high = sorted(axes[0][1] * end for end in COVER[plane])
     positions = np.arange(low + rng.uniform(0, step), high, step)
     pixel = field_of_view / size
