@@ -264,7 +264,8 @@ def train_network(config, split, files, provenance):
                         finding = config.tasks.index(task)
                         save_model(paths[task], state.evaluated, metadata, finding)
                     state.history.append(epoch.record)
-                    print(epoch, flush=True)
+                    with cli.output_may_end():
+                        print(epoch, flush=True)
                     log.add_epoch(epoch)
                 save_state()
         except KeyboardInterrupt:

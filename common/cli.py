@@ -305,6 +305,25 @@ def progress(items, what, total=None):
     )
 
 
+@contextmanager
+def output_may_end():
+    """Within it no print fails, so that what was computed is saved all the same.
+
+    Where nobody reads stdout or stderr any more, because their terminal was closed or Ctrl-C has
+    ended the `tee` behind them too, the null device takes the place of both: later prints, progress
+    bars and the interpreter's last flush cannot fail either.
+    """
+    try:
+        yield
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+    except (ValueError, RuntimeError):
+        pass  # a closed file, or a signal's handler that prints within another print: no line
+
+
 # --- signals --------------------------------------------------------------------------------------
 
 
@@ -321,10 +340,11 @@ def stop_after_step():
     def request(number, frame):
         stop_requested.append(number)
         restore()
-        print(
-            "\nstopping after this step; repeat the signal (Ctrl-C) to stop immediately",
-            file=sys.stderr,
-        )
+        with output_may_end():
+            print(
+                "\nstopping after this step; repeat the signal (Ctrl-C) to stop immediately",
+                file=sys.stderr,
+            )
 
     def restore():
         for number, handler in before.items():
@@ -381,7 +401,9 @@ def exit_with_status(main):
             raise
         status, message = outcome
         lines = map(printable, message.split("\n"))  # a file's name may hold anything
-        print(f"{script_name()}: " + "\n".join(lines), file=sys.stderr)
+        with output_may_end():
+            print(f"{script_name()}: " + "\n".join(lines), file=sys.stderr)
+            sys.stdout.flush()  # at its end the interpreter would replace the status by its own
         sys.exit(status)
     sys.exit(0)
 
