@@ -18,7 +18,7 @@ from typing import NamedTuple
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
-from common.cli import catch_signals
+from common.cli import catch_signals, output_may_end
 from common.config import THE_ARTICLES
 from common.errors import Interrupted
 from common.machine import available_memory, usable_cores
@@ -95,24 +95,28 @@ class Jobs:
             count, done_work = 0, 0.0
             for done in self.results(jobs):
                 names = [job.name for job in list(self.running.values())]  # threads change it
-                bar.set_description(", ".join(names[: self.at_once][:4]))
-                bar.update()
+                with output_may_end():
+                    bar.set_description(", ".join(names[: self.at_once][:4]))
+                    bar.update()
                 if done is None:
                     continue
                 count, done_work = count + 1, done_work + done.job.work
                 rest = (time.perf_counter() - began) * (left - done_work) / done_work
                 what = "" if done.is_fine else f", FAILED with status {done.status}"
-                tqdm.write(
-                    f"{count}/{len(jobs)}  {done.job.name}{what}  {done.seconds:.0f} s"
-                    + (f", about {rest / 60:.0f} min left" if count < len(jobs) else "")
-                )
+                with output_may_end():
+                    tqdm.write(
+                        f"{count}/{len(jobs)}  {done.job.name}{what}  {done.seconds:.0f} s"
+                        + (f", about {rest / 60:.0f} min left" if count < len(jobs) else "")
+                    )
                 yield done
         finally:
-            bar.close()
-            if self.running:  # whoever takes the results has failed
+            # Whoever takes the results has failed. A second signal would stop a job at once.
+            if self.running and not self.stopped_by:
                 self.stop(signal.SIGTERM)
             for number, handler in before.items():
                 signal.signal(number, handler)
+            with output_may_end():
+                bar.close()
         if self.stopped_by:
             raise Interrupted(self.stopped_by, "Start it again: what is finished is not repeated")
 

@@ -75,6 +75,30 @@ def test_jobs_end_with_a_driver_that_is_killed(tmp_path):
     assert not is_alive(child)
 
 
+def test_jobs_that_were_asked_to_stop_save_where_nobody_reads_the_output(tmp_path):
+    """The first that ends is said to a pipe that nobody reads; the second is still saving then."""
+    code = "import signal, sys, time; from pathlib import Path; folder, rest = sys.argv[1:]\n"
+    code += "def save(number, frame):\n"
+    code += "    signal.signal(number, signal.SIG_DFL); time.sleep(float(rest))\n"
+    code += "    (folder / f'saved{rest}').touch(); sys.exit(143)\n"
+    code += "folder = Path(folder); signal.signal(signal.SIGTERM, save)\n"
+    code += "(folder / f'began{rest}').touch(); time.sleep(60)"
+    driver = "from pathlib import Path; from common import cli; from common.jobs import Job, Jobs\n"
+    driver += f"code, folder = {code!r}, {str(tmp_path)!r}\n"
+    driver += "jobs = [Job(s, ('-c', code, folder, s), Path(folder, s)) for s in ('0', '2')]\n"
+    driver += "cli.exit_with_status(lambda: list(Jobs(2, 1).run(jobs)))"
+    reader, writer = os.pipe()
+    running = subprocess.Popen([sys.executable, "-c", driver], cwd=ROOT, stdout=writer,
+                               stderr=writer)  # fmt: skip
+    os.close(writer)
+    while len(list(tmp_path.glob("began*"))) < 2:
+        time.sleep(0.05)
+    os.close(reader)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(60) == 143
+    assert sorted(path.name for path in tmp_path.glob("saved*")) == ["saved0", "saved2"]
+
+
 def is_alive(pid):
     try:
         os.kill(pid, 0)
