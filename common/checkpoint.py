@@ -18,7 +18,7 @@ import torch
 from common import ranks
 from common.config import ARTICLE, THE_ARTICLES
 from common.description import is_dataset
-from common.errors import InputError, one_line
+from common.errors import InputError, is_out_of_memory, one_line
 from common.files import held, remove_leftovers, write_bytes
 from common.names import column_name, state_path
 from dataloader import ALL_PLANES, CHANNELS, INTENSITIES
@@ -61,11 +61,11 @@ def read_checkpoint(path, expected=FORMAT):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such saved model") from None
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except PermissionError:
         raise InputError(f"{path}: no permission to read it; change its permissions") from None
     except Exception as error:  # torch raises many kinds for a damaged archive
+        if is_out_of_memory(error):
+            raise
         why = one_line(error)
         if isinstance(error, pickle.UnpicklingError):  # whose text advises to run what is in it
             why = "it holds more than tensors and plain values"
@@ -192,7 +192,9 @@ def load_model(path, task=None, column=None):
         model = build_model(metadata.get("architecture", {}), metadata["plane"].split("+"))
         model.load_state_dict(content["model"])
         is_valid = is_valid and all(bool(torch.isfinite(w).all()) for w in model.parameters())
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
         is_valid = False
     if not is_valid:
         raise InputError(f"{path}: incomplete model file; delete it and train again")

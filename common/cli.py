@@ -16,7 +16,7 @@ from tqdm import tqdm
 from common import ranks
 from common.config import ARTICLE
 from common.devices import PRECISIONS, device_name
-from common.errors import InputError, Interrupted, RunError, one_line, printable
+from common.errors import InputError, Interrupted, RunError, is_out_of_memory, one_line, printable
 from common.provenance import git_sha, versions
 from dataloader import ALL_PLANES, PLANES, SEQUENCES, is_positive
 
@@ -375,14 +375,6 @@ def resume_with():
 
 # --- exit status ----------------------------------------------------------------------------------
 
-# RuntimeErrors that mean out of memory; the last three are oneDNN's convolutions.
-OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "can't start new thread",
-    "could not create a primitive",
-    "could not create a memory",
-    "could not execute a primitive",
-)
 FILE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO, errno.EISDIR,
                errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)  # fmt: skip
 
@@ -426,11 +418,8 @@ def status_of(error):
             return 1, "failed: the output pipe was closed"
         case OSError() if error.errno in FILE_FAULTS:
             return 1, f"failed: {error.filename or 'a file'}: {error.strerror}"
-    is_memory = isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
-    )
     if isinstance(error, RuntimeError) and "Connection closed by peer" in str(error):
         return 1, "failed: another rank has ended; its message tells why"
-    if is_memory:
+    if is_out_of_memory(error):
         return 1, "failed: out of memory; close other programs, or train with --slices 0.5"
     return None

@@ -9,7 +9,7 @@ import torch
 
 from common.checkpoint import STATE_FORMAT, load_model, read_checkpoint, recorded, write_checkpoint
 from common.config import PLANNED
-from common.errors import InputError
+from common.errors import InputError, is_out_of_memory
 from common.metrics import mean_of
 from common.optimization import steps_with_optimizer
 
@@ -186,6 +186,8 @@ def restore_state(path, state, config, data_sets):
         ignore = [] if is_planned else ["epochs"]
         check_same(path, config, data_sets, earlier, ignore)
         state.restore(content["training"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"{path}: incomplete training state; delete it and train again") from None
     return True
