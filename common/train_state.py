@@ -158,22 +158,31 @@ def is_finished(path, config, data_sets):
     """
     if not path.is_file():
         return False
+    check_own(path, config, data_sets)
+    return True
+
+
+def check_own(path, config, data_sets, ignore=()):
+    """Raise InputError where the model at `path` is not of this training; as `check_same`."""
     _, metadata = load_model(path)
     earlier = metadata.get("arguments")
     if isinstance(earlier, dict) and "precision" in metadata:
         earlier = {"precision": metadata["precision"]} | earlier
-    check_same(path, config, data_sets, (earlier, metadata["data"]))
-    return True
+    check_same(path, config, data_sets, (earlier, metadata["data"]), ignore)
 
 
-def restore_state(path, state, config, data_sets):
+def restore_state(path, state, config, data_sets, models=()):
     """Put a TrainState where an interrupted training left it.
+
+    Args:
+        models: [(path, its data sets)] of the models that the training writes, one a finding.
 
     Returns:
         False where there is no file.
 
     Raises:
-        InputError: the file is damaged, of other arguments or of other exams.
+        InputError: the file is damaged, of other arguments or of other exams, or another training
+            has written one of the models since.
     """
     if not path.is_file():
         return False
@@ -190,4 +199,8 @@ def restore_state(path, state, config, data_sets):
         if is_out_of_memory(error):
             raise
         raise InputError(f"{path}: incomplete training state; delete it and train again") from None
+    for model, exams in models:
+        # The first epoch writes all of them; until then they may be of an earlier training.
+        if state.epoch and model.is_file():
+            check_own(model, config, exams, ["epochs"])
     return True
