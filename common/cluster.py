@@ -26,6 +26,7 @@ from common.jobs import (
     bytes_of_a_job,
     finish,
     most_at_once,
+    send_signal,
     start,
     with_one_retry,
 )
@@ -253,7 +254,7 @@ def try_here(job, threads, flag):
     while (done := finish(job, process, began, os.WNOHANG)) is None:
         time.sleep(POLL_SECONDS)
         if not asked and is_set(flag):
-            process.send_signal(signal.SIGTERM)
+            send_signal(process, signal.SIGTERM)
             asked = True
     return done
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -128,7 +129,7 @@ class Jobs:
     def stop(self, number, frame=None):
         self.stopped_by = number
         for process in list(self.running):
-            process.send_signal(number)
+            send_signal(process, number)
 
     def run_one(self, job):
         """Run one job to its end: Done; None if a signal came before it began."""
@@ -143,7 +144,7 @@ class Jobs:
         process = start(job, self.threads, gpu)
         self.running[process] = job
         if self.stopped_by:  # between the question above and now
-            process.send_signal(self.stopped_by)
+            send_signal(process, self.stopped_by)
         done = finish(job, process, began)
         del self.running[process]
         if gpu is not None:
@@ -210,6 +211,14 @@ def start(job, threads, gpu=None):
             env=os.environ | variables,
             start_new_session=True,  # Ctrl-C reaches it through its owner, once
         )
+
+
+def send_signal(process, number):
+    """Send a signal to a job's process, which may have ended. Popen.send_signal would then reap it,
+    and `finish` find no child."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, number)
 
 
 def finish(job, process, began, options=0):

@@ -15,7 +15,8 @@ import psutil
 import pytest
 from conftest import QUICK, ROOT, contents, write_exams
 
-from common.jobs import Job, Jobs, bytes_of_a_job, failures
+from common import cluster
+from common.jobs import Job, Jobs, bytes_of_a_job, failures, finish, start
 
 
 def test_gpus_are_shared_out_evenly(tmp_path):
@@ -97,6 +98,19 @@ def test_jobs_that_were_asked_to_stop_save_where_nobody_reads_the_output(tmp_pat
     running.send_signal(signal.SIGTERM)
     assert running.wait(60) == 143
     assert sorted(path.name for path in tmp_path.glob("saved*")) == ["saved0", "saved2"]
+
+
+def test_a_signal_does_not_lose_a_job_that_has_just_ended(tmp_path, monkeypatch):
+    job, runner = Job("a", ("-c", ""), tmp_path / "a.txt"), Jobs(1, 1)
+    process = start(job, 1)
+    while is_alive(process.pid):
+        time.sleep(0.05)
+    runner.running[process] = job
+    runner.stop(signal.SIGTERM)
+    assert finish(job, process, 0.0).status == 0
+    monkeypatch.setattr(cluster, "POLL_SECONDS", 3)  # it ends before it is asked to stop
+    monkeypatch.setattr(cluster, "is_set", lambda flag: True)
+    assert cluster.try_here(job, 1, None).status == 0
 
 
 def is_alive(pid):
