@@ -54,11 +54,16 @@ def read_checkpoint(path, expected=FORMAT):
     Args:
         expected: its format; earlier versions of it are read too.
 
+    Returns:
+        the dict, and in it "digest", the `digest_of` the very file that was read: another may lie
+        there a moment later.
+
     Raises:
         InputError: missing, damaged, or of another format.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        data = Path(path).read_bytes()
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such saved model") from None
     except PermissionError:
@@ -72,11 +77,11 @@ def read_checkpoint(path, expected=FORMAT):
         raise InputError(
             f"{path}: damaged, or not a saved model ({why}); delete it and train again"
         ) from None
-    if isinstance(content, dict) and content.get("format") == expected:
-        return content
-    for earlier, names in EARLIER.get(expected, {}).items():
-        if isinstance(content, dict) and content.get("format") == earlier:
-            return renamed(content, names) | {"format": expected}
+    found = content.get("format") if isinstance(content, dict) else None
+    names = {expected: {}, **EARLIER.get(expected, {})}
+    if isinstance(found, str) and found in names:
+        content = renamed(content, names[found]) if names[found] else content
+        return content | {"format": expected, "digest": hashlib.sha256(data).hexdigest()}
     raise InputError(f"{path}: not a {expected} file; it was made by another program or version")
 
 
@@ -185,6 +190,12 @@ def load_model(path, task=None, column=None):
     Raises:
         InputError: missing, damaged, of another version, or of another task or plane.
     """
+    model, metadata, _ = load_with_digest(path, task, column)
+    return model, metadata
+
+
+def load_with_digest(path, task=None, column=None):
+    """`load_model`, and the digest of the file that it read, as `read_checkpoint`."""
     content = read_checkpoint(path)
     try:
         metadata = content["metadata"]
@@ -204,7 +215,7 @@ def load_model(path, task=None, column=None):
             f"{path}: a model of {one_line(metadata['task'])}, {one_line(found)}, not "
             f"of {task}, {column}; put the right file there, or train again"
         )
-    return model.eval(), metadata
+    return model.eval(), metadata, content["digest"]
 
 
 def build_model(architecture, planes, features=None, tasks=1):
