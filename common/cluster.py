@@ -82,7 +82,7 @@ class RayJobs(Jobs):
                     take_back(job, sent, files)
                 except self.ray.exceptions.RayError as error:  # lost too often, or no such folder
                     note(job, f"Ray: {one_line(error.__cause__ or error)}")
-                    done = Done(job, NEVER_ENDED, 0.0, 0.0, 0)
+                    done = Done(job, NEVER_ENDED, None, None, 0)
                 del self.running[reference]
                 yield done
 

@@ -49,8 +49,10 @@ class Done(NamedTuple):
 
     job: Job
     status: int  # of its process
-    seconds: float  # wall clock
-    cpu_seconds: float  # of all its threads: what it would take on one core with nothing beside it
+    seconds: float | None  # wall clock; None where it was lost with its machine
+    cpu_seconds: (
+        float | None
+    )  # of all its threads: what it would take on one core with nothing beside it
     peak_memory: int  # bytes, resident
 
     @property
@@ -104,9 +106,10 @@ class Jobs:
                 count, done_work = count + 1, done_work + done.job.work
                 rest = (time.perf_counter() - began) * (left - done_work) / done_work
                 what = "" if done.is_fine else f", FAILED with status {done.status}"
+                took = "" if done.seconds is None else f"  {done.seconds:.0f} s"
                 with output_may_end():
                     tqdm.write(
-                        f"{count}/{len(jobs)}  {done.job.name}{what}  {done.seconds:.0f} s"
+                        f"{count}/{len(jobs)}  {done.job.name}{what}{took}"
                         + (f", about {rest / 60:.0f} min left" if count < len(jobs) else "")
                     )
                 yield done
