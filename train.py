@@ -231,15 +231,14 @@ def train_network(config, split, files, provenance):
     """
     paths = {task: path_of(config, split, files, task) for task in config.tasks}
     state_file = state_path(path_of(config, split, files, config.task))
-    about = asdict(config), split.data_sets
+    about, own = asdict(config), [(path, split.finding(task)) for task, path in paths.items()]
     if files.resume and not state_file.is_file():
-        done = [is_finished(path, asdict(config), split.finding(t)) for t, path in paths.items()]
+        done = [is_finished(path, about, exams) for path, exams in own]
         if all(done):
             print(f"\nfinished before: {', '.join(map(str, paths.values()))}")
             return
-    state = start_state(config, split)
-    done = None
-    if files.resume and restore_state(state_file, state, *about):
+    state, done = start_state(config, split), None
+    if files.resume and restore_state(state_file, state, about, split.data_sets, own):
         done = state.epoch, state.epoch * len(split.train_set)
         left = state.partial_epoch
         steps = f" and {len(left['logits']) // config.accumulate} steps" if left else ""
@@ -264,7 +263,8 @@ def train_network(config, split, files, provenance):
                         finding = config.tasks.index(task)
                         save_model(paths[task], state.evaluated, metadata, finding)
                     state.history.append(epoch.record)
-                    print(epoch, flush=True)
+                    with cli.output_may_end():
+                        print(epoch, flush=True)
                     log.add_epoch(epoch)
                 save_state()
         except KeyboardInterrupt:

@@ -37,7 +37,6 @@ import numpy as np
 from tabulate import tabulate
 
 from common import cli, engine
-from common.checkpoint import digest_of
 from common.config import SELECTED, selection_of
 from common.datasets import all_tasks
 from common.description import read_own_labels
@@ -542,7 +541,8 @@ def stack_finding(base_models, exams, found, fit, about, logs_dir):
     if aucs is not None:
         results["stack_auc_of_seeds"] = aucs
     names = {c: [path.name for path in base_models.all_paths(c)] for c in base_models.columns}
-    digests = {n: digest_of(base_models.models_dir / n) for of in names.values() for n in of}
+    digests = {n: d for ones in found.values() for one in ones for n, d in one.digests.items()}
+    check_base_models(base_models, exams["train"].root)  # as when it began, minutes ago
     stack |= report | {"base_models": names, "digests": digests}
     save_stack(stack_path(base_models.models_dir, task, report["recipes"]), stack)
     write_results(base_models, logs_dir, results | {"digests": digests}, exams, scores)

@@ -19,7 +19,7 @@ import torch
 from common import ranks
 from common.config import THE_ARTICLES, Config
 from common.description import is_dataset
-from common.errors import InputError, one_line
+from common.errors import InputError, is_out_of_memory, one_line
 from common.files import held, remove_leftovers, write_bytes
 from common.names import column_name, state_path
 from dataloader import ALL_PLANES, CHANNELS, INTENSITIES
@@ -58,18 +58,23 @@ def read_checkpoint(path, expected=FORMAT):
     Args:
         expected: its format.
 
+    Returns:
+        the dict, and in it "digest", the `digest_of` the very file that was read: another may lie
+        there a moment later.
+
     Raises:
         InputError: missing, damaged, or of another format.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        data = Path(path).read_bytes()
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such saved model") from None
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except PermissionError:
         raise InputError(f"{path}: no permission to read it; change its permissions") from None
     except Exception as error:  # torch raises many kinds for a damaged archive
+        if is_out_of_memory(error):
+            raise
         why = one_line(error)
         if isinstance(error, pickle.UnpicklingError):  # whose text advises to run what is in it
             why = "it holds more than tensors and plain values"
@@ -81,7 +86,7 @@ def read_checkpoint(path, expected=FORMAT):
             f"{path}: not a {expected} file; it was made by another program or version, delete it "
             "and train again"
         )
-    return content
+    return content | {"digest": hashlib.sha256(data).hexdigest()}
 
 
 def write_checkpoint(path, content):
@@ -179,6 +184,12 @@ def load_model(path, task=None, column=None):
     Raises:
         InputError: missing, damaged, of another version, or of another task or plane.
     """
+    model, metadata, _ = load_with_digest(path, task, column)
+    return model, metadata
+
+
+def load_with_digest(path, task=None, column=None):
+    """`load_model`, and the digest of the file that it read, as `read_checkpoint`."""
     content = read_checkpoint(path)
     try:
         metadata = content["metadata"]
@@ -187,7 +198,9 @@ def load_model(path, task=None, column=None):
         model = build_model(metadata["architecture"], metadata["plane"].split("+"))
         model.load_state_dict(content["model"])
         is_valid = is_valid and all(bool(torch.isfinite(w).all()) for w in model.parameters())
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
         is_valid = False
     if not is_valid:
         raise InputError(f"{path}: incomplete model file; delete it and train again")
@@ -197,7 +210,7 @@ def load_model(path, task=None, column=None):
             f"{path}: a model of {one_line(metadata['task'])}, {one_line(found)}, not "
             f"of {task}, {column}; put the right file there, or train again"
         )
-    return model.eval(), metadata
+    return model.eval(), metadata, content["digest"]
 
 
 def build_model(architecture, planes, features=None, tasks=1):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from common import ranks
 from common.config import ARTICLE
 from common.devices import PRECISIONS, device_name
-from common.errors import InputError, Interrupted, RunError, one_line, printable
+from common.errors import InputError, Interrupted, RunError, is_out_of_memory, one_line, printable
 from common.provenance import git_sha, versions
 from dataloader import ALL_PLANES, PLANES, SEQUENCES, is_positive
 
@@ -305,6 +305,25 @@ def progress(items, what, total=None):
     )
 
 
+@contextmanager
+def output_may_end():
+    """Within it no print fails, so that what was computed is saved all the same.
+
+    Where nobody reads stdout or stderr any more, because their terminal was closed or Ctrl-C has
+    ended the `tee` behind them too, the null device takes the place of both: later prints, progress
+    bars and the interpreter's last flush cannot fail either.
+    """
+    try:
+        yield
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+    except (ValueError, RuntimeError):
+        pass  # a closed file, or a signal's handler that prints within another print: no line
+
+
 # --- signals --------------------------------------------------------------------------------------
 
 
@@ -321,10 +340,11 @@ def stop_after_step():
     def request(number, frame):
         stop_requested.append(number)
         restore()
-        print(
-            "\nstopping after this step; repeat the signal (Ctrl-C) to stop immediately",
-            file=sys.stderr,
-        )
+        with output_may_end():
+            print(
+                "\nstopping after this step; repeat the signal (Ctrl-C) to stop immediately",
+                file=sys.stderr,
+            )
 
     def restore():
         for number, handler in before.items():
@@ -355,14 +375,6 @@ def resume_with():
 
 # --- exit status ----------------------------------------------------------------------------------
 
-# RuntimeErrors that mean out of memory; the last three are oneDNN's convolutions.
-OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "can't start new thread",
-    "could not create a primitive",
-    "could not create a memory",
-    "could not execute a primitive",
-)
 FILE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO, errno.EISDIR,
                errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)  # fmt: skip
 
@@ -381,7 +393,9 @@ def exit_with_status(main):
             raise
         status, message = outcome
         lines = map(printable, message.split("\n"))  # a file's name may hold anything
-        print(f"{script_name()}: " + "\n".join(lines), file=sys.stderr)
+        with output_may_end():
+            print(f"{script_name()}: " + "\n".join(lines), file=sys.stderr)
+            sys.stdout.flush()  # at its end the interpreter would replace the status by its own
         sys.exit(status)
     sys.exit(0)
 
@@ -404,11 +418,8 @@ def status_of(error):
             return 1, "failed: the output pipe was closed"
         case OSError() if error.errno in FILE_FAULTS:
             return 1, f"failed: {error.filename or 'a file'}: {error.strerror}"
-    is_memory = isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
-    )
     if isinstance(error, RuntimeError) and "Connection closed by peer" in str(error):
         return 1, "failed: another rank has ended; its message tells why"
-    if is_memory:
+    if is_out_of_memory(error):
         return 1, "failed: out of memory; close other programs, or train with --slices 0.5"
     return None

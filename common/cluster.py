@@ -26,6 +26,7 @@ from common.jobs import (
     bytes_of_a_job,
     finish,
     most_at_once,
+    send_signal,
     start,
     with_one_retry,
 )
@@ -81,7 +82,7 @@ class RayJobs(Jobs):
                     take_back(job, sent, files)
                 except self.ray.exceptions.RayError as error:  # lost too often, or no such folder
                     note(job, f"Ray: {one_line(error.__cause__ or error)}")
-                    done = Done(job, NEVER_ENDED, 0.0, 0.0, 0)
+                    done = Done(job, NEVER_ENDED, None, None, 0)
                 del self.running[reference]
                 yield done
 
@@ -253,7 +254,7 @@ def try_here(job, threads, flag):
     while (done := finish(job, process, began, os.WNOHANG)) is None:
         time.sleep(POLL_SECONDS)
         if not asked and is_set(flag):
-            process.send_signal(signal.SIGTERM)
+            send_signal(process, signal.SIGTERM)
             asked = True
     return done
 

@@ -1,5 +1,18 @@
 """What may go wrong outside the code. Each message is one line: what, where, what to do."""
 
+import errno
+
+# RuntimeErrors that mean out of memory, of a CPU and of a GPU; the last three are oneDNN's
+# convolutions.
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "can't start new thread",
+    "out of memory",
+    "could not create a primitive",
+    "could not create a memory",
+    "could not execute a primitive",
+)
+
 
 class InputError(Exception):
     """Something that the user gave is wrong. Exit status 2."""
@@ -23,6 +36,14 @@ class Interrupted(Exception):
     def __init__(self, number, message):
         super().__init__(message)
         self.number = number
+
+
+def is_out_of_memory(error):
+    """Whether an exception means that memory ran out, the machine's or a GPU's: no file that was
+    being read is to blame."""
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in OUT_OF_MEMORY)
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
 def printable(text):

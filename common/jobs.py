@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from typing import NamedTuple
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
-from common.cli import catch_signals
+from common.cli import catch_signals, output_may_end
 from common.config import THE_ARTICLES
 from common.errors import Interrupted
 from common.machine import available_memory, usable_cores
@@ -48,8 +49,8 @@ class Done(NamedTuple):
 
     job: Job
     status: int  # of its process
-    seconds: float  # wall clock
-    cpu_seconds: float  # of all its threads: what it would take on one core with nothing beside it
+    seconds: float | None  # wall clock; None where it was lost with its machine
+    cpu_seconds: float | None  # of all its threads: its time on one core with nothing beside it
     peak_memory: int  # bytes, resident
 
     @property
@@ -95,24 +96,29 @@ class Jobs:
             count, done_work = 0, 0.0
             for done in self.results(jobs):
                 names = [job.name for job in list(self.running.values())]  # threads change it
-                bar.set_description(", ".join(names[: self.at_once][:4]))
-                bar.update()
+                with output_may_end():
+                    bar.set_description(", ".join(names[: self.at_once][:4]))
+                    bar.update()
                 if done is None:
                     continue
                 count, done_work = count + 1, done_work + done.job.work
                 rest = (time.perf_counter() - began) * (left - done_work) / done_work
                 what = "" if done.is_fine else f", FAILED with status {done.status}"
-                tqdm.write(
-                    f"{count}/{len(jobs)}  {done.job.name}{what}  {done.seconds:.0f} s"
-                    + (f", about {rest / 60:.0f} min left" if count < len(jobs) else "")
-                )
+                took = "" if done.seconds is None else f"  {done.seconds:.0f} s"
+                with output_may_end():
+                    tqdm.write(
+                        f"{count}/{len(jobs)}  {done.job.name}{what}{took}"
+                        + (f", about {rest / 60:.0f} min left" if count < len(jobs) else "")
+                    )
                 yield done
         finally:
-            bar.close()
-            if self.running:  # whoever takes the results has failed
+            # Whoever takes the results has failed. A second signal would stop a job at once.
+            if self.running and not self.stopped_by:
                 self.stop(signal.SIGTERM)
             for number, handler in before.items():
                 signal.signal(number, handler)
+            with output_may_end():
+                bar.close()
         if self.stopped_by:
             raise Interrupted(self.stopped_by, "Start it again: what is finished is not repeated")
 
@@ -124,7 +130,7 @@ class Jobs:
     def stop(self, number, frame=None):
         self.stopped_by = number
         for process in list(self.running):
-            process.send_signal(number)
+            send_signal(process, number)
 
     def run_one(self, job):
         """Run one job to its end: Done; None if a signal came before it began."""
@@ -139,7 +145,7 @@ class Jobs:
         process = start(job, self.threads, gpu)
         self.running[process] = job
         if self.stopped_by:  # between the question above and now
-            process.send_signal(self.stopped_by)
+            send_signal(process, self.stopped_by)
         done = finish(job, process, began)
         del self.running[process]
         if gpu is not None:
@@ -206,6 +212,14 @@ def start(job, threads, gpu=None):
             env=os.environ | variables,
             start_new_session=True,  # Ctrl-C reaches it through its owner, once
         )
+
+
+def send_signal(process, number):
+    """Send a signal to a job's process, which may have ended. Popen.send_signal would then reap it,
+    and `finish` find no child."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, number)
 
 
 def finish(job, process, began, options=0):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from common import engine
-from common.checkpoint import body_digest, load_model
+from common.checkpoint import body_digest, load_with_digest
 from common.errors import InputError
 from common.names import list_runs, model_path, unfinished_states
 from common.stacking import combinations_of
@@ -122,6 +122,7 @@ class ColumnLogits(NamedTuple):
     trainings: list  # arguments of each network's
     tuning: list  # ids of the selection exams that no network was trained on, where it is one
     folds: dict  # {id: number of the network that was not trained on it}; {} without folds
+    digests: dict  # {file name: SHA-256} of the networks that were loaded
 
 
 class Predictor:
@@ -173,9 +174,9 @@ def predict_column(base_models, column, seed, sets, predict):
     runs = [run for run in base_models.runs if run.seed == seed]
     paths = [base_models.path(column, run) for run in runs]
     folds, trainings, tuning = base_models.folds, [], []
-    train, valid, fold_of = {}, {}, {}
+    train, valid, fold_of, digests = {}, {}, {}, {}
     for run, path in zip(runs, paths, strict=True):
-        model, metadata = load_model(path, base_models.task, column)
+        model, metadata, digests[path.name] = load_with_digest(path, base_models.task, column)
         expected = {"seed": seed, "fold": run.fold, "folds": folds}
         check_network(path, metadata, sets, expected)
         for exams in sets.values():
@@ -195,7 +196,7 @@ def predict_column(base_models, column, seed, sets, predict):
     if np.isnan(next(iter(train.values()))).any():
         raise InputError(f"{paths[0]}: its folds leave training exams out; train all folds again")
     valid = {key: np.concatenate(ones, axis=1).astype(np.float64) for key, ones in valid.items()}
-    return ColumnLogits(train, valid, trainings, tuning, fold_of)
+    return ColumnLogits(train, valid, trainings, tuning, fold_of, digests)
 
 
 def predict_columns(findings, sets, exams, device, precision):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from common.checkpoint import body_digest, digest_of, load_model
+from common.checkpoint import body_digest, digest_of, load_with_digest
 from common.devices import autocast
 from common.errors import InputError
 from common.names import ARTICLE, column_name, model_path, stack_name, stack_path
@@ -223,16 +223,16 @@ def load_task(models_dir, task, recipes, device="cpu"):
         paths = {column: [model_path(folder, task, column)] for column in columns}
     networks, digests, datasets, prevalences = {}, [], [], []
     for column in paths:
-        loaded = [load_model(path, task, column) for path in paths[column]]
-        for path in paths[column]:
-            digests.append(digest_of(path))
+        loaded = [load_with_digest(path, task, column) for path in paths[column]]
+        for path, (*_, digest) in zip(paths[column], loaded, strict=True):
+            digests.append(digest)
             if stack and stack["digests"].get(path.name) != digests[-1]:
                 raise InputError(
                     f"{path}: trained again after the stack was fitted; run python "
                     f"train_logistic_regression.py --task {task} with the same arguments"
                 )
-        networks[column] = [as_network(*one, device) for one in loaded]
-        for _, metadata in loaded:
+        networks[column] = [as_network(model, metadata, device) for model, metadata, _ in loaded]
+        for _, metadata, _ in loaded:
             prevalences.append(metadata["prevalence"])
             if metadata["dataset"] not in datasets:
                 datasets.append(metadata["dataset"])

@@ -10,7 +10,7 @@ import torch
 from common.checkpoint import STATE_FORMAT, load_model, read_checkpoint, recorded, write_checkpoint
 from common.config import PLANNED
 from common.engine import mean_of
-from common.errors import InputError
+from common.errors import InputError, is_out_of_memory
 from common.optimization import steps_with_optimizer
 
 SELECTIONS = ("auc", "last")  # which epoch's network is saved
@@ -149,19 +149,28 @@ def is_finished(path, config, data_sets):
     """
     if not path.is_file():
         return False
-    _, metadata = load_model(path)
-    check_same(path, config, data_sets, (metadata["arguments"], metadata["data"]))
+    check_own(path, config, data_sets)
     return True
 
 
-def restore_state(path, state, config, data_sets):
+def check_own(path, config, data_sets, ignore=()):
+    """Raise InputError where the model at `path` is not of this training; as `check_same`."""
+    _, metadata = load_model(path)
+    check_same(path, config, data_sets, (metadata["arguments"], metadata["data"]), ignore)
+
+
+def restore_state(path, state, config, data_sets, models=()):
     """Put a TrainState where an interrupted training left it.
+
+    Args:
+        models: [(path, its data sets)] of the models that the training writes, one a finding.
 
     Returns:
         False where there is no file.
 
     Raises:
-        InputError: the file is damaged, of other arguments or of other exams.
+        InputError: the file is damaged, of other arguments or of other exams, or another training
+            has written one of the models since.
     """
     if not path.is_file():
         return False
@@ -174,6 +183,12 @@ def restore_state(path, state, config, data_sets):
         ignore = [] if is_planned else ["epochs"]
         check_same(path, config, data_sets, earlier, ignore)
         state.restore(content["training"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"{path}: incomplete training state; delete it and train again") from None
+    for model, exams in models:
+        # The first epoch writes all of them; until then they may be of an earlier training.
+        if state.epoch and model.is_file():
+            check_own(model, config, exams, ["epochs"])
     return True

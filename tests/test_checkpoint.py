@@ -4,6 +4,7 @@ import os
 import pickle
 from contextlib import nullcontext
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,6 +70,34 @@ def test_truncated_model_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-5000])
     with pytest.raises(InputError, match="m.pt"):
         load_model(path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+    ids=["cpu", "gpu"],
+)
+def test_no_file_is_to_blame_for_a_lack_of_memory(tmp_path, monkeypatch, error):
+    """While a file is read, a network takes its weights, a state is restored."""
+
+    def fail(*_, **__):
+        raise error
+
+    path = tmp_path / "m.pt"
+    save_model(path, MRNet(), METADATA)
+    for owner, name in ((torch, "load"), (MRNet, "load_state_dict")):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="memory"):
+            patch.setattr(owner, name, fail)
+            load_model(path)
+    config = asdict(Config("acl", "axial"))
+    content = {"format": checkpoint.STATE_FORMAT, "config": config, "data": {}, "training": {}}
+    torch.save(content, path)
+    state = SimpleNamespace(restore=fail)
+    with pytest.raises(RuntimeError, match="memory"):
+        restore_state(path, state, config, {})
 
 
 def test_hostile_model_does_not_run(tmp_path):

@@ -15,7 +15,8 @@ import psutil
 import pytest
 from conftest import QUICK, ROOT, contents, write_exams
 
-from common.jobs import Job, Jobs, bytes_of_a_job, failures
+from common import cluster
+from common.jobs import Job, Jobs, bytes_of_a_job, failures, finish, start
 
 
 def test_gpus_are_shared_out_evenly(tmp_path):
@@ -73,6 +74,43 @@ def test_jobs_end_with_a_driver_that_is_killed(tmp_path):
             break
         time.sleep(0.05)
     assert not is_alive(child)
+
+
+def test_jobs_that_were_asked_to_stop_save_where_nobody_reads_the_output(tmp_path):
+    """The first that ends is said to a pipe that nobody reads; the second is still saving then."""
+    code = "import signal, sys, time; from pathlib import Path; folder, rest = sys.argv[1:]\n"
+    code += "def save(number, frame):\n"
+    code += "    signal.signal(number, signal.SIG_DFL); time.sleep(float(rest))\n"
+    code += "    (folder / f'saved{rest}').touch(); sys.exit(143)\n"
+    code += "folder = Path(folder); signal.signal(signal.SIGTERM, save)\n"
+    code += "(folder / f'began{rest}').touch(); time.sleep(60)"
+    driver = "from pathlib import Path; from common import cli; from common.jobs import Job, Jobs\n"
+    driver += f"code, folder = {code!r}, {str(tmp_path)!r}\n"
+    driver += "jobs = [Job(s, ('-c', code, folder, s), Path(folder, s)) for s in ('0', '2')]\n"
+    driver += "cli.exit_with_status(lambda: list(Jobs(2, 1).run(jobs)))"
+    reader, writer = os.pipe()
+    running = subprocess.Popen([sys.executable, "-c", driver], cwd=ROOT, stdout=writer,
+                               stderr=writer)  # fmt: skip
+    os.close(writer)
+    while len(list(tmp_path.glob("began*"))) < 2:
+        time.sleep(0.05)
+    os.close(reader)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(60) == 143
+    assert sorted(path.name for path in tmp_path.glob("saved*")) == ["saved0", "saved2"]
+
+
+def test_a_signal_does_not_lose_a_job_that_has_just_ended(tmp_path, monkeypatch):
+    job, runner = Job("a", ("-c", ""), tmp_path / "a.txt"), Jobs(1, 1)
+    process = start(job, 1)
+    while is_alive(process.pid):
+        time.sleep(0.05)
+    runner.running[process] = job
+    runner.stop(signal.SIGTERM)
+    assert finish(job, process, 0.0).status == 0
+    monkeypatch.setattr(cluster, "POLL_SECONDS", 3)  # it ends before it is asked to stop
+    monkeypatch.setattr(cluster, "is_set", lambda flag: True)
+    assert cluster.try_here(job, 1, None).status == 0
 
 
 def is_alive(pid):

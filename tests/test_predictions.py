@@ -19,7 +19,7 @@ from conftest import (
 )
 
 from common import engine
-from common.checkpoint import body_digest, load_model, save_model
+from common.checkpoint import body_digest, load_model, load_with_digest, save_model
 from common.predictions import Predictor
 from common.task_models import as_network
 from dataloader import MRDataset, MultiPlaneDataset
@@ -185,6 +185,33 @@ def test_nothing_is_written_before_all_findings_can_be(tmp_path):
     assert_one_line_error(run_script(*words, "soft"), "soft-axial.pt", "is not trained")
     assert_one_line_error(run_script(*words, "typo"), "typo", "tasks here: acl, soft, some")
     assert {path.name for path in (tmp_path / "models").iterdir()} == before
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_network_that_is_trained_again_while_it_is_stacked(tmp_path, monkeypatch, is_finished):
+    """The stack is of the network that was asked; of none while another training goes on."""
+    write_exams(tmp_path / "data")
+    train_quickly(tmp_path, "--task", "acl", "--plane", "axial")
+    path, real = tmp_path / "models" / "acl-axial.pt", engine.exam_features
+    model, metadata, asked = load_with_digest(path)
+
+    def meanwhile(*args):
+        save_model(path, model, metadata | {"seed": 7})
+        if not is_finished:
+            path.with_suffix(".state").touch()
+        return real(*args)
+
+    monkeypatch.setattr(engine, "exam_features", meanwhile)
+    words = ("train_logistic_regression.py", *files(tmp_path), "--planes", "axial")
+    done = run_script(*words)
+    stack = tmp_path / "models" / "acl-stack.json"
+    if not is_finished:
+        assert_one_line_error(done, path, "not trained to its end")
+        assert not stack.exists()
+        return
+    assert json.loads(stack.read_text())["digests"] == {path.name: asked}, done.stderr
+    done = run_script("predict.py", tmp_path / "data", "--models-dir", tmp_path / "models")
+    assert_one_line_error(done, path, "trained again after the stack was fitted")
 
 
 @pytest.mark.whole

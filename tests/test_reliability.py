@@ -1,5 +1,6 @@
 """Nothing is lost: real processes, real signals, a real full disk; see docs/reliability.md."""
 
+import fcntl
 import os
 import random
 import re
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import numpy as np
@@ -200,6 +202,36 @@ def test_a_second_signal_stops_at_once(work, launcher):
     os.kill(child, signal.SIGTERM)
     assert launcher.wait() in (-signal.SIGTERM, 143)
     load_model(work / "models" / "acl-axial.pt")
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGHUP, 129), (signal.SIGINT, 130)])
+@pytest.mark.usefixtures("signals_heard")
+@pytest.mark.whole
+def test_a_signal_saves_the_step_where_nobody_reads_the_output(work, number, status):
+    """SIGHUP: the kernel's, of a terminal that is closed. SIGINT: Ctrl-C in `2>&1 | tee`."""
+    reader, writer = os.openpty() if number == signal.SIGHUP else os.pipe()
+    command = [sys.executable, ROOT / "train.py", *arguments(work, "--epochs", 10_000)]
+    running = subprocess.Popen(
+        list(map(str, command)),
+        stdin=writer if number == signal.SIGHUP else subprocess.DEVNULL,
+        stdout=writer,
+        stderr=writer,
+        start_new_session=True,
+        preexec_fn=lambda: os.isatty(0) and fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(writer)
+    said = b""
+    while not re.search(rb"^ +1 .* saved", said, re.M):
+        said += os.read(reader, 10_000)
+    os.close(reader)
+    if number == signal.SIGINT:
+        running.send_signal(number)
+    try:
+        assert running.wait(120) == status
+    finally:
+        running.kill()
+    state = read_checkpoint(work / "models" / "acl-axial.state", expected=STATE_FORMAT)["training"]
+    assert state["epoch"] >= 1 and len(state["history"]) == state["epoch"]
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from common.config import THE_ARTICLES, Config, read_recipe
-from common.errors import InputError
+from common.errors import InputError, Interrupted
 from common.figures import cost_figure
 from common.files import held
 from common.jobs import Done, Job, Jobs, bytes_of_a_job
@@ -354,6 +354,48 @@ def test_the_time_of_a_training_is_not_known_after_a_kill(tmp_path, monkeypatch)
     again = Results(tmp_path, sweep, "article")
     assert again.get(first)["cpu_seconds"] is None and again.get(first)["seconds"] is None
     assert again.get(second)["cpu_seconds"] == 12.0 and again.get(second)["seconds"] == 13.0
+
+
+def test_the_time_before_a_kill_does_not_pass_for_all(tmp_path, monkeypatch):
+    """Three sessions: one that a signal ended, one that was killed, and the last; the second
+    network waited in all of them. And one whose machine was lost."""
+    found = {"ids": {"acl": []}, "logits": {"acl": []}}
+    monkeypatch.setattr(sweep_module, "predict_out_of_fold", lambda *args: dict(found))
+    sweep = read_sweep(sweep_file(tmp_path))
+    setting = Setting(tmp_path, tmp_path, tmp_path, True, "cpu", "fp32")
+    first, second = (Network("article", "axial", number) for number in (1, 2))
+
+    class Session(FakeRunner):
+        """One second of the first network, and then its end."""
+
+        def __init__(self, end):
+            super().__init__()
+            self.end = end
+
+        def run(self, jobs):
+            (job, *_) = jobs
+            sweep.files(tmp_path, first)[1].touch()
+            if self.end is Interrupted:
+                yield Done(job, 143, 1.0, 1.0, 10**9)
+                raise Interrupted(15, "")
+            raise self.end
+
+    class Killed(BaseException):
+        pass
+
+    for end in (Interrupted, Killed):
+        results = {"article": Results(tmp_path, sweep, "article")}
+        with pytest.raises(end):
+            train_networks(sweep, [first, second], setting, Session(end), results, {})
+    results = {"article": Results(tmp_path, sweep, "article")}
+    train_networks(sweep, [first, second], setting, FakeRunner(), results, {})
+    again = Results(tmp_path, sweep, "article")
+    assert again.get(first)["seconds"] is None and again.get(second)["seconds"] == 10.0
+    assert "running" not in again.content
+    lost = Network("article", "axial", 3)
+    again.add_time(lost, {"seconds": None, "cpu_seconds": None})
+    again.add_time(lost, {"seconds": 3.0, "cpu_seconds": 3.0})
+    assert again.content["times"]["axial 3"] == {"seconds": None, "cpu_seconds": None}
 
 
 def test_a_job_says_its_status_and_time(tmp_path):

@@ -1,6 +1,7 @@
 """train.py's functions one by one: arguments, schedules, an epoch, an evaluation, a whole run."""
 
 import csv
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -494,6 +495,30 @@ def test_what_an_interrupted_training_leaves_and_how_it_goes_on(
     assert metadata["epoch"] == 1 and metadata["arguments"]["epochs"] == 3
     assert not path.with_suffix(".state").exists()
     assert f"finished before: {path}" in trained_on(shared_exams, tmp_path, *more).stdout
+
+
+def test_a_resumed_training_does_not_sign_the_model_of_another(exams, tmp_path, monkeypatch):
+    """A network of two findings was interrupted, and one of the first finding alone was trained
+    since: its state has another name, its model has not."""
+    for half in ("train", "valid"):
+        shutil.copy(exams / f"{half}-acl.csv", exams / f"{half}-cyst.csv")
+    path, real, calls = tmp_path / "models" / "acl-axial.pt", engine.predict, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:  # while the second epoch is evaluated
+            raise KeyboardInterrupt
+        return real(*args)
+
+    both = ("--task", "acl", "cyst", "--epochs", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "predict", interrupted)
+        assert trained_on(exams, tmp_path, *both).returncode == 130
+    assert trained_on(exams, tmp_path, "--seed", "7", "--epochs", "1").returncode == 0
+    others = path.read_bytes()
+    done = trained_on(exams, tmp_path, *both, "--resume")
+    assert_one_line_error(done, path, "--task acl, --seed 7")
+    assert path.read_bytes() == others
 
 
 def test_cuda_graphs_get_their_settings(split, monkeypatch):

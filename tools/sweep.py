@@ -39,7 +39,7 @@ from common.cluster import Machines
 from common.config import ARTICLE, THE_ARTICLES, Config
 from common.datasets import make_exams
 from common.devices import pick_device, pick_precision
-from common.errors import InputError, RunError, one_line
+from common.errors import InputError, Interrupted, RunError, one_line
 from common.files import held, remove_leftovers, write_text
 from common.jobs import ROOT, Job, bytes_of_a_job, failures
 from common.names import column_name, list_runs, model_path, state_path
@@ -66,7 +66,11 @@ def parse_arguments():
     out = "folder of the results; default benchmarks/ and the sweep's name"
     add("--out", type=Path, help=out)
     add("--models-dir", type=Path, help="default models/ and the sweep's name")
-    add("--keep-models", action="store_true", help="keep them: 10 MB each")
+    add(
+        "--keep-models",
+        action="store_true",
+        help="keep them, 10 MB each; without it all go, those of an earlier start too",
+    )
     cli.add_jobs_arguments(parser)
     cli.add_machine_arguments(parser)
     return parser.parse_args()
@@ -249,22 +253,37 @@ class Results:
         """What a Network predicted, None if it has not yet."""
         return self.networks.get(f"{network.planes} {network.number}")
 
+    def begin(self, network, has_files):
+        """Mark a Network as one that is trained from now on. It is not known how long it was
+        trained before if nothing is recorded of it, or if it is marked already: a sweep was killed.
+
+        Args:
+            has_files: whether an earlier training has left any; without them it begins anew.
+        """
+        key, unknown = f"{network.planes} {network.number}", {"seconds": None, "cpu_seconds": None}
+        times = self.content.setdefault("times", {})
+        running = self.content.setdefault("running", [])
+        if has_files and (key in running or key not in times):
+            times[key] = unknown
+        if key not in running:
+            running.append(key)
+
     def add_time(self, network, usage):
         """Record what a training of a Network has taken, beside its interrupted parts before: None
-        where one of these is not known."""
-        times = self.content.setdefault("times", {})
-        before = times.get(f"{network.planes} {network.number}", dict.fromkeys(usage, 0))
-        times[f"{network.planes} {network.number}"] = {
-            name: None if before[name] is None else round(value + before[name], 1)
+        where one of these is not known; and that it is not trained any more."""
+        key, times = f"{network.planes} {network.number}", self.content.setdefault("times", {})
+        before = times.get(key, dict.fromkeys(usage, 0))
+        times[key] = {
+            name: None if None in (value, before[name]) else round(value + before[name], 1)
             for name, value in usage.items()
         }
+        self.content["running"] = [one for one in self.content.get("running", []) if one != key]
         self.write()
 
-    def lose_time(self, network):
-        """Record that it is not known how long a Network was trained before, if nothing is recorded
-        of it: the sweep was killed."""
-        key, unknown = f"{network.planes} {network.number}", {"seconds": None, "cpu_seconds": None}
-        self.content.setdefault("times", {}).setdefault(key, unknown)
+    def end(self):
+        """Record that no Network is trained any more, those that waited for their turn included."""
+        self.content["running"] = []
+        self.write()
 
     def add(self, network, found):
         """Record what a Network predicted."""
@@ -274,7 +293,8 @@ class Results:
 
     def write(self):
         """Write the file, a line for each network."""
-        text = json.dumps({**self.content, "networks": {}}, indent=1)
+        head = {key: value for key, value in self.content.items() if key != "running" or value}
+        text = json.dumps(head | {"networks": {}}, indent=1)
         lines = [f'  "{k}": {json.dumps(one)}' for k, one in self.networks.items()]
         networks = '"networks": {\n' + ",\n".join(lines) + "\n }"
         write_text(self.path, text.replace('"networks": {}', networks) + "\n")
@@ -353,21 +373,29 @@ def train_networks(sweep, networks, setting, runner, results, provenance):
     """
     for network in networks:
         models, state = sweep.files(setting.models_dir, network)
-        if any(path.is_file() for path in (*models, state)):  # it was begun before
-            results[network.recipe].lose_time(network)
+        has_files = any(path.is_file() for path in (*models, state))
+        results[network.recipe].begin(network, has_files)
+    ours = [results[recipe] for recipe in {network.recipe for network in networks}]
+    for result in ours:
+        result.write()
     waiting, failed = {make_job(sweep, setting, n): n for n in networks}, []
-    for done in runner.run(waiting):
-        network = waiting[done.job]
-        result = results[network.recipe]
-        result.add_time(network, {"seconds": done.seconds, "cpu_seconds": done.cpu_seconds})
-        if done.status:
-            failed += [] if runner.stopped_by else [done.job]
-            continue
-        found = predict_out_of_fold(sweep, network, setting)
-        result.add(network, found | {"peak_memory": done.peak_memory} | provenance)
-        if not setting.keep_models:
-            for path in sweep.files(setting.models_dir, network)[0]:
-                path.unlink()
+    try:
+        for done in runner.run(waiting):
+            network = waiting[done.job]
+            result = results[network.recipe]
+            result.add_time(network, {"seconds": done.seconds, "cpu_seconds": done.cpu_seconds})
+            if done.status:
+                failed += [] if runner.stopped_by else [done.job]
+                continue
+            found = predict_out_of_fold(sweep, network, setting)
+            result.add(network, found | {"peak_memory": done.peak_memory} | provenance)
+            if not setting.keep_models:
+                for path in sweep.files(setting.models_dir, network)[0]:
+                    path.unlink()
+    except Interrupted:  # the time of all that ran is recorded
+        for result in ours:
+            result.end()
+        raise
     if failed:
         raise RunError(failures(failed, networks))
 
