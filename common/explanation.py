@@ -3,7 +3,6 @@
 What explain.py shows, the report of a run and the pointing game count.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -56,14 +55,12 @@ def explain_networks(networks, volumes, device, precision, known):
     found = [network.heat_maps(volumes, device, precision, known) for network in networks]
     logits = [logit for _, logit in found]
     backbones = [network.model.backbone for network in networks]
-    finest = min(backbones, key=lambda name: BACKBONES[name].cell_step)
     bias = float(np.mean([network.bias for network in networks]))
     explained = {}
     for plane in found[0][0]:
-        shape = max((maps[plane].shape for maps, _ in found), key=math.prod)
-        pairs = zip(found, backbones, strict=True)
-        maps = [regrid(maps[plane], name, finest, shape) for (maps, _), name in pairs]
-        mean = np.mean(maps, axis=0)
+        pairs = [(name, maps[plane]) for name, (maps, _) in zip(backbones, found, strict=True)]
+        finest, grid = min(pairs, key=fineness)
+        mean = np.mean([regrid(maps, name, finest, grid.shape) for name, maps in pairs], axis=0)
         explained[plane] = PlaneMaps(
             volume=volumes[plane],
             maps=mean,
@@ -76,6 +73,13 @@ def explain_networks(networks, volumes, device, precision, known):
             is_joint=len(networks[0].planes) > 1,
         )
     return explained, logits
+
+
+def fineness(pair):
+    """Sort key of (backbone, maps), the finest first: of cells equally far apart, as AlexNet's and
+    ResNet's are, those that are more."""
+    backbone, maps = pair
+    return BACKBONES[backbone].cell_step, -maps.size
 
 
 def describe_network(network):
