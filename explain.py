@@ -14,7 +14,8 @@ medical device.
 OUT/exams.jsonl has a line for each exam of --all: exam, source (its folder), input and model
 (hashes of the exam and of the networks), page, error (what could not be used), tasks, findings
 (of each task probability, threshold, decision, decided_from, planes, picture), root (hash of where
-the exams are), dicom (whether --dicom wrote its results).
+the exams are), dicom (whether --dicom wrote its results), warnings (of what was used all the same),
+side (of the knee: L, R or empty).
 """
 
 import hashlib
@@ -41,7 +42,15 @@ from common.explain_index import (
     page_name,
     write_exam,
 )
-from common.explain_page import FRAME_SECONDS, NOTICE, animation, contact_sheet, headline, make_page
+from common.explain_page import (
+    FRAME_SECONDS,
+    NOTICE,
+    animation,
+    contact_sheet,
+    headline,
+    make_page,
+    mirroring,
+)
 from common.explanation import explain_exam, unusable_of
 from common.files import alone_at, write_text
 
@@ -167,7 +176,7 @@ def explain_one(exam, tasks, output, options):
     seconds, size = time.perf_counter() - began, page.stat().st_size / 1e6
     print(f"page       {page}  {size:.2f} MB, {slices} slices, {seconds:.1f} s")
     for finding, start in zip(shown, starts, strict=True):
-        write_pictures(finding, headline(exam, finding), start)
+        write_pictures(exam, finding, start)
     if output.dicom:
         write_dicom(exam, findings, model_of(tasks, options), output.dicom)
     print(NOTICE)
@@ -195,12 +204,13 @@ def dicom_results():
     return dicom_results
 
 
-def write_pictures(finding, title, start):
+def write_pictures(exam, finding, start):
     """START.png, the slices that add most, and START.gif, all slices."""
+    words = headline(exam, finding), mirroring(exam, finding.models)
     sheet, gif = (start.with_name(start.name + end) for end in (".png", ".gif"))
-    contact_sheet(finding.planes, title).savefig(sheet, dpi=100)
+    contact_sheet(finding.planes, *words).savefig(sheet)
     print(f"sheet      {sheet}")
-    first, *others = animation(finding.planes, title)
+    first, *others = animation(finding.planes, *words)
     first.save(gif, save_all=True, append_images=others, duration=1000 * FRAME_SECONDS, loop=0)
     print(f"animation  {gif}")
 

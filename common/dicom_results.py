@@ -58,6 +58,7 @@ class Origin(NamedTuple):
     planes: dict
     side: str
     key: str  # of all that the results depend on
+    warnings: tuple = ()  # as exams.Exam has them
 
     def uid(self, *words):
         """A UID that is the same for the same results."""
@@ -109,7 +110,7 @@ def read_origin(exam, model):
     study.SpecificCharacterSet = "ISO_IR 192"  # UTF-8; the values are text by now
     # Both knees of a study have the same files; the name tells them apart.
     key = f"{exam.name} {exam.input} {model} {git_sha()}"
-    return Origin(study, exam.origin["planes"], exam.origin["side"], key)
+    return Origin(study, exam.origin["planes"], exam.side, key, exam.warnings)
 
 
 def write_results(exam, findings, model, out):
@@ -384,6 +385,14 @@ def short_code(code, start, name):
     return code if len(code) <= 16 else f"{start}{digest[: 16 - len(start)]}"
 
 
+def told_of(warning):
+    """A warning about an exam without paths and descriptions, which may say whose it is."""
+    if named := re.search(".*(passed over|left out)", warning):
+        return f"{named[0]} a series"
+    text = re.sub(r"(series [0-9?]+) '.*?'", r"\1", warning)
+    return "a file cannot be used" if re.search(r"[/\\]", text) else text
+
+
 def measured(finding, origin):
     """What one task's networks say, as a group of measurements (TID 1501)."""
     task, decision, side = finding.task, finding.decision, origin.side
@@ -404,6 +413,7 @@ def measured(finding, origin):
     parameters = [f"Decided from {fewer} alone"] if fewer else []
     if finding.unusable:  # what the reasons quote may name folders
         parameters.append(f"Scanned, but not usable: {', '.join(sorted(finding.unusable))}")
+    parameters += [f"Warning: {told_of(text)}" for text in origin.warnings]
     return sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=sr.TrackingIdentifier(
             uid=origin.uid("finding", task), identifier=f"{task}, {BURNT_IN.lower()}"

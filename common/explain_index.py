@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from common import cli
 from common.errors import InputError
-from common.explain_page import as_text, fill, make_page, slice_picture
+from common.explain_page import MIRRORED, as_text, fill, make_page, slice_picture
 from common.explanation import unusable_of
 from common.files import write_bytes, write_text
 from common.provenance import made
@@ -43,6 +43,8 @@ class Row(NamedTuple):
     findings: dict  # {task: as `describe` returns it}, of those with an answer
     root: str = ""  # hash of where the exams are; "" where an earlier version wrote it
     dicom: bool = False  # its results were written as DICOM, too
+    warnings: tuple | list = ()  # of what was used all the same
+    side: str = ""  # of the knee: L, R or "" where it is not known
 
     @property
     def key(self):
@@ -75,7 +77,18 @@ def write_exam(exam, findings, model, out, folder):
         error = "no volume of a plane that there are networks for"
     name = page.as_posix() if page else None
     tasks = [finding.task for finding in findings]
-    return Row(exam.name, exam.source, exam.input, model, name, error or None, tasks, described)
+    return Row(
+        exam.name,
+        exam.source,
+        exam.input,
+        model,
+        name,
+        error or None,
+        tasks,
+        described,
+        warnings=exam.warnings,
+        side=exam.side,
+    )
 
 
 def make_folder(out):
@@ -221,6 +234,8 @@ def make_index(rows, tasks, labels, unfinished):
                 "source": as_text(row.source),
                 "page": row.page and address(row.page),
                 "error": row.error,
+                "warnings": row.warnings,
+                "side": row.side,
                 "findings": {
                     task: finding | {"picture": address(finding["picture"])}
                     for task, finding in row.findings.items()
@@ -237,7 +252,7 @@ def make_index(rows, tasks, labels, unfinished):
         "planes": in_order({*PLANES, *(plane for models in tasks for plane in models.planes)}),
         "unfinished": unfinished,
         "synthetic": any(models.is_synthetic for models in tasks),
-        "mirrored": any(models.is_mirrored for models in tasks),
+        "mirrored": MIRRORED[""] if any(models.is_mirrored for models in tasks) else "",
         "trained_on": {models.task: cli.describe_datasets(models.datasets) for models in tasks},
         "made": made(),
     }

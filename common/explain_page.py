@@ -8,9 +8,11 @@ import os
 from pathlib import Path
 
 import numpy as np
+from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from PIL import Image, ImageDraw
 
 from common import cli
@@ -24,7 +26,15 @@ NOTICE = "Research use only, not a medical device."
 SYNTHETIC_ONLY = "SYNTHETIC TRAINING ONLY."  # begins each headline of such networks
 JPEG_QUALITY, LARGEST_SIDE = 92, 512  # of the slices in the page, px
 SHEET_SLICES = 5  # of each plane in the contact sheet
+SHEET_WIDTH, SHEET_DPI = 12, 100  # inches
 FRAME_SIDE, FRAME_SECONDS = 256, 0.25  # of the animation
+# How a knee of each side is shown where networks see right knees as left ones; "" is not known.
+MIRRORED = {
+    "R": "This right knee is shown mirrored, as a left one: so the networks see it.",
+    "L": "This left knee is shown as it is; right ones are mirrored for the networks.",
+    "": "Right knees that are known as such are shown mirrored, as left ones: so the networks see "
+    "them.",
+}
 
 
 # --- page -----------------------------------------------------------------------------------------
@@ -59,6 +69,7 @@ def make_page(exam, findings):
     content = {
         "exam": as_text(exam.name),
         "input": exam.input,
+        "warnings": list(exam.warnings),
         "images": {
             plane: {
                 "height": volume.shape[1],
@@ -67,7 +78,7 @@ def make_page(exam, findings):
             }
             for plane, volume in images.items()
         },
-        "findings": [describe_finding(finding) for finding in findings],
+        "findings": [describe_finding(exam, finding) for finding in findings],
         "opacity": OPACITY,
         "colours": heat_colours().ravel().tolist(),
         "made": made(),
@@ -76,7 +87,12 @@ def make_page(exam, findings):
     return fill(PAGE, title, content)
 
 
-def describe_finding(finding):
+def mirroring(exam, models):
+    """How the side of an exam's knee is shown: a sentence, "" where no knee is mirrored."""
+    return MIRRORED[exam.side] if models.is_mirrored else ""
+
+
+def describe_finding(exam, finding):
     """A Finding as the page has it: plain values, the maps in base64."""
     models = finding.models
     return {
@@ -86,7 +102,7 @@ def describe_finding(finding):
         "stacked": models.stack is not None,
         "unusable": finding.unusable,
         "synthetic": models.is_synthetic,
-        "mirrored": models.is_mirrored,
+        "mirrored": mirroring(exam, models),
         "trained_on": cli.describe_datasets(models.datasets),
         "thresholds": (models.stack or {}).get("thresholds", ""),
         "missing": [
@@ -144,13 +160,48 @@ def headline(exam, finding):
     return f"{warning}{finding.task}, exam {printable(exam.name)}: {results}"
 
 
-def contact_sheet(explained, title):
-    """The slices that add most to the logit, a row for each plane: matplotlib Figure."""
+def wrap(text, width, measure):
+    """Text in lines that fit: list of str. A word that is too wide for a line is cut.
+
+    Args:
+        measure: width of a str, in the unit of `width`.
+    """
+    lines, line = [], ""
+    for word in text.split():
+        while measure(f"{line} {word}".strip()) > width:
+            if line:
+                lines.append(line)
+                line = ""
+            else:
+                fits = next((n for n in range(len(word), 1, -1) if measure(word[:n]) <= width), 1)
+                lines.append(word[:fits])
+                word = word[fits:]
+        line = f"{line} {word}".strip()
+    return [*lines, line]
+
+
+def contact_sheet(explained, title, remark=""):
+    """The slices that add most to the logit, a row for each plane: matplotlib Figure.
+
+    Args:
+        remark: said at the foot, such as `mirroring`.
+    """
+    renderer = RendererAgg(1, 1, SHEET_DPI)
+
+    def fit(text, size):
+        def measure(line):
+            return renderer.get_text_width_height_descent(line, FontProperties(size=size), False)[0]
+
+        return wrap(text, (SHEET_WIDTH - 0.4) * SHEET_DPI, measure)
+
+    head = fit(title, 11)
+    foot = fit(f"{NOTICE} Numbers: what the slice adds to the logit. {remark}", 9)
+    height = 0.9 + 2.55 * len(explained) + 0.2 * (len(head) + len(foot) - 2)
     figure = Figure(
-        figsize=(12, 0.9 + 2.55 * len(explained)), layout="constrained", facecolor="#111417"
+        figsize=(SHEET_WIDTH, height), dpi=SHEET_DPI, layout="constrained", facecolor="#111417"
     )
-    figure.suptitle(title, color="w", fontsize=11, parse_math=False)
-    figure.supxlabel(f"{NOTICE} Numbers: what the slice adds to the logit.", color="w", fontsize=9)
+    figure.suptitle("\n".join(head), color="w", fontsize=11, parse_math=False)
+    figure.supxlabel("\n".join(foot), color="w", fontsize=9)
     rows = figure.subplots(len(explained), SHEET_SLICES, squeeze=False)
     colours = ListedColormap(heat_colours() / 255)
     for row, (plane, one) in zip(rows, explained.items(), strict=True):
@@ -176,16 +227,23 @@ def contact_sheet(explained, title):
     return figure
 
 
-def animation(explained, title):
-    """All planes side by side, from the first slice to the last: list of PIL images."""
+def animation(explained, title, remark=""):
+    """All planes side by side, from the first slice to the last: list of PIL images.
+
+    Args:
+        remark: said at the foot, such as `mirroring`.
+    """
     pictures = {
         title: overlay(one.volume, one.maps, one.backbone) for title, one in explained.items()
     }
     count = max(len(frames) for frames in pictures.values())
-    head, foot = 18, 46
+    width = FRAME_SIDE * len(explained)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength
+    words = [*wrap(title, width - 12, measure), *wrap(f"{NOTICE} {remark}", width - 12, measure)]
+    head, foot = 18, 24 + 12 * len(words)
+    size = (width, head + FRAME_SIDE + foot)
     frames = []
     for i in range(count):
-        size = (FRAME_SIDE * len(explained), head + FRAME_SIDE + foot)
         frame = Image.new("RGB", size, "#111417")
         draw = ImageDraw.Draw(frame)
         for column, (plane, slices) in enumerate(pictures.items()):
@@ -202,6 +260,7 @@ def animation(explained, title):
         frame.paste(bar, (60, head + FRAME_SIDE + 8))
         draw.text((6, head + FRAME_SIDE + 5), "against", "white")
         draw.text((226, head + FRAME_SIDE + 5), "for", "white")
-        draw.text((6, head + FRAME_SIDE + 18), f"{title}\n{NOTICE}", "white", spacing=2)
+        for k, line in enumerate(words):
+            draw.text((6, head + FRAME_SIDE + 18 + 12 * k), line, "white")
         frames.append(frame)
     return frames

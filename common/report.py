@@ -26,7 +26,7 @@ from common.config import beyond_article, selection_of
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, OneClassError, one_line
 from common.exams import FolderExams, read_planes
-from common.explain_page import NOTICE, jpeg, slice_picture
+from common.explain_page import MIRRORED, NOTICE, jpeg, slice_picture
 from common.explanation import explain_planes
 from common.figures import as_svg, learning_figure, reliability_figure, roc_figure
 from common.files import write_text
@@ -246,6 +246,7 @@ def training_facts(networks):
         "decided": selection_of(arguments),
         "differences": differences_of([column for column, _ in networks], arguments),
         "plane_dropout": any(a["plane_dropout"] > 0 for a in arguments),
+        "mirrored": any((one.get("dataset") or {}).get("mirrored") for one in metadata),
         "may_lack_planes": any((m.get("dataset") or {}).get("may_lack_planes") for m in metadata),
         "machines": unique(one.get("machine") for one in metadata),
         "precision": unique(one.get("precision") for one in metadata),
@@ -460,6 +461,7 @@ def write_report(found, out, data_dir=None, metadata=None, pages=None):
         "caveats": unique(line.lstrip("* ") for t in tasks for line in t["results"]["caveats"]),
         "missing": missing,
         "notice": NOTICE,
+        "mirroring": MIRRORED[""],
         "made": made(),
     }
     templates = environment()

@@ -437,6 +437,24 @@ def test_a_report_says_which_plane_could_not_be_used():
     assert "Scanned, but not usable: sagittal" in said and "smith" not in str(group)
 
 
+@pytest.mark.parametrize("warning, told", [
+    ("left or right knee not known, so it is not mirrored: what is said of medial and lateral may "
+     "be exchanged",) * 2,
+    ("axial: passed over /home/jo smith/a.dcm: gap after it", "axial: passed over a series"),
+    ("left out series 3 'PD', smith.dcm: apart", "left out a series"),
+    ("series 3 'T2/FS smith' is 40 degrees from axial", "series 3 is 40 degrees from axial"),
+    ("series ? 'PD': slices may be missing at one end: its files are numbered 5 to 9",
+     "series ?: slices may be missing at one end: its files are numbered 5 to 9"),
+    ("C:\\smith\\a.dcm: odd", "a file cannot be used"), ("2 more warnings",) * 2,
+])  # fmt: skip
+def test_a_report_says_what_was_warned_of_without_paths(warning, told):
+    models = TaskModels("acl", {}, None, "d", [], 0.5)
+    origin = dicom_results.Origin(None, {}, "L", "key", (warning,))
+    (group,) = dicom_results.measured(Finding(models, {}, None, {}), origin)
+    said = [item.TextValue for item in group.ContentSequence if item.ValueType == "TEXT"]
+    assert f"Warning: {told}" in said and "smith" not in str(group)
+
+
 @pytest.mark.parametrize("count, frames, named", [
     (1, [1], None), (3, [1], 1), (3, [1, 2], [1, 2]), (3, [3], 3), (3, [1, 2, 3], None),
 ])  # fmt: skip

@@ -13,11 +13,23 @@ import pydicom
 import pytest
 import torch
 from conftest import PLANES, assert_one_line_error, finding_of, page_content, run_script
-from PIL import Image
+from PIL import Image, ImageDraw
 from pydicom.uid import MRImageStorage
 
 from common import devices
+from common.exams import Exam
+from common.explain_page import (
+    animation,
+    contact_sheet,
+    describe_finding,
+    headline,
+    mirroring,
+    wrap,
+)
+from common.explanation import Finding, PlaneMaps
 from common.figures import heat_colours, overlay
+from common.stacking import Decision
+from common.task_models import TaskModels
 from dataloader import preprocess
 from model import MRNet, upsample_maps
 from tools import pointing_game
@@ -170,6 +182,85 @@ def test_picture_and_film(explained):
     images = page_content(explained[0] / "0020-acl.html")["images"]
     slices = max(len(image["slices"]) for image in images.values())
     assert film.n_frames == slices and film.info["loop"] == 0
+
+
+def maps_of(slices=3):
+    """PlaneMaps of noise."""
+    rng = np.random.default_rng(slices)
+    return PlaneMaps(
+        volume=rng.integers(0, 200, (slices, 64, 64), np.uint8),
+        maps=rng.normal(size=(slices, 2, 2)).astype(np.float32),
+        backbone="alexnet",
+        logit=0.5,
+        others=0.0,
+        bias=0.1,
+        probability=0.6,
+        networks=["alexnet, maximum over slices"],
+        is_joint=False,
+    )
+
+
+MIRRORED_SET = {"name": "phantom", "version": "9", "synthetic": True, "mirrored": True}
+MIRRORS = TaskModels("acl", {}, None, "d", [MIRRORED_SET], 0.5)
+
+
+@pytest.fixture
+def mirrored():
+    """A Finding of networks that see right knees as left ones."""
+    return Finding(MIRRORS, {"axial": maps_of()}, Decision(0.6, 0.5, "positive", ["axial"]), {})
+
+
+RIGHT, LEFT, UNKNOWN = "This right knee is shown mirrored", "This left knee is", "Right knees that"
+
+
+@pytest.mark.parametrize("name, origin, said", [
+    ("0123456789abcdef-R", None, RIGHT), ("0123456789abcdef-L", None, LEFT),
+    ("0123456789abcdef", None, UNKNOWN), ("knee-R", None, UNKNOWN),  # named by somebody else
+    ("0123456789abcdef", {"side": "R"}, RIGHT), ("0123456789abcdef-R", "no study", RIGHT),
+])  # fmt: skip
+def test_it_is_said_how_this_knee_is_shown(mirrored, name, origin, said):
+    exam = Exam(name, "", {}, {}, "hash", origin=origin)
+    assert mirroring(exam, mirrored.models).startswith(said)
+    assert describe_finding(exam, mirrored)["mirrored"].startswith(said)
+    plain = mirrored.models._replace(datasets=[{"synthetic": True, "mirrored": False}, None])
+    assert mirroring(exam, plain) == ""
+
+
+def test_words_wrap_to_the_width():
+    lines = wrap("one two three fourteen a", 6, len)
+    assert lines == ["one", "two", "three", "fourte", "en a"]
+    assert wrap("", 6, len) == [""]
+
+
+@pytest.mark.parametrize("planes", [1, 3])
+def test_all_that_is_said_is_in_the_pictures(mirrored, monkeypatch, planes):
+    """A long headline, and that the knee is mirrored, within the edges."""
+    names = PLANES[:planes]
+    finding = mirrored._replace(planes=dict.fromkeys(names, maps_of()))
+    exam = Exam("0123456789abcdef-R", "", {}, {}, "hash")
+    words = headline(exam, finding) + ", words" * 30, mirroring(exam, finding.models)
+    sheet = contact_sheet(finding.planes, *words)
+    sheet.draw_without_rendering()
+    said = [sheet._suptitle, sheet._supxlabel]
+    for text, wanted in zip(said, words, strict=True):
+        assert wanted in text.get_text().replace("\n", " ")
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.y0 >= 0
+        assert box.x1 <= sheet.bbox.x1 and box.y1 <= sheet.bbox.y1
+    assert not any(said[0].get_window_extent().overlaps(axes.title.get_window_extent())
+                   for axes in sheet.axes)  # fmt: skip
+
+    drawn, draw = [], ImageDraw.ImageDraw.text
+
+    def keep(self, at, text, *more):
+        drawn.append((text, self.textbbox(at, text)))
+        draw(self, at, text, *more)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", keep)
+    frame = animation(finding.planes, *words)[0]
+    text = " ".join(text for text, _ in drawn)
+    assert all(one in text for one in words)
+    assert all(box[2] <= frame.width and box[3] <= frame.height for _, box in drawn)
 
 
 def test_a_name_cannot_put_code_into_the_page(trained, tmp_path):
