@@ -274,9 +274,11 @@ def secondary_capture(picture, title, task, origin, k):
     image.FrameOfReferenceUID = place["frame"] or origin.uid("frame", plane)
     image.PositionReferenceIndicator = ""
     image.ImageOrientationPatient = [DS(x, auto_format=True) for x in place["orientation"]]
-    image.SliceThickness = DS(place["thickness"], auto_format=True)
+    image.SpacingBetweenSlices = DS(place["step"], auto_format=True)
+    image.SliceThickness = place["thickness"] and DS(place["thickness"], auto_format=True)
     image.BurnedInAnnotation = "YES"
     image.LossyImageCompression = "00"
+    image.update(Dataset.from_json(place["lossy"]))
     image.DerivationDescription = "slice cut and resampled, class activation map in colour"
     refer(image, place["sources"], place["used"][k])
     return of_study(image, study)

@@ -14,22 +14,25 @@ import pytest
 import torch
 from conftest import PLANES, assert_one_line_error, run_script
 from highdicom import sr
-from hospital import write_series, write_study
+from hospital import STEP, write_series, write_study
 from PIL import Image
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
+from test_dicom import BIRTH, NAME, PATIENT_ID
 from test_explain import write_dicom
 
 from common import dicom_results
-from common.explain_index import describe
+from common.exams import Exam
+from common.explain_index import describe as describe_finding
 from common.explain_page import headline
 from common.explanation import Finding, PlaneMaps
 from common.stacking import Decision
 from common.task_models import TaskModels
-from data.common import TARGET
-from data.dicom.origin import frames_of, place
+from data.common import TARGET, Report
+from data.dicom.origin import describe, frames_of, place, thickness
 from data.dicom.series import Series, ways_to_cut
 from data.dicom.slices import cut, plane_of
+from data.dicom.studies import Choice, find_exams, volumes_of
 from data.rsna.tables import FINDINGS
 from dataloader import ALL_PLANES
 
@@ -89,6 +92,56 @@ def test_slices_name_the_frames_that_they_show():
     frames = list(range(12))  # upwards, and MRNet's axial slices grow downwards
     assert frames_of(series, 0, frames) == [[11, 10, 9], [8, 7, 6], [5, 4, 3], [2, 1, 0]]
     assert frames_of(series, 1, frames) == [frames] * 6
+    # Three of 1.2 mm, 1 mm apart, are 3.2 mm thick; those across them three voxels.
+    assert thickness(series, 0, {"SliceThickness": 1.2}) == pytest.approx(3.2)
+    assert thickness(series, 0, {}) is None and thickness(series, 1, {}) == 3
+
+
+def described(folder, mirror=False):
+    """What the importer says of where an exam of DICOM comes from."""
+    report = Report(collect=True)
+    (exam,) = find_exams(folder, report)
+    choice = Choice([], "crop", mirror=mirror)
+    _, unusable, taken = volumes_of(exam, choice, report, "exam")
+    assert not unusable
+    return describe(taken, choice, exam.side)
+
+
+def test_the_patient_is_known_whichever_series_comes_first(tmp_path):
+    """The first two series lack name and number, the first the date, too."""
+    silent = {"PatientName": "", "PatientID": "", "PatientBirthDate": ""}
+    for plane, more in (("axial", silent | {"StudyDate": ""}), ("coronal", silent),
+                        ("sagittal", {"StudyDate": "", "AccessionNumber": ""})):  # fmt: skip
+        number = PLANES.index(plane)
+        write_series(tmp_path, number, plane, 85.0, f"1.2.9.{number}", Laterality="L",
+                     StudyInstanceUID="1.2.9", **more)  # fmt: skip
+    study = pydicom.Dataset.from_json(described(tmp_path)["study"])
+    assert (study.PatientName, study.PatientID) == (NAME, PATIENT_ID)
+    assert (study.PatientBirthDate, study.StudyDate) == (BIRTH, "20200102")
+    assert study.AccessionNumber == "SECRETACC" and study.StudyInstanceUID == "1.2.9"
+
+
+def test_what_was_lost_stays_lost_and_slices_are_as_thick_as_they_were(tmp_path):
+    lossy = {"LossyImageCompression": "01", "LossyImageCompressionRatio": [8, 2],
+             "LossyImageCompressionMethod": ["ISO_10918_1", "ISO_15444_1"]}  # fmt: skip
+    known = {"axial": lossy | {"SliceThickness": 3.5}, "coronal": {"LossyImageCompression": "00"}}
+    for number, plane in enumerate(PLANES):
+        write_series(tmp_path, number, plane, 85.0, f"1.2.9.{number}", Laterality="L",
+                     StudyInstanceUID="1.2.9", **known.get(plane, {}))  # fmt: skip
+    made = described(tmp_path)
+    exam = Exam("abc", "", {}, {}, "hash", origin=made)
+    origin = dicom_results.read_origin(exam, "model")
+    grey = np.zeros((256, 256, 3), np.uint8)
+    images = {plane: dicom_results.secondary_capture(grey, plane, "acl", origin, 1)
+              for plane in PLANES}  # fmt: skip
+    for name, value in lossy.items():
+        assert images["axial"][name].value == value
+    assert images["axial"].SliceThickness == 3.5
+    for plane in ("coronal", "sagittal"):
+        assert images[plane].LossyImageCompression == "00"
+        assert "LossyImageCompressionRatio" not in images[plane]
+        assert images[plane].SliceThickness is None  # not known: not the distance
+    assert {float(image.SpacingBetweenSlices) for image in images.values()} == {STEP}
 
 
 # --- the files ------------------------------------------------------------------------------------
@@ -418,7 +471,7 @@ def test_a_decision_from_fewer_planes_than_are_shown_says_which():
     whole = finding._replace(decision=decision._replace(planes=[*PLANES]))
     exam = SimpleNamespace(name="7")
     for one, words in ((finding, "axial+coronal"), (whole, "")):
-        assert one.decided_from == describe(one)["decided_from"] == words
+        assert one.decided_from == describe_finding(one)["decided_from"] == words
         assert headline(exam, one).endswith(f", decided from {words}" if words else ": positive")
         (group,) = dicom_results.measured(one, dicom_results.Origin(None, {}, "L", "key"))
         said = [item.TextValue for item in group.ContentSequence if item.ValueType == "TEXT"]

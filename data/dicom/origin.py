@@ -17,6 +17,8 @@ STUDY = [
     "IssuerOfPatientID", "PatientBirthDate", "PatientSex",
 ]  # fmt: skip
 SOURCE = ["SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID"]
+# What was lost before us stays lost (PS3.3 C.7.6.1.1.5).
+LOSSY = ["LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod"]
 
 
 def describe(taken, choice, side):
@@ -31,26 +33,34 @@ def describe(taken, choice, side):
         {"side", "study": DICOM JSON of STUDY, "planes": {plane: as `place` returns it, and
         "frame": UID of the frame of reference, "mirrored", "sources": of each file the SOP class,
         SOP instance and series UID and the number of frames, "used": for each slice the [source,
-        frame from 1] it shows}}
+        frame from 1] it shows, "thickness" of a slice in mm or None, "lossy": DICOM JSON of LOSSY,
+        empty where no source was compressed with loss}}
 
     Raises:
         InputError: NIfTI, or a file without UIDs.
     """
-    study, planes = None, {}
+    headers, planes = {}, {}
     for plane, (series, axis) in taken.items():
         if not series.frames:
             raise InputError(f"{series.file}: NIfTI belongs to no DICOM study; leave out --dicom")
         files = list(dict.fromkeys(frame.file for frame in series.frames))
+        for file in files:
+            if file not in headers:
+                headers[file] = read_tags(
+                    file, [*STUDY, *SOURCE, *LOSSY, "NumberOfFrames", "SliceThickness"]
+                )
+        ours = {file: headers[file] for file in files}
         number = {file: i for i, file in enumerate(files)}
         frames = [[number[frame.file], frame.index + 1] for frame in series.frames]
         planes[plane] = place(series, axis, choice.square, choice.field_of_view) | {
             "frame": series.frame,
             "mirrored": choice.mirrors(side),
-            "sources": [source_of(file) for file in files],
+            "sources": [source_of(file, header) for file, header in ours.items()],
             "used": frames_of(series, axis, frames),
+            "thickness": thickness(series, axis, ours[files[0]]),
+            "lossy": lossy_of(ours),
         }
-        study = study or study_of(files[0])
-    return {"side": side, "study": study, "planes": planes}
+    return {"side": side, "study": study_of(headers), "planes": planes}
 
 
 def place(series, axis, square, field_of_view):
@@ -59,7 +69,7 @@ def place(series, axis, square, field_of_view):
     Returns:
         "positions": of each slice the centre of its first pixel (x, y, z); "orientation": unit
         vectors along which columns grow, then rows, 6 numbers; "spacing": between rows, between
-        columns; "thickness" of a slice. mm, LPS.
+        columns; "step" between slices. mm, LPS.
     """
     order, flips = orient(series, axis)
     steps = [series.directions[a] * series.spacing[a] for a in order]
@@ -79,8 +89,28 @@ def place(series, axis, square, field_of_view):
         "positions": (origin + middles[:, None] * steps[0]).tolist(),
         "orientation": [*(right / spacing[1]).tolist(), *(down / spacing[0]).tolist()],
         "spacing": spacing,
-        "thickness": float(slab * series.spacing[axis]),
+        "step": float(slab * series.spacing[axis]),
     }
+
+
+def thickness(series, axis, header):
+    """How thick the slices are that `slices.cut` makes, in mm; None where the source does not say.
+
+    Args:
+        header: of the series' first file.
+    """
+    of_source, slab = header.get("SliceThickness"), series.slab(axis)
+    if axis != 0:  # cut across the source's slices, each as thick as its voxels
+        return float(slab * series.spacing[axis])
+    return float((slab - 1) * series.spacing[axis] + of_source) if of_source else None
+
+
+def lossy_of(headers):
+    """DICOM JSON of LOSSY of the first of some files that was compressed with loss, {} for none."""
+    for file, header in headers.items():
+        if header.get("LossyImageCompression") == "01":
+            return json_of(file, header, LOSSY)
+    return {}
 
 
 def frames_of(series, axis, frames):
@@ -92,19 +122,35 @@ def frames_of(series, axis, frames):
     return [ordered[k * slab : (k + 1) * slab] for k in range(series.slices(axis))]
 
 
-def source_of(file):
+def source_of(file, header):
     """[SOP class UID, SOP instance UID, series UID, number of frames] of a DICOM file."""
-    header = read_tags(file, [*SOURCE, "NumberOfFrames"])
     found = [str(header.get(name) or "") for name in SOURCE]
     if not all(found):
         raise InputError(f"{file}: has no SOP class, SOP instance or series UID to refer to")
     return [*found, int(header.get("NumberOfFrames") or 1)]
 
 
-def study_of(file):
-    """Patient and study of a DICOM file, as DICOM JSON. It identifies: never print it."""
+def study_of(headers):
+    """Patient and study as DICOM JSON: as the file says that says most, and where that is silent,
+    as the others say. It identifies: never print it.
+
+    Args:
+        headers: {File: pydicom data set}, of one study and one patient.
+    """
+    told, study = [json_of(file, header, STUDY) for file, header in headers.items()], {}
+    for one in sorted(told, key=len, reverse=True):
+        study = one | study
+    return study
+
+
+def json_of(file, header, names):
+    """DICOM JSON of some attributes of a file, those that are not empty."""
+    from pydicom.datadict import tag_for_keyword
+
+    tags = {f"{tag_for_keyword(name):08X}" for name in names}
     with reading(file):
-        return read_tags(file, STUDY).to_json_dict()
+        content = header.to_json_dict()
+    return {tag: one for tag, one in content.items() if tag in tags and one.get("Value")}
 
 
 def read_tags(file, names):
