@@ -178,14 +178,14 @@ def explain_one(exam, tasks, output, options):
     for finding, start in zip(shown, starts, strict=True):
         write_pictures(exam, finding, start)
     if output.dicom:
-        write_dicom(exam, findings, model_of(tasks, options), output.dicom)
+        write_dicom(exam, findings, options, output.dicom)
     print(NOTICE)
     refuse_unusable(exam, findings)
 
 
-def write_dicom(exam, findings, model, folder):
+def write_dicom(exam, findings, options, folder):
     """An exam's heat maps and probabilities as DICOM, beside its own study."""
-    for path, count in dicom_results().write_results(exam, findings, model, folder):
+    for path, count in dicom_results().write_results(exam, findings, options, folder):
         print(f"DICOM      {path}  {count} files" if count > 1 else f"DICOM      {path}")
 
 
@@ -265,7 +265,7 @@ def explain_all(exams, root, tasks, output, options):
             row = write_exam(exam, findings, model, out, Path(folder))
             if output.dicom:
                 try:
-                    dicom_results().write_results(exam, findings, model, output.dicom)
+                    dicom_results().write_results(exam, findings, options, output.dicom)
                     row = row._replace(dicom=True)
                 except InputError as error:
                     row = row._replace(error="; ".join(filter(None, [row.error, str(error)])))

@@ -4,7 +4,8 @@
     OUT/<exam>/report-<task>.dcm    Enhanced SR by template TID 1500, Measurement Report
 
 Both by highdicom, and both say "research use only". Files only: nothing is sent anywhere. UIDs are
-hashes of the input, the networks and this code's version, so the same answer has the same UIDs.
+hashes of the input, the finding's own networks and this code's version, so the same answer has the
+same UIDs, whichever other findings are asked for beside it.
 """
 
 import hashlib
@@ -20,13 +21,14 @@ from PIL import Image, ImageDraw
 from pydicom import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
-from pydicom.valuerep import DS
+from pydicom.valuerep import DA, DS, TM
 
+from common.answering import model_of
 from common.errors import InputError, RunError
 from common.explain_page import NOTICE, SYNTHETIC_ONLY
 from common.figures import overlay
 from common.files import atomic
-from common.provenance import git_sha
+from common.provenance import code_version, git_sha
 from data.common import ORIENTATION, SIDE
 from data.dicom.files import quiet
 from dataloader import ALL_PLANES, PLANES, view_of
@@ -46,7 +48,8 @@ ONE_REPORT = "report.dcm"  # of all tasks, as earlier versions wrote it
 TYPE_2 = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate",
           "StudyTime", "AccessionNumber", "ReferringPhysicianName")  # fmt: skip
 DATE, TIME = r"[0-9]{8}", r"[0-9]{2}([0-9]{2}([0-9]{2}([.][0-9]{1,6})?)?)?"
-FORMS = {"PatientSex": "[MFO]", "PatientBirthDate": DATE, "StudyDate": DATE, "StudyTime": TIME}
+FORMS = {"PatientSex": ("[MFO]", str), "PatientBirthDate": (DATE, DA), "StudyDate": (DATE, DA),
+         "StudyTime": (TIME, TM)}  # fmt: skip
 TEXT = 11  # px, of what is burnt in
 FEET_AND_HEAD = str.maketrans("IS", "FH")  # as PatientOrientation calls inferior and superior
 
@@ -87,11 +90,8 @@ class Origin(NamedTuple):
             yield source
 
 
-def read_origin(exam, model):
+def read_origin(exam):
     """An exam's Origin.
-
-    Args:
-        model: hash of all that the answer depends on but the exam.
 
     Raises:
         InputError: it is not from DICOM, or its headers cannot be referred to.
@@ -104,22 +104,41 @@ def read_origin(exam, model):
         raise InputError(f"exam {exam.name}: its files have no StudyInstanceUID to belong to")
     for name in TYPE_2:
         study.setdefault(name, "")
-    for name, form in FORMS.items():  # what does not keep to DICOM cannot be written again
-        if not re.fullmatch(form, str(study.get(name) or "")):
+    for element in study:  # each has one value; some headers give several
+        if element.VM > 1:
+            element.value = element.value[0]
+    for name, (form, read) in FORMS.items():  # what does not keep to DICOM cannot be written again
+        if not keeps_to(form, read, str(study.get(name) or "")):
             study[name].value = ""
     study.SpecificCharacterSet = "ISO_IR 192"  # UTF-8; the values are text by now
     # Both knees of a study have the same files; the name tells them apart.
-    key = f"{exam.name} {exam.input} {model} {git_sha()}"
-    return Origin(study, exam.origin["planes"], exam.side, key, exam.warnings)
+    key = f"{exam.name} {exam.input} {code_version()}"
+    planes = {plane: dict(place) for plane, place in exam.origin["planes"].items()}
+    for plane, place in planes.items():  # one for all findings
+        place["frame"] = place["frame"] or generate_uid(entropy_srcs=[key, "frame", plane])
+    return Origin(study, planes, exam.side, key, exam.warnings)
 
 
-def write_results(exam, findings, model, out):
+def keeps_to(form, read, value):
+    """Whether a text is of a form, and what `read` takes: 19700230 is no date.
+
+    Args:
+        form: regular expression.
+        read: function that raises ValueError.
+    """
+    try:
+        return bool(re.fullmatch(form, value)) and read(value) is not None
+    except ValueError:
+        return False
+
+
+def write_results(exam, findings, options, out):
     """Write the heat maps and the report of an exam, in the place of what earlier networks said.
 
     Args:
         exam: exams.Exam with its origin.
         findings: list of explanation.Finding; of those without planes nothing is left there.
-        model: as `read_origin` takes it.
+        options: answering.Options that they were found with.
         out: folder.
 
     Returns:
@@ -135,17 +154,18 @@ def write_results(exam, findings, model, out):
         return []
     with quiet():
         try:
-            origin = read_origin(exam, model)
-            written = []
+            known, written, reports = read_origin(exam), [], []
             for finding in findings:
+                model = model_of([finding.models], options)
+                origin = known._replace(key=f"{known.key} {model}")
                 for title, one in finding.planes.items():
                     series = heat_map_series(finding, title, one, origin)
                     place = folder / f"{finding.task}-{title.replace(' ', '-')}"
                     written.append(save_series(series, place))
-            for finding in findings:
                 path = folder / report_name(finding.task)
                 save(make_report(finding, origin), path)
-                written.append((path, 1))
+                reports.append((path, 1))
+            written += reports
             remove_others(folder, tasks, [place for place, _ in written])
             return written
         except (ValueError, TypeError, AttributeError) as error:  # their texts quote the patient
@@ -271,7 +291,7 @@ def secondary_capture(picture, title, task, origin, k):
     )
     image.Laterality = origin.side  # of a pair, so it must be there, and may be empty
     image.BodyPartExamined = "KNEE"
-    image.FrameOfReferenceUID = place["frame"] or origin.uid("frame", plane)
+    image.FrameOfReferenceUID = place["frame"]
     image.PositionReferenceIndicator = ""
     image.ImageOrientationPatient = [DS(x, auto_format=True) for x in place["orientation"]]
     image.SpacingBetweenSlices = DS(place["step"], auto_format=True)
@@ -341,7 +361,7 @@ def burn_in(picture, words):
 def make_report(finding, origin):
     """A task's probabilities and decision as a structured report: EnhancedSR by TID 1500."""
     observer = sr.DeviceObserverIdentifyingAttributes(
-        uid=generate_uid(entropy_srcs=[MAKER, git_sha()]),
+        uid=generate_uid(entropy_srcs=[MAKER, code_version()]),
         name=f"{MODEL}, {NOTICE}"[:64],
         manufacturer_name=MAKER,
         model_name=MODEL,

@@ -14,14 +14,15 @@ import pytest
 import torch
 from conftest import PLANES, assert_one_line_error, run_script
 from highdicom import sr
-from hospital import STEP, write_series, write_study
+from hospital import SLICES, STEP, write_series, write_study
 from PIL import Image
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 from test_dicom import BIRTH, NAME, PATIENT_ID
-from test_explain import write_dicom
+from test_explain import maps_of, write_dicom
 
-from common import dicom_results
+from common import dicom_results, provenance
+from common.answering import Options
 from common.exams import Exam
 from common.explain_index import describe as describe_finding
 from common.explain_page import headline
@@ -130,7 +131,7 @@ def test_what_was_lost_stays_lost_and_slices_are_as_thick_as_they_were(tmp_path)
                      StudyInstanceUID="1.2.9", **known.get(plane, {}))  # fmt: skip
     made = described(tmp_path)
     exam = Exam("abc", "", {}, {}, "hash", origin=made)
-    origin = dicom_results.read_origin(exam, "model")
+    origin = dicom_results.read_origin(exam)
     grey = np.zeros((256, 256, 3), np.uint8)
     images = {plane: dicom_results.secondary_capture(grey, plane, "acl", origin, 1)
               for plane in PLANES}  # fmt: skip
@@ -422,6 +423,74 @@ def test_all_exams_go_on_where_dicom_is_missing(trained, scan, tmp_path):
     # The study has its results, the other is tried again.
     done = run_script(*args, "--dicom", tmp_path / "dicom")
     assert done.returncode == 1 and "1 exams explained, 1 were there" in done.stdout
+
+
+FP32 = Options(torch.device("cpu"), "fp32", False)
+
+
+def test_a_finding_has_its_uids_whatever_else_is_asked(tmp_path):
+    """Its own networks, the precision and the code change them; other findings do not."""
+    for number, plane in enumerate(PLANES):
+        write_series(tmp_path / "scan", number, plane, 85.0, f"1.2.9.{number}", Laterality="L",
+                     StudyInstanceUID="1.2.9")  # fmt: skip
+    exam = Exam("abc", "", {}, {}, "hash", origin=described(tmp_path / "scan"))
+
+    def uids(task, out, *findings, options=FP32):
+        dicom_results.write_results(exam, findings, options, tmp_path / out)
+        folder = tmp_path / out / "abc"
+        paths = [folder / f"report-{task}.dcm", *(folder / f"{task}-axial").iterdir()]
+        files = [pydicom.dcmread(path) for path in paths]
+        assert {file.get("FrameOfReferenceUID") for file in files[1:]} == {frame}
+        return {file.SOPInstanceUID for file in files} | {file.SeriesInstanceUID for file in files}
+
+    frame = dicom_results.read_origin(exam).planes["axial"]["frame"]
+    one = maps_of(SLICES)._replace(volume=np.zeros((SLICES, 256, 256), np.uint8))
+    acl, cyst = (
+        Finding(TaskModels(task, {}, None, digest, [None], 0.5), {"axial": one}, None, {})
+        for task, digest in (("acl", "a"), ("cyst", "b"))
+    )
+    alone, together = uids("acl", "alone", acl), uids("acl", "both", acl, cyst)
+    assert alone == together and len(alone) == 2 + 1 + SLICES
+    other = acl._replace(models=acl.models._replace(digest="c"))
+    assert alone.isdisjoint(uids("acl", "other", other))
+    assert alone.isdisjoint(uids("acl", "bf16", acl, options=FP32._replace(precision="bf16")))
+    assert alone.isdisjoint(uids("cyst", "both", acl, cyst))
+
+
+@pytest.mark.parametrize("sha, is_known", [
+    ("0123456789ab", True), ("0123456789ab+", False), ("unknown", False),
+])  # fmt: skip
+def test_code_that_git_does_not_know_has_a_version_of_its_own(tmp_path, monkeypatch, sha, is_known):
+    monkeypatch.setattr(provenance, "git_sha", lambda: sha)
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    (tmp_path / "common").mkdir()
+    versions = []
+    for code in ("x = 1", "x = 2", "x = 1"):
+        (tmp_path / "common" / "figures.py").write_text(code)
+        versions.append(provenance.code_version.__wrapped__())
+    assert versions[0] == versions[2] and (versions[0] == versions[1]) == is_known
+    assert all(version.startswith(sha) for version in versions)
+
+
+@pytest.mark.parametrize("name, given, kept", [
+    ("StudyDate", "00000000", ""), ("PatientBirthDate", "19700230", ""), ("StudyDate", "2020", ""),
+    ("PatientBirthDate", "19700228", "19700228"), ("StudyTime", "246060", ""),
+    ("StudyTime", "120000.5", "120000.5"), ("PatientSex", "f", ""), ("PatientSex", "F", "F"),
+    ("ReferringPhysicianName", ["A^B", "C^D"], "A^B"), ("AccessionNumber", ["1", "2"], "1"),
+])  # fmt: skip
+def test_what_no_reader_takes_is_not_written_again(name, given, kept, monkeypatch):
+    monkeypatch.setattr(pydicom.config.settings, "reading_validation_mode", pydicom.config.IGNORE)
+    study = pydicom.Dataset()
+    study.StudyInstanceUID = "1.2.9"
+    setattr(study, name, given)
+    planes = {
+        "axial": {"frame": "1.2", "sources": [["1.2.840.10008.5.1.4.1.1.4", "1.3", "1.4", 1]]}
+    }
+    origin = {"study": study.to_json_dict(), "planes": planes, "side": "L"}
+    found = dicom_results.read_origin(Exam("abc", "", {}, {}, "hash", origin=origin))
+    assert found.study[name].value == kept
+    finding = Finding(TaskModels("acl", {}, None, "d", [None], 0.5), {"axial": maps_of()}, None, {})
+    assert dicom_results.make_report(finding, found)[name].value == kept
 
 
 def test_results_go_where_nothing_is_said_any_more(tmp_path):
