@@ -158,9 +158,9 @@ def write_results(exam, findings, options, out):
             for finding in findings:
                 model = model_of([finding.models], options)
                 origin = known._replace(key=f"{known.key} {model}")
-                for title, one in finding.planes.items():
-                    series = heat_map_series(finding, title, one, origin)
-                    place = folder / f"{finding.task}-{title.replace(' ', '-')}"
+                for one in finding.planes.values():
+                    series = heat_map_series(finding, one, origin)
+                    place = folder / f"{finding.task}-{one.title.replace(' ', '-')}"
                     written.append(save_series(series, place))
                 path = folder / report_name(finding.task)
                 save(make_report(finding, origin), path)
@@ -221,25 +221,16 @@ def number_for(text, count):
     return int(hashlib.sha256(text.encode()).hexdigest(), 16) % count
 
 
-def place_of(title):
-    """A plane's place among the series of a finding, whichever planes an exam has.
-
-    Args:
-        title: "axial", or of networks that join several "axial of axial+sagittal".
-    """
-    if " of " not in title:
-        return ALL_PLANES.index(title)
-    return len(ALL_PLANES) + number_for(title, JOINT_PLACES)
+def place_of(one):
+    """The place of a PlaneMaps among the series of a finding, whichever planes an exam has."""
+    if one.is_joint:
+        return len(ALL_PLANES) + number_for(one.title, JOINT_PLACES)
+    return ALL_PLANES.index(one.plane)
 
 
-def heat_map_series(finding, title, one, origin):
-    """A plane's slices with their heat maps: list of SCImage, one a slice.
-
-    Args:
-        title: of the plane, as `explanation.explain_planes` has it.
-        one: explanation.PlaneMaps.
-    """
-    plane = title.split()[0]
+def heat_map_series(finding, one, origin):
+    """The slices of a PlaneMaps with their heat maps: list of SCImage, one a slice."""
+    plane = one.plane
     place = origin.planes[plane]
     if len(place["positions"]) != len(one.volume) or one.volume.shape[1] != SIDE:
         raise RunError(f"{plane}: its slices are not those that were converted")
@@ -258,17 +249,17 @@ def heat_map_series(finding, title, one, origin):
         if finding.models.is_synthetic:
             words.append(SYNTHETIC_ONLY)
         picture = burn_in(pictures[at], words)
-        image = secondary_capture(picture, title, finding.task, origin, k)
+        image = secondary_capture(picture, one, finding.task, origin, k)
         image.ImageComments = f"{finding.task}, class activation map. {NOTICE}"
         image.ImagePositionPatient = [DS(x, auto_format=True) for x in position]
         images.append(image)
     return images
 
 
-def secondary_capture(picture, title, task, origin, k):
-    """Slice k of a plane as an SCImage that lies as its source does."""
-    plane = title.split()[0]
-    place, study = origin.planes[plane], origin.study
+def secondary_capture(picture, one, task, origin, k):
+    """Slice k of a PlaneMaps as an SCImage that lies as its source does."""
+    plane, title, study = one.plane, one.title, origin.study
+    place = origin.planes[plane]
     image = SCImage.from_ref_dataset(
         next(origin.sources(plane)),
         np.ascontiguousarray(picture),
@@ -276,7 +267,7 @@ def secondary_capture(picture, title, task, origin, k):
         8,
         "PATIENT",
         series_instance_uid=origin.uid(task, title),
-        series_number=origin.series_number(task, place_of(title)),
+        series_number=origin.series_number(task, place_of(one)),
         sop_instance_uid=origin.uid(task, title, k),
         instance_number=k + 1,
         manufacturer=MAKER,
@@ -369,7 +360,7 @@ def make_report(finding, origin):
     context = sr.ObserverContext(
         observer_type=codes.DCM.Device, observer_identifying_attributes=observer
     )
-    planes = {title.split()[0] for title in finding.planes}
+    planes = {one.plane for one in finding.planes.values()}
     evidence = [source for plane in sorted(planes) for source in origin.sources(plane)]
     content = sr.MeasurementReport(
         observation_context=sr.ObservationContext(observer_device_context=context),

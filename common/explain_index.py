@@ -124,8 +124,8 @@ def thumbnail(explained, planes):
         planes: that the task's networks take; each has its place, so that exams line up.
     """
     first = {}  # networks that join planes come after those of one
-    for title, one in explained.items():
-        first.setdefault(title.split()[0], one)
+    for one in explained.values():
+        first.setdefault(one.plane, one)
     order = in_order({*PLANES, *planes})
     sheet = Image.new("RGB", (THUMBNAIL_SIDE * len(order), THUMBNAIL_SIDE))
     for plane, one in first.items():

@@ -64,8 +64,8 @@ def make_page(exam, findings):
     """
     images = {}
     for finding in findings:
-        for title, one in finding.planes.items():
-            images.setdefault(title.split()[0], one.volume)
+        for one in finding.planes.values():
+            images.setdefault(one.plane, one.volume)
     content = {
         "exam": as_text(exam.name),
         "input": exam.input,
@@ -108,12 +108,13 @@ def describe_finding(exam, finding):
         "missing": [
             plane
             for plane in in_order({*PLANES, *models.planes})
-            if all(title.split()[0] != plane for title in finding.planes)
+            if all(one.plane != plane for one in finding.planes.values())
         ],
         "planes": [
             {
-                "plane": title,
-                "image": title.split()[0],
+                "plane": one.title,
+                "image": one.plane,
+                "column": one.column,
                 "probability": one.probability,
                 "logit": one.logit,
                 "others": one.others if one.is_joint else None,
@@ -126,7 +127,7 @@ def describe_finding(exam, finding):
                 "maps": base64.b64encode(one.maps.astype("<f4").tobytes()).decode(),
                 "sums": one.slice_sums.tolist(),
             }
-            for title, one in finding.planes.items()
+            for one in finding.planes.values()
         ],
     }
 
@@ -204,18 +205,20 @@ def contact_sheet(explained, title, remark=""):
     figure.supxlabel("\n".join(foot), color="w", fontsize=9)
     rows = figure.subplots(len(explained), SHEET_SLICES, squeeze=False)
     colours = ListedColormap(heat_colours() / 255)
-    for row, (plane, one) in zip(rows, explained.items(), strict=True):
+    for row, one in zip(rows, explained.values(), strict=True):
         best = np.argsort(-one.slice_sums, kind="stable")[:SHEET_SLICES]
         pictures = overlay(one.volume[best], one.maps[best], one.backbone, scale=one.scale)
         for axes in row:
             axes.set_axis_off()
         for axes, s, picture in zip(row, best, pictures, strict=False):
             axes.imshow(picture)
-            text = f"{plane.split()[0]} {s + 1} of {len(one.volume)}: {one.slice_sums[s]:+.2f}"
+            text = f"{one.plane} {s + 1} of {len(one.volume)}: {one.slice_sums[s]:+.2f}"
             axes.set_title(text, color="w", fontsize=9)
         shown = one.slice_sums[best].sum()
         others = one.slice_sums.sum() - shown
-        text = f"{plane}: logit {one.logit:+.2f} = these {shown:+.2f}, other slices {others:+.2f}"
+        text = (
+            f"{one.title}: logit {one.logit:+.2f} = these {shown:+.2f}, other slices {others:+.2f}"
+        )
         text += f", other planes {one.others:+.2f}" if one.is_joint else ""
         text += f", bias {one.bias:+.2f}"
         row[0].text(0, -0.07, text, color="w", fontsize=8, transform=row[0].transAxes,
@@ -233,10 +236,8 @@ def animation(explained, title, remark=""):
     Args:
         remark: said at the foot, such as `mirroring`.
     """
-    pictures = {
-        title: overlay(one.volume, one.maps, one.backbone) for title, one in explained.items()
-    }
-    count = max(len(frames) for frames in pictures.values())
+    pictures = [overlay(one.volume, one.maps, one.backbone) for one in explained.values()]
+    count = max(map(len, pictures))
     width = FRAME_SIDE * len(explained)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength
     words = [*wrap(title, width - 12, measure), *wrap(f"{NOTICE} {remark}", width - 12, measure)]
@@ -246,15 +247,14 @@ def animation(explained, title, remark=""):
     for i in range(count):
         frame = Image.new("RGB", size, "#111417")
         draw = ImageDraw.Draw(frame)
-        for column, (plane, slices) in enumerate(pictures.items()):
+        for column, (one, slices) in enumerate(zip(explained.values(), pictures, strict=True)):
             # Shorter planes run slower, so that all end together.
             s = round(i * (len(slices) - 1) / max(count - 1, 1))
             image = Image.fromarray(slices[s])
             image.thumbnail((FRAME_SIDE, FRAME_SIDE))
             frame.paste(image, (FRAME_SIDE * column, head))
-            joint = ", joint" if explained[plane].is_joint else ""
-            text = f"{plane.split()[0]} {s + 1} of {len(slices)}{joint}: "
-            text += f"{explained[plane].slice_sums[s]:+.2f}"
+            joint = ", joint" if one.is_joint else ""
+            text = f"{one.plane} {s + 1} of {len(slices)}{joint}: {one.slice_sums[s]:+.2f}"
             draw.text((FRAME_SIDE * column + 6, 3), text, "white")
         bar = Image.fromarray(heat_colours()[None]).resize((160, 8))  # (1, 256, 3)
         frame.paste(bar, (60, head + FRAME_SIDE + 8))

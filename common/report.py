@@ -126,7 +126,7 @@ def explain_mistakes(results, data_dir, why, pages, out):
             exam = exams.load(keys[exam_id])
             volumes, _ = read_planes(exam, models)
             explained, _ = explain(models, volumes)
-            pictures = [picture_of(title, one, kind) for title, one in explained.items()]
+            pictures = [picture_of(one, kind) for one in explained.values()]
         elif not why:
             why = f"{data_dir} does not have these exams"
         page = page_of(exam_id, results.task, pages, out)
@@ -134,11 +134,11 @@ def explain_mistakes(results, data_dir, why, pages, out):
     return found, why
 
 
-def picture_of(title, one, kind):
+def picture_of(one, kind):
     """(title, data URI) of the slice of a PlaneMaps that spoke most for the mistake."""
     sums = one.slice_sums
     at = int(np.argmax(sums) if kind == "false positive" else np.argmin(sums))
-    text = f"{title}, slice {at + 1} of {len(sums)}: {sums[at]:+.2f}"
+    text = f"{one.title}, slice {at + 1} of {len(sums)}: {sums[at]:+.2f}"
     return text, jpeg(slice_picture(one, at), PICTURE_SIDE, PICTURE_QUALITY)
 
 

@@ -26,7 +26,7 @@ from common.answering import Options
 from common.exams import Exam
 from common.explain_index import describe as describe_finding
 from common.explain_page import headline
-from common.explanation import Finding, PlaneMaps
+from common.explanation import Finding
 from common.stacking import Decision
 from common.task_models import TaskModels
 from data.common import TARGET, Report
@@ -133,7 +133,7 @@ def test_what_was_lost_stays_lost_and_slices_are_as_thick_as_they_were(tmp_path)
     exam = Exam("abc", "", {}, {}, "hash", origin=made)
     origin = dicom_results.read_origin(exam)
     grey = np.zeros((256, 256, 3), np.uint8)
-    images = {plane: dicom_results.secondary_capture(grey, plane, "acl", origin, 1)
+    images = {plane: dicom_results.secondary_capture(grey, maps_of(plane=plane), "acl", origin, 1)
               for plane in PLANES}  # fmt: skip
     for name, value in lossy.items():
         assert images["axial"][name].value == value
@@ -380,8 +380,8 @@ def test_numbers_of_series_differ_whatever_run_writes_them():
     assert min(found) > 9999 and max(found) < 2**31  # scanners' and DICOM's (PS3.5 6.2, IS)
     last = dicom_results.FIRST_SERIES + dicom_results.TASKS * dicom_results.OF_A_TASK
     assert last < 2**31
-    of_planes = {dicom_results.place_of(plane) for plane in ALL_PLANES}
-    joint = dicom_results.place_of("axial of axial+sagittal")
+    of_planes = {dicom_results.place_of(maps_of(plane=plane)) for plane in ALL_PLANES}
+    joint = dicom_results.place_of(maps_of(joined=("axial", "sagittal")))
     assert len(of_planes) == len(ALL_PLANES) and joint not in of_planes
     most = len(ALL_PLANES) + dicom_results.JOINT_PLACES
     assert joint < most <= dicom_results.REPORT_NUMBER < 400
@@ -519,8 +519,10 @@ def test_probabilities_of_joined_planes_are_their_own():
     names = ["axial", "coronal", "axial+coronal", "axial+coronal+sagittal"]
     codes = [dicom_results.probability_code(name) for name in names]
     assert len(set(codes)) == 4 and max(map(len, codes)) <= 16
-    planes = {f"axial of {name}": PlaneMaps(*[None] * 6, k / 10, [], True)
-              for k, name in enumerate(names)}  # fmt: skip
+    planes = {
+        name: maps_of(joined=tuple(name.split("+")))._replace(probability=k / 10)
+        for k, name in enumerate(names)
+    }
     finding = Finding(TaskModels("acl", {}, None, "d", [], 0.5), planes, None, {})
     origin = dicom_results.Origin(None, {}, "L", "key")
     (group,) = dicom_results.measured(finding, origin)
@@ -534,7 +536,7 @@ def test_probabilities_of_joined_planes_are_their_own():
 
 def test_a_decision_from_fewer_planes_than_are_shown_says_which():
     """Networks of three planes, a stack that knows two of them only."""
-    planes = {plane: PlaneMaps(*[None] * 6, 0.5, [], False) for plane in PLANES}
+    planes = {plane: maps_of(plane=plane) for plane in PLANES}
     decision = Decision(0.6, 0.5, "positive", ["axial", "coronal"])
     finding = Finding(TaskModels("acl", {}, None, "d", [], 0.5), planes, decision, {})
     whole = finding._replace(decision=decision._replace(planes=[*PLANES]))
@@ -550,7 +552,7 @@ def test_a_decision_from_fewer_planes_than_are_shown_says_which():
 
 def test_a_report_says_which_plane_could_not_be_used():
     """With --partial there is a decision all the same."""
-    planes = {plane: PlaneMaps(*[None] * 6, 0.5, [], False) for plane in ("axial", "coronal")}
+    planes = {plane: maps_of(plane=plane) for plane in ("axial", "coronal")}
     decision = Decision(0.6, 0.5, "positive", ["axial", "coronal"])
     unusable = {"sagittal": "/home/smith/knee.dcm: gap after it"}
     finding = Finding(TaskModels("acl", {}, None, "d", [], 0.5), planes, decision, unusable)

@@ -184,10 +184,12 @@ def test_picture_and_film(explained):
     assert film.n_frames == slices and film.info["loop"] == 0
 
 
-def maps_of(slices=3):
+def maps_of(slices=3, plane="axial", joined=()):
     """PlaneMaps of noise."""
     rng = np.random.default_rng(slices)
     return PlaneMaps(
+        plane=plane,
+        joined=joined or (plane,),
         volume=rng.integers(0, 200, (slices, 64, 64), np.uint8),
         maps=rng.normal(size=(slices, 2, 2)).astype(np.float32),
         backbone="alexnet",
@@ -196,7 +198,6 @@ def maps_of(slices=3):
         bias=0.1,
         probability=0.6,
         networks=["alexnet, maximum over slices"],
-        is_joint=False,
     )
 
 
@@ -226,6 +227,17 @@ def test_it_is_said_how_this_knee_is_shown(mirrored, name, origin, said):
     assert mirroring(exam, plain) == ""
 
 
+def test_networks_that_join_planes_have_titles_of_their_own(mirrored):
+    alone, joint = maps_of(), maps_of(joined=("axial", "sagittal"))._replace(probability=0.7)
+    assert (alone.title, joint.title) == ("axial", "axial of axial+sagittal")
+    finding = mirrored._replace(planes={one.title: one for one in (alone, joint)})
+    assert finding.probabilities == {"axial": 0.6, "axial+sagittal": 0.7}
+    said = describe_finding(Exam("7", "", {}, {}, "hash"), finding)
+    assert [one["image"] for one in said["planes"]] == ["axial", "axial"]
+    assert [one["column"] for one in said["planes"]] == ["axial", "axial+sagittal"]
+    assert said["missing"] == ["coronal", "sagittal"]
+
+
 def test_words_wrap_to_the_width():
     lines = wrap("one two three fourteen a", 6, len)
     assert lines == ["one", "two", "three", "fourte", "en a"]
@@ -236,7 +248,7 @@ def test_words_wrap_to_the_width():
 def test_all_that_is_said_is_in_the_pictures(mirrored, monkeypatch, planes):
     """A long headline, and that the knee is mirrored, within the edges."""
     names = PLANES[:planes]
-    finding = mirrored._replace(planes=dict.fromkeys(names, maps_of()))
+    finding = mirrored._replace(planes={name: maps_of(plane=name) for name in names})
     exam = Exam("0123456789abcdef-R", "", {}, {}, "hash")
     words = headline(exam, finding) + ", words" * 30, mirroring(exam, finding.models)
     sheet = contact_sheet(finding.planes, *words)

@@ -153,10 +153,10 @@ def test_a_mirrored_knee_is_mirrored_back_in_its_own_plane(plane, monkeypatch):
     )
     place = {"positions": [(0, 0, z) for z in range(3)], "mirrored": True}
     one = SimpleNamespace(volume=volume, maps=None, backbone=None, slice_sums=[0, 1, 2],
-                          probability=0.5)  # fmt: skip
+                          probability=0.5, plane=plane, title=plane)  # fmt: skip
     finding = SimpleNamespace(task="acl", models=SimpleNamespace(is_synthetic=False))
     origin = dicom_results.Origin(None, {plane: place}, "R", "")
-    images = dicom_results.heat_map_series(finding, plane, one, origin)
+    images = dicom_results.heat_map_series(finding, one, origin)
     levels = [image.picture[5, 5, 0] for image in images]
     column = [bool(image.picture[5, 0, 0] % 10) for image in images]
     if plane.startswith("sagittal"):
