@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from pydicom.valuerep import DA, DS, TM
 
 from common.answering import model_of
 from common.errors import InputError, RunError
-from common.explain_page import NOTICE, SYNTHETIC_ONLY
+from common.explain_page import NOTICE, SYNTHETIC_ONLY, wrap
 from common.figures import overlay
 from common.files import atomic
 from common.provenance import code_version, git_sha
@@ -235,25 +236,36 @@ def heat_map_series(finding, one, origin):
     if len(place["positions"]) != len(one.volume) or one.volume.shape[1] != SIDE:
         raise RunError(f"{plane}: its slices are not those that were converted")
     pictures = overlay(one.volume, one.maps, one.backbone)
-    sums = one.slice_sums
-    order = np.arange(len(pictures))
+    order, where = np.arange(len(pictures)), ""
     if place["mirrored"]:  # back to the side that the patient has it on
         if view_of(plane) == "sagittal":
-            order = order[::-1]
+            order, where = order[::-1], " of the page"  # which counts as the networks do
         else:
             pictures = pictures[:, :, ::-1]
     images = []
     for k, (at, position) in enumerate(zip(order, place["positions"], strict=True)):
-        words = [f"{origin.title(finding.task)} {one.probability:.2f}, {plane}"]
-        words += [f"slice {sums[at]:+.2f}"]
+        words = [f"{origin.title(finding.task)} {one.probability:.2f}, {one.title}"]
+        words += [f"slice {at + 1} of {len(order)}{where}: {one.slice_sums[at]:+.2f}"]
         if finding.models.is_synthetic:
             words.append(SYNTHETIC_ONLY)
         picture = burn_in(pictures[at], words)
         image = secondary_capture(picture, one, finding.task, origin, k)
-        image.ImageComments = f"{finding.task}, class activation map. {NOTICE}"
+        image.ImageComments = comments(finding.task, one)
         image.ImagePositionPatient = [DS(x, auto_format=True) for x in position]
         images.append(image)
     return images
+
+
+def comments(task, one):
+    """What the colours of a PlaneMaps say, as ImageComments."""
+    text = (
+        f"{task}, class activation map: what each part of a slice adds to the logit of "
+        f"{one.column}. Yellow speaks for the finding, cyan against it, what adds nothing is "
+        f"clear; the strongest colours are +{one.scale:.2g} and -{one.scale:.2g} per cell. "
+    )
+    if one.neighbours:
+        text += "Networks see each slice with its neighbours: what speaks may lie in one of these. "
+    return text + NOTICE
 
 
 def secondary_capture(picture, one, task, origin, k):
@@ -291,7 +303,9 @@ def secondary_capture(picture, one, task, origin, k):
     image.LossyImageCompression = "00"
     image.update(Dataset.from_json(place["lossy"]))
     image.DerivationDescription = "slice cut and resampled, class activation map in colour"
-    refer(image, place["sources"], place["used"][k])
+    near = place["used"][max(k - 1, 0) : k + 2] if one.neighbours else [place["used"][k]]
+    used = dict.fromkeys(tuple(frame) for frames in near for frame in frames)
+    refer(image, place["sources"], used)
     return of_study(image, study)
 
 
@@ -308,7 +322,7 @@ def refer(image, sources, used):
 
     Args:
         sources: [SOP class, SOP instance and series UID, number of frames] of each file.
-        used: [(source, frame from 1)].
+        used: (source, frame from 1) of each, in order.
     """
     frames, by_series = {}, {}
     for source, frame in used:
@@ -337,9 +351,11 @@ def reference(class_uid, instance):
 
 
 def burn_in(picture, words):
-    """A picture uint8 (H, W, 3) with lines of text at its top and BURNT_IN below."""
+    """A picture uint8 (H, W, 3) with lines of text at its top, wrapped, and BURNT_IN below."""
     image = Image.fromarray(np.ascontiguousarray(picture))
     draw = ImageDraw.Draw(image)
+    measure = partial(draw.textlength, font_size=TEXT)
+    words = [part for line in words for part in wrap(line, image.width - 8, measure)]
     lines = [(3 + i * (TEXT + 2), line) for i, line in enumerate(words)]
     for top, line in [*lines, (image.height - TEXT - 5, BURNT_IN)]:
         draw.text((4, top), line, "white", font_size=TEXT, stroke_width=1, stroke_fill="black")

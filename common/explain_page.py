@@ -121,6 +121,7 @@ def describe_finding(exam, finding):
                 "bias": one.bias,
                 "of": "; ".join(dict.fromkeys(one.networks)),
                 "networks": len(one.networks),
+                "neighbours": one.neighbours,
                 "cell": BACKBONES[one.backbone][2:4],
                 "cells": one.maps.shape[1:],
                 "scale": one.scale,

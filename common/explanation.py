@@ -30,6 +30,7 @@ class PlaneMaps(NamedTuple):
     bias: float  # mean over the networks
     probability: float  # mean over the networks
     networks: list  # of each "alexnet, maximum over slices"
+    neighbours: bool = False  # of the networks some see a slice with those before and after it
 
     @property
     def is_joint(self):
@@ -88,6 +89,7 @@ def explain_networks(networks, volumes, device, precision, known):
             bias=bias,
             probability=float(sigmoid(logits).mean()),
             networks=[describe_network(network) for network in networks],
+            neighbours=any(network.channels == "neighbours" for network in networks),
         )
     return explained, logits
 
@@ -102,7 +104,8 @@ def fineness(pair):
 def describe_network(network):
     """What a map comes from, in a few words."""
     pooling = {"max": "maximum", "mean": "mean", "attention": "attention"}[network.model.pooling]
-    return f"{network.model.backbone}, {pooling} over slices"
+    neighbours = ", each slice with its neighbours" if network.channels == "neighbours" else ""
+    return f"{network.model.backbone}, {pooling} over slices{neighbours}"
 
 
 def explain_planes(models, volumes, device, precision, known=None):

@@ -15,7 +15,7 @@ import torch
 from conftest import PLANES, assert_one_line_error, run_script
 from highdicom import sr
 from hospital import SLICES, STEP, write_series, write_study
-from PIL import Image
+from PIL import Image, ImageDraw
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 from test_dicom import BIRTH, NAME, PATIENT_ID
@@ -588,6 +588,37 @@ def test_some_frames_of_a_file_are_named(count, frames, named):
     dicom_results.refer(image, [source], [[0, frame] for frame in frames])
     (item,) = image.SourceImageSequence
     assert item.get("ReferencedFrameNumber") == named
+
+
+def test_a_heat_map_says_what_it_is(tmp_path, monkeypatch):
+    """What its networks join, its colours, and the slices that they saw, within the picture."""
+    for number, plane in enumerate(PLANES):
+        write_series(tmp_path, number, plane, 85.0, f"1.2.9.{number}", Laterality="R",
+                     StudyInstanceUID="1.2.9")  # fmt: skip
+    exam = Exam("abc", "", {}, {}, "hash", origin=described(tmp_path))
+    drawn, draw = [], ImageDraw.ImageDraw.text
+
+    def keep(self, at, text, *more, **options):
+        drawn.append((text, self.textbbox(at, text, font_size=options["font_size"])))
+        draw(self, at, text, *more, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", keep)
+    one = maps_of(SLICES, "axial", ("axial", "coronal", "sagittal", "sagittal-t1"))
+    one = one._replace(volume=np.zeros((SLICES, 256, 256), np.uint8), maps=one.maps * 0 + 0.0049)
+    counts = []
+    for neighbours in (False, True):
+        finding = Finding(TaskModels("acl", {}, None, "d", [None], 0.5), {}, None, {})
+        images = dicom_results.heat_map_series(
+            finding, one._replace(neighbours=neighbours), dicom_results.read_origin(exam)
+        )
+        counts.append([len(image.SourceImageSequence) for image in images])
+        said = images[0].ImageComments
+        assert "Yellow speaks for the finding, cyan against" in said and "+0.0049" in said
+        assert ("neighbours" in said) == neighbours and "Research use only" in said
+    assert counts == [[1] * SLICES, [2, *[3] * (SLICES - 2), 2]]
+    text = " ".join(text for text, _ in drawn)
+    assert "right acl 0.60, axial of axial+coronal+sagittal+sagittal-t1" in text
+    assert all(box[2] <= 256 and box[3] <= 256 for _, box in drawn)
 
 
 def test_an_earlier_longer_series_does_not_stay(tmp_path):

@@ -26,10 +26,10 @@ from common.explain_page import (
     mirroring,
     wrap,
 )
-from common.explanation import Finding, PlaneMaps
+from common.explanation import Finding, PlaneMaps, explain_networks
 from common.figures import heat_colours, overlay
 from common.stacking import Decision
-from common.task_models import TaskModels
+from common.task_models import Network, TaskModels
 from dataloader import preprocess
 from model import MRNet, upsample_maps
 from tools import pointing_game
@@ -236,6 +236,18 @@ def test_networks_that_join_planes_have_titles_of_their_own(mirrored):
     assert [one["image"] for one in said["planes"]] == ["axial", "axial"]
     assert [one["column"] for one in said["planes"]] == ["axial", "axial+sagittal"]
     assert said["missing"] == ["coronal", "sagittal"]
+
+
+@pytest.mark.parametrize("channels, words", [
+    ("grey", "alexnet, maximum over slices"),
+    ("neighbours", "alexnet, maximum over slices, each slice with its neighbours"),
+])  # fmt: skip
+def test_networks_that_see_neighbours_say_so(channels, words):
+    network = Network(MRNet().eval(), ("axial",), "standardized", channels, False, "d")
+    volumes = {"axial": np.zeros((3, 64, 64), np.uint8)}
+    found, _ = explain_networks([network], volumes, torch.device("cpu"), "fp32", {})
+    assert found["axial"].networks == [words]
+    assert found["axial"].neighbours == (channels == "neighbours")
 
 
 def test_words_wrap_to_the_width():
