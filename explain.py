@@ -40,6 +40,7 @@ from common.explain_index import (
     make_folder,
     make_index,
     page_name,
+    shows_training,
     write_exam,
 )
 from common.explain_page import (
@@ -161,6 +162,8 @@ def explain_one(exam, tasks, output, options):
     findings = explain_exam(exam, tasks, *options)
     shown = [finding for finding in findings if finding.planes]
     if not shown:
+        if output.dicom:  # what earlier networks said must not stay
+            write_dicom(exam, findings, options, output.dicom)
         raise InputError(f"exam {exam.name}: {why_not(findings)}")
     page = output.folder / page_name(exam, findings)
     starts = [output.folder / f"{exam.name}-{finding.task}" for finding in shown]
@@ -280,7 +283,8 @@ def explain_all(exams, root, tasks, output, options):
         raise KeyboardInterrupt(words) from None
     finally:
         done = rows.finish(exams)
-        write_text(out / INDEX, make_index(done, tasks, labels, len(exams) - len(done)))
+        about = labels, len(exams) - len(done), shows_training(exams)
+        write_text(out / INDEX, make_index(done, tasks, *about))
     words = f"{explained} exams explained"
     words += f", {new - explained} not" if new > explained else ""
     words += f", {len(done) - new} were there" if len(done) > new else ""

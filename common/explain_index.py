@@ -24,8 +24,9 @@ from common.explain_page import MIRRORED, as_text, fill, make_page, slice_pictur
 from common.explanation import unusable_of
 from common.files import write_bytes, write_text
 from common.provenance import made
-from dataloader import PLANES, in_order, label_rows
+from dataloader import PLANES, SPLITS, in_order, label_rows
 
+TRAINING = SPLITS[0]  # folder of the exams that networks learn from
 ROWS, INDEX = "exams.jsonl", "index.html"
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 128, 80  # px of each plane in the index
 
@@ -217,7 +218,7 @@ def as_line(row):
 # --- the index ------------------------------------------------------------------------------------
 
 
-def make_index(rows, tasks, labels, unfinished):
+def make_index(rows, tasks, labels, unfinished, has_training=False):
     """The index as text.
 
     Args:
@@ -225,6 +226,7 @@ def make_index(rows, tasks, labels, unfinished):
         tasks: list of task_models.TaskModels.
         labels: as `labels_beside` returns them.
         unfinished: exams that were not reached.
+        has_training: the networks may have learned from some, as `shows_training`.
     """
     content = {
         "tasks": [models.task for models in tasks],
@@ -251,6 +253,7 @@ def make_index(rows, tasks, labels, unfinished):
         ],
         "planes": in_order({*PLANES, *(plane for models in tasks for plane in models.planes)}),
         "unfinished": unfinished,
+        "training": has_training or any(Path(row.source).name == TRAINING for row in rows),
         "synthetic": any(models.is_synthetic for models in tasks),
         "mirrored": MIRRORED[""] if any(models.is_mirrored for models in tasks) else "",
         "trained_on": {models.task: cli.describe_datasets(models.datasets) for models in tasks},
@@ -262,6 +265,15 @@ def make_index(rows, tasks, labels, unfinished):
 def address(path):
     """A relative path, whatever bytes its names hold, as a page links to it."""
     return quote(os.fsencode(path))
+
+
+def shows_training(exams):
+    """Whether a folder of plane folders is called train, the root itself perhaps.
+
+    Args:
+        exams: as `labels_beside` takes them.
+    """
+    return any(folder.absolute().name == TRAINING for folder in getattr(exams, "names", {}))
 
 
 def labels_beside(exams, tasks):

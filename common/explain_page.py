@@ -19,6 +19,7 @@ from common import cli
 from common.errors import printable
 from common.figures import OPACITY, heat_colours, overlay
 from common.provenance import made
+from common.stacking import DIGITS
 from dataloader import PLANES, in_order
 from model import BACKBONES
 
@@ -94,10 +95,13 @@ def mirroring(exam, models):
 
 def describe_finding(exam, finding):
     """A Finding as the page has it: plain values, the maps in base64."""
-    models = finding.models
+    models, decision = finding.models, finding.decision
+    if decision:
+        digits = decimals(decision.probability, decision.threshold, 3)
+        decision = decision._asdict() | {"digits": digits}
     return {
         "task": finding.task,
-        "decision": finding.decision._asdict() if finding.decision else None,
+        "decision": decision,
         "decided_from": finding.decided_from,
         "stacked": models.stack is not None,
         "unusable": finding.unusable,
@@ -157,9 +161,18 @@ def headline(exam, finding):
     warning = f"{SYNTHETIC_ONLY} " if finding.models.is_synthetic else ""
     results = ", ".join(f"{name} {value:.2f}" for name, value in finding.probabilities.items())
     if finding.decision:
-        results += ", stack {:.2f}, threshold {:.2f}: {}".format(*finding.decision[:3])
+        probability, threshold, label = finding.decision[:3]
+        digits = decimals(probability, threshold)
+        results += f", stack {probability:.{digits}f}, threshold {threshold:.{digits}f}: {label}"
         results += f", decided from {finding.decided_from}" if finding.decided_from else ""
     return f"{warning}{finding.task}, exam {printable(exam.name)}: {results}"
+
+
+def decimals(a, b, least=2):
+    """How many decimals tell two probabilities apart, so that what is shown does not contradict the
+    decision; `least` where none do."""
+    told = (n for n in range(least, DIGITS + 1) if f"{a:.{n}f}" != f"{b:.{n}f}")
+    return next(told, least)
 
 
 def wrap(text, width, measure):

@@ -16,13 +16,17 @@ from conftest import PLANES, assert_one_line_error, finding_of, page_content, ru
 from PIL import Image, ImageDraw
 from pydicom.uid import MRImageStorage
 
+import explain
 from common import devices
+from common.answering import Options
+from common.errors import InputError
 from common.exams import Exam
 from common.explain_page import (
     animation,
     contact_sheet,
     describe_finding,
     headline,
+    make_page,
     mirroring,
     wrap,
 )
@@ -248,6 +252,45 @@ def test_networks_that_see_neighbours_say_so(channels, words):
     found, _ = explain_networks([network], volumes, torch.device("cpu"), "fp32", {})
     assert found["axial"].networks == [words]
     assert found["axial"].neighbours == (channels == "neighbours")
+
+
+@pytest.mark.parametrize("probability, threshold, said", [
+    (0.5040, 0.5043, "stack 0.5040, threshold 0.5043: x"), (0.5, 0.5, "stack 0.50, threshold 0.50"),
+    (0.2, 0.7, "stack 0.20, threshold 0.70: x"), (0.1 + 0.2, 0.3, "stack 0.30, threshold 0.30: x"),
+])  # fmt: skip
+def test_figures_do_not_contradict_the_decision(mirrored, probability, threshold, said):
+    finding = mirrored._replace(decision=Decision(probability, threshold, "x", ["axial"]))
+    assert said in headline(Exam("7", "", {}, {}, "hash"), finding)
+
+
+def test_small_figures_in_a_browser(browser, mirrored, tmp_path):
+    """The ends of the colour bar, and a probability close to the threshold."""
+    one = maps_of()
+    one = one._replace(maps=one.maps * (0.0049 / one.scale), neighbours=True)
+    decision = Decision(0.5040, 0.5043, "negative", ["axial"])
+    finding = mirrored._replace(planes={"axial": one}, decision=decision)
+    page = tmp_path / "page.html"
+    page.write_text(make_page(Exam("7", "", {}, {}, "hash"), [finding]))
+    browser.get(page.as_uri())
+    ends = browser.find_elements("css selector", ".bar span")
+    assert [end.text for end in ends[:2]] == ["−0.0049", "+0.0049"]
+    text = browser.find_element("tag name", "body").text
+    assert "stacked 0.5040, threshold 0.5043" in text
+    assert "see each slice with the one before" in text
+
+
+def test_nothing_of_earlier_results_stays_where_there_is_no_answer(mirrored, tmp_path, monkeypatch):
+    folder = tmp_path / "dicom" / "abc"
+    (folder / "acl-axial").mkdir(parents=True)
+    for name in ("report-acl.dcm", "acl-axial/0001.dcm", "report-cyst.dcm"):
+        (folder / name).touch()
+    finding = mirrored._replace(planes={}, decision=None, unusable={"axial": "gap"})
+    monkeypatch.setattr(explain, "explain_exam", lambda *_: [finding])
+    exam = Exam("abc", "", {}, {}, "hash", origin={"side": "L"})
+    output = explain.Output(tmp_path / "report", False, tmp_path / "dicom")
+    with pytest.raises(InputError, match="gap"):
+        explain.explain_one(exam, [MIRRORS], output, Options(torch.device("cpu"), "fp32", False))
+    assert [path.name for path in folder.iterdir()] == ["report-cyst.dcm"]
 
 
 def test_words_wrap_to_the_width():

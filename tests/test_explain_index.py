@@ -25,8 +25,8 @@ from conftest import (
 from PIL import Image
 from test_explain import MIRRORS, maps_of
 
-from common.exams import Exam
-from common.explain_index import ROWS, Row, as_line, make_index, write_exam
+from common.exams import Exam, FolderExams
+from common.explain_index import ROWS, Row, as_line, make_index, shows_training, write_exam
 from common.explanation import Finding
 
 HOSTILE = "<img src=x onerror=alert(1)>#?%41"
@@ -199,6 +199,18 @@ def test_what_was_warned_of_is_said(tmp_path):
     (tmp_path / "index.html").write_text(make_index([row], [], {}, 0))
     (said,) = page_content(tmp_path / "index.html")["rows"]
     assert said["warnings"] == list(warnings) and said["side"] == "R"
+
+
+def test_a_root_called_train_holds_training_exams(tmp_path):
+    for name in ("train", "valid"):
+        (tmp_path / name / "axial").mkdir(parents=True)
+        (tmp_path / name / "axial" / "0001.npy").touch()
+    assert shows_training(FolderExams(tmp_path / "train"))
+    assert shows_training(FolderExams(tmp_path))
+    assert not shows_training(FolderExams(tmp_path / "valid"))
+    for said in (False, True):
+        (tmp_path / "index.html").write_text(make_index([], [], {}, 0, said))
+        assert page_content(tmp_path / "index.html")["training"] == said
 
 
 def test_warnings_in_a_browser(browser, tmp_path):
