@@ -300,8 +300,8 @@ def secondary_capture(picture, one, task, origin, k):
     image.SpacingBetweenSlices = DS(place["step"], auto_format=True)
     image.SliceThickness = place["thickness"] and DS(place["thickness"], auto_format=True)
     image.BurnedInAnnotation = "YES"
-    image.LossyImageCompression = "00"
-    image.update(Dataset.from_json(place["lossy"]))
+    for name, value in ({"LossyImageCompression": "00"} | place["lossy"]).items():
+        setattr(image, name, value)
     image.DerivationDescription = "slice cut and resampled, class activation map in colour"
     near = place["used"][max(k - 1, 0) : k + 2] if one.neighbours else [place["used"][k]]
     used = dict.fromkeys(tuple(frame) for frames in near for frame in frames)

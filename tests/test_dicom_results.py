@@ -30,7 +30,7 @@ from common.explanation import Finding
 from common.stacking import Decision
 from common.task_models import TaskModels
 from data.common import TARGET, Report
-from data.dicom.origin import describe, frames_of, place, thickness
+from data.dicom.origin import describe, frames_of, lossy_of, place, thickness
 from data.dicom.series import Series, ways_to_cut
 from data.dicom.slices import cut, plane_of
 from data.dicom.studies import Choice, find_exams, volumes_of
@@ -94,8 +94,25 @@ def test_slices_name_the_frames_that_they_show():
     assert frames_of(series, 0, frames) == [[11, 10, 9], [8, 7, 6], [5, 4, 3], [2, 1, 0]]
     assert frames_of(series, 1, frames) == [frames] * 6
     # Three of 1.2 mm, 1 mm apart, are 3.2 mm thick; those across them three voxels.
-    assert thickness(series, 0, {"SliceThickness": 1.2}) == pytest.approx(3.2)
-    assert thickness(series, 0, {}) is None and thickness(series, 1, {}) == 3
+    assert thickness(series, 0, header_of("SliceThickness", "1.2")) == pytest.approx(3.2)
+    assert thickness(series, 1, pydicom.Dataset()) == 3
+    for odd in ("thick", ["3", "x"], "", "0", "nan"):
+        assert thickness(series, 0, header_of("SliceThickness", odd)) is None
+    assert thickness(series, 0, pydicom.Dataset()) is None
+
+
+def header_of(name, value):
+    """A header with a value that its kind may not allow, as pydicom reads it from some files."""
+    header = pydicom.Dataset()
+    header.add_new(pydicom.datadict.tag_for_keyword(name), "LO", value)
+    return header
+
+
+def test_an_odd_ratio_of_compression_does_not_lose_that_there_was_one():
+    header = header_of("LossyImageCompressionRatio", "8:1")
+    assert lossy_of([header]) == {}
+    header.LossyImageCompression = "01"
+    assert lossy_of([pydicom.Dataset(), header]) == {"LossyImageCompression": "01"}
 
 
 def described(folder, mirror=False):

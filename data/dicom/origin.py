@@ -3,6 +3,8 @@
 What explain.py --dicom needs to write results back beside the exam, as plain values.
 """
 
+import math
+
 import numpy as np
 
 from common.errors import InputError
@@ -33,8 +35,7 @@ def describe(taken, choice, side):
         {"side", "study": DICOM JSON of STUDY, "planes": {plane: as `place` returns it, and
         "frame": UID of the frame of reference, "mirrored", "sources": of each file the SOP class,
         SOP instance and series UID and the number of frames, "used": for each slice the [source,
-        frame from 1] it shows, "thickness" of a slice in mm or None, "lossy": DICOM JSON of LOSSY,
-        empty where no source was compressed with loss}}
+        frame from 1] it shows, "thickness" of a slice in mm or None, "lossy": as `lossy_of`}}
 
     Raises:
         InputError: NIfTI, or a file without UIDs.
@@ -58,7 +59,7 @@ def describe(taken, choice, side):
             "sources": [source_of(file, header) for file, header in ours.items()],
             "used": frames_of(series, axis, frames),
             "thickness": thickness(series, axis, ours[files[0]]),
-            "lossy": lossy_of(ours),
+            "lossy": lossy_of(ours.values()),
         }
     return {"side": side, "study": study_of(headers), "planes": planes}
 
@@ -99,18 +100,38 @@ def thickness(series, axis, header):
     Args:
         header: of the series' first file.
     """
-    of_source, slab = header.get("SliceThickness"), series.slab(axis)
+    of_source, slab = numbers_in(header, "SliceThickness")[:1], series.slab(axis)
     if axis != 0:  # cut across the source's slices, each as thick as its voxels
         return float(slab * series.spacing[axis])
-    return float((slab - 1) * series.spacing[axis] + of_source) if of_source else None
+    return float((slab - 1) * series.spacing[axis] + of_source[0]) if of_source else None
 
 
 def lossy_of(headers):
-    """DICOM JSON of LOSSY of the first of some files that was compressed with loss, {} for none."""
-    for file, header in headers.items():
+    """{attribute of LOSSY: value, or list of those of each step}, of the first of some headers that
+    tells of a compression with loss; {} where none does."""
+    for header in headers:
         if header.get("LossyImageCompression") == "01":
-            return json_of(file, header, LOSSY)
+            ratios = [float(f"{ratio:.6g}") for ratio in numbers_in(header, LOSSY[1])]
+            methods = [str(method) for method in values_in(header, LOSSY[2])]
+            found = zip(LOSSY, ("01", ratios, methods), strict=True)
+            return {name: value for name, value in found if value}
     return {}
+
+
+def values_in(header, name):
+    """An attribute's values, however many: list."""
+    if name not in header or header[name].VM == 0:
+        return []
+    return [header[name].value] if header[name].VM == 1 else list(header[name].value)
+
+
+def numbers_in(header, name):
+    """An attribute's values above 0, list of float; empty where any is no such number."""
+    try:
+        found = [float(value) for value in values_in(header, name)]
+    except (TypeError, ValueError):
+        return []
+    return found if all(0 < value < math.inf for value in found) else []
 
 
 def frames_of(series, axis, frames):
@@ -145,12 +166,11 @@ def study_of(headers):
 
 def json_of(file, header, names):
     """DICOM JSON of some attributes of a file, those that are not empty."""
-    from pydicom.datadict import tag_for_keyword
+    import pydicom
 
-    tags = {f"{tag_for_keyword(name):08X}" for name in names}
     with reading(file):
-        content = header.to_json_dict()
-    return {tag: one for tag, one in content.items() if tag in tags and one.get("Value")}
+        part = pydicom.Dataset({header[n].tag: header[n] for n in names if n in header})
+        return {tag: one for tag, one in part.to_json_dict().items() if one.get("Value")}
 
 
 def read_tags(file, names):
