@@ -14,7 +14,8 @@ medical device.
 OUT/exams.jsonl has a line for each exam of --all: exam, source (its folder), input and model
 (hashes of the exam and of the networks), page, error (what could not be used), tasks, findings
 (of each task probability, threshold, decision, decided_from, planes, picture), root (hash of where
-the exams are), dicom (whether --dicom wrote its results).
+the exams are), dicom (whether --dicom wrote its results), warnings (of what was used all the same),
+side (of the knee: L, R or empty).
 """
 
 import hashlib
@@ -39,9 +40,18 @@ from common.explain_index import (
     make_folder,
     make_index,
     page_name,
+    shows_training,
     write_exam,
 )
-from common.explain_page import FRAME_SECONDS, NOTICE, animation, contact_sheet, headline, make_page
+from common.explain_page import (
+    FRAME_SECONDS,
+    NOTICE,
+    animation,
+    contact_sheet,
+    headline,
+    make_page,
+    mirroring,
+)
 from common.explanation import explain_exam, unusable_of
 from common.files import alone_at, write_text
 
@@ -152,6 +162,8 @@ def explain_one(exam, tasks, output, options):
     findings = explain_exam(exam, tasks, *options)
     shown = [finding for finding in findings if finding.planes]
     if not shown:
+        if output.dicom:  # what earlier networks said must not stay
+            write_dicom(exam, findings, options, output.dicom)
         raise InputError(f"exam {exam.name}: {why_not(findings)}")
     page = output.folder / page_name(exam, findings)
     starts = [output.folder / f"{exam.name}-{finding.task}" for finding in shown]
@@ -167,16 +179,16 @@ def explain_one(exam, tasks, output, options):
     seconds, size = time.perf_counter() - began, page.stat().st_size / 1e6
     print(f"page       {page}  {size:.2f} MB, {slices} slices, {seconds:.1f} s")
     for finding, start in zip(shown, starts, strict=True):
-        write_pictures(finding, headline(exam, finding), start)
+        write_pictures(exam, finding, start)
     if output.dicom:
-        write_dicom(exam, findings, model_of(tasks, options), output.dicom)
+        write_dicom(exam, findings, options, output.dicom)
     print(NOTICE)
     refuse_unusable(exam, findings)
 
 
-def write_dicom(exam, findings, model, folder):
+def write_dicom(exam, findings, options, folder):
     """An exam's heat maps and probabilities as DICOM, beside its own study."""
-    for path, count in dicom_results().write_results(exam, findings, model, folder):
+    for path, count in dicom_results().write_results(exam, findings, options, folder):
         print(f"DICOM      {path}  {count} files" if count > 1 else f"DICOM      {path}")
 
 
@@ -195,12 +207,13 @@ def dicom_results():
     return dicom_results
 
 
-def write_pictures(finding, title, start):
+def write_pictures(exam, finding, start):
     """START.png, the slices that add most, and START.gif, all slices."""
+    words = headline(exam, finding), mirroring(exam, finding.models)
     sheet, gif = (start.with_name(start.name + end) for end in (".png", ".gif"))
-    contact_sheet(finding.planes, title).savefig(sheet, dpi=100)
+    contact_sheet(finding.planes, *words).savefig(sheet)
     print(f"sheet      {sheet}")
-    first, *others = animation(finding.planes, title)
+    first, *others = animation(finding.planes, *words)
     first.save(gif, save_all=True, append_images=others, duration=1000 * FRAME_SECONDS, loop=0)
     print(f"animation  {gif}")
 
@@ -255,7 +268,7 @@ def explain_all(exams, root, tasks, output, options):
             row = write_exam(exam, findings, model, out, Path(folder))
             if output.dicom:
                 try:
-                    dicom_results().write_results(exam, findings, model, output.dicom)
+                    dicom_results().write_results(exam, findings, options, output.dicom)
                     row = row._replace(dicom=True)
                 except InputError as error:
                     row = row._replace(error="; ".join(filter(None, [row.error, str(error)])))
@@ -270,7 +283,8 @@ def explain_all(exams, root, tasks, output, options):
         raise KeyboardInterrupt(words) from None
     finally:
         done = rows.finish(exams)
-        write_text(out / INDEX, make_index(done, tasks, labels, len(exams) - len(done)))
+        about = labels, len(exams) - len(done), shows_training(exams)
+        write_text(out / INDEX, make_index(done, tasks, *about))
     words = f"{explained} exams explained"
     words += f", {new - explained} not" if new > explained else ""
     words += f", {len(done) - new} were there" if len(done) > new else ""

@@ -4,13 +4,15 @@
     OUT/<exam>/report-<task>.dcm    Enhanced SR by template TID 1500, Measurement Report
 
 Both by highdicom, and both say "research use only". Files only: nothing is sent anywhere. UIDs are
-hashes of the input, the networks and this code's version, so the same answer has the same UIDs.
+hashes of the input, the finding's own networks and this code's version, so the same answer has the
+same UIDs, whichever other findings are asked for beside it.
 """
 
 import hashlib
 import json
 import re
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -20,13 +22,14 @@ from PIL import Image, ImageDraw
 from pydicom import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
-from pydicom.valuerep import DS
+from pydicom.valuerep import DA, DS, TM
 
+from common.answering import model_of
 from common.errors import InputError, RunError
-from common.explain_page import NOTICE, SYNTHETIC_ONLY
+from common.explain_page import NOTICE, SYNTHETIC_ONLY, wrap
 from common.figures import overlay
 from common.files import atomic
-from common.provenance import git_sha
+from common.provenance import code_version, git_sha
 from data.common import ORIENTATION, SIDE
 from data.dicom.files import quiet
 from dataloader import ALL_PLANES, PLANES, view_of
@@ -45,7 +48,8 @@ BURNT_IN = "RESEARCH USE ONLY"
 TYPE_2 = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate",
           "StudyTime", "AccessionNumber", "ReferringPhysicianName")  # fmt: skip
 DATE, TIME = r"[0-9]{8}", r"[0-9]{2}([0-9]{2}([0-9]{2}([.][0-9]{1,6})?)?)?"
-FORMS = {"PatientSex": "[MFO]", "PatientBirthDate": DATE, "StudyDate": DATE, "StudyTime": TIME}
+FORMS = {"PatientSex": ("[MFO]", str), "PatientBirthDate": (DATE, DA), "StudyDate": (DATE, DA),
+         "StudyTime": (TIME, TM)}  # fmt: skip
 TEXT = 11  # px, of what is burnt in
 FEET_AND_HEAD = str.maketrans("IS", "FH")  # as PatientOrientation calls inferior and superior
 
@@ -57,6 +61,7 @@ class Origin(NamedTuple):
     planes: dict
     side: str
     key: str  # of all that the results depend on
+    warnings: tuple = ()  # as exams.Exam has them
 
     def uid(self, *words):
         """A UID that is the same for the same results."""
@@ -85,11 +90,8 @@ class Origin(NamedTuple):
             yield source
 
 
-def read_origin(exam, model):
+def read_origin(exam):
     """An exam's Origin.
-
-    Args:
-        model: hash of all that the answer depends on but the exam.
 
     Raises:
         InputError: it is not from DICOM, or its headers cannot be referred to.
@@ -102,22 +104,41 @@ def read_origin(exam, model):
         raise InputError(f"exam {exam.name}: its files have no StudyInstanceUID to belong to")
     for name in TYPE_2:
         study.setdefault(name, "")
-    for name, form in FORMS.items():  # what does not keep to DICOM cannot be written again
-        if not re.fullmatch(form, str(study.get(name) or "")):
+    for element in study:  # each has one value; some headers give several
+        if element.VM > 1:
+            element.value = element.value[0]
+    for name, (form, read) in FORMS.items():  # what does not keep to DICOM cannot be written again
+        if not keeps_to(form, read, str(study.get(name) or "")):
             study[name].value = ""
     study.SpecificCharacterSet = "ISO_IR 192"  # UTF-8; the values are text by now
     # Both knees of a study have the same files; the name tells them apart.
-    key = f"{exam.name} {exam.input} {model} {git_sha()}"
-    return Origin(study, exam.origin["planes"], exam.origin["side"], key)
+    key = f"{exam.name} {exam.input} {code_version()}"
+    planes = {plane: dict(place) for plane, place in exam.origin["planes"].items()}
+    for plane, place in planes.items():  # one for all findings
+        place["frame"] = place["frame"] or generate_uid(entropy_srcs=[key, "frame", plane])
+    return Origin(study, planes, exam.side, key, exam.warnings)
 
 
-def write_results(exam, findings, model, out):
+def keeps_to(form, read, value):
+    """Whether a text is of a form, and what `read` takes: 19700230 is no date.
+
+    Args:
+        form: regular expression.
+        read: function that raises ValueError.
+    """
+    try:
+        return bool(re.fullmatch(form, value)) and read(value) is not None
+    except ValueError:
+        return False
+
+
+def write_results(exam, findings, options, out):
     """Write the heat maps and the report of an exam, in the place of what earlier networks said.
 
     Args:
         exam: exams.Exam with its origin.
         findings: list of explanation.Finding; of those without planes nothing is left there.
-        model: as `read_origin` takes it.
+        options: answering.Options that they were found with.
         out: folder.
 
     Returns:
@@ -133,17 +154,18 @@ def write_results(exam, findings, model, out):
         return []
     with quiet():
         try:
-            origin = read_origin(exam, model)
-            written = []
+            known, written, reports = read_origin(exam), [], []
             for finding in findings:
-                for title, one in finding.planes.items():
-                    series = heat_map_series(finding, title, one, origin)
-                    place = folder / f"{finding.task}-{title.replace(' ', '-')}"
+                model = model_of([finding.models], options)
+                origin = known._replace(key=f"{known.key} {model}")
+                for one in finding.planes.values():
+                    series = heat_map_series(finding, one, origin)
+                    place = folder / f"{finding.task}-{one.title.replace(' ', '-')}"
                     written.append(save_series(series, place))
-            for finding in findings:
                 path = folder / report_name(finding.task)
                 save(make_report(finding, origin), path)
-                written.append((path, 1))
+                reports.append((path, 1))
+            written += reports
             remove_others(folder, tasks, [place for place, _ in written])
             return written
         except (ValueError, TypeError, AttributeError) as error:  # their texts quote the patient
@@ -198,54 +220,56 @@ def number_for(text, count):
     return int(hashlib.sha256(text.encode()).hexdigest(), 16) % count
 
 
-def place_of(title):
-    """A plane's place among the series of a finding, whichever planes an exam has.
-
-    Args:
-        title: "axial", or of networks that join several "axial of axial+sagittal".
-    """
-    if " of " not in title:
-        return ALL_PLANES.index(title)
-    return len(ALL_PLANES) + number_for(title, JOINT_PLACES)
+def place_of(one):
+    """The place of a PlaneMaps among the series of a finding, whichever planes an exam has."""
+    if one.is_joint:
+        return len(ALL_PLANES) + number_for(one.title, JOINT_PLACES)
+    return ALL_PLANES.index(one.plane)
 
 
-def heat_map_series(finding, title, one, origin):
-    """A plane's slices with their heat maps: list of SCImage, one a slice.
-
-    Args:
-        title: of the plane, as `explanation.explain_planes` has it.
-        one: explanation.PlaneMaps.
-    """
-    plane = title.split()[0]
+def heat_map_series(finding, one, origin):
+    """The slices of a PlaneMaps with their heat maps: list of SCImage, one a slice."""
+    plane = one.plane
     place = origin.planes[plane]
     if len(place["positions"]) != len(one.volume) or one.volume.shape[1] != SIDE:
         raise RunError(f"{plane}: its slices are not those that were converted")
     pictures = overlay(one.volume, one.maps, one.backbone)
-    sums = one.slice_sums
-    order = np.arange(len(pictures))
+    order, where = np.arange(len(pictures)), ""
     if place["mirrored"]:  # back to the side that the patient has it on
         if view_of(plane) == "sagittal":
-            order = order[::-1]
+            order, where = order[::-1], " of the page"  # which counts as the networks do
         else:
             pictures = pictures[:, :, ::-1]
     images = []
     for k, (at, position) in enumerate(zip(order, place["positions"], strict=True)):
-        words = [f"{origin.title(finding.task)} {one.probability:.2f}, {plane}"]
-        words += [f"slice {sums[at]:+.2f}"]
+        words = [f"{origin.title(finding.task)} {one.probability:.2f}, {one.title}"]
+        words += [f"slice {at + 1} of {len(order)}{where}: {one.slice_sums[at]:+.2f}"]
         if finding.models.is_synthetic:
             words.append(SYNTHETIC_ONLY)
         picture = burn_in(pictures[at], words)
-        image = secondary_capture(picture, title, finding.task, origin, k)
-        image.ImageComments = f"{finding.task}, class activation map. {NOTICE}"
+        image = secondary_capture(picture, one, finding.task, origin, k)
+        image.ImageComments = comments(finding.task, one)
         image.ImagePositionPatient = [DS(x, auto_format=True) for x in position]
         images.append(image)
     return images
 
 
-def secondary_capture(picture, title, task, origin, k):
-    """Slice k of a plane as an SCImage that lies as its source does."""
-    plane = title.split()[0]
-    place, study = origin.planes[plane], origin.study
+def comments(task, one):
+    """What the colours of a PlaneMaps say, as ImageComments."""
+    text = (
+        f"{task}, class activation map: what each part of a slice adds to the logit of "
+        f"{one.column}. Yellow speaks for the finding, cyan against it, what adds nothing is "
+        f"clear; the strongest colours are +{one.scale:.2g} and -{one.scale:.2g} per cell. "
+    )
+    if one.neighbours:
+        text += "Networks see each slice with its neighbours: what speaks may lie in one of these. "
+    return text + NOTICE
+
+
+def secondary_capture(picture, one, task, origin, k):
+    """Slice k of a PlaneMaps as an SCImage that lies as its source does."""
+    plane, title, study = one.plane, one.title, origin.study
+    place = origin.planes[plane]
     image = SCImage.from_ref_dataset(
         next(origin.sources(plane)),
         np.ascontiguousarray(picture),
@@ -253,7 +277,7 @@ def secondary_capture(picture, title, task, origin, k):
         8,
         "PATIENT",
         series_instance_uid=origin.uid(task, title),
-        series_number=origin.series_number(task, place_of(title)),
+        series_number=origin.series_number(task, place_of(one)),
         sop_instance_uid=origin.uid(task, title, k),
         instance_number=k + 1,
         manufacturer=MAKER,
@@ -268,14 +292,18 @@ def secondary_capture(picture, title, task, origin, k):
     )
     image.Laterality = origin.side  # of a pair, so it must be there, and may be empty
     image.BodyPartExamined = "KNEE"
-    image.FrameOfReferenceUID = place["frame"] or origin.uid("frame", plane)
+    image.FrameOfReferenceUID = place["frame"]
     image.PositionReferenceIndicator = ""
     image.ImageOrientationPatient = [DS(x, auto_format=True) for x in place["orientation"]]
-    image.SliceThickness = DS(place["thickness"], auto_format=True)
+    image.SpacingBetweenSlices = DS(place["step"], auto_format=True)
+    image.SliceThickness = place["thickness"] and DS(place["thickness"], auto_format=True)
     image.BurnedInAnnotation = "YES"
-    image.LossyImageCompression = "00"
+    for name, value in ({"LossyImageCompression": "00"} | place["lossy"]).items():
+        setattr(image, name, value)
     image.DerivationDescription = "slice cut and resampled, class activation map in colour"
-    refer(image, place["sources"], place["used"][k])
+    near = place["used"][max(k - 1, 0) : k + 2] if one.neighbours else [place["used"][k]]
+    used = dict.fromkeys(tuple(frame) for frames in near for frame in frames)
+    refer(image, place["sources"], used)
     return of_study(image, study)
 
 
@@ -292,7 +320,7 @@ def refer(image, sources, used):
 
     Args:
         sources: [SOP class, SOP instance and series UID, number of frames] of each file.
-        used: [(source, frame from 1)].
+        used: (source, frame from 1) of each, in order.
     """
     frames, by_series = {}, {}
     for source, frame in used:
@@ -321,9 +349,11 @@ def reference(class_uid, instance):
 
 
 def burn_in(picture, words):
-    """A picture uint8 (H, W, 3) with lines of text at its top and BURNT_IN below."""
+    """A picture uint8 (H, W, 3) with lines of text at its top, wrapped, and BURNT_IN below."""
     image = Image.fromarray(np.ascontiguousarray(picture))
     draw = ImageDraw.Draw(image)
+    measure = partial(draw.textlength, font_size=TEXT)
+    words = [part for line in words for part in wrap(line, image.width - 8, measure)]
     lines = [(3 + i * (TEXT + 2), line) for i, line in enumerate(words)]
     for top, line in [*lines, (image.height - TEXT - 5, BURNT_IN)]:
         draw.text((4, top), line, "white", font_size=TEXT, stroke_width=1, stroke_fill="black")
@@ -336,7 +366,7 @@ def burn_in(picture, words):
 def make_report(finding, origin):
     """A task's probabilities and decision as a structured report: EnhancedSR by TID 1500."""
     observer = sr.DeviceObserverIdentifyingAttributes(
-        uid=generate_uid(entropy_srcs=[MAKER, git_sha()]),
+        uid=generate_uid(entropy_srcs=[MAKER, code_version()]),
         name=f"{MODEL}, {NOTICE}"[:64],
         manufacturer_name=MAKER,
         model_name=MODEL,
@@ -344,7 +374,7 @@ def make_report(finding, origin):
     context = sr.ObserverContext(
         observer_type=codes.DCM.Device, observer_identifying_attributes=observer
     )
-    planes = {title.split()[0] for title in finding.planes}
+    planes = {one.plane for one in finding.planes.values()}
     evidence = [source for plane in sorted(planes) for source in origin.sources(plane)]
     content = sr.MeasurementReport(
         observation_context=sr.ObservationContext(observer_device_context=context),
@@ -382,6 +412,14 @@ def short_code(code, start, name):
     return code if len(code) <= 16 else f"{start}{digest[: 16 - len(start)]}"
 
 
+def told_of(warning):
+    """A warning about an exam without paths and descriptions, which may say whose it is."""
+    if named := re.search(".*(passed over|left out)", warning):
+        return f"{named[0]} a series"
+    text = re.sub(r"(series [0-9?]+) '.*?'", r"\1", warning)
+    return "a file cannot be used" if re.search(r"[/\\]", text) else text
+
+
 def measured(finding, origin):
     """What one task's networks say, as a group of measurements (TID 1501)."""
     task, decision, side = finding.task, finding.decision, origin.side
@@ -402,6 +440,7 @@ def measured(finding, origin):
     parameters = [f"Decided from {fewer} alone"] if fewer else []
     if finding.unusable:  # what the reasons quote may name folders
         parameters.append(f"Scanned, but not usable: {', '.join(sorted(finding.unusable))}")
+    parameters += [f"Warning: {told_of(text)}" for text in origin.warnings]
     return sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=sr.TrackingIdentifier(
             uid=origin.uid("finding", task), identifier=f"{task}, {BURNT_IN.lower()}"

@@ -38,6 +38,7 @@ UNKNOWN_CONTRAST = (
 WARNINGS, LONGEST = 3, 200  # of an exam that a row repeats, and characters of each
 SCAN_IN_ZIP = re.compile(r"(\.dcm|\.nii(\.gz)?|(^|/)[^./]+)$", re.IGNORECASE)
 NO_SCANS = (".npy", ".csv", ".json")  # of a data folder, which need not be opened
+NAME_WITH_SIDE = re.compile("[0-9a-f]{16}-([LR])")  # of data.common.exam_name
 DATASET_ABOVE = 3  # folders above a volume's in which dataset.json is looked for
 
 
@@ -56,6 +57,14 @@ class Exam(NamedTuple):
     @property
     def key(self):
         return self.source, self.name
+
+    @property
+    def side(self):
+        """The knee's: L, R or "" where it is not known, by its origin or an importer's name."""
+        if isinstance(self.origin, dict):
+            return self.origin["side"]
+        named = NAME_WITH_SIDE.fullmatch(self.name)
+        return named[1] if named else ""
 
 
 class FolderExams:

@@ -20,12 +20,13 @@ from PIL import Image, ImageOps
 
 from common import cli
 from common.errors import InputError
-from common.explain_page import as_text, fill, make_page, slice_picture
+from common.explain_page import MIRRORED, as_text, fill, make_page, slice_picture
 from common.explanation import unusable_of
 from common.files import write_bytes, write_text
 from common.provenance import made
-from dataloader import PLANES, in_order, label_rows
+from dataloader import PLANES, SPLITS, in_order, label_rows
 
+TRAINING = SPLITS[0]  # folder of the exams that networks learn from
 ROWS, INDEX = "exams.jsonl", "index.html"
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 128, 80  # px of each plane in the index
 
@@ -43,6 +44,8 @@ class Row(NamedTuple):
     findings: dict  # {task: as `describe` returns it}, of those with an answer
     root: str = ""  # hash of where the exams are; "" where an earlier version wrote it
     dicom: bool = False  # its results were written as DICOM, too
+    warnings: tuple | list = ()  # of what was used all the same
+    side: str = ""  # of the knee: L, R or "" where it is not known
 
     @property
     def key(self):
@@ -75,7 +78,18 @@ def write_exam(exam, findings, model, out, folder):
         error = "no volume of a plane that there are networks for"
     name = page.as_posix() if page else None
     tasks = [finding.task for finding in findings]
-    return Row(exam.name, exam.source, exam.input, model, name, error or None, tasks, described)
+    return Row(
+        exam.name,
+        exam.source,
+        exam.input,
+        model,
+        name,
+        error or None,
+        tasks,
+        described,
+        warnings=exam.warnings,
+        side=exam.side,
+    )
 
 
 def make_folder(out):
@@ -111,8 +125,8 @@ def thumbnail(explained, planes):
         planes: that the task's networks take; each has its place, so that exams line up.
     """
     first = {}  # networks that join planes come after those of one
-    for title, one in explained.items():
-        first.setdefault(title.split()[0], one)
+    for one in explained.values():
+        first.setdefault(one.plane, one)
     order = in_order({*PLANES, *planes})
     sheet = Image.new("RGB", (THUMBNAIL_SIDE * len(order), THUMBNAIL_SIDE))
     for plane, one in first.items():
@@ -204,7 +218,7 @@ def as_line(row):
 # --- the index ------------------------------------------------------------------------------------
 
 
-def make_index(rows, tasks, labels, unfinished):
+def make_index(rows, tasks, labels, unfinished, has_training=False):
     """The index as text.
 
     Args:
@@ -212,6 +226,7 @@ def make_index(rows, tasks, labels, unfinished):
         tasks: list of task_models.TaskModels.
         labels: as `labels_beside` returns them.
         unfinished: exams that were not reached.
+        has_training: the networks may have learned from some, as `shows_training`.
     """
     content = {
         "tasks": [models.task for models in tasks],
@@ -221,6 +236,8 @@ def make_index(rows, tasks, labels, unfinished):
                 "source": as_text(row.source),
                 "page": row.page and address(row.page),
                 "error": row.error,
+                "warnings": row.warnings,
+                "side": row.side,
                 "findings": {
                     task: finding | {"picture": address(finding["picture"])}
                     for task, finding in row.findings.items()
@@ -236,8 +253,9 @@ def make_index(rows, tasks, labels, unfinished):
         ],
         "planes": in_order({*PLANES, *(plane for models in tasks for plane in models.planes)}),
         "unfinished": unfinished,
+        "training": has_training or any(Path(row.source).name == TRAINING for row in rows),
         "synthetic": any(models.is_synthetic for models in tasks),
-        "mirrored": any(models.is_mirrored for models in tasks),
+        "mirrored": MIRRORED[""] if any(models.is_mirrored for models in tasks) else "",
         "trained_on": {models.task: cli.describe_datasets(models.datasets) for models in tasks},
         "made": made(),
     }
@@ -247,6 +265,15 @@ def make_index(rows, tasks, labels, unfinished):
 def address(path):
     """A relative path, whatever bytes its names hold, as a page links to it."""
     return quote(os.fsencode(path))
+
+
+def shows_training(exams):
+    """Whether a folder of plane folders is called train, the root itself perhaps.
+
+    Args:
+        exams: as `labels_beside` takes them.
+    """
+    return any(folder.absolute().name == TRAINING for folder in getattr(exams, "names", {}))
 
 
 def labels_beside(exams, tasks):

@@ -8,15 +8,18 @@ import os
 from pathlib import Path
 
 import numpy as np
+from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from PIL import Image, ImageDraw
 
 from common import cli
 from common.errors import printable
 from common.figures import OPACITY, heat_colours, overlay
 from common.provenance import made
+from common.stacking import DIGITS
 from dataloader import PLANES, in_order
 from model import BACKBONES
 
@@ -24,7 +27,15 @@ NOTICE = "Research use only, not a medical device."
 SYNTHETIC_ONLY = "SYNTHETIC TRAINING ONLY."  # begins each headline of such networks
 JPEG_QUALITY, LARGEST_SIDE = 92, 512  # of the slices in the page, px
 SHEET_SLICES = 5  # of each plane in the contact sheet
+SHEET_WIDTH, SHEET_DPI = 12, 100  # inches
 FRAME_SIDE, FRAME_SECONDS = 256, 0.25  # of the animation
+# How a knee of each side is shown where networks see right knees as left ones; "" is not known.
+MIRRORED = {
+    "R": "This right knee is shown mirrored, as a left one: so the networks see it.",
+    "L": "This left knee is shown as it is; right ones are mirrored for the networks.",
+    "": "Right knees that are known as such are shown mirrored, as left ones: so the networks see "
+    "them.",
+}
 
 
 # --- page -----------------------------------------------------------------------------------------
@@ -54,11 +65,12 @@ def make_page(exam, findings):
     """
     images = {}
     for finding in findings:
-        for title, one in finding.planes.items():
-            images.setdefault(title.split()[0], one.volume)
+        for one in finding.planes.values():
+            images.setdefault(one.plane, one.volume)
     content = {
         "exam": as_text(exam.name),
         "input": exam.input,
+        "warnings": list(exam.warnings),
         "images": {
             plane: {
                 "height": volume.shape[1],
@@ -67,7 +79,7 @@ def make_page(exam, findings):
             }
             for plane, volume in images.items()
         },
-        "findings": [describe_finding(finding) for finding in findings],
+        "findings": [describe_finding(exam, finding) for finding in findings],
         "opacity": OPACITY,
         "colours": heat_colours().ravel().tolist(),
         "made": made(),
@@ -76,41 +88,51 @@ def make_page(exam, findings):
     return fill(PAGE, title, content)
 
 
-def describe_finding(finding):
+def mirroring(exam, models):
+    """How the side of an exam's knee is shown: a sentence, "" where no knee is mirrored."""
+    return MIRRORED[exam.side] if models.is_mirrored else ""
+
+
+def describe_finding(exam, finding):
     """A Finding as the page has it: plain values, the maps in base64."""
-    models = finding.models
+    models, decision = finding.models, finding.decision
+    if decision:
+        digits = decimals(decision.probability, decision.threshold, 3)
+        decision = decision._asdict() | {"digits": digits}
     return {
         "task": finding.task,
-        "decision": finding.decision._asdict() if finding.decision else None,
+        "decision": decision,
         "decided_from": finding.decided_from,
         "stacked": models.stack is not None,
         "unusable": finding.unusable,
         "synthetic": models.is_synthetic,
-        "mirrored": models.is_mirrored,
+        "mirrored": mirroring(exam, models),
         "trained_on": cli.describe_datasets(models.datasets),
         "thresholds": (models.stack or {}).get("thresholds", ""),
         "missing": [
             plane
             for plane in in_order({*PLANES, *models.planes})
-            if all(title.split()[0] != plane for title in finding.planes)
+            if all(one.plane != plane for one in finding.planes.values())
         ],
         "planes": [
             {
-                "plane": title,
-                "image": title.split()[0],
+                "plane": one.title,
+                "image": one.plane,
+                "column": one.column,
                 "probability": one.probability,
                 "logit": one.logit,
                 "others": one.others if one.is_joint else None,
                 "bias": one.bias,
                 "of": "; ".join(dict.fromkeys(one.networks)),
                 "networks": len(one.networks),
+                "neighbours": one.neighbours,
                 "cell": BACKBONES[one.backbone][2:4],
                 "cells": one.maps.shape[1:],
                 "scale": one.scale,
                 "maps": base64.b64encode(one.maps.astype("<f4").tobytes()).decode(),
                 "sums": one.slice_sums.tolist(),
             }
-            for title, one in finding.planes.items()
+            for one in finding.planes.values()
         ],
     }
 
@@ -139,32 +161,78 @@ def headline(exam, finding):
     warning = f"{SYNTHETIC_ONLY} " if finding.models.is_synthetic else ""
     results = ", ".join(f"{name} {value:.2f}" for name, value in finding.probabilities.items())
     if finding.decision:
-        results += ", stack {:.2f}, threshold {:.2f}: {}".format(*finding.decision[:3])
+        probability, threshold, label = finding.decision[:3]
+        digits = decimals(probability, threshold)
+        results += f", stack {probability:.{digits}f}, threshold {threshold:.{digits}f}: {label}"
         results += f", decided from {finding.decided_from}" if finding.decided_from else ""
     return f"{warning}{finding.task}, exam {printable(exam.name)}: {results}"
 
 
-def contact_sheet(explained, title):
-    """The slices that add most to the logit, a row for each plane: matplotlib Figure."""
+def decimals(a, b, least=2):
+    """How many decimals tell two probabilities apart, so that what is shown does not contradict the
+    decision; `least` where none do."""
+    told = (n for n in range(least, DIGITS + 1) if f"{a:.{n}f}" != f"{b:.{n}f}")
+    return next(told, least)
+
+
+def wrap(text, width, measure):
+    """Text in lines that fit: list of str. A word that is too wide for a line is cut.
+
+    Args:
+        measure: width of a str, in the unit of `width`.
+    """
+    lines, line = [], ""
+    for word in text.split():
+        while measure(f"{line} {word}".strip()) > width:
+            if line:
+                lines.append(line)
+                line = ""
+            else:
+                fits = next((n for n in range(len(word), 1, -1) if measure(word[:n]) <= width), 1)
+                lines.append(word[:fits])
+                word = word[fits:]
+        line = f"{line} {word}".strip()
+    return [*lines, line]
+
+
+def contact_sheet(explained, title, remark=""):
+    """The slices that add most to the logit, a row for each plane: matplotlib Figure.
+
+    Args:
+        remark: said at the foot, such as `mirroring`.
+    """
+    renderer = RendererAgg(1, 1, SHEET_DPI)
+
+    def fit(text, size):
+        def measure(line):
+            return renderer.get_text_width_height_descent(line, FontProperties(size=size), False)[0]
+
+        return wrap(text, (SHEET_WIDTH - 0.4) * SHEET_DPI, measure)
+
+    head = fit(title, 11)
+    foot = fit(f"{NOTICE} Numbers: what the slice adds to the logit. {remark}", 9)
+    height = 0.9 + 2.55 * len(explained) + 0.2 * (len(head) + len(foot) - 2)
     figure = Figure(
-        figsize=(12, 0.9 + 2.55 * len(explained)), layout="constrained", facecolor="#111417"
+        figsize=(SHEET_WIDTH, height), dpi=SHEET_DPI, layout="constrained", facecolor="#111417"
     )
-    figure.suptitle(title, color="w", fontsize=11, parse_math=False)
-    figure.supxlabel(f"{NOTICE} Numbers: what the slice adds to the logit.", color="w", fontsize=9)
+    figure.suptitle("\n".join(head), color="w", fontsize=11, parse_math=False)
+    figure.supxlabel("\n".join(foot), color="w", fontsize=9)
     rows = figure.subplots(len(explained), SHEET_SLICES, squeeze=False)
     colours = ListedColormap(heat_colours() / 255)
-    for row, (plane, one) in zip(rows, explained.items(), strict=True):
+    for row, one in zip(rows, explained.values(), strict=True):
         best = np.argsort(-one.slice_sums, kind="stable")[:SHEET_SLICES]
         pictures = overlay(one.volume[best], one.maps[best], one.backbone, scale=one.scale)
         for axes in row:
             axes.set_axis_off()
         for axes, s, picture in zip(row, best, pictures, strict=False):
             axes.imshow(picture)
-            text = f"{plane.split()[0]} {s + 1} of {len(one.volume)}: {one.slice_sums[s]:+.2f}"
+            text = f"{one.plane} {s + 1} of {len(one.volume)}: {one.slice_sums[s]:+.2f}"
             axes.set_title(text, color="w", fontsize=9)
         shown = one.slice_sums[best].sum()
         others = one.slice_sums.sum() - shown
-        text = f"{plane}: logit {one.logit:+.2f} = these {shown:+.2f}, other slices {others:+.2f}"
+        text = (
+            f"{one.title}: logit {one.logit:+.2f} = these {shown:+.2f}, other slices {others:+.2f}"
+        )
         text += f", other planes {one.others:+.2f}" if one.is_joint else ""
         text += f", bias {one.bias:+.2f}"
         row[0].text(0, -0.07, text, color="w", fontsize=8, transform=row[0].transAxes,
@@ -176,32 +244,37 @@ def contact_sheet(explained, title):
     return figure
 
 
-def animation(explained, title):
-    """All planes side by side, from the first slice to the last: list of PIL images."""
-    pictures = {
-        title: overlay(one.volume, one.maps, one.backbone) for title, one in explained.items()
-    }
-    count = max(len(frames) for frames in pictures.values())
-    head, foot = 18, 46
+def animation(explained, title, remark=""):
+    """All planes side by side, from the first slice to the last: list of PIL images.
+
+    Args:
+        remark: said at the foot, such as `mirroring`.
+    """
+    pictures = [overlay(one.volume, one.maps, one.backbone) for one in explained.values()]
+    count = max(map(len, pictures))
+    width = FRAME_SIDE * len(explained)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength
+    words = [*wrap(title, width - 12, measure), *wrap(f"{NOTICE} {remark}", width - 12, measure)]
+    head, foot = 18, 24 + 12 * len(words)
+    size = (width, head + FRAME_SIDE + foot)
     frames = []
     for i in range(count):
-        size = (FRAME_SIDE * len(explained), head + FRAME_SIDE + foot)
         frame = Image.new("RGB", size, "#111417")
         draw = ImageDraw.Draw(frame)
-        for column, (plane, slices) in enumerate(pictures.items()):
+        for column, (one, slices) in enumerate(zip(explained.values(), pictures, strict=True)):
             # Shorter planes run slower, so that all end together.
             s = round(i * (len(slices) - 1) / max(count - 1, 1))
             image = Image.fromarray(slices[s])
             image.thumbnail((FRAME_SIDE, FRAME_SIDE))
             frame.paste(image, (FRAME_SIDE * column, head))
-            joint = ", joint" if explained[plane].is_joint else ""
-            text = f"{plane.split()[0]} {s + 1} of {len(slices)}{joint}: "
-            text += f"{explained[plane].slice_sums[s]:+.2f}"
+            joint = ", joint" if one.is_joint else ""
+            text = f"{one.plane} {s + 1} of {len(slices)}{joint}: {one.slice_sums[s]:+.2f}"
             draw.text((FRAME_SIDE * column + 6, 3), text, "white")
         bar = Image.fromarray(heat_colours()[None]).resize((160, 8))  # (1, 256, 3)
         frame.paste(bar, (60, head + FRAME_SIDE + 8))
         draw.text((6, head + FRAME_SIDE + 5), "against", "white")
         draw.text((226, head + FRAME_SIDE + 5), "for", "white")
-        draw.text((6, head + FRAME_SIDE + 18), f"{title}\n{NOTICE}", "white", spacing=2)
+        for k, line in enumerate(words):
+            draw.text((6, head + FRAME_SIDE + 18 + 12 * k), line, "white")
         frames.append(frame)
     return frames

@@ -3,7 +3,6 @@
 What explain.py shows, the report of a run and the pointing game count.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +20,8 @@ class PlaneMaps(NamedTuple):
     The networks' mean logit is the sum of `maps`, `others` and `bias`.
     """
 
+    plane: str
+    joined: tuple  # planes that the networks join, this one among them; no other in most
     volume: np.ndarray  # uint8 (s, H, W)
     maps: np.ndarray  # float32 (s, h, w), mean over the networks, in units of the logit
     backbone: str  # whose cells they have
@@ -29,7 +30,22 @@ class PlaneMaps(NamedTuple):
     bias: float  # mean over the networks
     probability: float  # mean over the networks
     networks: list  # of each "alexnet, maximum over slices"
-    is_joint: bool  # the networks join several planes
+    neighbours: bool = False  # of the networks some see a slice with those before and after it
+
+    @property
+    def is_joint(self):
+        """Whether the networks join several planes."""
+        return len(self.joined) > 1
+
+    @property
+    def column(self):
+        """What the probability is of: "axial", or "axial+sagittal"."""
+        return "+".join(self.joined)
+
+    @property
+    def title(self):
+        """What a reader calls it: "axial", or "axial of axial+sagittal"."""
+        return f"{self.plane} of {self.column}" if self.is_joint else self.plane
 
     @property
     def scale(self):
@@ -56,15 +72,15 @@ def explain_networks(networks, volumes, device, precision, known):
     found = [network.heat_maps(volumes, device, precision, known) for network in networks]
     logits = [logit for _, logit in found]
     backbones = [network.model.backbone for network in networks]
-    finest = min(backbones, key=lambda name: BACKBONES[name].cell_step)
     bias = float(np.mean([network.bias for network in networks]))
     explained = {}
     for plane in found[0][0]:
-        shape = max((maps[plane].shape for maps, _ in found), key=math.prod)
-        pairs = zip(found, backbones, strict=True)
-        maps = [regrid(maps[plane], name, finest, shape) for (maps, _), name in pairs]
-        mean = np.mean(maps, axis=0)
+        pairs = [(name, maps[plane]) for name, (maps, _) in zip(backbones, found, strict=True)]
+        finest, grid = min(pairs, key=fineness)
+        mean = np.mean([regrid(maps, name, finest, grid.shape) for name, maps in pairs], axis=0)
         explained[plane] = PlaneMaps(
+            plane=plane,
+            joined=networks[0].planes,
             volume=volumes[plane],
             maps=mean,
             backbone=finest,
@@ -73,15 +89,23 @@ def explain_networks(networks, volumes, device, precision, known):
             bias=bias,
             probability=float(sigmoid(logits).mean()),
             networks=[describe_network(network) for network in networks],
-            is_joint=len(networks[0].planes) > 1,
+            neighbours=any(network.channels == "neighbours" for network in networks),
         )
     return explained, logits
+
+
+def fineness(pair):
+    """Sort key of (backbone, maps), the finest first: of cells equally far apart, as AlexNet's and
+    ResNet's are, those that are more."""
+    backbone, maps = pair
+    return BACKBONES[backbone].cell_step, -maps.size
 
 
 def describe_network(network):
     """What a map comes from, in a few words."""
     pooling = {"max": "maximum", "mean": "mean", "attention": "attention"}[network.model.pooling]
-    return f"{network.model.backbone}, {pooling} over slices"
+    neighbours = ", each slice with its neighbours" if network.channels == "neighbours" else ""
+    return f"{network.model.backbone}, {pooling} over slices{neighbours}"
 
 
 def explain_planes(models, volumes, device, precision, known=None):
@@ -93,12 +117,11 @@ def explain_planes(models, volumes, device, precision, known=None):
         known: as `Network.heat_maps` takes it; None for an exam that no other task asks about.
 
     Returns:
-        {title: PlaneMaps}, such as "axial", or "axial of axial+sagittal" for networks that join
-        planes; and {column: [float, one for each network]}.
+        {title: PlaneMaps}, those of one plane first; and {column: [float, one for each network]}.
     """
     explained, logits = {}, {}
     known = {} if known is None else known
-    for planes, columns in models.by_planes.items():
+    for columns in models.by_planes.values():
         columns = {name: ones for name, ones in columns.items() if ones[0].takes(volumes)}
         if not columns:
             continue
@@ -106,8 +129,7 @@ def explain_planes(models, volumes, device, precision, known=None):
         found, values = explain_networks(networks, volumes, device, precision, known)
         for column, ones in columns.items():
             logits[column], values = values[: len(ones)], values[len(ones) :]
-        of = "" if len(planes) == 1 else f" of {'+'.join(planes)}"
-        explained |= {f"{plane}{of}": one for plane, one in found.items()}
+        explained |= {one.title: one for one in found.values()}
     return explained, logits
 
 
@@ -126,12 +148,12 @@ class Finding(NamedTuple):
     @property
     def probabilities(self):
         """{plane or planes that a network joins: probability}."""
-        return {title.split(" of ")[-1]: one.probability for title, one in self.planes.items()}
+        return {one.column: one.probability for one in self.planes.values()}
 
     @property
     def decided_from(self):
         """Planes of a decision that leaves out some of those shown, "axial+coronal"; else ""."""
-        shown = {title.split()[0] for title in self.planes}
+        shown = {one.plane for one in self.planes.values()}
         fewer = self.decision and set(self.decision.planes) != shown
         return "+".join(self.decision.planes) if fewer else ""
 

@@ -1,6 +1,7 @@
 """What a result was made with: commit, versions, time."""
 
 import functools
+import hashlib
 import importlib.metadata
 import platform
 import subprocess
@@ -8,6 +9,9 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("*.py", "common/*.py", "data/*.py", "data/*/*.py")  # of all that pixels depend on
 
 
 @functools.cache
@@ -24,6 +28,23 @@ def git_sha():
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return sha + ("+" if changed else "")
+
+
+@functools.cache
+def code_version():
+    """`git_sha`; where that does not tell the code, as files were changed or there is no git, with
+    a hash of the source files."""
+    sha = git_sha()
+    return f"{sha} {source_digest(ROOT)}" if sha == "unknown" or sha.endswith("+") else sha
+
+
+def source_digest(root):
+    """Hash of the names and the contents of the code's files below `root`, 12 hex digits."""
+    total = hashlib.sha256()
+    for path in sorted(path for pattern in SOURCES for path in root.glob(pattern)):
+        name = path.relative_to(root).as_posix()
+        total.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest()[:12]
 
 
 def made():

@@ -25,7 +25,7 @@ from common.config import beyond_article, selection_of
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, OneClassError, one_line
 from common.exams import FolderExams, read_planes
-from common.explain_page import NOTICE, jpeg, slice_picture
+from common.explain_page import MIRRORED, NOTICE, jpeg, slice_picture
 from common.explanation import explain_planes
 from common.figures import as_svg, learning_figure, reliability_figure, roc_figure
 from common.files import write_text
@@ -125,7 +125,7 @@ def explain_mistakes(results, data_dir, why, pages, out):
             exam = exams.load(keys[exam_id])
             volumes, _ = read_planes(exam, models)
             explained, _ = explain(models, volumes)
-            pictures = [picture_of(title, one, kind) for title, one in explained.items()]
+            pictures = [picture_of(one, kind) for one in explained.values()]
         elif not why:
             why = f"{data_dir} does not have these exams"
         page = page_of(exam_id, results.task, pages, out)
@@ -133,11 +133,11 @@ def explain_mistakes(results, data_dir, why, pages, out):
     return found, why
 
 
-def picture_of(title, one, kind):
+def picture_of(one, kind):
     """(title, data URI) of the slice of a PlaneMaps that spoke most for the mistake."""
     sums = one.slice_sums
     at = int(np.argmax(sums) if kind == "false positive" else np.argmin(sums))
-    text = f"{title}, slice {at + 1} of {len(sums)}: {sums[at]:+.2f}"
+    text = f"{one.title}, slice {at + 1} of {len(sums)}: {sums[at]:+.2f}"
     return text, jpeg(slice_picture(one, at), PICTURE_SIDE, PICTURE_QUALITY)
 
 
@@ -245,6 +245,7 @@ def training_facts(networks):
         "decided": selection_of(arguments),
         "differences": differences_of([column for column, _ in networks], arguments),
         "plane_dropout": any(a["plane_dropout"] > 0 for a in arguments),
+        "mirrored": any((m["dataset"] or {}).get("mirrored") for m in metadata),
         "may_lack_planes": any((m["dataset"] or {}).get("may_lack_planes") for m in metadata),
         "machines": unique(one.get("machine") for one in metadata),
         "precision": unique(one.get("precision") for one in metadata),
@@ -459,6 +460,7 @@ def write_report(found, out, data_dir=None, metadata=None, pages=None):
         "caveats": unique(line.lstrip("* ") for t in tasks for line in t["results"]["caveats"]),
         "missing": missing,
         "notice": NOTICE,
+        "mirroring": MIRRORED[""],
         "made": made(),
     }
     templates = environment()

@@ -120,7 +120,7 @@ def markdown(found, own=None):
     if len(tasks) > 1:
         notes += "; the mean's from all of them and their correlations"
     fewer = {m["findings"] for one in means.values() for m in one.values()} - {len(tasks)}
-    if len({m["n"] for one in means.values() for m in one.values()}) > len(means):
+    if any(len({m["n"] for m in one.values()}) > 1 for one in means.values()):
         notes += "; a plane's figures are of the exams that have it"
     if fewer:
         notes += "; a mean leaves out the findings that have one class only (-)"

@@ -14,6 +14,8 @@ from torchvision.ops.stochastic_depth import StochasticDepth
 
 import model
 from common import weights
+from common.explanation import explain_networks
+from common.task_models import Network
 from model import BACKBONES, POOLINGS, MRNet, MultiPlaneMRNet, make_features, regrid
 
 NAMES = list(BACKBONES)
@@ -221,6 +223,27 @@ def test_maps_on_other_cells_keep_their_sum_and_place():
     at = (fine[1].sum(1) @ rows / 3, fine[1].sum(0) @ columns / 3)
     assert at == (2 * 32 + 31, 4 * 32 + 31)
     assert regrid(maps, "vgg16", "vgg16", maps.shape) is maps
+
+
+@pytest.mark.parametrize("names, finest, cells", [
+    (("alexnet", "resnet18"), "resnet18", 8), (("resnet18", "alexnet"), "resnet18", 8),
+    (("alexnet", "squeezenet1_1"), "squeezenet1_1", 15),
+])  # fmt: skip
+def test_one_map_of_several_backbones(names, finest, cells):
+    """At 256 px AlexNet has 7 x 7 cells and ResNet 8 x 8, both 32 px apart."""
+    torch.manual_seed(0)
+    networks = [
+        Network(MRNet(backbone=name).eval(), ("axial",), "standardized", "grey", False, name)
+        for name in names
+    ]
+    volumes = {"axial": np.random.default_rng(0).integers(0, 255, (2, 256, 256), np.uint8)}
+    explained, logits = explain_networks(networks, volumes, torch.device("cpu"), "fp32", {})
+    one = explained["axial"]
+    assert one.backbone == finest and one.maps.shape == (2, cells, cells)
+    wanted = [network.logit(volumes, torch.device("cpu"), "fp32", {}) for network in networks]
+    assert logits == pytest.approx(wanted, abs=1e-4)
+    assert one.maps.sum() + one.bias == pytest.approx(np.mean(wanted), abs=1e-4)
+    assert one.others == pytest.approx(0, abs=1e-4)
 
 
 def test_several_planes_in_one_network():

@@ -14,22 +14,26 @@ import pytest
 import torch
 from conftest import PLANES, assert_one_line_error, run_script
 from highdicom import sr
-from hospital import write_series, write_study
-from PIL import Image
+from hospital import SLICES, STEP, write_series, write_study
+from PIL import Image, ImageDraw
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
-from test_explain import write_dicom
+from test_dicom import BIRTH, NAME, PATIENT_ID
+from test_explain import maps_of, write_dicom
 
-from common import dicom_results
-from common.explain_index import describe
+from common import dicom_results, provenance
+from common.answering import Options
+from common.exams import Exam
+from common.explain_index import describe as describe_finding
 from common.explain_page import headline
-from common.explanation import Finding, PlaneMaps
+from common.explanation import Finding
 from common.stacking import Decision
 from common.task_models import TaskModels
-from data.common import TARGET
-from data.dicom.origin import frames_of, place
+from data.common import TARGET, Report
+from data.dicom.origin import describe, frames_of, lossy_of, place, thickness
 from data.dicom.series import Series, ways_to_cut
 from data.dicom.slices import cut, plane_of
+from data.dicom.studies import Choice, find_exams, volumes_of
 from data.rsna.tables import FINDINGS
 from dataloader import ALL_PLANES
 
@@ -89,6 +93,73 @@ def test_slices_name_the_frames_that_they_show():
     frames = list(range(12))  # upwards, and MRNet's axial slices grow downwards
     assert frames_of(series, 0, frames) == [[11, 10, 9], [8, 7, 6], [5, 4, 3], [2, 1, 0]]
     assert frames_of(series, 1, frames) == [frames] * 6
+    # Three of 1.2 mm, 1 mm apart, are 3.2 mm thick; those across them three voxels.
+    assert thickness(series, 0, header_of("SliceThickness", "1.2")) == pytest.approx(3.2)
+    assert thickness(series, 1, pydicom.Dataset()) == 3
+    for odd in ("thick", ["3", "x"], "", "0", "nan"):
+        assert thickness(series, 0, header_of("SliceThickness", odd)) is None
+    assert thickness(series, 0, pydicom.Dataset()) is None
+
+
+def header_of(name, value):
+    """A header with a value that its kind may not allow, as pydicom reads it from some files."""
+    header = pydicom.Dataset()
+    header.add_new(pydicom.datadict.tag_for_keyword(name), "LO", value)
+    return header
+
+
+def test_an_odd_ratio_of_compression_does_not_lose_that_there_was_one():
+    header = header_of("LossyImageCompressionRatio", "8:1")
+    assert lossy_of([header]) == {}
+    header.LossyImageCompression = "01"
+    assert lossy_of([pydicom.Dataset(), header]) == {"LossyImageCompression": "01"}
+
+
+def described(folder, mirror=False):
+    """What the importer says of where an exam of DICOM comes from."""
+    report = Report(collect=True)
+    (exam,) = find_exams(folder, report)
+    choice = Choice([], "crop", mirror=mirror)
+    _, unusable, taken = volumes_of(exam, choice, report, "exam")
+    assert not unusable
+    return describe(taken, choice, exam.side)
+
+
+def test_the_patient_is_known_whichever_series_comes_first(tmp_path):
+    """The first two series lack name and number, the first the date, too."""
+    silent = {"PatientName": "", "PatientID": "", "PatientBirthDate": ""}
+    for plane, more in (("axial", silent | {"StudyDate": ""}), ("coronal", silent),
+                        ("sagittal", {"StudyDate": "", "AccessionNumber": ""})):  # fmt: skip
+        number = PLANES.index(plane)
+        write_series(tmp_path, number, plane, 85.0, f"1.2.9.{number}", Laterality="L",
+                     StudyInstanceUID="1.2.9", **more)  # fmt: skip
+    study = pydicom.Dataset.from_json(described(tmp_path)["study"])
+    assert (study.PatientName, study.PatientID) == (NAME, PATIENT_ID)
+    assert (study.PatientBirthDate, study.StudyDate) == (BIRTH, "20200102")
+    assert study.AccessionNumber == "SECRETACC" and study.StudyInstanceUID == "1.2.9"
+
+
+def test_what_was_lost_stays_lost_and_slices_are_as_thick_as_they_were(tmp_path):
+    lossy = {"LossyImageCompression": "01", "LossyImageCompressionRatio": [8, 2],
+             "LossyImageCompressionMethod": ["ISO_10918_1", "ISO_15444_1"]}  # fmt: skip
+    known = {"axial": lossy | {"SliceThickness": 3.5}, "coronal": {"LossyImageCompression": "00"}}
+    for number, plane in enumerate(PLANES):
+        write_series(tmp_path, number, plane, 85.0, f"1.2.9.{number}", Laterality="L",
+                     StudyInstanceUID="1.2.9", **known.get(plane, {}))  # fmt: skip
+    made = described(tmp_path)
+    exam = Exam("abc", "", {}, {}, "hash", origin=made)
+    origin = dicom_results.read_origin(exam)
+    grey = np.zeros((256, 256, 3), np.uint8)
+    images = {plane: dicom_results.secondary_capture(grey, maps_of(plane=plane), "acl", origin, 1)
+              for plane in PLANES}  # fmt: skip
+    for name, value in lossy.items():
+        assert images["axial"][name].value == value
+    assert images["axial"].SliceThickness == 3.5
+    for plane in ("coronal", "sagittal"):
+        assert images[plane].LossyImageCompression == "00"
+        assert "LossyImageCompressionRatio" not in images[plane]
+        assert images[plane].SliceThickness is None  # not known: not the distance
+    assert {float(image.SpacingBetweenSlices) for image in images.values()} == {STEP}
 
 
 # --- the files ------------------------------------------------------------------------------------
@@ -326,8 +397,8 @@ def test_numbers_of_series_differ_whatever_run_writes_them():
     assert min(found) > 9999 and max(found) < 2**31  # scanners' and DICOM's (PS3.5 6.2, IS)
     last = dicom_results.FIRST_SERIES + dicom_results.TASKS * dicom_results.OF_A_TASK
     assert last < 2**31
-    of_planes = {dicom_results.place_of(plane) for plane in ALL_PLANES}
-    joint = dicom_results.place_of("axial of axial+sagittal")
+    of_planes = {dicom_results.place_of(maps_of(plane=plane)) for plane in ALL_PLANES}
+    joint = dicom_results.place_of(maps_of(joined=("axial", "sagittal")))
     assert len(of_planes) == len(ALL_PLANES) and joint not in of_planes
     most = len(ALL_PLANES) + dicom_results.JOINT_PLACES
     assert joint < most <= dicom_results.REPORT_NUMBER < 400
@@ -371,6 +442,74 @@ def test_all_exams_go_on_where_dicom_is_missing(trained, scan, tmp_path):
     assert done.returncode == 1 and "1 exams explained, 1 were there" in done.stdout
 
 
+FP32 = Options(torch.device("cpu"), "fp32", False)
+
+
+def test_a_finding_has_its_uids_whatever_else_is_asked(tmp_path):
+    """Its own networks, the precision and the code change them; other findings do not."""
+    for number, plane in enumerate(PLANES):
+        write_series(tmp_path / "scan", number, plane, 85.0, f"1.2.9.{number}", Laterality="L",
+                     StudyInstanceUID="1.2.9")  # fmt: skip
+    exam = Exam("abc", "", {}, {}, "hash", origin=described(tmp_path / "scan"))
+
+    def uids(task, out, *findings, options=FP32):
+        dicom_results.write_results(exam, findings, options, tmp_path / out)
+        folder = tmp_path / out / "abc"
+        paths = [folder / f"report-{task}.dcm", *(folder / f"{task}-axial").iterdir()]
+        files = [pydicom.dcmread(path) for path in paths]
+        assert {file.get("FrameOfReferenceUID") for file in files[1:]} == {frame}
+        return {file.SOPInstanceUID for file in files} | {file.SeriesInstanceUID for file in files}
+
+    frame = dicom_results.read_origin(exam).planes["axial"]["frame"]
+    one = maps_of(SLICES)._replace(volume=np.zeros((SLICES, 256, 256), np.uint8))
+    acl, cyst = (
+        Finding(TaskModels(task, {}, None, digest, [None], 0.5), {"axial": one}, None, {})
+        for task, digest in (("acl", "a"), ("cyst", "b"))
+    )
+    alone, together = uids("acl", "alone", acl), uids("acl", "both", acl, cyst)
+    assert alone == together and len(alone) == 2 + 1 + SLICES
+    other = acl._replace(models=acl.models._replace(digest="c"))
+    assert alone.isdisjoint(uids("acl", "other", other))
+    assert alone.isdisjoint(uids("acl", "bf16", acl, options=FP32._replace(precision="bf16")))
+    assert alone.isdisjoint(uids("cyst", "both", acl, cyst))
+
+
+@pytest.mark.parametrize("sha, is_known", [
+    ("0123456789ab", True), ("0123456789ab+", False), ("unknown", False),
+])  # fmt: skip
+def test_code_that_git_does_not_know_has_a_version_of_its_own(tmp_path, monkeypatch, sha, is_known):
+    monkeypatch.setattr(provenance, "git_sha", lambda: sha)
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    (tmp_path / "common").mkdir()
+    versions = []
+    for code in ("x = 1", "x = 2", "x = 1"):
+        (tmp_path / "common" / "figures.py").write_text(code)
+        versions.append(provenance.code_version.__wrapped__())
+    assert versions[0] == versions[2] and (versions[0] == versions[1]) == is_known
+    assert all(version.startswith(sha) for version in versions)
+
+
+@pytest.mark.parametrize("name, given, kept", [
+    ("StudyDate", "00000000", ""), ("PatientBirthDate", "19700230", ""), ("StudyDate", "2020", ""),
+    ("PatientBirthDate", "19700228", "19700228"), ("StudyTime", "246060", ""),
+    ("StudyTime", "120000.5", "120000.5"), ("PatientSex", "f", ""), ("PatientSex", "F", "F"),
+    ("ReferringPhysicianName", ["A^B", "C^D"], "A^B"), ("AccessionNumber", ["1", "2"], "1"),
+])  # fmt: skip
+def test_what_no_reader_takes_is_not_written_again(name, given, kept, monkeypatch):
+    monkeypatch.setattr(pydicom.config.settings, "reading_validation_mode", pydicom.config.IGNORE)
+    study = pydicom.Dataset()
+    study.StudyInstanceUID = "1.2.9"
+    setattr(study, name, given)
+    planes = {
+        "axial": {"frame": "1.2", "sources": [["1.2.840.10008.5.1.4.1.1.4", "1.3", "1.4", 1]]}
+    }
+    origin = {"study": study.to_json_dict(), "planes": planes, "side": "L"}
+    found = dicom_results.read_origin(Exam("abc", "", {}, {}, "hash", origin=origin))
+    assert found.study[name].value == kept
+    finding = Finding(TaskModels("acl", {}, None, "d", [None], 0.5), {"axial": maps_of()}, None, {})
+    assert dicom_results.make_report(finding, found)[name].value == kept
+
+
 def test_results_go_where_nothing_is_said_any_more(tmp_path):
     folder = tmp_path / "abc"
     for name in ("acl-axial", "acl-sagittal", "acl-axial-of-axial+sagittal", "cyst-axial"):
@@ -397,8 +536,10 @@ def test_probabilities_of_joined_planes_are_their_own():
     names = ["axial", "coronal", "axial+coronal", "axial+coronal+sagittal"]
     codes = [dicom_results.probability_code(name) for name in names]
     assert len(set(codes)) == 4 and max(map(len, codes)) <= 16
-    planes = {f"axial of {name}": PlaneMaps(*[None] * 6, k / 10, [], True)
-              for k, name in enumerate(names)}  # fmt: skip
+    planes = {
+        name: maps_of(joined=tuple(name.split("+")))._replace(probability=k / 10)
+        for k, name in enumerate(names)
+    }
     finding = Finding(TaskModels("acl", {}, None, "d", [], 0.5), planes, None, {})
     origin = dicom_results.Origin(None, {}, "L", "key")
     (group,) = dicom_results.measured(finding, origin)
@@ -412,13 +553,13 @@ def test_probabilities_of_joined_planes_are_their_own():
 
 def test_a_decision_from_fewer_planes_than_are_shown_says_which():
     """Networks of three planes, a stack that knows two of them only."""
-    planes = {plane: PlaneMaps(*[None] * 6, 0.5, [], False) for plane in PLANES}
+    planes = {plane: maps_of(plane=plane) for plane in PLANES}
     decision = Decision(0.6, 0.5, "positive", ["axial", "coronal"])
     finding = Finding(TaskModels("acl", {}, None, "d", [], 0.5), planes, decision, {})
     whole = finding._replace(decision=decision._replace(planes=[*PLANES]))
     exam = SimpleNamespace(name="7")
     for one, words in ((finding, "axial+coronal"), (whole, "")):
-        assert one.decided_from == describe(one)["decided_from"] == words
+        assert one.decided_from == describe_finding(one)["decided_from"] == words
         assert headline(exam, one).endswith(f", decided from {words}" if words else ": positive")
         (group,) = dicom_results.measured(one, dicom_results.Origin(None, {}, "L", "key"))
         said = [item.TextValue for item in group.ContentSequence if item.ValueType == "TEXT"]
@@ -428,13 +569,31 @@ def test_a_decision_from_fewer_planes_than_are_shown_says_which():
 
 def test_a_report_says_which_plane_could_not_be_used():
     """With --partial there is a decision all the same."""
-    planes = {plane: PlaneMaps(*[None] * 6, 0.5, [], False) for plane in ("axial", "coronal")}
+    planes = {plane: maps_of(plane=plane) for plane in ("axial", "coronal")}
     decision = Decision(0.6, 0.5, "positive", ["axial", "coronal"])
     unusable = {"sagittal": "/home/smith/knee.dcm: gap after it"}
     finding = Finding(TaskModels("acl", {}, None, "d", [], 0.5), planes, decision, unusable)
     (group,) = dicom_results.measured(finding, dicom_results.Origin(None, {}, "L", "key"))
     said = [item.TextValue for item in group.ContentSequence if item.ValueType == "TEXT"]
     assert "Scanned, but not usable: sagittal" in said and "smith" not in str(group)
+
+
+@pytest.mark.parametrize("warning, told", [
+    ("left or right knee not known, so it is not mirrored: what is said of medial and lateral may "
+     "be exchanged",) * 2,
+    ("axial: passed over /home/jo smith/a.dcm: gap after it", "axial: passed over a series"),
+    ("left out series 3 'PD', smith.dcm: apart", "left out a series"),
+    ("series 3 'T2/FS smith' is 40 degrees from axial", "series 3 is 40 degrees from axial"),
+    ("series ? 'PD': slices may be missing at one end: its files are numbered 5 to 9",
+     "series ?: slices may be missing at one end: its files are numbered 5 to 9"),
+    ("C:\\smith\\a.dcm: odd", "a file cannot be used"), ("2 more warnings",) * 2,
+])  # fmt: skip
+def test_a_report_says_what_was_warned_of_without_paths(warning, told):
+    models = TaskModels("acl", {}, None, "d", [], 0.5)
+    origin = dicom_results.Origin(None, {}, "L", "key", (warning,))
+    (group,) = dicom_results.measured(Finding(models, {}, None, {}), origin)
+    said = [item.TextValue for item in group.ContentSequence if item.ValueType == "TEXT"]
+    assert f"Warning: {told}" in said and "smith" not in str(group)
 
 
 @pytest.mark.parametrize("count, frames, named", [
@@ -446,6 +605,37 @@ def test_some_frames_of_a_file_are_named(count, frames, named):
     dicom_results.refer(image, [source], [[0, frame] for frame in frames])
     (item,) = image.SourceImageSequence
     assert item.get("ReferencedFrameNumber") == named
+
+
+def test_a_heat_map_says_what_it_is(tmp_path, monkeypatch):
+    """What its networks join, its colours, and the slices that they saw, within the picture."""
+    for number, plane in enumerate(PLANES):
+        write_series(tmp_path, number, plane, 85.0, f"1.2.9.{number}", Laterality="R",
+                     StudyInstanceUID="1.2.9")  # fmt: skip
+    exam = Exam("abc", "", {}, {}, "hash", origin=described(tmp_path))
+    drawn, draw = [], ImageDraw.ImageDraw.text
+
+    def keep(self, at, text, *more, **options):
+        drawn.append((text, self.textbbox(at, text, font_size=options["font_size"])))
+        draw(self, at, text, *more, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", keep)
+    one = maps_of(SLICES, "axial", ("axial", "coronal", "sagittal", "sagittal-t1"))
+    one = one._replace(volume=np.zeros((SLICES, 256, 256), np.uint8), maps=one.maps * 0 + 0.0049)
+    counts = []
+    for neighbours in (False, True):
+        finding = Finding(TaskModels("acl", {}, None, "d", [None], 0.5), {}, None, {})
+        images = dicom_results.heat_map_series(
+            finding, one._replace(neighbours=neighbours), dicom_results.read_origin(exam)
+        )
+        counts.append([len(image.SourceImageSequence) for image in images])
+        said = images[0].ImageComments
+        assert "Yellow speaks for the finding, cyan against" in said and "+0.0049" in said
+        assert ("neighbours" in said) == neighbours and "Research use only" in said
+    assert counts == [[1] * SLICES, [2, *[3] * (SLICES - 2), 2]]
+    text = " ".join(text for text, _ in drawn)
+    assert "right acl 0.60, axial of axial+coronal+sagittal+sagittal-t1" in text
+    assert all(box[2] <= 256 and box[3] <= 256 for _, box in drawn)
 
 
 def test_an_earlier_longer_series_does_not_stay(tmp_path):

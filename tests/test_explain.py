@@ -13,11 +13,27 @@ import pydicom
 import pytest
 import torch
 from conftest import PLANES, assert_one_line_error, finding_of, page_content, run_script
-from PIL import Image
+from PIL import Image, ImageDraw
 from pydicom.uid import MRImageStorage
 
+import explain
 from common import devices
+from common.answering import Options
+from common.errors import InputError
+from common.exams import Exam
+from common.explain_page import (
+    animation,
+    contact_sheet,
+    describe_finding,
+    headline,
+    make_page,
+    mirroring,
+    wrap,
+)
+from common.explanation import Finding, PlaneMaps, explain_networks
 from common.figures import heat_colours, overlay
+from common.stacking import Decision
+from common.task_models import Network, TaskModels
 from dataloader import preprocess
 from model import MRNet, upsample_maps
 from tools import pointing_game
@@ -170,6 +186,148 @@ def test_picture_and_film(explained):
     images = page_content(explained[0] / "0020-acl.html")["images"]
     slices = max(len(image["slices"]) for image in images.values())
     assert film.n_frames == slices and film.info["loop"] == 0
+
+
+def maps_of(slices=3, plane="axial", joined=()):
+    """PlaneMaps of noise."""
+    rng = np.random.default_rng(slices)
+    return PlaneMaps(
+        plane=plane,
+        joined=joined or (plane,),
+        volume=rng.integers(0, 200, (slices, 64, 64), np.uint8),
+        maps=rng.normal(size=(slices, 2, 2)).astype(np.float32),
+        backbone="alexnet",
+        logit=0.5,
+        others=0.0,
+        bias=0.1,
+        probability=0.6,
+        networks=["alexnet, maximum over slices"],
+    )
+
+
+MIRRORED_SET = {"name": "phantom", "version": "9", "synthetic": True, "mirrored": True}
+MIRRORS = TaskModels("acl", {}, None, "d", [MIRRORED_SET], 0.5)
+
+
+@pytest.fixture
+def mirrored():
+    """A Finding of networks that see right knees as left ones."""
+    return Finding(MIRRORS, {"axial": maps_of()}, Decision(0.6, 0.5, "positive", ["axial"]), {})
+
+
+RIGHT, LEFT, UNKNOWN = "This right knee is shown mirrored", "This left knee is", "Right knees that"
+
+
+@pytest.mark.parametrize("name, origin, said", [
+    ("0123456789abcdef-R", None, RIGHT), ("0123456789abcdef-L", None, LEFT),
+    ("0123456789abcdef", None, UNKNOWN), ("knee-R", None, UNKNOWN),  # named by somebody else
+    ("0123456789abcdef", {"side": "R"}, RIGHT), ("0123456789abcdef-R", "no study", RIGHT),
+])  # fmt: skip
+def test_it_is_said_how_this_knee_is_shown(mirrored, name, origin, said):
+    exam = Exam(name, "", {}, {}, "hash", origin=origin)
+    assert mirroring(exam, mirrored.models).startswith(said)
+    assert describe_finding(exam, mirrored)["mirrored"].startswith(said)
+    plain = mirrored.models._replace(datasets=[{"synthetic": True, "mirrored": False}, None])
+    assert mirroring(exam, plain) == ""
+
+
+def test_networks_that_join_planes_have_titles_of_their_own(mirrored):
+    alone, joint = maps_of(), maps_of(joined=("axial", "sagittal"))._replace(probability=0.7)
+    assert (alone.title, joint.title) == ("axial", "axial of axial+sagittal")
+    finding = mirrored._replace(planes={one.title: one for one in (alone, joint)})
+    assert finding.probabilities == {"axial": 0.6, "axial+sagittal": 0.7}
+    said = describe_finding(Exam("7", "", {}, {}, "hash"), finding)
+    assert [one["image"] for one in said["planes"]] == ["axial", "axial"]
+    assert [one["column"] for one in said["planes"]] == ["axial", "axial+sagittal"]
+    assert said["missing"] == ["coronal", "sagittal"]
+
+
+@pytest.mark.parametrize("channels, words", [
+    ("grey", "alexnet, maximum over slices"),
+    ("neighbours", "alexnet, maximum over slices, each slice with its neighbours"),
+])  # fmt: skip
+def test_networks_that_see_neighbours_say_so(channels, words):
+    network = Network(MRNet().eval(), ("axial",), "standardized", channels, False, "d")
+    volumes = {"axial": np.zeros((3, 64, 64), np.uint8)}
+    found, _ = explain_networks([network], volumes, torch.device("cpu"), "fp32", {})
+    assert found["axial"].networks == [words]
+    assert found["axial"].neighbours == (channels == "neighbours")
+
+
+@pytest.mark.parametrize("probability, threshold, said", [
+    (0.5040, 0.5043, "stack 0.5040, threshold 0.5043: x"), (0.5, 0.5, "stack 0.50, threshold 0.50"),
+    (0.2, 0.7, "stack 0.20, threshold 0.70: x"), (0.1 + 0.2, 0.3, "stack 0.30, threshold 0.30: x"),
+])  # fmt: skip
+def test_figures_do_not_contradict_the_decision(mirrored, probability, threshold, said):
+    finding = mirrored._replace(decision=Decision(probability, threshold, "x", ["axial"]))
+    assert said in headline(Exam("7", "", {}, {}, "hash"), finding)
+
+
+def test_small_figures_in_a_browser(browser, mirrored, tmp_path):
+    """The ends of the colour bar, and a probability close to the threshold."""
+    one = maps_of()
+    one = one._replace(maps=one.maps * (0.0049 / one.scale), neighbours=True)
+    decision = Decision(0.5040, 0.5043, "negative", ["axial"])
+    finding = mirrored._replace(planes={"axial": one}, decision=decision)
+    page = tmp_path / "page.html"
+    page.write_text(make_page(Exam("7", "", {}, {}, "hash"), [finding]))
+    browser.get(page.as_uri())
+    ends = browser.find_elements("css selector", ".bar span")
+    assert [end.text for end in ends[:2]] == ["−0.0049", "+0.0049"]
+    text = browser.find_element("tag name", "body").text
+    assert "stacked 0.5040, threshold 0.5043" in text
+    assert "see each slice with the one before" in text
+
+
+def test_nothing_of_earlier_results_stays_where_there_is_no_answer(mirrored, tmp_path, monkeypatch):
+    folder = tmp_path / "dicom" / "abc"
+    (folder / "acl-axial").mkdir(parents=True)
+    for name in ("report-acl.dcm", "acl-axial/0001.dcm", "report-cyst.dcm"):
+        (folder / name).touch()
+    finding = mirrored._replace(planes={}, decision=None, unusable={"axial": "gap"})
+    monkeypatch.setattr(explain, "explain_exam", lambda *_: [finding])
+    exam = Exam("abc", "", {}, {}, "hash", origin={"side": "L"})
+    output = explain.Output(tmp_path / "report", False, tmp_path / "dicom")
+    with pytest.raises(InputError, match="gap"):
+        explain.explain_one(exam, [MIRRORS], output, Options(torch.device("cpu"), "fp32", False))
+    assert [path.name for path in folder.iterdir()] == ["report-cyst.dcm"]
+
+
+def test_words_wrap_to_the_width():
+    lines = wrap("one two three fourteen a", 6, len)
+    assert lines == ["one", "two", "three", "fourte", "en a"]
+    assert wrap("", 6, len) == [""]
+
+
+@pytest.mark.parametrize("planes", [1, 3])
+def test_all_that_is_said_is_in_the_pictures(mirrored, monkeypatch, planes):
+    """A long headline, and that the knee is mirrored, within the edges."""
+    names = PLANES[:planes]
+    finding = mirrored._replace(planes={name: maps_of(plane=name) for name in names})
+    exam = Exam("0123456789abcdef-R", "", {}, {}, "hash")
+    words = headline(exam, finding) + ", words" * 30, mirroring(exam, finding.models)
+    sheet = contact_sheet(finding.planes, *words)
+    sheet.draw_without_rendering()
+    said = [sheet._suptitle, sheet._supxlabel]
+    for text, wanted in zip(said, words, strict=True):
+        assert wanted in text.get_text().replace("\n", " ")
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.y0 >= 0
+        assert box.x1 <= sheet.bbox.x1 and box.y1 <= sheet.bbox.y1
+    assert not any(said[0].get_window_extent().overlaps(axes.title.get_window_extent())
+                   for axes in sheet.axes)  # fmt: skip
+
+    drawn, draw = [], ImageDraw.ImageDraw.text
+
+    def keep(self, at, text, *more):
+        drawn.append((text, self.textbbox(at, text)))
+        draw(self, at, text, *more)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", keep)
+    frame = animation(finding.planes, *words)[0]
+    text = " ".join(text for text, _ in drawn)
+    assert all(one in text for one in words)
+    assert all(box[2] <= frame.width and box[3] <= frame.height for _, box in drawn)
 
 
 def test_a_name_cannot_put_code_into_the_page(trained, tmp_path):

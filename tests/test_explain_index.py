@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
@@ -22,8 +23,11 @@ from conftest import (
     write_exams,
 )
 from PIL import Image
+from test_explain import MIRRORS, maps_of
 
-from common.explain_index import ROWS
+from common.exams import Exam, FolderExams
+from common.explain_index import ROWS, Row, as_line, make_index, shows_training, write_exam
+from common.explanation import Finding
 
 HOSTILE = "<img src=x onerror=alert(1)>#?%41"
 
@@ -182,6 +186,44 @@ def test_an_exam_without_an_answer_for_every_task(work, tmp_path):
     row = page_content(tmp_path / "report" / "index.html")["rows"][-1]
     assert row["exam"] == HOSTILE and list(row["findings"]) == ["acl"]
     assert "5 were there" in explain(tmp_path).stdout
+
+
+def test_what_was_warned_of_is_said(tmp_path):
+    """In the page, in the index's row, and in exams.jsonl for the next run."""
+    warnings = ("medial and lateral may be exchanged", "series 3 is 40 degrees from axial")
+    exam = Exam("0123456789abcdef-R", "knee7", {}, {}, "hash", warnings=warnings)
+    finding = Finding(MIRRORS, {"axial": maps_of()}, None, {})
+    row = write_exam(exam, [finding], "model", tmp_path, Path())
+    assert page_content(tmp_path / row.page)["warnings"] == list(warnings)
+    assert Row(**json.loads(as_line(row)))._replace(warnings=warnings) == row
+    (tmp_path / "index.html").write_text(make_index([row], [], {}, 0))
+    (said,) = page_content(tmp_path / "index.html")["rows"]
+    assert said["warnings"] == list(warnings) and said["side"] == "R"
+
+
+def test_a_root_called_train_holds_training_exams(tmp_path):
+    for name in ("train", "valid"):
+        (tmp_path / name / "axial").mkdir(parents=True)
+        (tmp_path / name / "axial" / "0001.npy").touch()
+    assert shows_training(FolderExams(tmp_path / "train"))
+    assert shows_training(FolderExams(tmp_path))
+    assert not shows_training(FolderExams(tmp_path / "valid"))
+    for said in (False, True):
+        (tmp_path / "index.html").write_text(make_index([], [], {}, 0, said))
+        assert page_content(tmp_path / "index.html")["training"] == said
+
+
+def test_warnings_in_a_browser(browser, tmp_path):
+    exam = Exam("0123456789abcdef-R", "", {}, {}, "hash", warnings=("<b>lateral</b> or not",))
+    row = write_exam(
+        exam, [Finding(MIRRORS, {"axial": maps_of()}, None, {})], "m", tmp_path, Path()
+    )
+    (tmp_path / "index.html").write_text(make_index([row], [MIRRORS], {}, 0))
+    for page, words in ((row.page, "This right knee"), ("index.html", "right knee, shown")):
+        browser.get((tmp_path / page).as_uri())
+        text = browser.find_element("tag name", "body").text
+        assert "arning: <b>lateral</b> or not" in text and words in text
+        assert [one for one in browser.get_log("browser") if one["level"] == "SEVERE"] == []
 
 
 def test_one_exam_or_all(work):

@@ -1,7 +1,9 @@
 """tools/export.py: what its users' libraries read back."""
 
+import ast
 import csv
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -205,6 +207,17 @@ def test_the_card_tells_to_mirror_right_knees(tmp_path):
     text = card(mirrored=False, field_of_view=None, square="crop")
     assert "none mirrored" in text and "shorter side" in text and " mm " not in text
     assert "Not recorded" in card(orientation=None)
+
+
+def test_the_cards_command_for_onnx_is_python(tmp_path):
+    """Planes with a sequence in their name, too."""
+    networks = [(plane, {"plane": plane, "recipe": "article"}) for plane in ("axial", "coronal-t1")]
+    subject = Subject("acl-stack", "acl", networks, "stack", None, "none")
+    write_card(subject, "onnx", "a.onnx", tmp_path / "README.md")
+    (line,) = re.findall("^ +(session.run.*)$", (tmp_path / "README.md").read_text(), re.M)
+    _, given = ast.parse(line).body[0].value.args
+    assert [key.value for key in given.keys] == ["axial", "coronal-t1"]
+    assert [value.id for value in given.values] == ["axial", "coronal_t1"]
 
 
 @pytest.mark.parametrize("difference", [2e-5, float("nan")])

@@ -147,19 +147,26 @@ def test_a_mirrored_knee_is_mirrored_back_in_its_own_plane(plane, monkeypatch):
     volume = np.arange(3, dtype=np.uint8)[:, None, None] * 10 + np.zeros((1, 256, 256), np.uint8)
     volume[:, :, 0] += 1
     monkeypatch.setattr(dicom_results, "overlay", lambda grey, *_: np.stack([grey] * 3, axis=-1))
-    monkeypatch.setattr(dicom_results, "burn_in", lambda picture, words: picture)
+    burnt = []
+    monkeypatch.setattr(
+        dicom_results, "burn_in", lambda picture, words: burnt.append(words[1]) or picture
+    )
     monkeypatch.setattr(
         dicom_results, "secondary_capture", lambda picture, *_: SimpleNamespace(picture=picture)
     )
     place = {"positions": [(0, 0, z) for z in range(3)], "mirrored": True}
     one = SimpleNamespace(volume=volume, maps=None, backbone=None, slice_sums=[0, 1, 2],
-                          probability=0.5)  # fmt: skip
+                          probability=0.5, plane=plane, title=plane, column=plane, scale=1.0,
+                          neighbours=False)  # fmt: skip
     finding = SimpleNamespace(task="acl", models=SimpleNamespace(is_synthetic=False))
     origin = dicom_results.Origin(None, {plane: place}, "R", "")
-    images = dicom_results.heat_map_series(finding, plane, one, origin)
+    images = dicom_results.heat_map_series(finding, one, origin)
     levels = [image.picture[5, 5, 0] for image in images]
     column = [bool(image.picture[5, 0, 0] % 10) for image in images]
     if plane.startswith("sagittal"):
         assert levels == [20, 10, 0] and all(column)
+        # The first in the patient's order is the page's last, and says so.
+        assert burnt[0] == "slice 3 of 3 of the page: +2.00"
     else:
         assert levels == [0, 10, 20] and not any(column)
+        assert burnt[0] == "slice 1 of 3: +0.00"

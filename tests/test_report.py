@@ -89,6 +89,18 @@ def test_made_twice_the_same_but_for_the_time(work):
     assert re.sub(r"Made [^.]*", "", once) == re.sub(r"Made [^.]*", "", again)
 
 
+def test_pictures_of_mistakes_say_that_right_knees_are_mirrored(work, tmp_path):
+    results = read_results(work / "models/acl-results.json")
+    for mirrored in (False, True):
+        networks = [
+            (column, metadata | {"dataset": metadata["dataset"] | {"mirrored": mirrored}})
+            for column, metadata in results.networks
+        ]
+        write_report([results._replace(networks=networks)], tmp_path / "report.html")
+        text = (tmp_path / "report.html").read_text()
+        assert ("are shown mirrored, as left ones" in text) == mirrored
+
+
 def test_mistakes_are_the_worst_first(work):
     results = read_results(work / "models/acl-results.json")
     text, _ = make(work)

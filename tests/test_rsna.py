@@ -30,6 +30,7 @@ from common.submission import Sample, read_sample, task_of
 from common.task_models import TaskModels
 from data.common import Report, exam_name, write_volume
 from data.dicom.studies import find_exams
+from data.rsna import prepare as rsna
 from data.rsna.prepare import (
     count_elsewhere,
     group_studies,
@@ -37,7 +38,7 @@ from data.rsna.prepare import (
     split_groups,
     write_problems,
 )
-from data.rsna.studies import Candidate, StudyFolder, identity_of, rank
+from data.rsna.studies import Candidate, Converted, StudyFolder, identity_of, rank
 from data.rsna.tables import (
     FINDINGS,
     combine_labels,
@@ -603,6 +604,18 @@ def test_an_exam_says_which_series_was_passed_over(own):
     assert any(text.startswith("axial: passed over") for text in first.warnings)
     assert not any(text.startswith(("warning", "study")) for text in first.warnings)
     assert not any(one.warnings for one in others)
+
+
+def test_a_doubt_about_the_side_is_warned_of_before_all_else(tmp_path, monkeypatch):
+    """Rows have room for a few warnings only."""
+    done = Converted(faults=["one", "two", "three", "four"], doubts=["not mirrored"])
+    monkeypatch.setattr(rsna, "read_series", lambda *_: ({}, []))
+    monkeypatch.setattr(rsna, "find_studies", lambda *_: [])
+    monkeypatch.setattr(rsna, "convert", lambda *_: done)
+    monkeypatch.setattr(rsna, "serve", lambda studies, digest, convert, *_: convert(None))
+    report = Report(collect=True)
+    rsna.serve_studies(tmp_path, tmp_path, None, report)
+    assert warnings_in(report.take(), "", "")[0] == "not mirrored"
 
 
 def test_a_row_has_the_importers_warnings():

@@ -168,6 +168,17 @@ def test_own_and_derived_labels_are_never_in_one_figure(found):
     assert "leaves out the findings" in table
 
 
+@pytest.mark.parametrize("own", [None, {"acl": {str(i) for i in range(20)}}])
+def test_figures_of_fewer_exams_are_noted(found, own):
+    """With two origins of labels, too, of which one has no labels of its own."""
+    note = "a plane's figures are of the exams that have it"
+    assert note in markdown(found[:1], own)[0]
+    whole = found[0]._replace(scores=found[0].scores | {"axial": found[0].scores["stack"]})
+    assert note not in markdown([whole], own)[0]
+    none = {"acl": {str(i) for i in range(60)}}
+    assert note in markdown(found[:1], none)[0]
+
+
 def test_the_file_of_own_labels(tmp_path):
     assert read_own_labels(tmp_path) is None
     (tmp_path / "own-labels.csv").write_text("0007,acl\n7,effusion\n12,acl\n")

@@ -3,6 +3,8 @@
 What explain.py --dicom needs to write results back beside the exam, as plain values.
 """
 
+import math
+
 import numpy as np
 
 from common.errors import InputError
@@ -17,6 +19,8 @@ STUDY = [
     "IssuerOfPatientID", "PatientBirthDate", "PatientSex",
 ]  # fmt: skip
 SOURCE = ["SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID"]
+# What was lost before us stays lost (PS3.3 C.7.6.1.1.5).
+LOSSY = ["LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod"]
 
 
 def describe(taken, choice, side):
@@ -31,26 +35,33 @@ def describe(taken, choice, side):
         {"side", "study": DICOM JSON of STUDY, "planes": {plane: as `place` returns it, and
         "frame": UID of the frame of reference, "mirrored", "sources": of each file the SOP class,
         SOP instance and series UID and the number of frames, "used": for each slice the [source,
-        frame from 1] it shows}}
+        frame from 1] it shows, "thickness" of a slice in mm or None, "lossy": as `lossy_of`}}
 
     Raises:
         InputError: NIfTI, or a file without UIDs.
     """
-    study, planes = None, {}
+    headers, planes = {}, {}
     for plane, (series, axis) in taken.items():
         if not series.frames:
             raise InputError(f"{series.file}: NIfTI belongs to no DICOM study; leave out --dicom")
         files = list(dict.fromkeys(frame.file for frame in series.frames))
+        for file in files:
+            if file not in headers:
+                headers[file] = read_tags(
+                    file, [*STUDY, *SOURCE, *LOSSY, "NumberOfFrames", "SliceThickness"]
+                )
+        ours = {file: headers[file] for file in files}
         number = {file: i for i, file in enumerate(files)}
         frames = [[number[frame.file], frame.index + 1] for frame in series.frames]
         planes[plane] = place(series, axis, choice.square, choice.field_of_view) | {
             "frame": series.frame,
             "mirrored": choice.mirrors(side),
-            "sources": [source_of(file) for file in files],
+            "sources": [source_of(file, header) for file, header in ours.items()],
             "used": frames_of(series, axis, frames),
+            "thickness": thickness(series, axis, ours[files[0]]),
+            "lossy": lossy_of(ours.values()),
         }
-        study = study or study_of(files[0])
-    return {"side": side, "study": study, "planes": planes}
+    return {"side": side, "study": study_of(headers), "planes": planes}
 
 
 def place(series, axis, square, field_of_view):
@@ -59,7 +70,7 @@ def place(series, axis, square, field_of_view):
     Returns:
         "positions": of each slice the centre of its first pixel (x, y, z); "orientation": unit
         vectors along which columns grow, then rows, 6 numbers; "spacing": between rows, between
-        columns; "thickness" of a slice. mm, LPS.
+        columns; "step" between slices. mm, LPS.
     """
     order, flips = orient(series, axis)
     steps = [series.directions[a] * series.spacing[a] for a in order]
@@ -79,8 +90,48 @@ def place(series, axis, square, field_of_view):
         "positions": (origin + middles[:, None] * steps[0]).tolist(),
         "orientation": [*(right / spacing[1]).tolist(), *(down / spacing[0]).tolist()],
         "spacing": spacing,
-        "thickness": float(slab * series.spacing[axis]),
+        "step": float(slab * series.spacing[axis]),
     }
+
+
+def thickness(series, axis, header):
+    """How thick the slices are that `slices.cut` makes, in mm; None where the source does not say.
+
+    Args:
+        header: of the series' first file.
+    """
+    of_source, slab = numbers_in(header, "SliceThickness")[:1], series.slab(axis)
+    if axis != 0:  # cut across the source's slices, each as thick as its voxels
+        return float(slab * series.spacing[axis])
+    return float((slab - 1) * series.spacing[axis] + of_source[0]) if of_source else None
+
+
+def lossy_of(headers):
+    """{attribute of LOSSY: value, or list of those of each step}, of the first of some headers that
+    tells of a compression with loss; {} where none does."""
+    for header in headers:
+        if header.get("LossyImageCompression") == "01":
+            ratios = [float(f"{ratio:.6g}") for ratio in numbers_in(header, LOSSY[1])]
+            methods = [str(method) for method in values_in(header, LOSSY[2])]
+            found = zip(LOSSY, ("01", ratios, methods), strict=True)
+            return {name: value for name, value in found if value}
+    return {}
+
+
+def values_in(header, name):
+    """An attribute's values, however many: list."""
+    if name not in header or header[name].VM == 0:
+        return []
+    return [header[name].value] if header[name].VM == 1 else list(header[name].value)
+
+
+def numbers_in(header, name):
+    """An attribute's values above 0, list of float; empty where any is no such number."""
+    try:
+        found = [float(value) for value in values_in(header, name)]
+    except (TypeError, ValueError):
+        return []
+    return found if all(0 < value < math.inf for value in found) else []
 
 
 def frames_of(series, axis, frames):
@@ -92,19 +143,34 @@ def frames_of(series, axis, frames):
     return [ordered[k * slab : (k + 1) * slab] for k in range(series.slices(axis))]
 
 
-def source_of(file):
+def source_of(file, header):
     """[SOP class UID, SOP instance UID, series UID, number of frames] of a DICOM file."""
-    header = read_tags(file, [*SOURCE, "NumberOfFrames"])
     found = [str(header.get(name) or "") for name in SOURCE]
     if not all(found):
         raise InputError(f"{file}: has no SOP class, SOP instance or series UID to refer to")
     return [*found, int(header.get("NumberOfFrames") or 1)]
 
 
-def study_of(file):
-    """Patient and study of a DICOM file, as DICOM JSON. It identifies: never print it."""
+def study_of(headers):
+    """Patient and study as DICOM JSON: as the file says that says most, and where that is silent,
+    as the others say. It identifies: never print it.
+
+    Args:
+        headers: {File: pydicom data set}, of one study and one patient.
+    """
+    told, study = [json_of(file, header, STUDY) for file, header in headers.items()], {}
+    for one in sorted(told, key=len, reverse=True):
+        study = one | study
+    return study
+
+
+def json_of(file, header, names):
+    """DICOM JSON of some attributes of a file, those that are not empty."""
+    import pydicom
+
     with reading(file):
-        return read_tags(file, STUDY).to_json_dict()
+        part = pydicom.Dataset({header[n].tag: header[n] for n in names if n in header})
+        return {tag: one for tag, one in part.to_json_dict().items() if one.get("Value")}
 
 
 def read_tags(file, names):

@@ -422,7 +422,8 @@ def serve_studies(root, out, choice, report):
     def convert_study(study):
         reader = Volumes(choice)
         done = convert(study, reader)
-        for line in done.faults + done.doubts:
+        # Rows repeat the first few: that medial and lateral may be exchanged is among them.
+        for line in done.doubts + done.faults:
             report.warn(line)
         # What nobody scanned is no fault: the stack has a regression without it.
         unusable = {p: why for p, why in done.missing.items() if p not in done.not_scanned}
