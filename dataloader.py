@@ -184,6 +184,38 @@ def parse_weight(text):
     return weight if 0 < weight <= MOST_WEIGHT else None
 
 
+def read_rows(root_dir, task, split):
+    """The CSV of one split: list of LabelRow, none with a fault.
+
+    Raises:
+        InputError: as `read_labels`.
+    """
+    root, known = Path(root_dir), tasks(root_dir)
+    if task not in known:
+        names = [f"{half}-{task}.csv" for half in SPLITS]
+        missing = " and ".join(name for name in names if not (root / name).is_file())
+        raise InputError(
+            f"{root}: no task '{task}' without {missing}; tasks here: {', '.join(known)}"
+        )
+    rows = []
+    for row in label_rows(root, task, split):
+        if row.fault:
+            raise InputError(row.fault)
+        rows.append(row)
+    labels = known_labels(rows).values()
+    if len({is_positive(label) for label in labels}) < 2:
+        raise OneClassOnly(
+            f"{root}/{split}-{task}.csv: {len(labels)} exams of one class only; training and AUC "
+            "need both 0 and 1"
+        )
+    return rows
+
+
+def known_labels(rows):
+    """{id: label} of LabelRows, without those that are unknown."""
+    return {row.exam_id: row.label for row in rows if not math.isnan(row.label)}
+
+
 def read_labels(root_dir, task, split):
     """Ids and labels of one split; exams whose label is unknown (empty) are left out.
 
@@ -195,36 +227,8 @@ def read_labels(root_dir, task, split):
         InputError: folder, task or file missing, a row that is not `id,label`, a label below 0 or
             above 1, an id twice, or one class only (from 0.5 on is positive).
     """
-    root, known = Path(root_dir), tasks(root_dir)
-    if task not in known:
-        names = [f"{half}-{task}.csv" for half in SPLITS]
-        missing = " and ".join(name for name in names if not (root / name).is_file())
-        raise InputError(
-            f"{root}: no task '{task}' without {missing}; tasks here: {', '.join(known)}"
-        )
-    labels = {}
-    for row in label_rows(root, task, split):
-        if row.fault:
-            raise InputError(row.fault)
-        if not math.isnan(row.label):
-            labels[row.exam_id] = row.label
-    if len({is_positive(label) for label in labels.values()}) < 2:
-        raise OneClassOnly(
-            f"{root}/{split}-{task}.csv: {len(labels)} exams of one class only; training and AUC "
-            "need both 0 and 1"
-        )
+    labels = known_labels(read_rows(root_dir, task, split))
     return list(labels), np.fromiter(labels.values(), np.float32, len(labels))
-
-
-def count_unknown(root_dir, task, split):
-    """Number of rows with an empty label."""
-    return sum(math.isnan(row.label) for row in label_rows(root_dir, task, split) if not row.fault)
-
-
-def read_weights(root_dir, task, split):
-    """{id: weight} of the labels that have one other than 1."""
-    rows = label_rows(root_dir, task, split)
-    return {row.exam_id: row.weight for row in rows if not row.fault and row.weight != 1}
 
 
 def is_positive(labels):
@@ -476,6 +480,7 @@ class MRDataset(Dataset):
             and target 0 where the label is unknown.
         channels: in CHANNELS, of the network's input.
         slices: (least, most) part of the slices in a training step, drawn anew for each.
+        known: {task: ids of the exams whose label is not empty, in the order of its CSV}.
         unknown: {task: number of exams whose label is empty}.
         listed: Listed, with the exams that have no volume of this plane. Folds are cut on these, so
             that they are the same in every plane.
@@ -494,10 +499,13 @@ class MRDataset(Dataset):
         self.root, self.split = Path(root_dir), "train" if train else "valid"
         self.tasks, self.plane = (task,) if isinstance(task, str) else tuple(task), plane
         self.transform, self.intensity = transform, intensity
-        known = [dict(zip(*read_labels(root_dir, t, self.split), strict=True)) for t in self.tasks]
+        tables = [read_rows(root_dir, task, self.split) for task in self.tasks]
+        known = [known_labels(table) for table in tables]
+        self.known = dict(zip(self.tasks, map(list, known), strict=True))
         self.ids = list(dict.fromkeys(itertools.chain(*known)))
         rows = [[labels.get(exam_id, UNKNOWN) for labels in known] for exam_id in self.ids]
-        self.unknown = {task: count_unknown(root_dir, task, self.split) for task in self.tasks}
+        pairs = zip(self.tasks, tables, strict=True)
+        self.unknown = {task: len(table) - len(self.known[task]) for task, table in pairs}
         self.labels = np.array(rows, np.float32)
         self.description = read_dataset(root_dir)
         groups = read_groups(root_dir, self.split)
@@ -506,11 +514,12 @@ class MRDataset(Dataset):
         self.absent = 0
         if (self.description or {}).get("may_lack_planes"):
             self.leave_out_absent()
-        trust = [read_weights(root_dir, t, self.split) for t in self.tasks]
+        trust = [{row.exam_id: row.weight for row in table} for table in tables]
         rows = [[weights.get(exam_id, 1.0) for weights in trust] for exam_id in self.ids]
         self.label_weights = np.array(rows, np.float32)
-        ratios = [class_ratio(read_labels(root_dir, t, "train")[1]) for t in self.tasks]
-        self.set_class_weights(ratios)
+        if not train:
+            known = [known_labels(read_rows(root_dir, task, "train")) for task in self.tasks]
+        self.set_class_weights([class_ratio([*labels.values()]) for labels in known])
         self.paths = [self.find(exam_id) for exam_id in self.ids]
         self.shapes = [self.read_shape(path) for path in self.paths]
         self.cached = [None] * len(self.paths)
@@ -649,7 +658,7 @@ class MRDataset(Dataset):
         if self.tasks == (task,):
             return self
         column = self.tasks.index(task)
-        subset = self.subset(self.rows_of(read_labels(self.root, task, self.split)[0]))
+        subset = self.subset(self.rows_of(self.known[task]))
         subset.tasks, subset.transform = (task,), self.transform
         subset.class_weights = {task: self.class_weights[task]}
         for name in PER_LABEL:
@@ -683,8 +692,8 @@ def check_side(path, shape, smallest, backbone):
 
 
 def class_ratio(labels):
-    """Negatives by positives, the class weight of positives; labels float32 (n,), 0 to 1."""
-    positive = float(labels.sum(dtype=np.float64))
+    """Negatives by positives, the class weight of positives; labels (n,), 0 to 1."""
+    positive = float(np.asarray(labels, np.float32).sum(dtype=np.float64))
     return (len(labels) - positive) / positive
 
 

@@ -296,6 +296,7 @@ def explain_all(exams, root, tasks, output, options):
         raise RunError(f"{failed} exams and {exams.failed} files could not be used, named above")
 
 
+@cli.unwind_on_signals()
 def run(args):
     """Explain one exam, or all of them."""
     device = pick_device(args.device)

@@ -376,6 +376,7 @@ def why_not_all(exams, counts):
     return ""
 
 
+@cli.unwind_on_signals()
 def run(args):
     """Predict, write the rows, and list what could not be used."""
     device = pick_device(args.device)

@@ -357,10 +357,36 @@ def stop_after_step():
         restore()
 
 
-def catch_signals(handler):
-    """Install `handler` for SIGINT, SIGTERM, SIGHUP; returns {number: previous handler}."""
-    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+@contextmanager
+def unwind_on_signals():
+    """Within it a SIGTERM or SIGHUP ends what runs as Ctrl-C does, and not at once, so that
+    temporary folders go with it: they may hold patients' exams. Repeated ones change nothing.
+
+    Raises:
+        Interrupted: by one of them, with the message of the KeyboardInterrupt that it became.
+    """
+    stopped_by = []
+
+    def end(number, frame):
+        if not stopped_by:
+            stopped_by.append(number)
+            raise KeyboardInterrupt
+
+    before = catch_signals(end, ("SIGTERM", "SIGHUP"))
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if stopped_by:
+            raise Interrupted(stopped_by[0], str(error)) from None
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def catch_signals(handler, names=("SIGINT", "SIGTERM", "SIGHUP")):
+    """Install `handler` for signals; returns {number: previous handler}."""
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # not on Windows
     numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in numbers}
 
@@ -408,7 +434,7 @@ def status_of(error):
         case RunError():
             return 1, f"failed: {error}"
         case Interrupted():
-            return 128 + error.number, f"interrupted. {error}"
+            return 128 + error.number, f"interrupted. {error}".strip()
         case KeyboardInterrupt():
             return 130, f"interrupted. {error}".strip()
         case torch.OutOfMemoryError():

@@ -10,6 +10,7 @@ import os
 import signal
 import tempfile
 import time
+from collections import deque
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -52,10 +53,10 @@ class RayJobs(Jobs):
     def __init__(self, threads=1, jobs_per_gpu=0, fetch=False):
         super().__init__(at_once=1, threads=threads)
         self.ray, self.fetch = connect(), fetch
-        self.running, self.sent = {}, {}  # {reference: Job}, {reference: {name: bytes}}
-        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
-        jobs_per_gpu = jobs_per_gpu if any(node.get("GPU") for node in nodes) else 0
-        self.at_once = sum(room_of(node, threads, jobs_per_gpu) for node in nodes)
+        self.running, self.sent = {}, {}  # {reference: Job}, {reference: names of its files}
+        has_gpus = any(node.get("GPU") for node in self.alive())
+        self.jobs_per_gpu = jobs_per_gpu = jobs_per_gpu if has_gpus else 0
+        self.at_once = self.room()
         if self.at_once < 1:
             raise InputError(
                 f"no machine of the Ray cluster has room for a network of {threads} cores; give "
@@ -67,13 +68,22 @@ class RayJobs(Jobs):
         self.remote = self.ray.remote(**options)(run_on_node)
         self.flag = self.ray.remote(num_cpus=0, max_restarts=-1)(StopFlag).remote()
 
+    def alive(self):
+        """Resources of the nodes that are there now: list of {name: float}."""
+        return [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+
+    def room(self):
+        """How many jobs these nodes have room for."""
+        return sum(room_of(node, self.threads, self.jobs_per_gpu) for node in self.alive())
+
     def results(self, jobs):
-        """Hand all jobs to Ray, and yield the Done of each, or None, as it ends."""
-        for job in jobs:
-            sent = read_files(models_dir_of(job), job.files) if self.fetch else None
-            reference = self.remote.remote(job, self.threads, os.getcwd(), self.flag, sent)
-            self.running[reference], self.sent[reference] = job, sent
-        while self.running:
+        """Hand jobs to Ray, and yield the Done of each, or None, as it ends. With `fetch` some of
+        those that wait are kept back: Ray holds the files of all that it has."""
+        waiting = deque(jobs)
+        while waiting or self.running:
+            most = max(1, 2 * self.room()) if self.fetch else math.inf
+            while waiting and len(self.running) < most:
+                self.submit(waiting.popleft())
             ended, _ = self.ray.wait(list(self.running), timeout=POLL_SECONDS)
             for reference in ended:
                 job, sent = self.running[reference], self.sent.pop(reference)
@@ -85,6 +95,14 @@ class RayJobs(Jobs):
                     done = Done(job, NEVER_ENDED, None, None, 0)
                 del self.running[reference]
                 yield done
+            if self.stopped_by:
+                waiting.clear()
+
+    def submit(self, job):
+        """Hand a job to Ray, with `fetch` and its files as they are now."""
+        sent = read_files(models_dir_of(job), job.files) if self.fetch else None
+        reference = self.remote.remote(job, self.threads, os.getcwd(), self.flag, sent)
+        self.running[reference], self.sent[reference] = job, set(sent or ())
 
     def stop(self, number, frame=None):
         self.stopped_by = number
@@ -196,7 +214,7 @@ def take_back(job, sent, files):
     """Put a job's files into its --models-dir.
 
     Args:
-        sent: {name: bytes} that it began with; what it has removed is removed. None: shared.
+        sent: names of those that it began with; what it has removed is removed.
         files: {name: bytes} of those that it wrote, and its LOG; {} if it never began.
     """
     if LOG not in files:
@@ -205,7 +223,7 @@ def take_back(job, sent, files):
     folder = models_dir_of(job)
     for name, content in files.items():
         write_bytes(folder / name, content)
-    for name in sent.keys() - files.keys():
+    for name in sent - files.keys():
         (folder / name).unlink(missing_ok=True)
 
 
@@ -221,23 +239,34 @@ def run_on_node(job, threads, folder, flag, sent=None):
     os.chdir(folder)
     if sent is None:
         return run_here(job, threads, flag), {}
-    shared = job.arguments[job.arguments.index("--models-dir") + 1]
     with tempfile.TemporaryDirectory(prefix="mrnet-job-") as own:
         for name, content in sent.items():
             write_bytes(Path(own) / name, content)
-        words = [own + word[len(shared) :] if is_below(word, shared) else word
-                 for word in job.arguments]  # fmt: skip
-        if "--logs-dir" in words:
-            words[words.index("--logs-dir") + 1] = str(Path(own) / "logs")
-        here = job._replace(arguments=tuple(words), log=Path(own) / LOG)
+        words = with_own_folder(job.arguments, own, sent)
+        here = job._replace(arguments=words, log=Path(own) / LOG)
         done = run_here(here, threads, flag)
         if done is None:
             return None, {}
         return done._replace(job=job), read_files(Path(own), (*job.files, LOG))
 
 
-def is_below(word, folder):
-    return word == folder or word.startswith(f"{folder}/")
+def with_own_folder(arguments, own, names):
+    """A job's arguments with `own` as --models-dir, its logs and a recipe of its files within. What
+    else lies in the shared folder, such as the data, stays there.
+
+    Args:
+        names: of its files, relative to the folder.
+    """
+    words = list(arguments)
+    places = {word: place + 1 for place, word in enumerate(words)}  # of the options' values
+    shared, words[places["--models-dir"]] = words[places["--models-dir"]], own
+    if "--logs-dir" in places:
+        words[places["--logs-dir"]] = f"{own}/logs"
+    if "--recipe" in places:
+        recipe = words[places["--recipe"]].removeprefix(f"{shared}/")
+        if recipe in names:
+            words[places["--recipe"]] = f"{own}/{recipe}"
+    return tuple(words)
 
 
 def run_here(job, threads, flag):

@@ -7,12 +7,19 @@ from pathlib import Path
 import psutil
 
 
-def usable_cores():
-    """Cores that this process may run on: fewer than the machine's under taskset, SLURM or a
-    container's cpuset."""
+def usable_cores(root=Path("/")):
+    """Cores that this process may use: fewer than the machine's under taskset, SLURM, a container's
+    cpuset or its quota of processor time, which is rounded up.
+
+    Args:
+        root: folder that holds proc and sys.
+    """
     if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    quotas = (cgroup_cores(*group) for group in control_groups("cpu", root))
+    return min([cores, *quotas])
 
 
 def available_memory(root=Path("/")):
@@ -22,25 +29,50 @@ def available_memory(root=Path("/")):
         root: folder that holds proc and sys.
     """
     room = psutil.virtual_memory().available
+    for folder, version in control_groups("memory", root):
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        if version == 2:
+            names = ("memory.max", "memory.current", "inactive_file")
+        room = min(room, cgroup_room(folder, *names))
+    return max(room, 0)
+
+
+def control_groups(controller, root):
+    """This process's control groups and all groups above, whose limits count too: yields the folder
+    of each, and 1 or 2, its version of Linux's control groups. None on other systems.
+
+    Args:
+        controller: of version 1, "cpu" or "memory"; version 2 has one hierarchy for all.
+        root: folder that holds proc and sys.
+    """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return room
+        return
     groups = {}
-    for line in lines:  # "0::/path" is cgroup version 2, "9:memory:/path" version 1
+    for line in lines:  # "0::/path" is version 2, "9:memory:/path" version 1
         _, controllers, path = line.split(":", 2)
-        if controllers == "" or "memory" in controllers.split(","):
-            groups["memory" if controllers else ""] = path.strip("/")
-    for controller, path in groups.items():
-        top = root / "sys/fs/cgroup" / controller
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        if not controller:
-            names = ("memory.max", "memory.current", "inactive_file")
-        # The limits of all groups above count too; within a container the path may not exist.
-        for folder in [top / path, *(top / path).parents]:
+        if controllers == "" or controller in controllers.split(","):
+            groups[controller if controllers else ""] = path.strip("/")
+    for name, path in groups.items():
+        top = root / "sys/fs/cgroup" / name
+        for folder in [top / path, *(top / path).parents]:  # within a container some do not exist
             if folder.is_relative_to(top):
-                room = min(room, cgroup_room(folder, *names))
-    return max(room, 0)
+                yield folder, 1 if name else 2
+
+
+def cgroup_cores(folder, version):
+    """Cores that the quota of the control group at `folder` amounts to, rounded up; infinite
+    without a quota."""
+    try:
+        if version == 2:
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            names = "cpu.cfs_quota_us", "cpu.cfs_period_us"
+            quota, period = ((folder / name).read_text().strip() for name in names)
+        return math.inf if quota in ("max", "-1") else max(1, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError, ZeroDivisionError):
+        return math.inf
 
 
 def cgroup_room(folder, limit, usage, reclaimable):

@@ -15,6 +15,7 @@ from scipy.stats import binom
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import affine
 
+import dataloader
 from common.description import MRNET, read_dataset
 from common.errors import InputError
 from dataloader import (
@@ -516,3 +517,22 @@ def test_exams_subsets_and_fingerprints(exams):
     progress = []
     whole.cache("cpu", progress=lambda paths: progress.append(len(paths)) or paths)
     assert progress == [12] and whole.subset([5, 3]).fingerprint() == wanted
+
+
+@pytest.mark.parametrize("train, reads", [(True, 2), (False, 4)])
+def test_labels_are_those_of_the_start(exams, monkeypatch, train, reads):
+    """Each CSV is read once; one that is edited meanwhile changes no finding's exams."""
+    for half in ("train", "valid"):
+        text = (exams / f"{half}-acl.csv").read_text()
+        (exams / f"{half}-some.csv").write_text(text.replace("4,0\n", "4,\n"))  # 4 and 14
+    calls, real = [], dataloader.label_rows
+    monkeypatch.setattr(dataloader, "label_rows", lambda *of: calls.append(of) or real(*of))
+    both = MRDataset(exams, ["acl", "some"], "axial", train)
+    assert len(calls) == len(set(calls)) == reads
+    assert both.unknown == {"acl": 0, "some": 1} and len(both.known["some"]) == len(both) - 1
+    before = both.finding("some")
+    alone = MRDataset(exams, "some", "axial", train)
+    assert before.ids == alone.ids and before.fingerprint() == alone.fingerprint()
+    path = exams / f"{both.split}-some.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[2:]))
+    assert both.finding("some").fingerprint() == before.fingerprint()

@@ -234,6 +234,35 @@ def test_a_signal_saves_the_step_where_nobody_reads_the_output(work, number, sta
     assert state["epoch"] >= 1 and len(state["history"]) == state["epoch"]
 
 
+@pytest.mark.parametrize(
+    "script, number", [("predict", signal.SIGTERM), ("explain", signal.SIGHUP)]
+)
+@pytest.mark.usefixtures("signals_heard")
+@pytest.mark.whole
+def test_a_signal_leaves_no_converted_exams_of_patients(tmp_path, script, number):
+    code = f"""
+import os, sys, tempfile, time
+from contextlib import contextmanager
+import {script} as script
+from common import cli
+
+@contextmanager
+def exams(*args):
+    with tempfile.TemporaryDirectory(dir={str(tmp_path)!r}) as folder:
+        open(folder + "/0001.npy", "w")
+        os.kill(os.getpid(), {int(number)})
+        time.sleep(60)
+        yield
+
+script.open_fit_exams, script.load_tasks = exams, lambda *args: []
+sys.argv = ["{script}.py", "scans"]
+cli.exit_with_status(lambda: script.run(script.parse_arguments()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 128 + number and done.stderr.startswith(f"{script}.py: interrupted.")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("signals_heard")
 def test_reproduce_passes_a_signal_on_and_repeats_nothing(work):

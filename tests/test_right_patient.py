@@ -685,6 +685,28 @@ def test_12_memory_is_that_of_the_container(tmp_path, version):
     assert machine.available_memory(tmp_path / "nowhere") > 300_000_000
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_12_cores_are_those_of_the_containers_quota(tmp_path, monkeypatch, version):
+    """Half a core more than one is two; the group above has none, its own the least."""
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert machine.usable_cores(tmp_path) == 8
+    (tmp_path / "proc/self").mkdir(parents=True)
+    line, folder = ("0::/a/b\n", "sys/fs/cgroup") if version == 2 else (
+        "9:memory:/x\n4:cpu,cpuacct:/a/b\n", "sys/fs/cgroup/cpu")  # fmt: skip
+    (tmp_path / "proc/self/cgroup").write_text(line)
+    for place, quota in ((".", None), ("a", 400_000), ("a/b", 150_000)):
+        group = tmp_path / folder / place
+        group.mkdir(parents=True, exist_ok=True)
+        if version == 2:
+            (group / "cpu.max").write_text(f"{quota or 'max'} 100000\n")
+        else:
+            (group / "cpu.cfs_quota_us").write_text(f"{quota or -1}\n")
+            (group / "cpu.cfs_period_us").write_text("100000\n")
+    assert machine.usable_cores(tmp_path) == 2
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: {5}, raising=False)
+    assert machine.usable_cores(tmp_path) == 1
+
+
 def test_12_jobs_are_as_many_as_the_container_has_room_for(monkeypatch):
     monkeypatch.setattr(jobs, "usable_cores", lambda: 8)
     for room, wanted in ((1.5e9, 1), (7e9, 3), (1e12, 8)):

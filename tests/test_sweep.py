@@ -222,7 +222,9 @@ def test_nothing_is_repeated(swept):
     content = json.loads(before)
     del content["networks"]["axial 2"]
     path.write_text(json.dumps(content))
+    (work / "models" / "acl-axial-fold1of2.pt").touch()  # killed before it was deleted
     done = run_sweep(work)
+    assert not list((work / "models").glob("*.pt"))
     assert "1/1  faster, axial, seed 0, fold 2" in done.stdout, done.stderr
     again = json.loads(path.read_text())["networks"]["axial 2"]
     assert again["logits"] == json.loads(before)["networks"]["axial 2"]["logits"]

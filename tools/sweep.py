@@ -16,7 +16,7 @@ the network that was not trained on it and whose epoch other exams selected. Sta
 interruption: nothing finished is repeated.
 
 Writes benchmarks/SWEEP/NAME.json for each recipe, with the whole configuration and for each
-network its out-of-fold logits, time (null where the sweep was killed in between), memory, epoch,
+network its out-of-fold logits, time (null where the sweep was killed or its machine lost), memory, epoch,
 commit and versions; networks are deleted when they have predicted (`--keep-models`). Then it prints
 tools/sweep_table.py's table.
 """
@@ -340,6 +340,8 @@ def run_rounds(sweep, setting, runner, drop, about):
     """
     results = {recipe: Results(setting.out, sweep, recipe) for recipe in sweep.recipes}
     write_about(sweep, setting, any(one.networks for one in results.values()))
+    if not setting.keep_models:
+        delete_predicted(sweep, setting.models_dir, results)
     dropped = dropped_recipes(setting.out) if drop else set()  # by an earlier run
     torch.set_num_threads(1)  # the jobs have the cores; waiting threads would slow them tenfold
     provenance = {
@@ -357,6 +359,14 @@ def run_rounds(sweep, setting, runner, drop, about):
         if drop:
             dropped = dropped_recipes(setting.out)
             print(f"dropped    {', '.join(sorted(dropped)) or 'none'}", flush=True)
+
+
+def delete_predicted(sweep, models_dir, results):
+    """Delete the models of networks that have predicted: a sweep was killed before it could."""
+    for network in sweep.networks():
+        if results[network.recipe].get(network) is not None:
+            for path in sweep.files(models_dir, network)[0]:
+                path.unlink(missing_ok=True)
 
 
 def train_networks(sweep, networks, setting, runner, results, provenance):
