@@ -9,12 +9,9 @@ augmentation); Stanford's released loader (intensities), Bien et al., PLOS Medic
 """
 
 import copy
-import csv
-import errno
 import hashlib
 import itertools
 import math
-import re
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,89 +22,16 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from common.description import read_dataset
-from common.errors import InputError, one_line
-from model import SMALLEST_SIDE
+from common.labels import UNKNOWN, OneClassOnly, is_positive, known_labels, read_groups, read_rows
+from common.volumes import check_side, open_volume, read_volume, volume_path
 
-PLANES = ("axial", "coronal", "sagittal")  # MRNet's; of which contrast, tells dataset.json
-SEQUENCES = ("t1", "t2", "pd", "stir", "gre", "dess")  # of further series, as in "sagittal-t1"
-# Every name of a plane's folder, in the order in which planes are joined and printed.
-ALL_PLANES = (*PLANES, *(f"{plane}-{name}" for plane in PLANES for name in SEQUENCES))
-SPLITS = ("train", "valid")
 MEAN, STD = 58.09, 49.73  # grey levels of MRNet's volumes; Stanford's released loader
 CHANNELS = ("grey", "neighbours")  # of the network's input
-UNKNOWN = float("nan")  # label of an exam that nobody has read for this finding
-MOST_WEIGHT = 1000.0  # of one label
 PER_LABEL = ("labels", "label_weights", "targets", "weights")  # arrays (n, tasks) of MRDataset
 MAX_ROTATION = 25.0  # degrees; the article
 MAX_SHIFT = 25 / 256  # of the side: the article's 25 px of 256, and as much at other sizes
 FLIP = 0.5  # probability; the article
 INTENSITIES = ("standardized", "raw")
-GROUPS = "groups"  # <split>-groups.csv holds no labels
-
-
-class OneClassOnly(InputError):
-    """A task whose exams are all positive, or all negative, or none."""
-
-
-HOW_TO_GET_DATA = (
-    "MRNet: register at https://stanfordmlgroup.github.io/competitions/mrnet and unzip it into "
-    "data/; or make synthetic knees with `python data/phantom/prepare.py` and give "
-    "data/phantom as the data folder"
-)
-
-
-def in_order(planes):
-    """Names of planes in the order of ALL_PLANES, each once: list; others are left out."""
-    return [plane for plane in ALL_PLANES if plane in planes]
-
-
-def planes_of(root_dir):
-    """MRNet's planes, and every further one that has a folder in a split of `root_dir`: list."""
-    root = Path(root_dir)
-    return [p for p in ALL_PLANES if p in PLANES or any((root / s / p).is_dir() for s in SPLITS)]
-
-
-def view_of(plane):
-    """The plane of PLANES that a plane's slices lie in: "sagittal" for "sagittal-t1"."""
-    return plane.partition("-")[0]
-
-
-def tasks(root_dir):
-    """Names with both train-<task>.csv and valid-<task>.csv in `root_dir`, sorted.
-
-    Raises:
-        InputError: no such folder, or no task in it, with how to get data.
-    """
-    root = Path(root_dir)
-    if not root.is_dir():
-        raise InputError(f"{root}: no such data folder. {HOW_TO_GET_DATA}")
-    names = {p.name[len("train-") : -len(".csv")] for p in root.glob("train-*.csv")} - {GROUPS}
-    names = sorted(name for name in names if (root / f"valid-{name}.csv").is_file())
-    if not names:
-        raise InputError(f"{root}: no train-<task>.csv with a valid-<task>.csv. {HOW_TO_GET_DATA}")
-    return names
-
-
-def trainable(root_dir):
-    """The tasks that have labels of both classes in both splits, and why the others have not.
-
-    Returns:
-        list of names, sorted, and {name: one line}.
-
-    Raises:
-        InputError: as `tasks`, a CSV is faulty, or no task can be trained.
-    """
-    found, why = [], {}
-    for task in tasks(root_dir):
-        try:
-            for split in SPLITS:
-                read_labels(root_dir, task, split)
-            found.append(task)
-        except OneClassOnly as error:  # any other fault is one of the files
-            why[task] = str(error)
-    if not found:
-        raise InputError(next(iter(why.values())))
-    return found, why
 
 
 class Listed(NamedTuple):
@@ -116,212 +40,6 @@ class Listed(NamedTuple):
     ids: list
     labels: np.ndarray  # float32 (n, tasks)
     groups: list
-
-
-class LabelRow(NamedTuple):
-    """A row of a CSV of labels, `id,label` or `id,label,weight`; a faulty one has a fault only."""
-
-    exam_id: str | None = None  # without leading zeros
-    label: float | None = None  # 0 to 1, or UNKNOWN where it is empty
-    weight: float = 1.0  # of its loss: how far the label is trusted
-    fault: str | None = None  # what is wrong and how to fix it, one line
-
-
-def label_rows(root_dir, task, split):
-    """Read the CSV of one split row by row: yields a LabelRow for each."""
-    path = Path(root_dir) / f"{split}-{task}.csv"
-    seen = set()
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            for number, row in enumerate(csv.reader(file), start=1):
-                if not row:
-                    continue
-                where = f"{path}, line {number}"
-                fault, weight = None, 1.0
-                if len(row) not in (2, 3) or not re.fullmatch(
-                    r"\s*[0-9]{1,12}\s*", row[0], re.ASCII
-                ):
-                    yield LabelRow(fault=f"{where}: expected `id,label` with a whole-number id")
-                    continue
-                exam_id, label = row[0].strip().lstrip("0") or "0", parse_label(row[1])
-                if len(row) == 3:
-                    weight = parse_weight(row[2])
-                if label is None:
-                    fault = f"label {row[1]!r:.40} is not from 0 to 1, or empty"
-                elif weight is None:
-                    fault = f"weight {row[2]!r:.40} is not a number above 0, at most {MOST_WEIGHT}"
-                elif exam_id in seen:
-                    fault = f"id {exam_id} is listed twice; keep one row"
-                yield (
-                    LabelRow(fault=f"{where}: {fault}")
-                    if fault
-                    else LabelRow(exam_id, label, weight)
-                )
-                seen.add(exam_id)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = one_line(error)
-        yield LabelRow(
-            fault=f"{path}: cannot be read as a CSV of `id,label` ({reason}); create it again"
-        )
-
-
-def parse_label(text):
-    """A label's text as float: 0 (negative) to 1 (positive), UNKNOWN if empty, None if neither."""
-    text = text.strip()
-    if not text:
-        return UNKNOWN
-    if not re.fullmatch(r"[01]|[01]?\.[0-9]+", text, re.ASCII) or float(text) > 1:
-        return None
-    return float(text)
-
-
-def parse_weight(text):
-    """A label's weight as float, above 0 and at most MOST_WEIGHT; None if it is neither."""
-    try:
-        weight = float(text)
-    except ValueError:
-        return None
-    return weight if 0 < weight <= MOST_WEIGHT else None
-
-
-def read_rows(root_dir, task, split):
-    """The CSV of one split: list of LabelRow, none with a fault.
-
-    Raises:
-        InputError: as `read_labels`.
-    """
-    root, known = Path(root_dir), tasks(root_dir)
-    if task not in known:
-        names = [f"{half}-{task}.csv" for half in SPLITS]
-        missing = " and ".join(name for name in names if not (root / name).is_file())
-        raise InputError(
-            f"{root}: no task '{task}' without {missing}; tasks here: {', '.join(known)}"
-        )
-    rows = []
-    for row in label_rows(root, task, split):
-        if row.fault:
-            raise InputError(row.fault)
-        rows.append(row)
-    labels = known_labels(rows).values()
-    if len({is_positive(label) for label in labels}) < 2:
-        raise OneClassOnly(
-            f"{root}/{split}-{task}.csv: {len(labels)} exams of one class only; training and AUC "
-            "need both 0 and 1"
-        )
-    return rows
-
-
-def known_labels(rows):
-    """{id: label} of LabelRows, without those that are unknown."""
-    return {row.exam_id: row.label for row in rows if not math.isnan(row.label)}
-
-
-def read_labels(root_dir, task, split):
-    """Ids and labels of one split; exams whose label is unknown (empty) are left out.
-
-    Returns:
-        ids: list of str without leading zeros, in the order of the file.
-        labels: float32 (n,), 0 to 1.
-
-    Raises:
-        InputError: folder, task or file missing, a row that is not `id,label`, a label below 0 or
-            above 1, an id twice, or one class only (from 0.5 on is positive).
-    """
-    labels = known_labels(read_rows(root_dir, task, split))
-    return list(labels), np.fromiter(labels.values(), np.float32, len(labels))
-
-
-def is_positive(labels):
-    """Whether labels 0 to 1 count as positive where there are two classes only: from 0.5 on."""
-    return labels >= 0.5
-
-
-def read_groups(root_dir, split):
-    """{id without leading zeros: group} of <split>-groups.csv, rows of id, group; {} without it.
-
-    Exams of one group (a patient, a scanner) are never split between training and testing.
-
-    Raises:
-        InputError: a row that is not `id,group`, or an id twice.
-    """
-    path, groups = Path(root_dir) / f"{split}-{GROUPS}.csv", {}
-    if not path.exists():
-        return groups
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            for number, row in enumerate(csv.reader(file), start=1):
-                if row and (len(row) != 2 or not row[0].strip().isdecimal() or not row[1].strip()):
-                    raise InputError(f"{path}, line {number}: expected `id,group`")
-                exam_id = row[0].strip().lstrip("0") or "0" if row else None
-                if exam_id in groups:
-                    raise InputError(f"{path}, line {number}: id {exam_id} is listed twice")
-                if row:
-                    groups[exam_id] = row[1].strip()
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read ({one_line(error)}); create it again") from None
-    return groups
-
-
-def volume_path(root_dir, split, plane, exam_id):
-    """Where an exam's volume lies: ids have no leading zeros in the CSV, files have four digits."""
-    return Path(root_dir) / split / plane / f"{int(exam_id):04d}.npy"
-
-
-def open_volume(path):
-    """Memory-map one volume and check its header. Never unpickles.
-
-    Returns:
-        read-only array (s, H, W), usually uint8.
-
-    Raises:
-        InputError: missing, truncated, pickled or not a .npy, not three-dimensional, empty, or
-            smaller than 63 px.
-    """
-    try:
-        volume = np.lib.format.open_memmap(path, mode="r")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such volume; add it, or remove its id from the CSV") from None
-    except Exception as error:  # numpy's header parser raises many kinds
-        if getattr(error, "errno", None) == errno.ENOMEM:
-            raise MemoryError(str(path)) from None  # the file is not to blame
-        empty = Path(path).is_file() and Path(path).stat().st_size == 0
-        reason = "it is empty" if empty else one_line(error)
-        raise InputError(
-            f"{path}: not a whole, plain .npy array ({reason}); copy or convert it again"
-        ) from None
-    if volume.ndim != 3:
-        raise InputError(f"{path}: {volume.ndim} dimensions {volume.shape}; expected (s, H, W)")
-    if volume.shape[0] == 0:
-        raise InputError(f"{path}: no slices; convert the exam again or leave it out of the CSV")
-    if min(volume.shape[1:]) < SMALLEST_SIDE:
-        raise InputError(
-            f"{path}: slices of {volume.shape[1]} x {volume.shape[2]} px; "
-            f"AlexNet needs at least {SMALLEST_SIDE} px, resize them"
-        )
-    if volume.dtype.kind not in "uif":
-        raise InputError(f"{path}: holds {volume.dtype}, expected uint8 grey levels 0 to 255")
-    return volume
-
-
-def read_volume(path):
-    """One volume from disk: uint8 array (s, H, W).
-
-    Raises:
-        InputError: as `open_volume`, or values that are not whole numbers from 0 to 255.
-    """
-    try:
-        volume = np.array(open_volume(path), order="C")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if volume.dtype != np.uint8:
-        grey = np.nan_to_num(volume, nan=-1.0, posinf=-1.0, neginf=-1.0)
-        if not ((grey >= 0) & (grey <= 255) & (grey == np.round(grey))).all():
-            raise InputError(
-                f"{path}: {volume.dtype} values from {volume.min()} to {volume.max()}; "
-                "rescale them to whole grey levels 0 to 255 (uint8)"
-            )
-        volume = volume.astype(np.uint8)
-    return volume
 
 
 def rescale(volume, intensity):
@@ -675,20 +393,6 @@ class MRDataset(Dataset):
         if (self.label_weights != 1).any():
             text += "".join(f"{label_text(weights)}\n" for weights in self.label_weights)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def check_side(path, shape, smallest, backbone):
-    """Raise InputError where a volume's slices are smaller than a backbone needs.
-
-    Args:
-        shape: (s, H, W) of the volume at `path`.
-        smallest: px.
-    """
-    if min(shape[1:]) < smallest:
-        raise InputError(
-            f"{path}: slices of {shape[1]} x {shape[2]} px; {backbone} needs at least {smallest} "
-            "px, resize them or take another --backbone"
-        )
 
 
 def class_ratio(labels):

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from common import cli
 from common.answering import Options, load_tasks, model_of, open_fit_exams
+from common.description import describe_datasets
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, printable
 from common.exams import FolderExams
@@ -171,7 +172,7 @@ def explain_one(exam, tasks, output, options):
     check_overwrite((page, *pictures), exam, output.overwrite)
     for finding in shown:
         print(headline(exam, finding))
-        for dataset in cli.describe_datasets(finding.models.datasets):
+        for dataset in describe_datasets(finding.models.datasets):
             print(f"trained on {dataset}")
     make_folder(output.folder)
     write_text(page, make_page(exam, shown))

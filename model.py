@@ -27,7 +27,6 @@ from torch.utils.checkpoint import checkpoint
 
 POOLINGS = ("max", "mean", "attention")
 ATTENTION_SIZE = 128  # hidden units of the gated attention; Ilse et al. 2018
-SMALLEST_SIDE = 63  # px; below it AlexNet's third pooling has nothing left to pool
 # Values that a training step keeps at once for backward, 3.6 GB in fp32; beyond it slices go
 # through the backbone in chunks and backward computes each chunk again: 61 slices fit in 8 GB.
 # On a GPU, a quarter of its memory.

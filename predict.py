@@ -40,16 +40,17 @@ from common import cli, engine
 from common.answering import Options, load_tasks, model_of, open_fit_exams
 from common.archive import alone_with_rows, parts_left, predict_in_parts, unwritable
 from common.cluster import Machines
+from common.description import describe_dataset, describe_datasets
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, one_line, printable
 from common.exams import check_there, read_planes
 from common.files import atomic, csv_line, from_cell
 from common.machine import usable_cores
 from common.parts import beside, check_names, part_argument, write_part
+from common.planes import PLANES, in_order
 from common.stacking import DIGITS, decide
 from common.submission import JOINT, refreshed, sample_for, submit
 from common.task_models import saved_tasks
-from dataloader import PLANES, in_order
 
 BEFORE = ("exam", "source", "task")  # columns, then one for each plane
 AFTER = (JOINT, "stack", "threshold", "decision", "planes", "missing")
@@ -182,7 +183,7 @@ def make_row(exam, models, answer, options):
     notes += exam.warnings
     row["note"] = printable("; ".join(notes)) or None
     row["error"] = describe_unusable(unusable)
-    row["trained_on"] = "; ".join(cli.describe_dataset(found) for found in models.datasets) or None
+    row["trained_on"] = "; ".join(describe_dataset(found) for found in models.datasets) or None
     return row
 
 
@@ -464,7 +465,7 @@ def summary_line(counts, seconds):
 
 def print_models(models):
     """Print what the networks were trained on and how the threshold was chosen."""
-    for dataset in cli.describe_datasets(models.datasets):
+    for dataset in describe_datasets(models.datasets):
         print(f"{models.task:<10} trained on {dataset}")
     if models.stack:
         threshold = models.stack["thresholds"]

@@ -48,6 +48,7 @@ from common.datasets import all_tasks, load_exams
 from common.devices import CACHES, cache_volumes, pick_device, pick_precision
 from common.errors import Interrupted, RunError
 from common.graphs import GraphedStep, use_graphs
+from common.labels import is_positive
 from common.logs import Epoch, TrainingLog, heads_of_epochs, history_of, new_log_dir
 from common.metrics import auc_interval
 from common.names import ARTICLE, column_name, folds_path, model_path, state_path
@@ -60,10 +61,11 @@ from common.optimization import (
     make_scheduler,
     steps_with_optimizer,
 )
+from common.planes import PLANES, in_order
 from common.splits import PROTOCOLS, fingerprints_of, numbered, plan_splits, write_folds
 from common.train_state import SELECTIONS, TrainState, is_finished, restore_state
 from common.weights import imagenet_features
-from dataloader import CHANNELS, INTENSITIES, PLANES, grey_levels, in_order, is_positive
+from dataloader import CHANNELS, INTENSITIES, grey_levels
 from model import BACKBONES, POOLINGS
 
 
@@ -105,8 +107,7 @@ def parse_arguments():
     add("--plane-dropout", type=cli.probability, help=drop)
 
     add = parser.add_argument_group("recipe").add_argument
-    recipe = "article: as published; best: better and faster; fast: for a first answer; phantom, "
-    recipe += "rsna: for these; or a TOML file"
+    recipe = "article: as published; best: better; fast: a first answer; phantom, rsna; or a file"
     add("--recipe", default=ARTICLE, metavar="NAME|FILE", help=recipe)
     most = "at most; early stopping ends most runs sooner. cosine and one-cycle plan for them"
     add("--epochs", type=cli.positive_int, help=most)

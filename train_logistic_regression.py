@@ -38,22 +38,18 @@ from tabulate import tabulate
 
 from common import cli, engine
 from common.config import SELECTED, selection_of
-from common.datasets import all_tasks
+from common.datasets import all_tasks, exams_of_any, labelled_sets
 from common.description import read_own_labels
 from common.devices import pick_device, pick_precision
 from common.errors import InputError
 from common.figures import reliability_figure, roc_figure
 from common.files import atomic, write_csv, write_text
+from common.labels import is_positive
 from common.logs import open_writer
 from common.metrics import answered, auc_difference, operating_point, roc_auc, summary
 from common.names import PREDICTIONS, RESULTS, column_name, stack_name, stack_path, start_of_results
-from common.predictions import (
-    BaseModels,
-    check_base_models,
-    exams_of_any,
-    load_exams,
-    predict_columns,
-)
+from common.planes import SPLITS, in_order, planes_of
+from common.predictions import BaseModels, check_base_models, predict_columns
 from common.stacking import (
     DIGITS,
     FEATURES,
@@ -69,7 +65,6 @@ from common.stacking import (
     save_stack,
     threshold_for,
 )
-from dataloader import SPLITS, in_order, is_positive, planes_of
 
 STAR = "*"  # beside each threshold: explained below the table
 GAIN = "stack against best plane"
@@ -481,7 +476,7 @@ def run(args):
         BaseModels(args.models_dir, task, columns, args.folds, args.repeat, args.seed)
         for task in tasks
     ]
-    sets = {one.task: load_exams(args.data_dir, one.task, wanted) for one in findings}
+    sets = {one.task: labelled_sets(args.data_dir, one.task, wanted) for one in findings}
     exams = {task: exams_of_any(found, args.data_dir, task) for task, found in sets.items()}
     for one in findings:
         check_base_models(one, args.data_dir)

@@ -10,8 +10,9 @@ import math
 
 import torch
 
+from common.planes import view_of
 from data.common import ORIENTATION
-from dataloader import Augmentation, view_of
+from dataloader import Augmentation
 
 AUGMENTATIONS = ("article", "anatomical", "strong", "none")
 SLICES_OF_STRONG = 0.6  # least part of the slices in a step

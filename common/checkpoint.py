@@ -22,7 +22,8 @@ from common.description import is_dataset
 from common.errors import InputError, is_out_of_memory, one_line
 from common.files import held, remove_leftovers, write_bytes
 from common.names import column_name, state_path
-from dataloader import ALL_PLANES, CHANNELS, INTENSITIES
+from common.planes import ALL_PLANES
+from dataloader import CHANNELS, INTENSITIES
 from model import POOLINGS, MRNet, MultiPlaneMRNet
 
 FORMAT = "mrnet-model-3"

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from common import ranks
 from common.config import ARTICLE
 from common.devices import PRECISIONS, device_name
-from common.errors import InputError, Interrupted, RunError, is_out_of_memory, one_line, printable
+from common.errors import InputError, Interrupted, RunError, is_out_of_memory, printable
+from common.planes import ALL_PLANES, PLANES, SEQUENCES
 from common.provenance import git_sha, versions
-from dataloader import ALL_PLANES, PLANES, SEQUENCES, is_positive
 
 # --- arguments ------------------------------------------------------------------------------------
 
@@ -246,50 +246,6 @@ def print_recipe(config):
     """Print what a Config has that the article's recipe has not."""
     found = " ".join(f"{name}={value}" for name, value in config.differences.items())
     print(f"recipe     {config.recipe}" + (f"; beyond the article: {found}" if found else ""))
-
-
-def describe_dataset(dataset):
-    """A data set in a few words; `dataset` as `description.read_dataset` returns it, or None."""
-    if dataset is None:
-        return "not described (no dataset.json)"
-    words = one_line(f"{dataset['name']}, version {dataset['version']}")
-    return words + (", SYNTHETIC exams" if dataset["synthetic"] else "")
-
-
-def describe_datasets(datasets):
-    """Each in a few words, [str]; networks without any have one that is not described."""
-    return [describe_dataset(dataset) for dataset in datasets or [None]]
-
-
-def print_exams(train_set, valid_set):
-    """Print what two MRDatasets hold, and a warning if they share exams or patients."""
-    for exams in (train_set, valid_set):
-        slices = exams.slice_counts
-        counts = [int(is_positive(column).sum()) for column in exams.labels.T]
-        positive = f"{counts[0]} positive"
-        if len(counts) > 1:
-            named = zip(exams.tasks, counts, strict=True)
-            positive = ", ".join(f"{count} positive of {task}" for task, count in named)
-        print(
-            f"{exams.split:<10} {len(exams)} exams, {positive}, "
-            f"{min(slices)} to {max(slices)} slices"
-        )
-        if exams.absent:
-            print(f"{exams.split:<10} {exams.absent} exams more lack this plane and are left out")
-        for task, count in exams.unknown.items():
-            if count:
-                print(f"{exams.split:<10} {count} exams without a label of {task}")
-    for what in ("ids", "groups"):
-        if both := set(getattr(train_set, what)) & set(getattr(valid_set, what)):
-            print(
-                f"WARNING    {len(both)} {what} are in both splits; if they are the same exams or "
-                "patients, no validation figure means anything: "
-                f"python -m tools.check {train_set.root} lists them"
-            )
-    print(f"data set   {describe_dataset(train_set.description)}")
-    for task, pair in train_set.class_weights.items():
-        of = f" of {task}" if len(train_set.tasks) > 1 else ""
-        print("class weights  negative {:g}, positive {:.3f}".format(*pair) + of)
 
 
 def progress(items, what, total=None):

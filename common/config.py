@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.errors import InputError, one_line
 from common.names import ARTICLE
-from dataloader import SEQUENCES
+from common.planes import SEQUENCES
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 PLANNED = ("cosine", "one-cycle")  # schedules that are planned for a number of epochs

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 from common.augmentation import SLICES_OF_STRONG, make_augmentation
-from common.cli import print_exams
+from common.description import describe_dataset
 from common.errors import InputError
-from dataloader import SPLITS, MRDataset, MultiPlaneDataset, planes_of, trainable, view_of
+from common.labels import is_positive, trainable
+from common.planes import SPLITS, in_order, planes_of, view_of
+from dataloader import MRDataset, MultiPlaneDataset
 from model import BACKBONES
 
 
@@ -70,3 +72,52 @@ def make_exams(config, data_dir, train):
         }
         exams.transform = transforms if len(config.planes) > 1 else transforms[config.plane]
     return exams
+
+
+def print_exams(train_set, valid_set):
+    """Print what two MRDatasets hold, and a warning if they share exams or patients."""
+    for exams in (train_set, valid_set):
+        slices = exams.slice_counts
+        counts = [int(is_positive(column).sum()) for column in exams.labels.T]
+        positive = f"{counts[0]} positive"
+        if len(counts) > 1:
+            named = zip(exams.tasks, counts, strict=True)
+            positive = ", ".join(f"{count} positive of {task}" for task, count in named)
+        print(
+            f"{exams.split:<10} {len(exams)} exams, {positive}, "
+            f"{min(slices)} to {max(slices)} slices"
+        )
+        if exams.absent:
+            print(f"{exams.split:<10} {exams.absent} exams more lack this plane and are left out")
+        for task, count in exams.unknown.items():
+            if count:
+                print(f"{exams.split:<10} {count} exams without a label of {task}")
+    for what in ("ids", "groups"):
+        if both := set(getattr(train_set, what)) & set(getattr(valid_set, what)):
+            print(
+                f"WARNING    {len(both)} {what} are in both splits; if they are the same exams or "
+                "patients, no validation figure means anything: "
+                f"python -m tools.check {train_set.root} lists them"
+            )
+    print(f"data set   {describe_dataset(train_set.description)}")
+    for task, pair in train_set.class_weights.items():
+        of = f" of {task}" if len(train_set.tasks) > 1 else ""
+        print("class weights  negative {:g}, positive {:.3f}".format(*pair) + of)
+
+
+def exams_of_any(sets, data_dir, task):
+    """{split: MRDataset} of the exams that have any of the planes; `sets` as `labelled_sets`."""
+    if len(sets) == 1 or not any(one.absent for found in sets.values() for one in found.values()):
+        return next(iter(sets.values()))  # ids and labels are the same in all of them
+    planes = in_order({plane for key in sets for plane in key.split("+")})
+    return {s: MultiPlaneDataset(data_dir, task, planes, train=s == "train") for s in SPLITS}
+
+
+def labelled_sets(data_dir, task, wanted):
+    """{planes: {split: MRDataset}} of a task; `wanted` are single planes, or joined by +."""
+    sets = {}
+    for planes in dict.fromkeys(wanted):
+        kind, plane = (MultiPlaneDataset, planes.split("+")) if "+" in planes else (
+            MRDataset, planes)  # fmt: skip
+        sets[planes] = {s: kind(data_dir, task, plane, train=s == "train") for s in SPLITS}
+    return sets

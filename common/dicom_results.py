@@ -29,10 +29,10 @@ from common.errors import InputError, RunError
 from common.explain_page import NOTICE, SYNTHETIC_ONLY, wrap
 from common.figures import overlay
 from common.files import atomic
+from common.planes import ALL_PLANES, PLANES, view_of
 from common.provenance import code_version, git_sha
 from data.common import ORIENTATION, SIDE
 from data.dicom.files import quiet
-from dataloader import ALL_PLANES, PLANES, view_of
 
 MAKER, MODEL = "MRNet project", "MRNet"
 SCHEME = "99MRNET"  # designator of our own codes; private ones begin with 99 (PS3.16 8.2)

@@ -8,8 +8,8 @@ from scipy.special import expit
 from common import ranks
 from common.cli import progress
 from common.devices import autocast
+from common.labels import is_positive
 from common.metrics import roc_auc
-from dataloader import is_positive
 
 
 class TrainingStep:

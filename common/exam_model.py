@@ -7,9 +7,10 @@ from common.checkpoint import load_model
 from common.description import contrast
 from common.errors import InputError, one_line
 from common.names import stack_path
+from common.planes import in_order, view_of
 from common.task_models import as_network, load_task
 from data.common import SIDE, T1_PLANES, WINDOW
-from dataloader import in_order, preprocess, view_of
+from dataloader import preprocess
 
 NO_FLUID = "not fluid-sensitive"  # contrast of T1_PLANES
 

@@ -22,9 +22,10 @@ from typing import NamedTuple
 from common.description import contrast, read_dataset
 from common.errors import InputError, printable
 from common.importer import Importer
+from common.planes import ALL_PLANES, PLANES, SEQUENCES, in_order, view_of
+from common.volumes import read_volume
 from data.common import ORIENTATION, T1_PLANES
 from data.dicom.series import is_dicom
-from dataloader import ALL_PLANES, PLANES, SEQUENCES, in_order, read_volume, view_of
 
 ROOT = Path(__file__).parent.parent
 # What the importer makes of any scan.

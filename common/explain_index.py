@@ -18,13 +18,14 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image, ImageOps
 
-from common import cli
+from common.description import describe_datasets
 from common.errors import InputError
 from common.explain_page import MIRRORED, as_text, fill, make_page, slice_picture
 from common.explanation import unusable_of
 from common.files import write_bytes, write_text
+from common.labels import label_rows
+from common.planes import PLANES, SPLITS, in_order
 from common.provenance import made
-from dataloader import PLANES, SPLITS, in_order, label_rows
 
 TRAINING = SPLITS[0]  # folder of the exams that networks learn from
 ROWS, INDEX = "exams.jsonl", "index.html"
@@ -256,7 +257,7 @@ def make_index(rows, tasks, labels, unfinished, has_training=False):
         "training": has_training or any(Path(row.source).name == TRAINING for row in rows),
         "synthetic": any(models.is_synthetic for models in tasks),
         "mirrored": MIRRORED[""] if any(models.is_mirrored for models in tasks) else "",
-        "trained_on": {models.task: cli.describe_datasets(models.datasets) for models in tasks},
+        "trained_on": {models.task: describe_datasets(models.datasets) for models in tasks},
         "made": made(),
     }
     return fill(PAGE, f"{', '.join(content['tasks'])}: {len(rows)} exams", content)

@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from PIL import Image, ImageDraw
 
-from common import cli
+from common.description import describe_datasets
 from common.errors import printable
 from common.figures import OPACITY, heat_colours, overlay
+from common.planes import PLANES, in_order
 from common.provenance import made
 from common.stacking import DIGITS
-from dataloader import PLANES, in_order
 from model import BACKBONES
 
 NOTICE = "Research use only, not a medical device."
@@ -107,7 +107,7 @@ def describe_finding(exam, finding):
         "unusable": finding.unusable,
         "synthetic": models.is_synthetic,
         "mirrored": mirroring(exam, models),
-        "trained_on": cli.describe_datasets(models.datasets),
+        "trained_on": describe_datasets(models.datasets),
         "thresholds": (models.stack or {}).get("thresholds", ""),
         "missing": [
             plane

@@ -7,8 +7,8 @@ import numpy as np
 
 from common import ranks
 from common.engine import mean_of
+from common.labels import is_positive
 from common.metrics import roc_auc
-from dataloader import is_positive
 
 
 class Epoch(NamedTuple):

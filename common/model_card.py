@@ -14,12 +14,12 @@ from common.errors import InputError, one_line
 from common.exam_model import preparation_of
 from common.explain_page import NOTICE
 from common.files import write_text
+from common.labels import read_groups
 from common.names import RESULTS, column_name, results_path
 from common.provenance import made
 from common.report import environment, facts_of, read_columns, subgroups_of, training_facts, unique
 from common.results import read_results
 from common.stacking import DIGITS, STACK, largest_combination, load_stack, reaches
-from dataloader import read_groups
 
 
 class Subject(NamedTuple):

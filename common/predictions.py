@@ -12,7 +12,7 @@ from common.errors import InputError
 from common.names import list_runs, model_path, unfinished_states
 from common.stacking import combinations_of
 from common.task_models import Body
-from dataloader import SPLITS, MRDataset, MultiPlaneDataset, in_order
+from dataloader import MultiPlaneDataset
 
 
 class BaseModels(NamedTuple):
@@ -62,14 +62,6 @@ def check_base_models(base_models, data_dir):
                 )
 
 
-def exams_of_any(sets, data_dir, task):
-    """{split: MRDataset} of the exams that have any of the planes; `sets` as `load_exams`."""
-    if len(sets) == 1 or not any(one.absent for found in sets.values() for one in found.values()):
-        return next(iter(sets.values()))  # ids and labels are the same in all of them
-    planes = in_order({plane for key in sets for plane in key.split("+")})
-    return {s: MultiPlaneDataset(data_dir, task, planes, train=s == "train") for s in SPLITS}
-
-
 def check_network(path, metadata, sets, expected):
     """Refuse a network that was trained on other exams, another fold or another seed.
 
@@ -100,16 +92,6 @@ def check_network(path, metadata, sets, expected):
                 f"{path}: its {kind} exams differ from those in {sets[split].root}; give the "
                 "--data-dir that it was trained on, or train it again"
             )
-
-
-def load_exams(data_dir, task, wanted):
-    """{planes: {split: MRDataset}} of a task; `wanted` are single planes, or joined by +."""
-    sets = {}
-    for planes in dict.fromkeys(wanted):
-        kind, plane = (MultiPlaneDataset, planes.split("+")) if "+" in planes else (
-            MRDataset, planes)  # fmt: skip
-        sets[planes] = {s: kind(data_dir, task, plane, train=s == "train") for s in SPLITS}
-    return sets
 
 
 class ColumnLogits(NamedTuple):
@@ -204,7 +186,7 @@ def predict_columns(findings, sets, exams, device, precision):
 
     Args:
         findings: list of BaseModels, of the same columns, folds and seeds.
-        sets: {task: what `load_exams` returns}.
+        sets: {task: what `labelled_sets` returns}.
         exams: {task: {split: MRDataset}}.
     """
     found = {one.task: {column: [] for column in one.columns} for one in findings}

@@ -22,6 +22,7 @@ from markupsafe import Markup, escape
 
 from common import cli
 from common.config import beyond_article, selection_of
+from common.description import describe_dataset
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, OneClassError, one_line
 from common.exams import FolderExams, read_planes
@@ -29,12 +30,13 @@ from common.explain_page import MIRRORED, NOTICE, jpeg, slice_picture
 from common.explanation import explain_planes
 from common.figures import as_svg, learning_figure, reliability_figure, roc_figure
 from common.files import write_text
+from common.labels import read_groups
 from common.metrics import auc_interval, wilson_interval
+from common.planes import SPLITS
 from common.provenance import made
 from common.results import find_results, read_results
 from common.stacking import STACK, largest_combination
 from common.task_models import load_task
-from dataloader import SPLITS, read_groups
 
 WORST = 4  # exams of each kind of error that are shown
 PICTURE_SIDE, PICTURE_QUALITY = 224, 85
@@ -231,7 +233,7 @@ def training_facts(networks):
     metadata = [one for _, one in networks]
     arguments = [one["arguments"] for one in metadata]
     return {
-        "datasets": unique(cli.describe_dataset(one["dataset"]) for one in metadata),
+        "datasets": unique(describe_dataset(one["dataset"]) for one in metadata),
         "synthetic": any((one["dataset"] or {}).get("synthetic") for one in metadata),
         "source": unique((one["dataset"] or {}).get("source") for one in metadata),
         "licence": unique((one["dataset"] or {}).get("licence") for one in metadata),

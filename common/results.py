@@ -9,11 +9,12 @@ import numpy as np
 
 from common.checkpoint import digest_of, load_model
 from common.config import selection_of
+from common.datasets import exams_of_any, labelled_sets
 from common.errors import InputError, one_line
+from common.labels import is_positive
 from common.names import RESULTS, predictions_path, results_path
-from common.predictions import exams_of_any, load_exams
+from common.planes import SPLITS
 from common.stacking import STACK, load_stack, order_of, reaches
-from dataloader import SPLITS, is_positive
 
 NEEDED = {"data", "digests", "other_thresholds"}  # keys of the figures, beside those below
 
@@ -69,7 +70,7 @@ class Results(NamedTuple):
         are: others may have the same numbers."""
         wanted = sorted({metadata["plane"] for _, metadata in self.networks}, key=order_of)
         try:
-            exams = exams_of_any(load_exams(data_dir, self.task, wanted), data_dir, self.task)
+            exams = exams_of_any(labelled_sets(data_dir, self.task, wanted), data_dir, self.task)
         except InputError as error:
             return one_line(error)
         if all(exams[split].fingerprint() == self.content["data"][split] for split in SPLITS):

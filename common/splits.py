@@ -13,8 +13,9 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from common import ranks
 from common.errors import InputError
 from common.files import write_csv
+from common.labels import GROUPS, is_positive
 from common.names import list_runs
-from dataloader import GROUPS, MRDataset, is_positive
+from dataloader import MRDataset
 
 PROTOCOLS = ("article", "held-out")
 TUNING_PARTS = 10  # held-out: one part in ten of the training exams selects the epoch

@@ -26,7 +26,7 @@ from common.errors import InputError
 from common.files import write_text
 from common.metrics import choose_threshold
 from common.names import ARTICLE, stack_path
-from dataloader import ALL_PLANES, in_order
+from common.planes import ALL_PLANES, in_order
 
 FORMAT = "mrnet-stack-5"
 FEATURES = ("probability", "logit")

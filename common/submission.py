@@ -13,8 +13,8 @@ from tqdm import tqdm
 from common.archive import folder_of, unwritable
 from common.errors import InputError, one_line
 from common.files import write_csv
+from common.planes import in_order
 from data.common import exam_name
-from dataloader import in_order
 
 DIGITS = 6  # of a probability
 REFRESH = 60  # s between two writes of a submission

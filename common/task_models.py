@@ -16,8 +16,10 @@ from common.checkpoint import body_digest, digest_of, load_with_digest
 from common.devices import autocast
 from common.errors import InputError
 from common.names import ARTICLE, column_name, model_path, stack_name, stack_path
+from common.planes import ALL_PLANES, in_order
 from common.stacking import is_combination_name, load_stack, order_of
-from dataloader import ALL_PLANES, check_side, in_order, preprocess
+from common.volumes import check_side
+from dataloader import preprocess
 from model import BACKBONES
 
 ANY_PLANE = "|".join(sorted(ALL_PLANES, key=len, reverse=True))  # as a regular expression

@@ -15,25 +15,19 @@ from scipy.stats import binom
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import affine
 
-import dataloader
+from common import labels
 from common.description import MRNET, read_dataset
 from common.errors import InputError
+from common.labels import LabelRow, label_rows, read_groups, read_labels, tasks
+from common.volumes import open_volume, read_volume, volume_path
 from dataloader import (
     Augmentation,
-    LabelRow,
     MRDataset,
     MultiPlaneDataset,
     grey_levels,
-    label_rows,
-    open_volume,
     preprocess,
-    read_groups,
-    read_labels,
-    read_volume,
     resample,
     rescale,
-    tasks,
-    volume_path,
 )
 
 
@@ -443,7 +437,7 @@ def test_the_smallest_volume_and_both_orders(tmp_path):
         assert np.array_equal(found, volume) and found.flags.c_contiguous
         assert found.dtype == np.uint8 and found.flags.writeable
     np.save(path, volume[:, :62])
-    with pytest.raises(InputError, match="slices of 62 x 64 px; AlexNet needs at least 63 px"):
+    with pytest.raises(InputError, match="slices of 62 x 64 px; at least 63 px are needed"):
         open_volume(path)
     np.save(path, volume.astype(complex))
     with pytest.raises(InputError, match="holds complex128, expected uint8 grey levels 0 to 255"):
@@ -525,8 +519,8 @@ def test_labels_are_those_of_the_start(exams, monkeypatch, train, reads):
     for half in ("train", "valid"):
         text = (exams / f"{half}-acl.csv").read_text()
         (exams / f"{half}-some.csv").write_text(text.replace("4,0\n", "4,\n"))  # 4 and 14
-    calls, real = [], dataloader.label_rows
-    monkeypatch.setattr(dataloader, "label_rows", lambda *of: calls.append(of) or real(*of))
+    calls, real = [], label_rows
+    monkeypatch.setattr(labels, "label_rows", lambda *of: calls.append(of) or real(*of))
     both = MRDataset(exams, ["acl", "some"], "axial", train)
     assert len(calls) == len(set(calls)) == reads
     assert both.unknown == {"acl": 0, "some": 1} and len(both.known["some"]) == len(both) - 1

@@ -27,6 +27,7 @@ from common.exams import Exam
 from common.explain_index import describe as describe_finding
 from common.explain_page import headline
 from common.explanation import Finding
+from common.planes import ALL_PLANES
 from common.stacking import Decision
 from common.task_models import TaskModels
 from data.common import TARGET, Report
@@ -35,7 +36,6 @@ from data.dicom.series import Series, ways_to_cut
 from data.dicom.slices import cut, plane_of
 from data.dicom.studies import Choice, find_exams, volumes_of
 from data.rsna.tables import FINDINGS
-from dataloader import ALL_PLANES
 
 # --- where pixels lie, in closed form -------------------------------------------------------------
 

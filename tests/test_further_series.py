@@ -13,8 +13,8 @@ from common.augmentation import make_augmentation
 from common.checkpoint import load_model
 from common.errors import InputError
 from common.exams import exam_of_files
+from common.planes import ALL_PLANES, planes_of
 from common.task_models import load_task, saved_columns
-from dataloader import ALL_PLANES, planes_of
 
 T1 = "sagittal-t1"
 pytestmark = pytest.mark.whole

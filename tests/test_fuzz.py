@@ -30,9 +30,10 @@ from common.checkpoint import FORMAT, STATE_FORMAT, load_model, read_checkpoint
 from common.description import read_dataset
 from common.errors import InputError
 from common.files import csv_line
+from common.labels import read_groups, read_labels
 from common.stacking import combinations_of, load_stack
+from common.volumes import read_volume
 from data.common import Register
-from dataloader import read_groups, read_labels, read_volume
 from model import MRNet
 from tools import pointing_game
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, assert_one_line_error
 
-from dataloader import PLANES, MRDataset
+from common.planes import PLANES
+from dataloader import MRDataset
 
 
 def write_set(path, **other):

@@ -5,8 +5,9 @@ import pytest
 from conftest import let_planes_lack, write_exams
 
 from common.errors import InputError
+from common.labels import trainable
 from common.splits import fingerprints_of, plan_splits, split_exams, tuning_rows, write_folds
-from dataloader import Augmentation, MRDataset, trainable
+from dataloader import Augmentation, MRDataset
 
 
 def labels_of(positives, negatives):

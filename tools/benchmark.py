@@ -41,7 +41,9 @@ from common.datasets import trainable_planes
 from common.devices import CACHES, cache_volumes, device_name, pick_device, pick_precision
 from common.errors import InputError, RunError
 from common.files import write_csv
-from dataloader import PLANES, MRDataset, trainable
+from common.labels import trainable
+from common.planes import PLANES
+from dataloader import MRDataset
 from model import BACKBONES, MRNet, convolutional_part, torchvision_network
 from tools.benchmark_variants import ARTICLE, COMPILED, OURS, Ours, variants
 

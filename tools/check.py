@@ -22,20 +22,10 @@ from tabulate import tabulate
 from common import cli
 from common.description import read_dataset
 from common.errors import InputError
+from common.labels import GROUPS, is_positive, label_rows, read_groups, tasks
 from common.machine import usable_cores
-from dataloader import (
-    ALL_PLANES,
-    GROUPS,
-    PLANES,
-    SPLITS,
-    in_order,
-    is_positive,
-    label_rows,
-    read_groups,
-    read_volume,
-    tasks,
-    volume_path,
-)
+from common.planes import ALL_PLANES, PLANES, SPLITS, in_order
+from common.volumes import read_volume, volume_path
 
 
 class Volume(NamedTuple):

@@ -33,8 +33,9 @@ from common.exam_model import load_exam_model, load_stack_model, preparation_of
 from common.files import atomic, write_text
 from common.model_card import subject_of_network, subject_of_stack, write_card
 from common.names import ARTICLE, stack_name
+from common.volumes import SMALLEST_SIDE
 from dataloader import MEAN, STD
-from model import BACKBONES, SMALLEST_SIDE
+from model import BACKBONES
 
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}
 SIZES = ((1, 96, 96), (5, 96, 112), (17, 200, 144), (30, 256, 256), (44, 128, 128))  # s, H, W

@@ -18,10 +18,11 @@ from common import cli
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, one_line
 from common.explanation import explain_planes
+from common.labels import is_positive, read_labels
 from common.metrics import wilson_interval
 from common.stacking import decide
 from common.task_models import load_task, saved_tasks
-from dataloader import is_positive, read_labels, read_volume, volume_path
+from common.volumes import read_volume, volume_path
 from model import BACKBONES
 
 TOLERANCE = 15.0  # mm from the lesion's extent: less than half a cell of the map (19 mm) more

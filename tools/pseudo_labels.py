@@ -23,11 +23,11 @@ from pathlib import Path
 from common import cli
 from common.errors import InputError
 from common.files import write_csv
+from common.labels import label_rows
 from common.names import predictions_path, results_path
 from common.submission import task_of
 from data.common import EXAMS, exam_name
 from data.rsna.tables import FINDINGS, STUDY, read_table
-from dataloader import label_rows
 
 DIGITS = 4  # of a probability
 

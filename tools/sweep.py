@@ -16,9 +16,9 @@ the network that was not trained on it and whose epoch other exams selected. Sta
 interruption: nothing finished is repeated.
 
 Writes benchmarks/SWEEP/NAME.json for each recipe, with the whole configuration and for each
-network its out-of-fold logits, time (null where the sweep was killed or its machine lost), memory, epoch,
-commit and versions; networks are deleted when they have predicted (`--keep-models`). Then it prints
-tools/sweep_table.py's table.
+network its out-of-fold logits, time (null where the sweep was killed or its machine lost), memory,
+epoch, commit and versions; networks are deleted when they have predicted (`--keep-models`). Then it
+prints tools/sweep_table.py's table.
 """
 
 import itertools
@@ -37,15 +37,15 @@ from common import cli, engine
 from common.checkpoint import check_writable, load_model
 from common.cluster import Machines
 from common.config import ARTICLE, THE_ARTICLES, Config
-from common.datasets import make_exams
+from common.datasets import labelled_sets, make_exams
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, Interrupted, RunError, one_line
 from common.files import held, remove_leftovers, write_text
 from common.jobs import ROOT, Job, bytes_of_a_job, failures
 from common.names import column_name, list_runs, model_path, state_path
-from common.predictions import check_network, load_exams
+from common.planes import in_order
+from common.predictions import check_network
 from common.stacking import FEATURES
-from dataloader import in_order
 from tools.sweep_table import dropped_recipes, print_table
 
 SETTINGS = {"task": str, "planes": list, "folds": int, "seeds": int, "protocol": str,
@@ -493,7 +493,7 @@ def predict_views(model, exams, device, precision, views):
 @cache
 def exams_of(data_dir, task, planes):
     """{split: MRDataset}, once for all networks: their voxels are hashed to compare them."""
-    return load_exams(data_dir, task, [planes])[planes]
+    return labelled_sets(data_dir, task, [planes])[planes]
 
 
 def write_about(sweep, setting, has_networks):

@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it fi
 
 from common.errors import InputError  # noqa: E402
 from common.files import write_csv  # noqa: E402
+from common.volumes import SMALLEST_SIDE  # noqa: E402
 from data.common import Formatter, write_dataset, write_volume  # noqa: E402
 
 PLANES = ("axial", "coronal", "sagittal")  # along axis 0, 1, 2 of a volume
-SMALLEST_SIDE = 63  # px; what AlexNet needs
 
 
 def parse_arguments():

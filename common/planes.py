@@ -1,0 +1,25 @@
+"""Names of planes and splits in MRNet's layout (data/README.md). Without torch."""
+
+from pathlib import Path
+
+PLANES = ("axial", "coronal", "sagittal")  # MRNet's; of which contrast, tells dataset.json
+SEQUENCES = ("t1", "t2", "pd", "stir", "gre", "dess")  # of further series, as in "sagittal-t1"
+# Every name of a plane's folder, in the order in which planes are joined and printed.
+ALL_PLANES = (*PLANES, *(f"{plane}-{name}" for plane in PLANES for name in SEQUENCES))
+SPLITS = ("train", "valid")
+
+
+def in_order(planes):
+    """Names of planes in the order of ALL_PLANES, each once: list; others are left out."""
+    return [plane for plane in ALL_PLANES if plane in planes]
+
+
+def planes_of(root_dir):
+    """MRNet's planes, and every further one that has a folder in a split of `root_dir`: list."""
+    root = Path(root_dir)
+    return [p for p in ALL_PLANES if p in PLANES or any((root / s / p).is_dir() for s in SPLITS)]
+
+
+def view_of(plane):
+    """The plane of PLANES that a plane's slices lie in: "sagittal" for "sagittal-t1"."""
+    return plane.partition("-")[0]
