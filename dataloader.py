@@ -83,7 +83,7 @@ def preprocess(volume, intensity, channels="grey", transform=None, rows=None):
 
 
 def grey_levels(x, intensity):
-    """The inverse of `preprocess`: float32 (s, 1, H, W) -> grey levels 0 to 255, up to rounding."""
+    """The inverse of `preprocess`: float32 of any shape -> grey levels 0 to 255, up to rounding."""
     return x if intensity == "raw" else x * STD + MEAN
 
 

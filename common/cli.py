@@ -14,9 +14,9 @@ import torch
 from tqdm import tqdm
 
 from common import ranks
-from common.config import ARTICLE
 from common.devices import PRECISIONS, device_name
 from common.errors import InputError, Interrupted, RunError, is_out_of_memory, printable
+from common.names import ARTICLE
 from common.planes import ALL_PLANES, PLANES, SEQUENCES
 from common.provenance import git_sha, versions
 

@@ -211,7 +211,7 @@ def test_the_card_tells_to_mirror_right_knees(tmp_path):
 
 def test_the_cards_command_for_onnx_is_python(tmp_path):
     """Planes with a sequence in their name, too."""
-    networks = [(plane, {"plane": plane, "recipe": "article"}) for plane in ("axial", "coronal-t1")]
+    networks = [(plane, metadata_of(plane=plane)) for plane in ("axial", "coronal-t1")]
     subject = Subject("acl-stack", "acl", networks, "stack", None, "none")
     write_card(subject, "onnx", "a.onnx", tmp_path / "README.md")
     (line,) = re.findall("^ +(session.run.*)$", (tmp_path / "README.md").read_text(), re.M)

@@ -82,7 +82,7 @@ def test_an_overlay_is_warm_for_and_cold_against_at_their_cells():
     volume = np.full((2, 256, 256), 90, np.uint8)
     maps = np.zeros((2, 7, 7), np.float32)
     maps[1, 1, 2], maps[1, 5, 3] = 1, -1
-    picture = overlay(volume, maps)
+    picture = overlay(volume, maps, "alexnet")
     assert (picture[0] == 90).all()
     # AlexNet's cell i lies at 31 + 32 i px; at its middle a quarter of the grey is left.
     cold, warm = heat_colours()[[0, -1]].astype(float)
@@ -91,7 +91,7 @@ def test_an_overlay_is_warm_for_and_cold_against_at_their_cells():
     far = np.ones((256, 256), bool)
     far[31:96, 63:128] = far[159:224, 95:160] = False  # up to the neighbours' middles
     assert (picture[1][far] == 90).all()
-    half = overlay(volume, maps, scale=2.0)
+    half = overlay(volume, maps, "alexnet", scale=2.0)
     assert np.abs(half[1].astype(int) - 90).max() < np.abs(picture[1].astype(int) - 90).max()
 
 
@@ -100,8 +100,9 @@ def test_a_contact_sheet_shows_the_slices_that_add_most():
     maps = np.zeros((7, 7, 7), np.float32)
     maps[:, 3, 3] = sums
     volume = np.arange(7, dtype=np.uint8)[:, None, None].repeat(64, 1).repeat(64, 2) * 10
-    one = PlaneMaps(volume=volume, maps=maps, backbone="alexnet", logit=1.5, others=0.0, bias=0.25,
-                    probability=0.8, networks=["one"], is_joint=False)  # fmt: skip
+    one = PlaneMaps(plane=PLANES[0], joined=(PLANES[0],), volume=volume, maps=maps,
+                    backbone="alexnet", logit=1.5, others=0.0, bias=0.25, probability=0.8,
+                    networks=["one"])  # fmt: skip
     figure = contact_sheet({PLANES[0]: one}, "title")
     shown = [axes for axes in figure.axes if axes.images]
     assert [axes.get_title() for axes in shown] == [

@@ -36,13 +36,13 @@ import torch
 from common import cli, engine
 from common.checkpoint import check_writable, load_model
 from common.cluster import Machines
-from common.config import ARTICLE, THE_ARTICLES, Config
+from common.config import THE_ARTICLES, Config
 from common.datasets import labelled_sets, make_exams
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, Interrupted, RunError, one_line
 from common.files import held, remove_leftovers, write_text
 from common.jobs import ROOT, Job, bytes_of_a_job, failures
-from common.names import column_name, list_runs, model_path, state_path
+from common.names import ARTICLE, column_name, list_runs, model_path, state_path
 from common.planes import in_order
 from common.predictions import check_network
 from common.stacking import FEATURES

@@ -29,11 +29,11 @@ from sklearn.model_selection import PredefinedSplit, StratifiedKFold, cross_val_
 from tabulate import tabulate
 
 from common import cli
-from common.config import ARTICLE
 from common.errors import InputError, one_line
 from common.figures import cost_figure
 from common.files import atomic
 from common.metrics import Difference, brier, holm, mean_auc_difference, roc_auc
+from common.names import ARTICLE
 from common.stacking import STACK
 
 HEADS = ("recipe", "network", "AUC (SD)", "in a fold", "- article's [95 %]", "p", "Holm", "Brier",
