@@ -259,7 +259,8 @@ def test_4_one_knee_without_laterality_has_the_side_of_its_place(trained, tmp_pa
     [("MRI KNEE RT WO CONTRAST", "R"), ("MR Knie li.", "L"), ("IRM genou droit", "R"),
      ("RM RODILLA IZQUIERDA", "L"), ("t2_sag_knee_R", "R"), ("LEFT SAG PD FS", "L"),
      ("MRI LOW EXT JT LT WO", "L"), ("RM ginocchio dx", "R"), ("MR KNEES LEFT AND RIGHT", ""),
-     ("KNEE AX PD R/L", ""), ("RT PD FS SAG", ""), ("MR KNEE", ""), ("brightness", "")],
+     ("KNEE AX PD R/L", ""), ("KNEE R/L", ""),
+     ("MRI KNEE W/O CONT RT", "R"), ("RT PD FS SAG", ""), ("MR KNEE", ""), ("brightness", "")],
 )  # fmt: skip
 def test_4_titles_tell_the_side(title, side):
     assert side_in(title) == side

@@ -4,7 +4,6 @@ All expressions below match text as `words_of` returns it, but for KNEE and AGEN
 lower-case text.
 """
 
-import itertools
 import re
 import unicodedata
 
@@ -55,7 +54,8 @@ KNEE = re.compile(
 
 LEFT = re.compile(r"left|links|linke[rs]?|gauche|izquierd[ao]|sinistr[ao]|esquerd[ao]")
 RIGHT = re.compile(r"right|rechts|rechte[rs]?|droite?|derech[ao]|destr[ao]|direit[ao]")
-SHORT_SIDES = {"lt": "L", "l": "L", "li": "L", "sx": "L", "rt": "R", "r": "R", "re": "R", "dx": "R"}
+ABBREVIATED = {"lt": "L", "rt": "R"}
+SHORT = ABBREVIATED | {"l": "L", "li": "L", "sx": "L", "r": "R", "re": "R", "dx": "R"}
 JOINT = re.compile(r"joint|jt|ext|extremity")  # "MRI LOW EXT JT LT": knees are called that, too
 
 
@@ -123,13 +123,17 @@ def other_part(region, series, study):
 
 
 def side_in(text):
-    """Which knee a title names, L or R; '' for none or both. A short form counts beside a word
-    for the joint alone: "R" is a direction of phases elsewhere, and "RT" a trigger."""
+    """Which knee a title names, L or R; '' for none or both.
+
+    Short forms count where one of them stands beside the joint's name, RT and LT where it is named
+    at all: "R" is a direction of phases elsewhere, and "RT" a trigger.
+    """
     words = words_of(text).split()
     long = {"L": LEFT, "R": RIGHT}
     said = {side for side in long for word in words if long[side].fullmatch(word)}
-    for pair in itertools.pairwise(words):
-        for word, other in (pair, pair[::-1]):
-            if word in SHORT_SIDES and (names_knee(other) or JOINT.fullmatch(other)):
-                said.add(SHORT_SIDES[word])
+    joints = [bool(JOINT.fullmatch(word)) or names_knee(word) for word in words]
+    places = [i for i, word in enumerate(words) if word in SHORT]
+    is_beside = any(any(joints[max(i - 1, 0) : i + 2]) for i in places)
+    known = SHORT if is_beside else ABBREVIATED if any(joints) else {}
+    said |= {known[word] for word in words if word in known}
     return said.pop() if len(said) == 1 else ""
