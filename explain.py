@@ -55,6 +55,7 @@ from common.explain_page import (
 )
 from common.explanation import explain_exam, unusable_of
 from common.files import alone_at, write_text
+from common.labels import id_of
 
 
 class Output(NamedTuple):
@@ -132,7 +133,7 @@ def is_called(key, wanted):
     if wanted in (source, "/".join(key)):  # for DICOM, the folder is enough
         return True
     folder, _, wanted = wanted.rpartition("/")
-    return folder in ("", source) and (wanted.lstrip("0") or "0") == (name.lstrip("0") or "0")
+    return folder in ("", source) and id_of(wanted) == id_of(name)
 
 
 def check_overwrite(paths, exam, overwrite):

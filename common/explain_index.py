@@ -23,7 +23,7 @@ from common.errors import InputError
 from common.explain_page import MIRRORED, as_text, fill, make_page, slice_picture
 from common.explanation import unusable_of
 from common.files import write_bytes, write_text
-from common.labels import label_rows
+from common.labels import id_of, label_rows
 from common.planes import PLANES, SPLITS, in_order
 from common.provenance import made
 
@@ -244,9 +244,7 @@ def make_index(rows, tasks, labels, unfinished, has_training=False):
                     for task, finding in row.findings.items()
                 },
                 "labels": {
-                    models.task: labels.get((row.source, models.task), {}).get(
-                        row.exam.lstrip("0") or "0"
-                    )
+                    models.task: labels.get((row.source, models.task), {}).get(id_of(row.exam))
                     for models in tasks
                 },
             }

@@ -74,6 +74,12 @@ class LabelRow(NamedTuple):
     fault: str | None = None  # what is wrong and how to fix it, one line
 
 
+def id_of(text):
+    """An exam's number without leading zeros, as CSVs have it: "7" of "0007"; other names as they
+    are."""
+    return text.strip().lstrip("0") or "0"
+
+
 def label_rows(root_dir, task, split):
     """Read the CSV of one split row by row: yields a LabelRow for each."""
     path = Path(root_dir) / f"{split}-{task}.csv"
@@ -90,7 +96,7 @@ def label_rows(root_dir, task, split):
                 ):
                     yield LabelRow(fault=f"{where}: expected `id,label` with a whole-number id")
                     continue
-                exam_id, label = row[0].strip().lstrip("0") or "0", parse_label(row[1])
+                exam_id, label = id_of(row[0]), parse_label(row[1])
                 if len(row) == 3:
                     weight = parse_weight(row[2])
                 if label is None:
@@ -199,7 +205,7 @@ def read_groups(root_dir, split):
             for number, row in enumerate(csv.reader(file), start=1):
                 if row and (len(row) != 2 or not row[0].strip().isdecimal() or not row[1].strip()):
                     raise InputError(f"{path}, line {number}: expected `id,group`")
-                exam_id = row[0].strip().lstrip("0") or "0" if row else None
+                exam_id = id_of(row[0]) if row else None
                 if exam_id in groups:
                     raise InputError(f"{path}, line {number}: id {exam_id} is listed twice")
                 if row:

@@ -30,7 +30,7 @@ from common.explain_page import MIRRORED, NOTICE, jpeg, slice_picture
 from common.explanation import explain_planes
 from common.figures import as_svg, learning_figure, reliability_figure, roc_figure
 from common.files import write_text
-from common.labels import read_groups
+from common.labels import id_of, read_groups
 from common.metrics import auc_interval, wilson_interval
 from common.planes import SPLITS
 from common.provenance import made
@@ -114,7 +114,7 @@ def explain_mistakes(results, data_dir, why, pages, out):
             device = pick_device("auto")
             models = load_task(results.folder, results.task, results.content["recipes"], device)
             exams = FolderExams(data_dir)
-            keys = {name.lstrip("0") or "0": (source, name) for source, name in exams
+            keys = {id_of(name): (source, name) for source, name in exams
                     if source == "valid"}  # fmt: skip
             explain = partial(
                 explain_planes, device=device, precision=pick_precision("auto", device)
@@ -148,7 +148,7 @@ def page_of(exam_id, task, pages, out):
     for folder in (Path(pages) / "valid", Path(pages)) if pages else ():
         for path in sorted(folder.glob(f"*{exam_id}-*.html")):
             name, _, of = path.stem.partition("-")
-            if (name.lstrip("0") or "0") == exam_id and task in of.split("+"):
+            if id_of(name) == exam_id and task in of.split("+"):
                 return Path(os.path.relpath(path, Path(out).parent)).as_posix()
     return None
 
@@ -179,7 +179,7 @@ def read_columns(data_dir, metadata):
                 if (reader.fieldnames or [""])[0] != "id":
                     raise ValueError("no line of titles that begins with `id`")
                 for row in reader:
-                    exam_id = row.pop("id").strip().lstrip("0") or "0"
+                    exam_id = id_of(row.pop("id"))
                     for title, value in row.items():
                         if isinstance(title, str) and value:
                             columns.setdefault(title, {})[exam_id] = value.strip()
