@@ -59,13 +59,15 @@ def read_checkpoint(path, expected=FORMAT):
     Args:
         expected: its format.
 
-    Returns:
-        the dict, and in it "digest", the `digest_of` the very file that was read: another may lie
-        there a moment later.
-
     Raises:
         InputError: missing, damaged, or of another format.
     """
+    return read_with_digest(path, expected)[0]
+
+
+def read_with_digest(path, expected):
+    """`read_checkpoint`, and the `digest_of` the very file that was read: another may lie there a
+    moment later."""
     try:
         data = Path(path).read_bytes()
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -87,7 +89,7 @@ def read_checkpoint(path, expected=FORMAT):
             f"{path}: not a {expected} file; it was made by another program or version, delete it "
             "and train again"
         )
-    return content | {"digest": hashlib.sha256(data).hexdigest()}
+    return content, hashlib.sha256(data).hexdigest()
 
 
 def write_checkpoint(path, content):
@@ -190,8 +192,8 @@ def load_model(path, task=None, column=None):
 
 
 def load_with_digest(path, task=None, column=None):
-    """`load_model`, and the digest of the file that it read, as `read_checkpoint`."""
-    content = read_checkpoint(path)
+    """`load_model`, and the digest of the file that it read, as `read_with_digest`."""
+    content, digest = read_with_digest(path, FORMAT)
     try:
         metadata = content["metadata"]
         metadata["arguments"] = recorded(metadata["arguments"])
@@ -211,7 +213,7 @@ def load_with_digest(path, task=None, column=None):
             f"{path}: a model of {one_line(metadata['task'])}, {one_line(found)}, not "
             f"of {task}, {column}; put the right file there, or train again"
         )
-    return model.eval(), metadata, content["digest"]
+    return model.eval(), metadata, digest
 
 
 def build_model(architecture, planes, features=None, tasks=1):

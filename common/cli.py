@@ -4,6 +4,7 @@ import argparse
 import errno
 import math
 import os
+import select
 import shlex
 import signal
 import sys
@@ -265,19 +266,30 @@ def progress(items, what, total=None):
 def output_may_end():
     """Within it no print fails, so that what was computed is saved all the same.
 
-    Where nobody reads stdout or stderr any more, because their terminal was closed or Ctrl-C has
-    ended the `tee` behind them too, the null device takes the place of both: later prints, progress
-    bars and the interpreter's last flush cannot fail either.
+    Where nobody reads stdout or stderr any more, because its terminal was closed or Ctrl-C has
+    ended the `tee` behind it too, the null device takes its place: later prints, progress bars and
+    the interpreter's last flush cannot fail either.
     """
     try:
         yield
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        os.close(nowhere)
-    except (ValueError, RuntimeError):
-        pass  # a closed file, or a signal's handler that prints within another print: no line
+    except OSError:  # of a full disk, say: no line
+        for number in (1, 2):
+            if not has_reader(number):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+    except (ValueError, RuntimeError) as error:
+        # No line of a signal's handler that prints within another print.
+        if not any(words in str(error) for words in ("closed file", "reentrant call")):
+            raise
+
+
+def has_reader(number):
+    """Whether a file descriptor is no pipe or terminal whose other end was closed."""
+    poll = select.poll()
+    poll.register(number, select.POLLOUT)
+    ended = select.POLLERR | select.POLLHUP | select.POLLNVAL
+    return not any(event & ended for _, event in poll.poll(0))
 
 
 # --- signals --------------------------------------------------------------------------------------

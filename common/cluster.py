@@ -55,7 +55,7 @@ class RayJobs(Jobs):
         self.ray, self.fetch = connect(), fetch
         self.running, self.sent = {}, {}  # {reference: Job}, {reference: names of its files}
         has_gpus = any(node.get("GPU") for node in self.alive())
-        self.jobs_per_gpu = jobs_per_gpu = jobs_per_gpu if has_gpus else 0
+        self.jobs_per_gpu = jobs_per_gpu if has_gpus else 0
         self.at_once = self.room()
         if self.at_once < 1:
             raise InputError(
@@ -63,7 +63,7 @@ class RayJobs(Jobs):
                 "fewer --threads, or start more machines"
             )
         # Ray counts in parts of 1/10000: rounded down, so that all fit.
-        share = math.floor(10_000 / jobs_per_gpu) / 10_000 if jobs_per_gpu else 0
+        share = math.floor(10_000 / self.jobs_per_gpu) / 10_000 if self.jobs_per_gpu else 0
         options = {"num_cpus": threads, "num_gpus": share, "max_retries": TRIES}
         self.remote = self.ray.remote(**options)(run_on_node)
         self.flag = self.ray.remote(num_cpus=0, max_restarts=-1)(StopFlag).remote()

@@ -234,16 +234,16 @@ def heat_map_series(finding, one, origin):
     if len(place["positions"]) != len(one.volume) or one.volume.shape[1] != SIDE:
         raise RunError(f"{plane}: its slices are not those that were converted")
     pictures = overlay(one.volume, one.maps, one.backbone)
-    order, where = np.arange(len(pictures)), ""
+    order, what = np.arange(len(pictures)), "slice"
     if place["mirrored"]:  # back to the side that the patient has it on
         if view_of(plane) == "sagittal":
-            order, where = order[::-1], " of the page"  # which counts as the networks do
+            order, what = order[::-1], "page's slice"  # which counts as the networks do
         else:
             pictures = pictures[:, :, ::-1]
     images = []
     for k, (at, position) in enumerate(zip(order, place["positions"], strict=True)):
         words = [f"{origin.title(finding.task)} {one.probability:.2f}, {one.title}"]
-        words += [f"slice {at + 1} of {len(order)}{where}: {one.slice_sums[at]:+.2f}"]
+        words += [f"{what} {at + 1} of {len(order)}: {one.slice_sums[at]:+.2f}"]
         if finding.models.is_synthetic:
             words.append(SYNTHETIC_ONLY)
         picture = burn_in(pictures[at], words)
@@ -414,9 +414,9 @@ def short_code(code, start, name):
 
 def told_of(warning):
     """A warning about an exam without paths and descriptions, which may say whose it is."""
-    if named := re.search(".*(passed over|left out)", warning):
+    if named := re.match(r"([a-z0-9-]+: )?(passed over|left out)\b", warning):
         return f"{named[0]} a series"
-    text = re.sub(r"(series [0-9?]+) '.*?'", r"\1", warning)
+    text = re.sub(r"(series [0-9?]+) '.*'(?=: | is |$)", r"\1", warning)
     return "a file cannot be used" if re.search(r"[/\\]", text) else text
 
 

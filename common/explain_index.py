@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from common.description import describe_datasets
 from common.errors import InputError
-from common.explain_page import MIRRORED, as_text, fill, make_page, slice_picture
+from common.explain_page import MIRRORED, as_text, decimals, fill, make_page, slice_picture
 from common.explanation import unusable_of
 from common.files import write_bytes, write_text
 from common.labels import id_of, label_rows
@@ -112,6 +112,7 @@ def describe(finding):
     return {
         "probability": decision.probability if decision else sum(parts.values()) / len(parts),
         "threshold": decision.threshold if decision else None,
+        "digits": decimals(decision.probability, decision.threshold, 3) if decision else 3,
         "decision": decision.label if decision else None,
         "decided_from": finding.decided_from,
         "planes": parts,

@@ -90,7 +90,7 @@ def folds_path(models_dir, task):
 # --- stacks ---------------------------------------------------------------------------------------
 
 
-def stack_name(recipes=(ARTICLE,)):
+def stack_name(recipes):
     """What a stack of the networks of some recipes is called in file names: "stack" for the
     article's, else "stack-article+vgg16"."""
     return "stack" if tuple(recipes) == (ARTICLE,) else f"stack-{'+'.join(recipes)}"

@@ -1,11 +1,10 @@
 """The volumes of a data folder, one .npy for each exam and plane. Without torch."""
 
-import errno
 from pathlib import Path
 
 import numpy as np
 
-from common.errors import InputError, one_line
+from common.errors import InputError, is_out_of_memory, one_line
 
 SMALLEST_SIDE = 63  # px: AlexNet's third pooling has nothing left to pool below it
 
@@ -30,7 +29,7 @@ def open_volume(path):
     except FileNotFoundError:
         raise InputError(f"{path}: no such volume; add it, or remove its id from the CSV") from None
     except Exception as error:  # numpy's header parser raises many kinds
-        if getattr(error, "errno", None) == errno.ENOMEM:
+        if is_out_of_memory(error):
             raise MemoryError(str(path)) from None  # the file is not to blame
         empty = Path(path).is_file() and Path(path).stat().st_size == 0
         reason = "it is empty" if empty else one_line(error)
@@ -60,6 +59,8 @@ def read_volume(path):
     try:
         volume = np.array(open_volume(path), order="C")
     except OSError as error:
+        if is_out_of_memory(error):
+            raise MemoryError(str(path)) from None
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     if volume.dtype != np.uint8:
         grey = np.nan_to_num(volume, nan=-1.0, posinf=-1.0, neginf=-1.0)

@@ -583,6 +583,8 @@ def test_a_report_says_which_plane_could_not_be_used():
      "be exchanged",) * 2,
     ("axial: passed over /home/jo smith/a.dcm: gap after it", "axial: passed over a series"),
     ("left out series 3 'PD', smith.dcm: apart", "left out a series"),
+    ("series 4 'Ms O'smith left out' is 35 degrees from axial",
+     "series 4 is 35 degrees from axial"),
     ("series 3 'T2/FS smith' is 40 degrees from axial", "series 3 is 40 degrees from axial"),
     ("series ? 'PD': slices may be missing at one end: its files are numbered 5 to 9",
      "series ?: slices may be missing at one end: its files are numbered 5 to 9"),

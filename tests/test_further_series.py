@@ -166,7 +166,7 @@ def test_a_mirrored_knee_is_mirrored_back_in_its_own_plane(plane, monkeypatch):
     if plane.startswith("sagittal"):
         assert levels == [20, 10, 0] and all(column)
         # The first in the patient's order is the page's last, and says so.
-        assert burnt[0] == "slice 3 of 3 of the page: +2.00"
+        assert burnt[0] == "page's slice 3 of 3: +2.00"
     else:
         assert levels == [0, 10, 20] and not any(column)
         assert burnt[0] == "slice 1 of 3: +0.00"

@@ -93,7 +93,7 @@ def test_jobs_that_were_asked_to_stop_save_where_nobody_reads_the_output(tmp_pat
     running = subprocess.Popen([sys.executable, "-c", driver], cwd=ROOT, stdout=writer,
                                stderr=writer)  # fmt: skip
     os.close(writer)
-    while len(list(tmp_path.glob("began*"))) < 2:
+    while len(list(tmp_path.glob("began*"))) < 2 and running.poll() is None:
         time.sleep(0.05)
     os.close(reader)
     running.send_signal(signal.SIGTERM)
@@ -102,15 +102,20 @@ def test_jobs_that_were_asked_to_stop_save_where_nobody_reads_the_output(tmp_pat
 
 
 def test_a_signal_does_not_lose_a_job_that_has_just_ended(tmp_path, monkeypatch):
-    job, runner = Job("a", ("-c", ""), tmp_path / "a.txt"), Jobs(1, 1)
+    job, runner, started = Job("a", ("-c", ""), tmp_path / "a.txt"), Jobs(1, 1), []
+
+    def ended(process):
+        while is_alive(process.pid):
+            time.sleep(0.05)
+        return True
+
     process = start(job, 1)
-    while is_alive(process.pid):
-        time.sleep(0.05)
+    assert ended(process)
     runner.running[process] = job
     runner.stop(signal.SIGTERM)
     assert finish(job, process, 0.0).status == 0
-    monkeypatch.setattr(cluster, "POLL_SECONDS", 3)  # it ends before it is asked to stop
-    monkeypatch.setattr(cluster, "is_set", lambda flag: True)
+    monkeypatch.setattr(cluster, "start", lambda *of: started.append(start(*of)) or started[-1])
+    monkeypatch.setattr(cluster, "is_set", lambda flag: ended(started[-1]))  # then it is asked
     assert cluster.try_here(job, 1, None).status == 0
 
 

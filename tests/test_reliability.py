@@ -222,7 +222,9 @@ def test_a_signal_saves_the_step_where_nobody_reads_the_output(work, number, sta
     os.close(writer)
     said = b""
     while not re.search(rb"^ +1 .* saved", said, re.M):
-        said += os.read(reader, 10_000)
+        more = os.read(reader, 10_000)
+        assert more, said
+        said += more
     os.close(reader)
     if number == signal.SIGINT:
         running.send_signal(number)

@@ -65,7 +65,7 @@ def load(path):
     """The ExamModel or StackModel of a file, and the Subject of its card."""
     if path.suffix != ".json":
         return load_exam_model(path), subject_of_network(path)
-    task, _, rest = path.stem.partition(f"-{stack_name()}")
+    task, _, rest = path.stem.partition(f"-{stack_name([ARTICLE])}")
     recipes = rest.removeprefix("-").split("+") if rest else [ARTICLE]
     return load_stack_model(path.parent, task, recipes), subject_of_stack(path, task, recipes)
 

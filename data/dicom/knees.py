@@ -118,8 +118,7 @@ def sides_by_place(series, absolute):
 
     Args:
         series: of one study, none of them of both knees.
-        absolute: whether x is 0 in the scanner's middle, so that a single knee has a side too; not
-            where its titles say the other one.
+        absolute: whether x is 0 in the scanner's middle, so that a single knee has a side too.
 
     Returns:
         {"L", "R" or "": [Series, ...]}, and why not, or ''.
@@ -128,11 +127,10 @@ def sides_by_place(series, absolute):
     if len(found) == 1:
         x = np.mean([centre_of(one) for one in series])
         said = {one.said for one in series} - {""}
-        if len(said) > 1:
+        place = "" if not absolute or abs(x) < OFF_CENTRE else "L" if x > 0 else "R"
+        if len(said) > 1 and not place:
             return {"": series}, SIDES_MIXED
-        if absolute and abs(x) >= OFF_CENTRE:
-            said.add("L" if x > 0 else "R")
-        return {said.pop() if len(said) == 1 else "": series}, torn_apart(series)
+        return {place or "".join(said): series}, torn_apart(series)
     if not all(same_frame(a, b) for a in series for b in series):
         return {"": series}, (
             "its series have several frames of reference and no laterality, so they may show "

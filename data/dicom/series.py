@@ -34,7 +34,7 @@ from data.dicom.words import (
     other_picture,
     says_agent,
     says_t1,
-    side_in,
+    sides_in,
     words_of,
 )
 
@@ -311,12 +311,24 @@ def part_of(header):
     """The part of the body, "ANKLE", that a header names where it is no knee, or ''."""
     regions = lookup(header, 0, "FrameAnatomySequence", "AnatomicRegionSequence") or ()
     named = [text_of(header, "BodyPartExamined"), *(text_of(r, "CodeMeaning") for r in regions)]
-    return other_part(" ".join(named), titles_of(header), text_of(header, "StudyDescription"))
+    titles = " ".join(titles_of(header))
+    return other_part(" ".join(named), titles, text_of(header, "StudyDescription"))
 
 
 def titles_of(header):
     """What a series is called: description and protocol."""
-    return f"{text_of(header, 'SeriesDescription')} {text_of(header, 'ProtocolName')}"
+    return text_of(header, "SeriesDescription"), text_of(header, "ProtocolName")
+
+
+def side_said(header):
+    """The side that a series' titles name, else its study's: L, R, or '' for none or both."""
+    of_series = set().union(*map(sides_in, titles_of(header)))
+    return only_side(of_series or sides_in(text_of(header, "StudyDescription")))
+
+
+def only_side(sides):
+    """The one of a set, '' of none or both."""
+    return "".join(sides) if len(sides) == 1 else ""
 
 
 def why_not(file, header, count):
@@ -382,7 +394,7 @@ def read_header(file, only_knees=True):
             title=title,
             instance=text_of(header, "SOPInstanceUID"),
             patient=Patient(*(text_of(header, name) for name in PATIENT)),
-            said=side_in(titles_of(header)) or side_in(text_of(header, "StudyDescription")),
+            said=side_said(header),
             frame=text_of(header, "FrameOfReferenceUID"),
             frames=[] if reason else [read_frame(header, file, i) for i in range(count)],
             reason=reason,
@@ -663,7 +675,7 @@ def read_nifti(file):
         origin=affine[:3, 3] * (-1, -1, 1),
         through=through,
         load=functools.partial(read_voxels, file),
-        said=side_in(description),
+        said=only_side(sides_in(description)),
     )
 
 

@@ -4,6 +4,7 @@ All expressions below match text as `words_of` returns it, but for KNEE and AGEN
 lower-case text.
 """
 
+import itertools
 import re
 import unicodedata
 
@@ -55,8 +56,8 @@ KNEE = re.compile(
 LEFT = re.compile(r"left|links|linke[rs]?|gauche|izquierd[ao]|sinistr[ao]|esquerd[ao]")
 RIGHT = re.compile(r"right|rechts|rechte[rs]?|droite?|derech[ao]|destr[ao]|direit[ao]")
 ABBREVIATED = {"lt": "L", "rt": "R"}
-SHORT = ABBREVIATED | {"l": "L", "li": "L", "sx": "L", "r": "R", "re": "R", "dx": "R"}
-JOINT = re.compile(r"joint|jt|ext|extremity")  # "MRI LOW EXT JT LT": knees are called that, too
+OF_KNIE, OF_GINOCCHIO = {"li": "L", "re": "R"}, {"sx": "L", "dx": "R"}
+LOWER_JOINT = re.compile(r"\blow(er)? ext(remity)?\b")  # "MRI LOW EXT JT LT": knees are called that
 
 
 def words_of(text):
@@ -122,18 +123,23 @@ def other_part(region, series, study):
     return parts[0].upper() if parts else ""
 
 
-def side_in(text):
-    """Which knee a title names, L or R; '' for none or both.
+def sides_in(title):
+    """The knees that a title names: set of L and R.
 
-    Short forms count where one of them stands beside the joint's name, RT and LT where it is named
-    at all: "R" is a direction of phases elsewhere, and "RT" a trigger.
+    Short forms count where it names the joint, a single letter beside the word knee: elsewhere "R"
+    is a direction of phases, and "RT" a trigger. With one short form all others count, so that
+    "KNEE R>L" names both.
     """
-    words = words_of(text).split()
+    text = words_of(title)
+    words, has_knee = text.split(), names_knee(text)
     long = {"L": LEFT, "R": RIGHT}
+    short = ABBREVIATED if has_knee or LOWER_JOINT.search(text) else {}
+    if "knie" in words:
+        short = short | OF_KNIE
+    if "ginocchio" in words:
+        short = short | OF_GINOCCHIO
+    pairs = [pair for two in itertools.pairwise(words) for pair in (two, two[::-1])]
+    if any(word in ("l", "r") and names_knee(other) for word, other in pairs):
+        short = short | {"l": "L", "r": "R"}
     said = {side for side in long for word in words if long[side].fullmatch(word)}
-    joints = [bool(JOINT.fullmatch(word)) or names_knee(word) for word in words]
-    places = [i for i, word in enumerate(words) if word in SHORT]
-    is_beside = any(any(joints[max(i - 1, 0) : i + 2]) for i in places)
-    known = SHORT if is_beside else ABBREVIATED if any(joints) else {}
-    said |= {known[word] for word in words if word in known}
-    return said.pop() if len(said) == 1 else ""
+    return said | {short[word] for word in words if word in short}
