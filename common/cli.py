@@ -273,15 +273,20 @@ def output_may_end():
     try:
         yield
     except OSError:  # of a full disk, say: no line
-        for number in (1, 2):
-            if not has_reader(number):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, number)
-                os.close(nowhere)
+        drop_closed_output()
     except (ValueError, RuntimeError) as error:
         # No line of a signal's handler that prints within another print.
         if not any(words in str(error) for words in ("closed file", "reentrant call")):
             raise
+
+
+def drop_closed_output():
+    """Put the null device in the place of stdout and of stderr where nobody reads it any more."""
+    for number in (1, 2):
+        if not has_reader(number):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
 
 
 def has_reader(number):
@@ -408,7 +413,7 @@ def status_of(error):
         case torch.OutOfMemoryError():
             return 1, "failed: out of device memory; try --cache disk, --no-cuda-graphs, bf16"
         case BrokenPipeError():  # the reader of our output has ended, as `| head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            drop_closed_output()
             return 1, "failed: the output pipe was closed"
         case OSError() if error.errno in FILE_FAULTS:
             return 1, f"failed: {error.filename or 'a file'}: {error.strerror}"

@@ -220,7 +220,7 @@ def as_line(row):
 # --- the index ------------------------------------------------------------------------------------
 
 
-def make_index(rows, tasks, labels, unfinished, has_training=False):
+def make_index(rows, tasks, labels, unfinished, has_training):
     """The index as text.
 
     Args:

@@ -196,7 +196,7 @@ def test_what_was_warned_of_is_said(tmp_path):
     row = write_exam(exam, [finding], "model", tmp_path, Path())
     assert page_content(tmp_path / row.page)["warnings"] == list(warnings)
     assert Row(**json.loads(as_line(row)))._replace(warnings=warnings) == row
-    (tmp_path / "index.html").write_text(make_index([row], [], {}, 0))
+    (tmp_path / "index.html").write_text(make_index([row], [], {}, 0, False))
     (said,) = page_content(tmp_path / "index.html")["rows"]
     assert said["warnings"] == list(warnings) and said["side"] == "R"
 
@@ -218,7 +218,7 @@ def test_warnings_in_a_browser(browser, tmp_path):
     row = write_exam(
         exam, [Finding(MIRRORS, {"axial": maps_of()}, None, {})], "m", tmp_path, Path()
     )
-    (tmp_path / "index.html").write_text(make_index([row], [MIRRORS], {}, 0))
+    (tmp_path / "index.html").write_text(make_index([row], [MIRRORS], {}, 0, False))
     for page, words in ((row.page, "This right knee"), ("index.html", "right knee, shown")):
         browser.get((tmp_path / page).as_uri())
         text = browser.find_element("tag name", "body").text

@@ -29,11 +29,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it fi
 from common.errors import InputError  # noqa: E402
 from common.files import write_csv  # noqa: E402
 from data.common import (  # noqa: E402
-    Formatter,
     Register,
     Report,
     add_preparation,
     keyed_hash,
+    make_parser,
     merge_csv,
     patient_key,
     write_dataset,
@@ -254,11 +254,7 @@ def serve_exams(source, out, choice, report):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n\n")[0],
-        epilog=__doc__.partition("\n\n")[2] + CONVENTION,
-        formatter_class=Formatter,
-    )
+    parser = make_parser(__doc__, CONVENTION)
     parser.add_argument("source", type=Path, help="folder, zip file, or one .dcm or .nii file")
     parser.add_argument("out", type=Path, help="data folder to write to")
     group = parser.add_argument_group("choice of series")

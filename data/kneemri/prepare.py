@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it fi
 from common.errors import InputError  # noqa: E402
 from common.files import write_csv  # noqa: E402
 from common.pickles import ArrayUnpickler, PickledArray  # noqa: E402
-from data.common import Formatter, Report, to_square, window, write_dataset, write_volume  # noqa: E402
+from data.common import Report, make_parser, to_square, window, write_dataset, write_volume  # noqa: E402
 
 GROUPS = "groups"
 TASKS = {"acl": 0, "acl-complete": 1}  # positive above this aclDiagnosis (0, 1 partial, 2 complete)
@@ -205,11 +205,7 @@ def run(args, report):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n\n")[0],
-        epilog=__doc__.partition("\n\n")[2],
-        formatter_class=Formatter,
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("source", type=Path, help="folder with metadata.csv and vol01 .. vol10")
     parser.add_argument("out", type=Path, help="data folder to write to")
     parser.add_argument("--metadata", type=Path, help="metadata.csv, if it is not in SOURCE")

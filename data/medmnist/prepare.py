@@ -12,7 +12,6 @@ Writes OUT/{train,valid}/{axial,coronal,sagittal}/0000.npy, uint8 (s, size, size
 three axes, enlarged bilinearly, slices that hold nothing left out, and OUT/<split>-TASK.csv.
 """
 
-import argparse
 import sys
 import zipfile
 import zlib
@@ -27,17 +26,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it fi
 from common.errors import InputError  # noqa: E402
 from common.files import write_csv  # noqa: E402
 from common.volumes import SMALLEST_SIDE  # noqa: E402
-from data.common import Formatter, write_dataset, write_volume  # noqa: E402
+from data.common import make_parser, write_dataset, write_volume  # noqa: E402
 
 PLANES = ("axial", "coronal", "sagittal")  # along axis 0, 1, 2 of a volume
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n\n")[0],
-        epilog=__doc__.partition("\n\n")[2],
-        formatter_class=Formatter,
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("source", type=Path, help="a 3-D set's .npz, as downloaded")
     parser.add_argument("out", type=Path, help="data folder to write to")
     parser.add_argument("--task", help="name of the task; default: the file's, without mnist3d")

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it fi
 from common.errors import InputError  # noqa: E402
 from common.files import write_csv, write_text  # noqa: E402
 from common.machine import usable_cores  # noqa: E402
-from data.common import ORIENTATION, TARGET, Formatter, write_dataset, write_volume  # noqa: E402
+from data.common import ORIENTATION, TARGET, make_parser, write_dataset, write_volume  # noqa: E402
 from data.phantom.exam import draw_exam  # noqa: E402
 from data.phantom.lesions import PREVALENCE, draw_labels  # noqa: E402
 from data.phantom.rsna import NEEDS, TRUTH, make_study, write_tables  # noqa: E402
@@ -76,11 +76,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_arguments():
-    parser = Parser(
-        description=__doc__.partition("\n\n")[0],
-        epilog=__doc__.partition("\n\n")[2],
-        formatter_class=Formatter,
-    )
+    parser = make_parser(__doc__, kind=Parser)
     exams = parser.add_argument_group("exams")
     exams.add_argument("--exams", type=int, default=200, help="to train on; MRNet has 1130")
     exams.add_argument("--valid", type=int, default=60, help="to validate on; MRNet has 120")

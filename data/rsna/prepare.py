@@ -43,10 +43,10 @@ from common.files import write_csv, write_text  # noqa: E402
 from common.machine import usable_cores  # noqa: E402
 from data.common import (  # noqa: E402
     OWN_LABELS,
-    Formatter,
     Register,
     Report,
     add_preparation,
+    make_parser,
     merge_csv,
     write_dataset,
     write_planes,
@@ -70,11 +70,7 @@ OF_A_PATIENT = 20  # studies; a PatientID that more share is a word such as "ano
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n\n")[0],
-        epilog=__doc__.partition("\n\n")[2],
-        formatter_class=Formatter,
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("root", type=Path, help="folder of train.csv and train_series/")
     parser.add_argument("out", type=Path, help="data folder to write to")
     group = parser.add_argument_group("labels")
