@@ -288,12 +288,18 @@ class MRDataset(Dataset):
         return views_on(device, self.transform, drawn, slices)
 
     def draw_slices(self, count):
-        """A random part of `count` slices in their order, int64 (k,); None for all."""
+        """A part of `count` slices, int64 (k,), evenly spaced from a random first; None for all.
+
+        Systematic sampling (Cochran, "Sampling techniques", 1977, chapter 8): each slice is as
+        likely as any other, and a third of them, each between its neighbours, shows them all.
+        """
         least, most = self.slices
         if least == 1:
             return None
         part = least if least == most else least + torch.rand(()).item() * (most - least)
-        return torch.randperm(count)[: max(1, round(part * count))].sort().values
+        taken = max(1, round(part * count))
+        positions = torch.arange(taken, dtype=torch.float64) + torch.rand(())
+        return (positions * (count / taken)).long()
 
     def exam(self, i, device=None, view=None):
         """Exam i as input of the network, on `device`: float32 (s, 1 or 3, H, W).

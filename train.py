@@ -87,7 +87,7 @@ def parse_arguments():
     augment = "article flips columns in every plane, anatomical left and right only; strong adds "
     augment += f"gamma, contrast, blur, noise, cut-outs, {SLICES_OF_STRONG:.0%}% or more of slices"
     add("--augment", choices=AUGMENTATIONS, help=augment)
-    slices = "train each step on a random part of the slices: 0.5 takes half the time"
+    slices = "train each step on a part of the slices, evenly spaced: 0.5 takes half the time"
     add("--slices", type=cli.part, help=slices)
 
     add = parser.add_argument_group("network").add_argument
@@ -95,6 +95,8 @@ def parse_arguments():
     add("--backbone", choices=BACKBONES, help=backbone)
     imagenet = "start from ImageNet; --no-pretrained starts from random weights, learns far slower"
     add("--pretrained", action=switch, help=imagenet)
+    freeze = "keep so many of its first convolutions as they are: 2 of AlexNet's 5, 2/3 of the time"
+    add("--freeze", type=cli.count, metavar="N", help=freeze)
     pooling = "over slices; attention learns which count (Ilse et al. 2018)"
     add("--pooling", choices=POOLINGS, help=pooling)
     dropout = "before the classifier; the article's text has it, its code does not"
@@ -137,11 +139,9 @@ def parse_arguments():
     add("--seed", type=cli.seed_number, help="fixes order, augmentation and initial classifier")
 
     add = parser.add_argument_group("protocol").add_argument
-    protocol = "what selects the epoch and stops the training: the validation exams themselves "
-    protocol += "(optimistic) or a held-out part of the training exams"
+    protocol = "what selects the epoch: the validation exams (optimistic) or held-out training ones"
     add("--protocol", choices=PROTOCOLS, help=protocol)
-    folds = "number of networks, each trained without its fold of the training exams; 3 to 5 for "
-    folds += "honest stacking, 1 is the article's"
+    folds = "networks, each trained without its fold of the training exams; 3 to 5: honest stacking"
     add("--folds", type=cli.positive_int, help=folds)
     seeds = "number of seeds, from --seed on; differences below their spread are noise"
     add("--repeat", type=cli.positive_int, help=seeds)

@@ -202,6 +202,10 @@ def positive_int(text):
     return parse_number(text, int, lambda v: v >= 1, "a whole number of at least 1")
 
 
+def count(text):
+    return parse_number(text, int, lambda v: v >= 0, "a whole number of at least 0")
+
+
 def seed_number(text):
     return parse_number(text, int, lambda v: 0 <= v < 2**31, "a whole number from 0 to below 2^31")
 

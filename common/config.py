@@ -123,6 +123,7 @@ class Config:
     slices: float = THE_ARTICLES["slices"]
     backbone: str = THE_ARTICLES["backbone"]
     pretrained: bool = THE_ARTICLES["pretrained"]
+    freeze: int = THE_ARTICLES["freeze"]
     pooling: str = THE_ARTICLES["pooling"]
     dropout: float = THE_ARTICLES["dropout"]
     share_backbone: bool = THE_ARTICLES["share_backbone"]
@@ -173,6 +174,8 @@ class Config:
              "--share-backbone: needs several planes, such as --plane axial coronal"),
             (len(self.planes) == 1 and self.plane_dropout > 0,
              "--plane-dropout: needs several planes, such as --plane axial coronal"),
+            (self.freeze > 0 and not self.pretrained,
+             "--freeze: not with --no-pretrained, whose weights are random"),
             (self.warmup > 0 and self.lr_scheduler in ("plateau", "step"),
              f"--warmup: not with --lr-scheduler {self.lr_scheduler}, which counts epochs; use "
              "cosine, one-cycle or none"),

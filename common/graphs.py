@@ -52,7 +52,8 @@ class GraphedStep(TrainingStep):
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         self.graphs, self.eager_left = {}, self.EAGER
         for parameter in self.model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
 
     def backward(self, exams, volume, view, target, weight, exams_in_step):
         def work(volume, drawn, rows, target, weight):

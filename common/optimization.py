@@ -11,6 +11,8 @@ import torch
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from common.errors import InputError
+
 PLATEAU_PATIENCE, PLATEAU_FACTOR, PLATEAU_THRESHOLD = 3, 0.3, 1e-4  # the article's
 STEP_EPOCHS, STEP_FACTOR = 3, 0.5  # the article's
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -19,11 +21,48 @@ MAX_INITIAL_WEIGHT = 0.01  # share of the first weights left in the average
 ONE_CYCLE_WARMUP = 0.3  # of all steps, where --warmup is 0; torch's and fastai's
 
 
+def freeze_convolutions(model, n):
+    """Leave a network's first n convolutions, and what lies between them, out of its training.
+
+    Backward ends where the frozen part does. First layers are general, edges and blobs, whatever a
+    network was trained on (Yosinski et al., NeurIPS 2014).
+
+    Args:
+        model: MRNet, or MultiPlaneMRNet with a backbone for each plane or one for all.
+
+    Raises:
+        InputError: the backbone has not so many.
+    """
+    for name, part in model.named_modules():
+        if name.rpartition(".")[2] == "pretrained_model":
+            freeze_backbone(part, n, model.backbone)
+
+
+def freeze_backbone(features, n, name):
+    """The same of a backbone's convolutional part, and its name in BACKBONES."""
+    convolutions = sum(isinstance(one, torch.nn.Conv2d) for one in features.modules())
+    if n > convolutions:
+        raise InputError(f"--freeze {n}: {name} has {convolutions} convolutions")
+    for module in features.modules():
+        n -= isinstance(module, torch.nn.Conv2d)
+        if n < 0:
+            return
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
+
+
 def make_optimizer(model, config):
-    """Adam or AdamW; classifiers (and attention) with a learning rate of their own if asked for."""
+    """Adam or AdamW; classifiers (and attention) with a learning rate of their own if asked for.
+
+    Raises:
+        InputError: --freeze asks for more convolutions than the backbone has.
+    """
+    freeze_convolutions(model, config.freeze)
     rates = {"backbone": config.lr, "head": config.head_lr or config.lr}
     parameters = {"backbone": [], "head": []}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         within = config.head_lr > 0 and "pretrained_model" not in name
         parameters["head" if within else "backbone"].append(parameter)
     device = next(model.parameters()).device

@@ -144,7 +144,7 @@ RECIPES = {
     "best": {"channels": "neighbours", "augment": "anatomical", "optimizer": "adamw",
              "head_lr": 1e-3, "lr_scheduler": "cosine", "warmup": 0.1, "average_weights": 0.9},
     "more": {"pooling": "attention", "slices": 0.5, "clip": 1.0, "accumulate": 5},
-    "mean": {"pooling": "mean", "accumulate": 2, "augment": "none"},
+    "mean": {"pooling": "mean", "accumulate": 2, "augment": "none", "freeze": 2},
 }  # fmt: skip
 
 

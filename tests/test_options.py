@@ -1,5 +1,6 @@
 """Options beyond the article: each against an independent computation, and end to end."""
 
+import copy
 import csv
 import itertools
 import json
@@ -152,6 +153,7 @@ def test_a_part_of_the_slices_is_drawn_for_each_step(tmp_path):
     assert all(len(set(r)) == 20 and r == sorted(r) for r in rows)
     counts = np.bincount(np.concatenate(rows), minlength=40)
     assert counts.min() >= 12 and counts.max() <= 38  # 25 +- 3.5
+    assert all(set(np.diff(r)) == {2} for r in rows)  # every second, from the first or the next
     exams.slices = (0.6, 1.0)
     lengths = [len(view.rows) for view in exams.draw([0] * 200)]
     assert min(lengths) < 27 and max(lengths) > 37 and 24 <= min(lengths) <= max(lengths) <= 40
@@ -159,6 +161,28 @@ def test_a_part_of_the_slices_is_drawn_for_each_step(tmp_path):
     exams.slices = (0.5, 0.5)
     view = exams.draw([3])[0]
     torch.testing.assert_close(exams.exam(3, view=view), exams.exam(3)[view.rows])
+
+
+def test_a_part_of_the_slices_is_a_systematic_sample(tmp_path, monkeypatch):
+    exams = MRDataset(write_exams(tmp_path / "data"), "acl", "axial")
+    exams.slices = (0.4, 0.4)
+    taken = np.concatenate([exams.draw_slices(17).numpy() for _ in range(4000)])
+    # Seven of 17 slices, each with probability 7 / 17: a binomial count, five SD to each side.
+    expected = 4000 * 7 / 17
+    assert np.abs(np.bincount(taken) - expected).max() < 5 * math.sqrt(expected * 10 / 17)
+    for count in range(1, 80):
+        rows = exams.draw_slices(count)
+        gaps = {*rows.diff().tolist()}  # 1 / 0.4, up to rounding
+        assert rows[0] >= 0 and rows[-1] < count and gaps <= {1, 2, 3} and len(gaps) <= 2
+    exams.slices = (1 / 3, 1 / 3)
+    for count in (9, 30, 60):
+        rows = exams.draw_slices(count)
+        assert {*range(1, count - 1)} <= {
+            *(rows[:, None] + torch.tensor([-1, 0, 1])).ravel().tolist()
+        }
+    # The largest number that torch.rand gives: the last slice, none beyond.
+    monkeypatch.setattr(torch, "rand", lambda *args: torch.tensor(1 - 2**-24))
+    assert [exams.draw_slices(count)[-1].item() for count in (9, 61, 512)] == [8, 60, 511]
 
 
 def test_anatomical_mirrors_left_and_right():
@@ -288,6 +312,59 @@ def test_accumulated_exams_are_one_batch_under_mean_reduction(tmp_path, n):
     wanted = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert (found - wanted).norm() <= 1e-6 * wanted.norm()
     assert model.classifier.weight.grad[2].abs().sum() == 0 or n > 2  # 1 and 5 are unknown
+
+
+@pytest.mark.parametrize(
+    "backbone, n, frozen",
+    [
+        ("alexnet", 2, ["0.weight", "0.bias", "3.weight", "3.bias"]),
+        ("squeezenet1_1", 1, ["0.weight", "0.bias"]),
+        ("resnet18", 1, ["conv1.weight", "bn1.weight", "bn1.bias"]),
+    ],
+)
+def test_frozen_convolutions_stay_and_the_others_learn_as_without(backbone, n, frozen):
+    model = MRNet(backbone=backbone, tasks=3)
+    free = copy.deepcopy(model)
+    optimizer = make_optimizer(model, config(pretrained=True, freeze=n, optimizer="adamw", lr=1e-3))
+    x = torch.rand(4, 3, 96, 96)
+    for network in (model, free):
+        network(x).square().sum().backward()
+    before = copy.deepcopy(model.state_dict())
+    optimizer.step()
+    left = [f"pretrained_model.{name}" for name in frozen]
+    wanted = dict(free.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name in left), name
+        assert (parameter.grad is None) == (name in left), name
+        if name not in left:
+            torch.testing.assert_close(parameter.grad, wanted[name].grad)
+
+
+def test_the_backbone_of_each_plane_is_frozen(shared_exams):
+    for share in (False, True):
+        asked = config(plane="axial+coronal", share_backbone=share)
+        model = train.start_state(
+            asked, whole(MultiPlaneDataset(shared_exams, "acl", PLANES[:2]))
+        ).model
+        make_optimizer(model, config(pretrained=True, freeze=5))  # all of AlexNet's
+        left = {name for name, one in model.named_parameters() if one.requires_grad}
+        assert left == {name for name, _ in model.named_parameters() if "classifier" in name}
+    with pytest.raises(InputError, match="--freeze 6: alexnet has 5 convolutions"):
+        make_optimizer(MRNet(), config(pretrained=True, freeze=6))
+
+
+def test_a_training_with_frozen_convolutions(work, monkeypatch):
+    features = MRNet().pretrained_model.state_dict()
+    monkeypatch.setattr(train, "imagenet_features", lambda backbone: features)
+    words = ("--task", "acl", "--plane", "axial", "--epochs", "2", "--freeze", "2", "--lr", "1e-4",
+             "--average-weights", "0.9")  # fmt: skip
+    done = run_script("train.py", *files(work), *words)
+    assert done.returncode == 0, done.stderr
+    assert "beyond the article: freeze=2" in done.stdout
+    saved = load_model(work / "models" / "acl-axial.pt")[0].pretrained_model.state_dict()
+    assert {name for name in features if torch.equal(saved[name], features[name])} == {
+        "0.weight", "0.bias", "3.weight", "3.bias",
+    }  # fmt: skip
 
 
 def test_a_short_last_step_counts_its_own_exams(tmp_path):
@@ -733,6 +810,7 @@ def test_what_the_configuration_refuses(shared_exams):
     for more, fault in (
         ({"share_backbone": True}, "--share-backbone: needs several planes"),
         ({"plane_dropout": 0.1}, "--plane-dropout: needs several planes"),
+        ({"freeze": 1}, "--freeze: not with --no-pretrained"),
         ({"warmup": 0.1}, "--warmup: not with --lr-scheduler plateau"),
     ):
         with pytest.raises(InputError, match=fault):

@@ -46,7 +46,7 @@ def test_the_default_recipe_is_the_articles(monkeypatch):
     article = {
         "task": ["acl"], "plane": ["axial"], "recipe": "article", "intensity": "standardized",
         "channels": "grey", "augment": "article", "slices": 1.0, "backbone": "alexnet",
-        "pretrained": True, "pooling": "max", "dropout": 0.0, "share_backbone": False,
+        "pretrained": True, "freeze": 0, "pooling": "max", "dropout": 0.0, "share_backbone": False,
         "plane_weight": 0.5, "plane_dropout": 0.0, "class_weights": True, "accumulate": 1,
         "optimizer": "adam", "lr": 1e-5, "head_lr": 0.0, "weight_decay": 0.1, "clip": 0.0,
         "average_weights": 0.0, "lr_scheduler": "plateau", "warmup": 0.0, "epochs": 50,
@@ -61,18 +61,18 @@ def test_the_default_recipe_is_the_articles(monkeypatch):
 
 def test_every_argument_is_taken(monkeypatch):
     words = ("--data-dir d --intensity raw --channels neighbours --augment strong --slices 0.5 "
-             "--backbone vgg11 --no-pretrained --pooling mean --dropout 0.25 --share-backbone "
-             "--plane-weight 0.1 --plane-dropout 0.3 --no-class-weights --accumulate 4 --optimizer "
-             "adamw --lr 0.5 --head-lr 0.6 --weight-decay 0 --clip 1 --average-weights 0.9 "
-             "--lr-scheduler cosine --warmup 0.1 --epochs 3 --patience 2 --select last --seed 7 "
-             "--protocol held-out --folds 4 --repeat 2 --networks 2 8 --device cpu --precision "
-             "fp32 --cache disk --cuda-graphs --models-dir m --logs-dir l --log-every 9 "
-             "--resume")  # fmt: skip
+             "--backbone vgg11 --no-pretrained --freeze 3 --pooling mean --dropout 0.25 "
+             "--share-backbone --plane-weight 0.1 --plane-dropout 0.3 --no-class-weights "
+             "--accumulate 4 --optimizer adamw --lr 0.5 --head-lr 0.6 --weight-decay 0 --clip 1 "
+             "--average-weights 0.9 --lr-scheduler cosine --warmup 0.1 --epochs 3 --patience 2 "
+             "--select last --seed 7 --protocol held-out --folds 4 --repeat 2 --networks 2 8 "
+             "--device cpu --precision fp32 --cache disk --cuda-graphs --models-dir m --logs-dir "
+             "l --log-every 9 --resume")  # fmt: skip
     args = vars(parse(monkeypatch, *words.split()))
     assert args == {
         "task": ["acl"], "plane": ["axial"], "recipe": "article", "data_dir": Path("d"),
         "intensity": "raw", "channels": "neighbours", "augment": "strong", "slices": 0.5,
-        "backbone": "vgg11", "pretrained": False, "pooling": "mean", "dropout": 0.25,
+        "backbone": "vgg11", "pretrained": False, "freeze": 3, "pooling": "mean", "dropout": 0.25,
         "share_backbone": True, "plane_weight": 0.1, "plane_dropout": 0.3, "class_weights": False,
         "accumulate": 4, "optimizer": "adamw", "lr": 0.5, "head_lr": 0.6, "weight_decay": 0.0,
         "clip": 1.0, "average_weights": 0.9, "lr_scheduler": "cosine", "warmup": 0.1, "epochs": 3,

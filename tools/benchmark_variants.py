@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from common import engine
 from common.devices import has_bf16, pick_precision
 from common.graphs import GraphedStep
+from common.optimization import freeze_convolutions
 from dataloader import Augmentation, resample
 from model import GreyConv2d, MRNet, space_to_depth_convolution
 from tools.article_loop import ArticlesLoop
@@ -29,10 +30,11 @@ class Ours:
         self.train_set.transform = augmentation()
         self.device, self.precision = device, pick_precision(precision, device)
         self.model = network().to(device)
+        freeze_convolutions(self.model, options.get("frozen", 0))
         cuda = device.type == "cuda"
         on_gpu = train_set.cached[0] is not None and train_set.cached[0].is_cuda
         self.optimizer = torch.optim.Adam(
-            self.model.parameters(),
+            [one for one in self.model.parameters() if one.requires_grad],
             lr=torch.tensor(1e-5, device=device),
             weight_decay=0.1,
             fused=options.get("fused", True),
@@ -72,13 +74,13 @@ class OnDisk(Ours):
         super().__init__(sets, device)
 
 
-class HalfTheSlices(Ours):
-    """--slices 0.5"""
+class PartOfTheSlices(Ours):
+    """--slices"""
 
-    def __init__(self, sets, device):
-        half = copy.copy(sets[0])
-        half.slices = (0.5, 0.5)
-        super().__init__([half, sets[1]], device)
+    def __init__(self, part, sets, device, **options):
+        some = copy.copy(sets[0])
+        some.slices = (part, part)
+        super().__init__([some, sets[1]], device, **options)
 
 
 class ThreeFindings(Ours):
@@ -180,7 +182,10 @@ def variants(device, workers, folder):
         "- one channel (3 copies)": partial(Ours, network=ThreeChannels),
         "- one resampling (2)": partial(Ours, augmentation=TwoResamplings),
         "three findings in one": ThreeFindings,
-        "half of the slices": HalfTheSlices,
+        "half of the slices": partial(PartOfTheSlices, 0.5),
+        "a third of the slices": partial(PartOfTheSlices, 1 / 3),
+        "two convolutions frozen": partial(Ours, frozen=2),
+        "a third of the slices, two frozen": partial(PartOfTheSlices, 1 / 3, frozen=2),
     }
     if not has_bf16(device):
         del made["- bf16 (fp32)"]
