@@ -41,6 +41,7 @@ from common.checkpoint import (
     check_writable,
     load_model,
     lock,
+    metadata_of,
     save_model,
 )
 from common.config import THE_ARTICLES, Config, read_recipe, selection_note
@@ -62,6 +63,7 @@ from common.optimization import (
     steps_with_optimizer,
 )
 from common.planes import PLANES, in_order
+from common.predictions import Predictor
 from common.splits import PROTOCOLS, fingerprints_of, numbered, plan_splits, write_folds
 from common.train_state import SELECTIONS, TrainState, is_finished, restore_state
 from common.weights import imagenet_features
@@ -109,7 +111,7 @@ def parse_arguments():
     add("--plane-dropout", type=cli.probability, help=drop)
 
     add = parser.add_argument_group("recipe").add_argument
-    recipe = "article: as published; best: better; fast: a first answer; phantom, rsna; or a file"
+    recipe = "article: as published; best: better; fast, fastest: sooner; phantom, rsna; or a file"
     add("--recipe", default=ARTICLE, metavar="NAME|FILE", help=recipe)
     most = "at most; early stopping ends most runs sooner. cosine and one-cycle plan for them"
     add("--epochs", type=cli.positive_int, help=most)
@@ -260,7 +262,7 @@ def train_network(config, split, files, provenance):
             for epoch in train_epochs(config, split, state, stop_requested):
                 if epoch is not None:
                     for task in epoch.saved:
-                        metadata = describe(config, split, epoch, task) | provenance
+                        metadata = metadata_of(config, split, epoch, task) | provenance
                         finding = config.tasks.index(task)
                         save_model(paths[task], state.evaluated, metadata, finding)
                     state.history.append(epoch.record)
@@ -274,8 +276,7 @@ def train_network(config, split, files, provenance):
             if state.bad_epochs >= config.patience:
                 metric = f"{split.selected_on} loss"
                 print(f"stopped: {metric} has not improved for {config.patience} epochs")
-            for task, path in paths.items():
-                report_best_model(config, split, path, history_of(task, state.history), log)
+            report_best_models(config, split, paths, state.history, log)
             print(f"logs   {state.log_dir}")
             if ranks.is_first():
                 state_file.unlink(missing_ok=True)
@@ -354,8 +355,11 @@ def train_model(state, step, exams, what, stop_requested=(), accumulate=1):
     return (labels, logits, losses), engine.metrics_of(exams.tasks, labels, logits, losses)
 
 
-def evaluate_model(model, exams, config, what="evaluate"):
+def evaluate_model(model, exams, config, what="evaluate", predict=None):
     """Predict some exams without augmentation (the article's `evaluate_model`).
+
+    Args:
+        predict: Predictor, which remembers what networks share; None predicts anew.
 
     Returns:
         {finding: {"loss": mean weighted loss, "auc"}}, and logits float32 (n, tasks).
@@ -363,7 +367,11 @@ def evaluate_model(model, exams, config, what="evaluate"):
     Raises:
         RunError: a prediction is infinite or not a number.
     """
-    logits = engine.predict(model, exams, torch.device(config.device), config.precision, what)
+    if predict is None:
+        device = torch.device(config.device)
+        logits = engine.predict(model, exams, device, config.precision, what)
+    else:
+        logits = predict(model, exams, what).astype(np.float32)
     losses = engine.exam_losses(exams.targets, exams.weights, logits)
     bad = np.flatnonzero(~np.isfinite(losses).all(axis=1))
     if len(bad):
@@ -397,53 +405,36 @@ def augmented_exam(config, split):
     return (grey_levels(exam, config.intensity) / 255).clamp(0, 1)
 
 
-def describe(config, split, epoch, task):
-    """Metadata of the saved model of one finding: plain values only."""
-    return {
-        "task": task,
-        "plane": config.plane,
-        "recipe": config.recipe,
-        "architecture": {name: getattr(config, name) for name in ARCHITECTURE},
-        "intensity": config.intensity,
-        "channels": config.channels,
-        "plane_dropout": config.plane_dropout,
-        "pretrained": config.pretrained,
-        "precision": config.precision,
-        "epoch": epoch.number,
-        "seed": split.seed,
-        "fold": split.fold,
-        "out_of_fold": split.out_of_fold,
-        "tuning": split.tuning,
-        "protocol": config.protocol,
-        "metrics": {which: metrics[task] for which, metrics in epoch.metrics.items()},
-        "arguments": asdict(config),
-        "class_weights": list(split.train_set.class_weights[task]),
-        "prevalence": float(np.nanmean(split.train_set.finding(task).labels)),
-        "data": fingerprints_of(split.finding(task)),
-    }
+def report_best_models(config, split, paths, history, log):
+    """Evaluate each finding's best model on the validation exams, log its curves, print its path.
 
-
-def report_best_model(config, split, path, history, log):
-    """Evaluate a finding's best model on the validation exams, log its curves, print its path."""
-    model, metadata = load_model(path)
-    task, device = metadata["task"], torch.device(config.device)
-    model.to(device)
-    exams = split.valid_set.finding(task)
-    metrics, logits = evaluate_model(model, exams, config)
-    metadata["metrics"]["valid"] = valid = metrics[task]
-    # Epochs may have been added since that epoch.
-    metadata |= {"arguments": asdict(config), "history": history}
-    save_model(path, model, metadata)
-    labels, epoch = is_positive(exams.labels[:, 0]).astype(np.float32), metadata["epoch"]
-    title = f"{task}, {config.plane}, epoch {epoch}"
-    log.add_result(title, labels, engine.sigmoid(logits[:, 0]), metadata, asdict(config))
-    log.add_heat_maps(model, exams, epoch, device)
-    low, high = auc_interval(labels, logits[:, 0])[1:]
-    note = selection_note(asdict(config), split.selected_on == "tune")
-    print(
-        f"\n{f'{task}, ' if len(config.tasks) > 1 else ''}validation AUC {valid['auc']:.4f} "
-        f"[{low:.3f}, {high:.3f}], epoch {epoch} ({note})\nmodel  {path}"
-    )
+    Args:
+        paths: {finding: path of its model}.
+        history: list of Epoch.record.
+        log: TrainingLog.
+    """
+    device = torch.device(config.device)
+    predict = Predictor(device, config.precision)
+    for task, path in paths.items():
+        model, metadata = load_model(path)
+        model.to(device)
+        exams = split.valid_set.finding(task)
+        exams.taken = list(config.planes)
+        metrics, logits = evaluate_model(model, exams, config, predict=predict)
+        metadata["metrics"]["valid"] = valid = metrics[task]
+        # Epochs may have been added since that epoch.
+        metadata |= {"arguments": asdict(config), "history": history_of(task, history)}
+        save_model(path, model, metadata)
+        labels, epoch = is_positive(exams.labels[:, 0]).astype(np.float32), metadata["epoch"]
+        title = f"{task}, {config.plane}, epoch {epoch}"
+        log.add_result(title, labels, engine.sigmoid(logits[:, 0]), metadata, asdict(config))
+        log.add_heat_maps(model, exams, epoch, device)
+        low, high = auc_interval(labels, logits[:, 0])[1:]
+        note = selection_note(asdict(config), split.selected_on == "tune")
+        print(
+            f"\n{f'{task}, ' if len(paths) > 1 else ''}validation AUC {valid['auc']:.4f} "
+            f"[{low:.3f}, {high:.3f}], epoch {epoch} ({note})\nmodel  {path}"
+        )
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ import io
 import os
 import pickle
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from common import ranks
@@ -23,6 +24,7 @@ from common.errors import InputError, is_out_of_memory, one_line
 from common.files import held, remove_leftovers, write_bytes
 from common.names import column_name, state_path
 from common.planes import ALL_PLANES
+from common.splits import fingerprints_of
 from dataloader import CHANNELS, INTENSITIES
 from model import POOLINGS, MRNet, MultiPlaneMRNet
 
@@ -30,7 +32,7 @@ FORMAT = "mrnet-model-3"
 STATE_FORMAT = "mrnet-training-3"
 # What a network is built from, and must be saved with its weights.
 ARCHITECTURE = ("backbone", "pooling", "dropout", "share_backbone")
-# What the metadata of every saved model has; train.py writes more.
+# What the metadata of every saved model has; `metadata_of` and train.py's provenance are more.
 METADATA = {
     "task": str,
     "plane": str,
@@ -51,6 +53,38 @@ METADATA = {
     "dataset": (dict, type(None)),  # content of dataset.json
     "metrics": dict,
 }
+
+
+def metadata_of(config, split, epoch, task):
+    """Metadata of the saved model of one finding: plain values only.
+
+    Args:
+        config: Config.
+        split: splits.Split.
+        epoch: logs.Epoch, the saved one.
+    """
+    return {
+        "task": task,
+        "plane": config.plane,
+        "recipe": config.recipe,
+        "architecture": {name: getattr(config, name) for name in ARCHITECTURE},
+        "intensity": config.intensity,
+        "channels": config.channels,
+        "plane_dropout": config.plane_dropout,
+        "pretrained": config.pretrained,
+        "precision": config.precision,
+        "epoch": epoch.number,
+        "seed": split.seed,
+        "fold": split.fold,
+        "out_of_fold": split.out_of_fold,
+        "tuning": split.tuning,
+        "protocol": config.protocol,
+        "metrics": {which: metrics[task] for which, metrics in epoch.metrics.items()},
+        "arguments": asdict(config),
+        "class_weights": list(split.train_set.class_weights[task]),
+        "prevalence": float(np.nanmean(split.train_set.finding(task).labels)),
+        "data": fingerprints_of(split.finding(task)),
+    }
 
 
 def read_checkpoint(path, expected=FORMAT):

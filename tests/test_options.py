@@ -77,7 +77,7 @@ LAST = {"select": "last", "patience": 9, "epochs": 9, "lr_scheduler": "cosine"}
     ("article", {"select": "last"}, "stopped the training and set the learning rates"),
     ("article", LAST | {"patience": 8}, "stopped the training"),
     ("article", LAST | {"lr_scheduler": "plateau"}, "set the learning rates"),
-    ("best", {}, ""), ("fast", {}, ""), ("phantom", {}, ""), ("rsna", {}, ""),
+    ("best", {}, ""), ("fast", {}, ""), ("fastest", {}, ""), ("phantom", {}, ""), ("rsna", {}, ""),
     ("best", {"epochs": 16}, "stopped the training"),
     ("best", {"select": "auc"}, "selected the epochs"),
 ])  # fmt: skip
@@ -575,7 +575,7 @@ def test_the_models_of_several_findings_are_the_one_network(tmp_path, monkeypatc
         real(path, model, metadata, finding)
 
     monkeypatch.setattr(train, "save_model", keep)
-    monkeypatch.setattr(train, "report_best_model", lambda *args: None)
+    monkeypatch.setattr(train, "report_best_models", lambda *args: None)
     leftover = tmp_path / "models" / ".acl+soft-axial.state.abcdefgh.tmp"  # of a killed run
     leftover.parent.mkdir()
     leftover.touch()
@@ -587,6 +587,29 @@ def test_the_models_of_several_findings_are_the_one_network(tmp_path, monkeypatc
         saved = load_model(tmp_path / "models" / f"{name}.pt")[0]
         with torch.no_grad():
             torch.testing.assert_close(saved(x)[0, 0], model.cpu().eval()(x)[0, row])
+
+
+def test_findings_of_one_epoch_are_reported_in_one_pass(tmp_path, monkeypatch):
+    write_findings(tmp_path / "data")
+    passes = []
+    real = engine.exam_features
+
+    def count(model, exams, *args):
+        passes.append(exams.ids)
+        return real(model, exams, *args)
+
+    monkeypatch.setattr(engine, "exam_features", count)
+    words = ("--plane", "axial", "--lr", "1e-4", "--select", "last", "--channels", "neighbours")
+    done = train_quickly(tmp_path, "--task", "acl", "soft", *words)
+    sets = [MRDataset(tmp_path / "data", task, "axial", train=False) for task in ("acl", "soft")]
+    assert sum(map(len, passes)) == len({*sets[0].ids, *sets[1].ids})
+    for exams in sets:
+        model, metadata = load_model(tmp_path / "models" / f"{exams.tasks[0]}-axial.pt")
+        exams.channels = "neighbours"
+        logits = engine.predict(model, exams, torch.device("cpu"), "fp32")
+        auc = engine.metrics_of(exams.tasks, exams.labels, logits, logits)[exams.tasks[0]]["auc"]
+        assert metadata["metrics"]["valid"]["auc"] == pytest.approx(auc)
+        assert f"{exams.tasks[0]}, validation AUC {auc:.4f}" in done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -92,7 +92,7 @@ def test_recipes_inherit(tmp_path):
     assert joint.bytes_of("article") == bytes_of_a_job("alexnet", planes=2)
 
 
-@pytest.mark.parametrize("name", ["article", "best", "fast"])
+@pytest.mark.parametrize("name", ["article", "best", "fast", "fastest"])
 def test_recipes_are_those_of_the_finalists(name):
     tried = read_sweep(ROOT / "sweeps" / "final.toml").recipes[name]
     _, recipe = read_recipe(name)
