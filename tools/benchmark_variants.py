@@ -183,9 +183,9 @@ def variants(device, workers, folder):
         "- one resampling (2)": partial(Ours, augmentation=TwoResamplings),
         "three findings in one": ThreeFindings,
         "half of the slices": partial(PartOfTheSlices, 0.5),
-        "a quarter of the slices": partial(PartOfTheSlices, 0.25),
+        "a third of the slices": partial(PartOfTheSlices, 1 / 3),
         "two convolutions frozen": partial(Ours, frozen=2),
-        "a quarter of the slices, two frozen": partial(PartOfTheSlices, 0.25, frozen=2),
+        "a third of the slices, two frozen": partial(PartOfTheSlices, 1 / 3, frozen=2),
     }
     if not has_bf16(device):
         del made["- bf16 (fp32)"]
