@@ -8,7 +8,7 @@
     python train.py --task acl --plane axial coronal sagittal              # three planes in one
 
 Writes models/<task>-<plane>.pt (the epoch with the best AUC on the validation exams, or with
-`--protocol held-out` on the tuning exams; with recipes best, fast, phantom and rsna the last epoch;
+`--protocol held-out` on the tuning exams; with `--select last`, as in most recipes, the last;
 about 10 MB) and logs/<task>/<plane>/<time>/ for `tensorboard --logdir logs`. With a recipe other
 than the article's its name follows the plane's.
 
