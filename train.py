@@ -141,9 +141,11 @@ def parse_arguments():
     add("--seed", type=cli.seed_number, help="fixes order, augmentation and initial classifier")
 
     add = parser.add_argument_group("protocol").add_argument
-    protocol = "what selects the epoch: the validation exams (optimistic) or held-out training ones"
+    protocol = "what selects the epoch and stops the training: the validation exams themselves "
+    protocol += "(optimistic) or a held-out part of the training exams"
     add("--protocol", choices=PROTOCOLS, help=protocol)
-    folds = "networks, each trained without its fold of the training exams; 3 to 5: honest stacking"
+    folds = "number of networks, each trained without its fold of the training exams; 3 to 5 for "
+    folds += "honest stacking, 1 is the article's"
     add("--folds", type=cli.positive_int, help=folds)
     seeds = "number of seeds, from --seed on; differences below their spread are noise"
     add("--repeat", type=cli.positive_int, help=seeds)

@@ -40,13 +40,15 @@ def freeze_convolutions(model, n):
 
 def freeze_backbone(features, n, name):
     """The same of a backbone's convolutional part, and its name in BACKBONES."""
-    convolutions = sum(isinstance(one, torch.nn.Conv2d) for one in features.modules())
-    if n > convolutions:
-        raise InputError(f"--freeze {n}: {name} has {convolutions} convolutions")
+    convolutions = [one for one in features.modules() if isinstance(one, torch.nn.Conv2d)]
+    if n > len(convolutions):
+        raise InputError(f"--freeze {n}: {name} has {len(convolutions)} convolutions")
+    first_trained = convolutions[n] if n < len(convolutions) else None
     for module in features.modules():
-        n -= isinstance(module, torch.nn.Conv2d)
-        if n < 0:
+        if module is first_trained:
             return
+        if first_trained in module.modules():
+            continue  # a block's own parameters, such as ConvNeXt's layer_scale, come after it
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(False)
 
