@@ -33,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import cli, engine, ranks
+from common import cli, engine
 from common.augmentation import AUGMENTATIONS, SLICES_OF_STRONG
 from common.checkpoint import (
     ARCHITECTURE,
@@ -132,7 +132,7 @@ def parse_arguments():
     add("--select", choices=SELECTIONS, help=select)
     weights = "weight positives by negatives/positives, as the article's text asks"
     add("--class-weights", action=switch, help=weights)
-    accumulate = "exams in one step of the optimizer; torchrun's processes share them out"
+    accumulate = "exams in one step of the optimizer"
     add("--accumulate", type=cli.positive_int, help=accumulate)
     average = "decay of the weights' moving average, which is saved: 0.999; 0.99 below 5,000 steps"
     add("--average-weights", type=cli.probability, help=average)
@@ -157,7 +157,7 @@ def parse_arguments():
     cache = "where volumes lie between epochs; auto: on a GPU with room; disk is as fast on a CPU"
     machine.add_argument("--cache", choices=CACHES, default="auto", help=cache)
     graphs = "steps as CUDA graphs; default where volumes are on a GPU (not with several planes, "
-    graphs += "--augment strong, --lr-scheduler one-cycle, torchrun)"
+    graphs += "--augment strong, --lr-scheduler one-cycle)"
     machine.add_argument("--cuda-graphs", action=switch, help=graphs)
 
     add = parser.add_argument_group("files").add_argument
@@ -184,39 +184,38 @@ def run(args):
     """Train every network that the arguments ask for: one, or one for each fold and seed."""
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    with ranks.process_group(device, args.accumulate):
-        check_writable(args.models_dir)
-        args.device, args.precision = device.type, precision  # what "auto" became
-        args.task = "+".join(all_tasks(args.data_dir) if args.task == ["all"] else args.task)
-        args.plane = "+".join(in_order(args.plane))
-        provenance = cli.print_start_up(vars(args), device, precision)
-        config = Config(**{field.name: getattr(args, field.name) for field in fields(Config)})
-        config.check()
-        cli.print_recipe(config)
-        files = Files(args.models_dir, args.logs_dir, args.log_every, args.resume)
-        train_set, valid_set = load_exams(config, args.data_dir)
-        cached = cache_volumes(
-            (train_set, valid_set), args.cache, device, partial(cli.progress, what="reading")
-        )
-        config = replace(config, cuda_graphs=use_graphs(args.cuda_graphs, config, device, cached))
-        print(f"steps      {'CUDA graphs' if config.cuda_graphs else 'eager'}")
-        for exams in (train_set, valid_set):
-            exams.fingerprint()  # hashes the voxels once, before subsets are taken
-        provenance |= {"dataset": train_set.description, "data_dir": str(args.data_dir)}
-        seeds = range(config.seed, config.seed + config.repeat)
-        how = config.protocol, config.folds, seeds, config.select
-        splits = plan_splits(train_set, valid_set, *how)
-        if advice := average_advice(config, min(len(split.train_set) for split in splits)):
-            print(advice)
-        write_folds(folds_path(args.models_dir, config.task), splits)
-        for number, split in numbered(splits, args.networks):
-            if len(splits) > 1:
-                of = f"{number} of {len(splits)}"
-                print(f"\n-- network {of}: seed {split.seed}, fold {split.fold}")
-            with ExitStack() as locks:
-                for task in dict.fromkeys((*config.tasks, config.task)):  # the last for the state
-                    locks.enter_context(lock(path_of(config, split, files, task)))
-                train_network(config, split, files, provenance)
+    check_writable(args.models_dir)
+    args.device, args.precision = device.type, precision  # what "auto" became
+    args.task = "+".join(all_tasks(args.data_dir) if args.task == ["all"] else args.task)
+    args.plane = "+".join(in_order(args.plane))
+    provenance = cli.print_start_up(vars(args), device, precision)
+    config = Config(**{field.name: getattr(args, field.name) for field in fields(Config)})
+    config.check()
+    cli.print_recipe(config)
+    files = Files(args.models_dir, args.logs_dir, args.log_every, args.resume)
+    train_set, valid_set = load_exams(config, args.data_dir)
+    cached = cache_volumes(
+        (train_set, valid_set), args.cache, device, partial(cli.progress, what="reading")
+    )
+    config = replace(config, cuda_graphs=use_graphs(args.cuda_graphs, config, device, cached))
+    print(f"steps      {'CUDA graphs' if config.cuda_graphs else 'eager'}")
+    for exams in (train_set, valid_set):
+        exams.fingerprint()  # hashes the voxels once, before subsets are taken
+    provenance |= {"dataset": train_set.description, "data_dir": str(args.data_dir)}
+    seeds = range(config.seed, config.seed + config.repeat)
+    how = config.protocol, config.folds, seeds, config.select
+    splits = plan_splits(train_set, valid_set, *how)
+    if advice := average_advice(config, min(len(split.train_set) for split in splits)):
+        print(advice)
+    write_folds(folds_path(args.models_dir, config.task), splits)
+    for number, split in numbered(splits, args.networks):
+        if len(splits) > 1:
+            of = f"{number} of {len(splits)}"
+            print(f"\n-- network {of}: seed {split.seed}, fold {split.fold}")
+        with ExitStack() as locks:
+            for task in dict.fromkeys((*config.tasks, config.task)):  # the last for the state
+                locks.enter_context(lock(path_of(config, split, files, task)))
+            train_network(config, split, files, provenance)
 
 
 def path_of(config, split, files, task):
@@ -248,7 +247,6 @@ def train_network(config, split, files, provenance):
         left = state.partial_epoch
         steps = f" and {len(left['logits']) // config.accumulate} steps" if left else ""
         print(f"\nresumed {state_file} after epoch {state.epoch}{steps}")
-    ranks.barrier()  # all have read what there was
     column = column_name(config.plane, config.recipe) + split.suffix
     state.log_dir = state.log_dir or new_log_dir(files.logs_dir / config.task / column)
     fingerprints = fingerprints_of(split.data_sets)
@@ -274,15 +272,14 @@ def train_network(config, split, files, provenance):
                 save_state()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(cli.resume_with()) from None
-        if not ranks.any_stops(stop_requested):
+        if not stop_requested:
             if state.bad_epochs >= config.patience:
                 metric = f"{split.selected_on} loss"
                 print(f"stopped: {metric} has not improved for {config.patience} epochs")
             report_best_models(config, split, paths, state.history, log)
             print(f"logs   {state.log_dir}")
-            if ranks.is_first():
-                state_file.unlink(missing_ok=True)
-        if ranks.any_stops(stop_requested):  # perhaps while reporting: another network may be next
+            state_file.unlink(missing_ok=True)
+        if stop_requested:  # perhaps while reporting: another network may be next
             raise Interrupted(stop_requested[0], cli.resume_with())
 
 
@@ -315,7 +312,7 @@ def train_epochs(config, split, state, stop_requested):
         best = state.update(selected)  # steps the schedule, counts for early stopping
         metrics = {"train": train, split.selected_on: selected}
         yield Epoch(state.epoch, lr, steps, metrics, speed, time.perf_counter() - began, best)
-        if ranks.any_stops(stop_requested):
+        if stop_requested:
             return
 
 
@@ -386,8 +383,7 @@ def evaluate_model(model, exams, config, what="evaluate", predict=None):
 
 def start_state(config, split):
     """TrainState before the first epoch: the network, the optimizer and the schedule."""
-    with ranks.first_alone():  # it may have to fetch them, and draws numbers then
-        features = imagenet_features(config.backbone) if config.pretrained else None
+    features = imagenet_features(config.backbone) if config.pretrained else None
     torch.manual_seed(split.random_seed())
     architecture = {name: getattr(config, name) for name in ARCHITECTURE}
     model = build_model(architecture, config.planes, features, len(config.tasks))

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import ranks
 from common.config import THE_ARTICLES, Config
 from common.description import is_dataset
 from common.errors import InputError, is_out_of_memory, one_line
@@ -127,9 +126,7 @@ def read_with_digest(path, expected):
 
 
 def write_checkpoint(path, content):
-    """Write a dict of tensors, numbers and strings atomically; of several ranks the first does."""
-    if not ranks.is_first():
-        return
+    """Write a dict of tensors, numbers and strings atomically."""
     # Serialised in memory first: on a full disk torch.save fails with a RuntimeError of its own.
     serialised = io.BytesIO()
     torch.save(content, serialised)
@@ -139,14 +136,11 @@ def write_checkpoint(path, content):
 @contextmanager
 def lock(path):
     """Hold the lock of a saved model and of its state, so that no two runs write them; what a
-    killed run left is removed. Of several ranks the first holds it.
+    killed run left is removed.
 
     Raises:
         InputError: another run holds it.
     """
-    if not ranks.is_first():
-        yield
-        return
     busy = f"{path}: another run is training it; wait for that one, or give another --models-dir"
     with held(path.with_name(f".{path.stem}.lock"), busy):
         for name in (path, state_path(path)):
@@ -161,8 +155,6 @@ def digest_of(path):
 
 def check_writable(folder, option="--models-dir"):
     """Raise InputError before the first epoch if nothing can be written to `folder`."""
-    if not ranks.is_first():
-        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{os.getpid()}"

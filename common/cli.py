@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import ranks
 from common.devices import PRECISIONS, device_name
 from common.errors import InputError, Interrupted, RunError, is_out_of_memory, printable
 from common.names import ARTICLE
@@ -254,13 +253,13 @@ def print_recipe(config):
 
 
 def progress(items, what, total=None):
-    """A progress bar on a terminal, nothing in a file; of several ranks, the first one's."""
+    """A progress bar on a terminal, nothing in a file."""
     return tqdm(
         items,
         desc=what,
         total=total,
         leave=False,
-        disable=not (sys.stderr.isatty() and ranks.is_first()),
+        disable=not sys.stderr.isatty(),
         unit="exam",
         dynamic_ncols=True,
     )
@@ -371,9 +370,7 @@ def catch_signals(handler, names=("SIGINT", "SIGTERM", "SIGHUP")):
 def resume_with():
     """The message with the command line that resumes this run."""
     words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
-    n = ranks.world_size()
-    start = ["torchrun", "--nproc-per-node", str(n)] if n > 1 else ["python"]
-    return "Resume with: " + shlex.join([*start, Path(sys.argv[0]).name, *words, "--resume"])
+    return "Resume with: " + shlex.join(["python", Path(sys.argv[0]).name, *words, "--resume"])
 
 
 # --- exit status ----------------------------------------------------------------------------------
@@ -421,8 +418,6 @@ def status_of(error):
             return 1, "failed: the output pipe was closed"
         case OSError() if error.errno in FILE_FAULTS:
             return 1, f"failed: {error.filename or 'a file'}: {error.strerror}"
-    if isinstance(error, RuntimeError) and "Connection closed by peer" in str(error):
-        return 1, "failed: another rank has ended; its message tells why"
     if is_out_of_memory(error):
         return 1, "failed: out of memory; close other programs, or train with --slices 0.5"
     return None

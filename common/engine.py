@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from scipy.special import expit
 
-from common import ranks
 from common.cli import progress
 from common.devices import autocast
 from common.labels import is_positive
@@ -46,12 +45,11 @@ class TrainingStep:
             logits and weighted losses, float32 (n, tasks) on the device: nothing here waits for it.
         """
         logits, losses = torch.zeros_like(targets), torch.zeros_like(targets)
-        for k in ranks.share(range(len(rows))):
+        for k in range(len(rows)):
             row = slice(k, k + 1)
             logits[row], losses[row] = self.backward(
                 exams, exams.volume(rows[k]), views[k], targets[row], weights[row], len(rows)
             )
-        ranks.add_up_step(self.model, [logits, losses])
         self.update()
         for function in self.after:
             function()
@@ -142,15 +140,14 @@ def train_epoch(step, exams, what="train", partial_epoch=None, stop_requested=()
         begin = len(partial_epoch["logits"])
         logits[:begin], losses[:begin] = partial_epoch["logits"], partial_epoch["losses"]
         restore_random_states(partial_epoch, device)
-    end, seed = begin, torch.initial_seed()
+    end = begin
     for k in progress(range(begin, n, accumulate), what):
-        ranks.differ(seed, k)
         end = min(k + accumulate, n)
         group = slice(k, end)
         logits[group], losses[group] = step(
             exams, order[group], views[group], targets[group], weights[group]
         )
-        if ranks.any_stops(stop_requested):
+        if stop_requested:
             break
     return np.array(order), logits[:end].cpu().numpy(), losses[:end].cpu().numpy()
 
@@ -164,10 +161,9 @@ def predict(model, exams, device, precision, what="predict", views=None):
     """
     model.eval()
     logits = torch.zeros(exams.labels.shape, device=device)
-    for i in progress(ranks.share(range(len(exams))), what):
+    for i in progress(range(len(exams)), what):
         with autocast(device, precision):
             logits[i] = model(exams.exam(i, device, views[i] if views else None))[0]
-    ranks.add_up(logits)
     return logits.cpu().numpy()
 
 

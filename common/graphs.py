@@ -4,7 +4,6 @@ from contextlib import contextmanager
 
 import torch
 
-from common import ranks
 from common.engine import TrainingStep
 from common.errors import InputError
 
@@ -28,7 +27,6 @@ def use_graphs(asked, config, device, cached):
     other = ["--augment strong"] if config.augment == "strong" else []
     other += ["--lr-scheduler one-cycle"] if config.lr_scheduler == "one-cycle" else []
     other += [f"--plane {' '.join(config.planes)}"] if len(config.planes) > 1 else []
-    other += ["torchrun"] if ranks.world_size() > 1 else []
     if asked and other:
         raise InputError(f"--cuda-graphs: not with {', '.join(other)}; leave one of them out")
     return on_gpu and not other and asked is not False

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import ranks
 from common.engine import mean_of
 from common.labels import is_positive
 from common.metrics import roc_auc
@@ -71,8 +70,7 @@ def new_log_dir(folder):
 
 
 class NoWriter:
-    """Stands in for TensorBoard's SummaryWriter where logs cannot be written, and in all ranks but
-    the first."""
+    """Stands in for TensorBoard's SummaryWriter where logs cannot be written."""
 
     def __getattr__(self, name):
         return lambda *args, **more: None
@@ -86,8 +84,6 @@ class NoWriter:
 
 def open_writer(folder, purge_step=None):
     """TensorBoard's SummaryWriter; where it cannot write, a NoWriter, with a warning."""
-    if not ranks.is_first():
-        return NoWriter()
     # Half a second to import, and predicting does not need it.
     from torch.utils.tensorboard import SummaryWriter
 
