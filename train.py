@@ -244,9 +244,7 @@ def train_network(config, split, files, provenance):
     state, done = start_state(config, split), None
     if files.resume and restore_state(state_file, state, about, split.data_sets, own):
         done = state.epoch, state.epoch * len(split.train_set)
-        left = state.partial_epoch
-        steps = f" and {len(left['logits']) // config.accumulate} steps" if left else ""
-        print(f"\nresumed {state_file} after epoch {state.epoch}{steps}")
+        print(f"\nresumed {state_file} after epoch {state.epoch}")
     column = column_name(config.plane, config.recipe) + split.suffix
     state.log_dir = state.log_dir or new_log_dir(files.logs_dir / config.task / column)
     fingerprints = fingerprints_of(split.data_sets)
@@ -260,15 +258,14 @@ def train_network(config, split, files, provenance):
             log.add_images("an augmented training exam", augmented_exam(config, split), 1)
         try:
             for epoch in train_epochs(config, split, state, stop_requested):
-                if epoch is not None:
-                    for task in epoch.saved:
-                        metadata = metadata_of(config, split, epoch, task) | provenance
-                        finding = config.tasks.index(task)
-                        save_model(paths[task], state.evaluated, metadata, finding)
-                    state.history.append(epoch.record)
-                    with cli.output_may_end():
-                        print(epoch, flush=True)
-                    log.add_epoch(epoch)
+                for task in epoch.saved:
+                    metadata = metadata_of(config, split, epoch, task) | provenance
+                    finding = config.tasks.index(task)
+                    save_model(paths[task], state.evaluated, metadata, finding)
+                state.history.append(epoch.record)
+                with cli.output_may_end():
+                    print(epoch, flush=True)
+                log.add_epoch(epoch)
                 save_state()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(cli.resume_with()) from None
@@ -287,7 +284,7 @@ def train_epochs(config, split, state, stop_requested):
     """The loop over epochs: train, evaluate, step the schedule.
 
     Yields:
-        an Epoch after each; None if a stop was requested within one, and then it ends.
+        an Epoch after each; it ends within one if a stop was requested.
     """
     after = [state.scheduler.step] if steps_with_optimizer(state.scheduler) else []
     if state.average:
@@ -299,15 +296,13 @@ def train_epochs(config, split, state, stop_requested):
     while state.epoch < config.epochs and state.bad_epochs < config.patience:
         began, lr = time.perf_counter(), state.lr
         what = f"epoch {state.epoch + 1}/{config.epochs}"
-        before = len(state.partial_epoch["logits"]) if state.partial_epoch else 0
         torch.manual_seed(split.random_seed(state.epoch + 1))
         steps, train = train_model(
             state, step, split.train_set, what, stop_requested, config.accumulate
         )
         if train is None:
-            yield None
             return
-        speed = (len(split.train_set) - before) / (time.perf_counter() - began)
+        speed = len(split.train_set) / (time.perf_counter() - began)
         selected, _ = evaluate_model(state.evaluated, split.selection_set, config, what)
         best = state.update(selected)  # steps the schedule, counts for early stopping
         metrics = {"train": train, split.selected_on: selected}
@@ -322,7 +317,7 @@ def train_model(state, step, exams, what, stop_requested=(), accumulate=1):
     The loop is `engine.train_epoch`; forward, loss, backward and update: `engine.TrainingStep`.
 
     Args:
-        state: TrainState; its `epoch` or, if a stop was requested, its `partial_epoch` is updated.
+        state: TrainState; its `epoch` is updated.
         step: engine.TrainingStep.
         exams: MRDataset.
         what: title of the progress bar.
@@ -335,9 +330,7 @@ def train_model(state, step, exams, what, stop_requested=(), accumulate=1):
     Raises:
         RunError: the loss is infinite or not a number.
     """
-    order, logits, losses = engine.train_epoch(
-        step, exams, what, state.partial_epoch, stop_requested, accumulate
-    )
+    order, logits, losses = engine.train_epoch(step, exams, what, stop_requested, accumulate)
     bad = np.flatnonzero(~np.isfinite(losses).all(axis=1))
     if len(bad):
         raise RunError(
@@ -347,10 +340,8 @@ def train_model(state, step, exams, what, stop_requested=(), accumulate=1):
         )
     labels = exams.labels[order[: len(losses)]]
     if len(losses) < len(order):
-        results = {"logits": torch.from_numpy(logits), "losses": torch.from_numpy(losses)}
-        state.partial_epoch = results | engine.random_states(step.device)
         return (labels, logits, losses), None
-    state.epoch, state.partial_epoch = state.epoch + 1, None
+    state.epoch += 1
     return (labels, logits, losses), engine.metrics_of(exams.tasks, labels, logits, losses)
 
 

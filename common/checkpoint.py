@@ -28,7 +28,7 @@ from dataloader import CHANNELS, INTENSITIES
 from model import POOLINGS, MRNet, MultiPlaneMRNet
 
 FORMAT = "mrnet-model-3"
-STATE_FORMAT = "mrnet-training-3"
+STATE_FORMAT = "mrnet-training-4"
 # What a network is built from, and must be saved with its weights.
 ARCHITECTURE = ("backbone", "pooling", "dropout", "share_backbone")
 # What the metadata of every saved model has; `metadata_of` and train.py's provenance are more.

@@ -94,22 +94,7 @@ def weighted_losses(logits, targets, weights):
     return F.binary_cross_entropy_with_logits(logits, targets, weights, reduction="none")
 
 
-def random_states(device):
-    """States of torch's generators, to resume within an epoch: the CPU's, and the device's own."""
-    states = {"random": torch.get_rng_state()}
-    if device.type == "cuda":  # dropout draws there
-        states["device_random"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def restore_random_states(states, device):
-    """Set torch's generators to what `random_states` returned."""
-    torch.set_rng_state(states["random"])
-    if "device_random" in states and device.type == "cuda":
-        torch.cuda.set_rng_state(states["device_random"], device)
-
-
-def train_epoch(step, exams, what="train", partial_epoch=None, stop_requested=(), accumulate=1):
+def train_epoch(step, exams, what="train", stop_requested=(), accumulate=1):
     """One pass over all exams in random order.
 
     Random numbers come from torch's default generator: seed it before each epoch and the epoch is
@@ -119,8 +104,6 @@ def train_epoch(step, exams, what="train", partial_epoch=None, stop_requested=()
         step: TrainingStep.
         exams: MRDataset.
         what: title of the progress bar.
-        partial_epoch: what an interrupted epoch left, to resume it: {"logits", "losses"}, float32
-            (k, tasks), and what `random_states` returned.
         stop_requested: list that is filled from outside to stop after the current step.
         accumulate: exams in a step; the last step has what is left.
 
@@ -135,13 +118,8 @@ def train_epoch(step, exams, what="train", partial_epoch=None, stop_requested=()
     targets = torch.from_numpy(exams.targets[order]).to(device)
     weights = torch.from_numpy(exams.weights[order]).to(device)
     logits, losses = torch.empty_like(targets), torch.empty_like(targets)
-    begin = 0
-    if partial_epoch is not None:
-        begin = len(partial_epoch["logits"])
-        logits[:begin], losses[:begin] = partial_epoch["logits"], partial_epoch["losses"]
-        restore_random_states(partial_epoch, device)
-    end = begin
-    for k in progress(range(begin, n, accumulate), what):
+    end = 0
+    for k in progress(range(0, n, accumulate), what):
         end = min(k + accumulate, n)
         group = slice(k, end)
         logits[group], losses[group] = step(

@@ -26,9 +26,7 @@ class TrainState:
         select: one of SELECTIONS.
     """
 
-    PLAIN = (
-        "epoch", "best_loss", "bad_epochs", "best_auc", "log_dir", "partial_epoch", "history",
-    )  # fmt: skip
+    PLAIN = ("epoch", "best_loss", "bad_epochs", "best_auc", "log_dir", "history")
     PARTS = ("model", "optimizer", "scheduler", "average")
 
     def __init__(self, model, optimizer, scheduler, tasks, average=None, select=SELECTIONS[0]):
@@ -38,7 +36,6 @@ class TrainState:
         self.best_loss, self.bad_epochs = float("inf"), 0  # for early stopping
         self.best_auc = dict.fromkeys(tasks, -float("inf"))  # of the models that are saved
         self.log_dir = ""
-        self.partial_epoch = None  # of an interrupted epoch, as engine.train_epoch takes it
         self.history = []  # of each epoch logs.Epoch.record
 
     @property

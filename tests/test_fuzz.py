@@ -202,7 +202,7 @@ READERS = {  # what it is: sound files, hostile ones, how it is read
         load_model,
     ),
     "state": (
-        [saved({"format": STATE_FORMAT, "training": {"partial_epoch": torch.zeros(3)}})],
+        [saved({"format": STATE_FORMAT, "training": {"model": torch.zeros(3)}})],
         [hostile_archive()],
         lambda path: read_checkpoint(path, STATE_FORMAT),
     ),

@@ -785,15 +785,6 @@ def test_14_the_last_exam_has_a_label(shared_exams):
         exams[len(exams)]
 
 
-def test_14_the_state_within_an_epoch_has_the_devices_generator(monkeypatch):
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.tensor([7]))
-    states = engine.random_states(torch.device("cuda"))
-    assert states["device_random"].item() == 7
-    assert "device_random" not in engine.random_states(torch.device("cpu"))
-
-
 @pytest.mark.whole
 def test_14_closing_the_terminal_ends_the_training(tmp_path):
     import signal

@@ -179,36 +179,20 @@ def test_one_epoch_of_training(split):
     assert metrics["loss"] == pytest.approx(
         log_loss(labels, p, sample_weight=weights) * weights.mean(), rel=1e-5
     )
-    assert state.epoch == 1 and state.partial_epoch is None
+    assert state.epoch == 1
 
 
-def test_an_epoch_that_was_stopped_is_finished_by_the_next_call(split):
-    split.train_set.transform = Augmentation()
-    whole = train.start_state(config(lr=1e-4, dropout=0.3), split)
-    torch.manual_seed(9)
-    expected, _ = train.train_model(whole, step_of(whole), split.train_set, "epoch")
-    state = train.start_state(config(lr=1e-4, dropout=0.3), split)
-    stop, real = [], step_of(state)
+def test_an_epoch_that_is_stopped_has_no_metrics_and_does_not_count(split):
+    state, stop = train.start_state(config(lr=1e-4), split), []
 
     class Stopping(engine.TrainingStep):
         def __call__(self, *args):
             stop.append(2)
-            return real(*args)
+            return super().__call__(*args)
 
-    torch.manual_seed(9)
-    stopping = Stopping(state.model, state.optimizer, "fp32")
-    (labels, logits, losses), metrics = train.train_model(
-        state, stopping, split.train_set, "epoch", stop
-    )
-    assert metrics is None and len(labels) == len(logits) == len(losses) == 1 and state.epoch == 0
-    assert set(state.partial_epoch) == {"logits", "losses", "random"}
-    torch.manual_seed(9)
-    found, metrics = train.train_model(state, real, split.train_set, "epoch")
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(one, other)
-    assert state.epoch == 1 and state.partial_epoch is None and metrics is not None
-    for a, b in zip(state.model.parameters(), whole.model.parameters(), strict=True):
-        assert torch.equal(a, b)
+    step = Stopping(state.model, state.optimizer, "fp32")
+    results, metrics = train.train_model(state, step, split.train_set, "epoch", stop)
+    assert metrics is None and [len(one) for one in results] == [1, 1, 1] and state.epoch == 0
 
 
 def test_a_loss_that_is_not_finite_names_epoch_and_exam(split):
