@@ -124,12 +124,12 @@ def as_svg(draw, name):
     return text.replace("#000000", "currentColor")
 
 
-def cost_figure(points):
+def cost_figure(points, against):
     """AUC of recipes against their training time, a panel for each column.
 
     Args:
-        points: {(recipe, column): (time, of the article's; AUC; low and high end of its bar, or
-            None)}.
+        points: {(recipe, column): (time, relative; AUC; low and high end of its bar, or None)}.
+        against: the recipe whose time is 1.
     """
     columns = list(dict.fromkeys(column for _, column in points))
     figure = Figure(figsize=(3.1 * len(columns), 3.6), layout="constrained")
@@ -144,7 +144,7 @@ def cost_figure(points):
                 recipe, (time, auc), xytext=(5, 4), textcoords="offset points", fontsize="x-small"
             )
         ticks = [tick for tick in TIMES if min(t for t, *_ in found.values()) / 1.3 < tick]
-        axes.set(xscale="log", title=column, xlabel="training time, of the article's")
+        axes.set(xscale="log", title=column, xlabel=f"training time, {against}: 1")
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.margins(x=0.25)
