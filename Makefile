@@ -43,9 +43,8 @@ bench: $(VENV:%=%/installed)
 # On a machine with a GPU: is it right, how fast is it?
 bench-gpu: $(VENV:%=%/installed-dev)
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_gpu.py -m ""
-	$(PY) -m tools.benchmark --device cuda --exams 1130 --valid 120
+	$(PY) -m tools.benchmark --device cuda --exams 96 --valid 10
 	$(PY) -m tools.benchmark --device cuda --backbones --runs 3 --exams 12 --valid 2
-	$(PY) -m tools.benchmark --device cuda --at-once 1 2 4 8 --exams 300 --runs 3
 
 reproduce: $(VENV:%=%/installed) $(if $(filter $(PHANTOM),$(DATA)),$(PHANTOM)/valid-acl.csv)
 	$(PY) reproduce.py --data-dir $(DATA) $(if $(filter $(PHANTOM),$(DATA)),--together -- --recipe phantom $(ARGS),$(if $(ARGS),-- $(ARGS)))
