@@ -1,4 +1,4 @@
-# make demo | test | test-whole | reproduce | bench | bench-gpu | lint | pictures | mutants
+# make demo | test | test-whole | reproduce | bench | bench-gpu | lint | pictures
 # Everything installs into .venv first; `make demo VENV=` uses the python that is active instead
 # and installs nothing. `make reproduce DATA=data/phantom` takes one network for all findings of a plane
 # and recipes/phantom.toml; ARGS="--epochs 8" is for train.py.
@@ -16,7 +16,7 @@ TASK := acl
 # epochs fit into ten minutes.
 DEMO := --data-dir $(PHANTOM) --epochs 2 --lr 3e-5
 
-.PHONY: demo reproduce bench bench-gpu test test-whole lint pictures mutants clean
+.PHONY: demo reproduce bench bench-gpu test test-whole lint pictures clean
 
 demo: $(VENV:%=%/installed) $(PHANTOM)/valid-acl.csv
 	@for plane in $(PLANES); do \
@@ -67,11 +67,6 @@ pictures: $(VENV:%=%/installed)
 	chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1000 \
 	  --screenshot=models/pictures/report.png models/report.html
 	$(PY) -m tools.pictures models/pictures/0237-$(TASK).png models/pictures/report.png
-
-# Break the code in some thousand ways, one at a time, and see that a test fails: hours.
-mutants: $(VENV:%=%/installed-dev)
-	OMP_NUM_THREADS=1 $(BIN)mutmut run
-	$(BIN)mutmut results
 
 $(VENV)/installed: requirements.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
