@@ -62,11 +62,18 @@ lint: $(VENV:%=%/installed-dev)
 	$(PY) -m ruff format --check .
 
 # README's pictures, from the demo's models and its report (the last needs chromium).
+# Smaller copies, at most 1000 px wide and with 256 colours.
+SHRINK := from sys import argv; from PIL import Image; \
+  picture = Image.open(argv[1]).convert("RGB"); \
+  picture.thumbnail((1000, picture.height), Image.Resampling.LANCZOS); \
+  picture = picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE); \
+  picture.save(argv[2], optimize=True)
 pictures: $(VENV:%=%/installed)
 	$(PY) explain.py $(PHANTOM) --exam valid/0237 --task $(TASK) --out models/pictures --overwrite
 	chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1000 \
 	  --screenshot=models/pictures/report.png models/report.html
-	$(PY) -m tools.pictures models/pictures/0237-$(TASK).png models/pictures/report.png
+	$(PY) -c '$(SHRINK)' models/pictures/0237-$(TASK).png docs/heat-maps.png
+	$(PY) -c '$(SHRINK)' models/pictures/report.png docs/report.png
 
 $(VENV)/installed: requirements.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
