@@ -1,4 +1,4 @@
-# make demo | test | test-whole | reproduce | bench | bench-gpu | lint | pictures | mutants
+# make demo | test | test-whole | reproduce | bench | bench-gpu | lint | pictures
 # Everything installs into .venv first; `make demo VENV=` uses the python that is active instead
 # and installs nothing. `make reproduce DATA=data/phantom` takes one network for all findings of a plane
 # and recipes/phantom.toml; ARGS="--epochs 8" is for train.py.
@@ -16,7 +16,7 @@ TASK := acl
 # epochs fit into ten minutes.
 DEMO := --data-dir $(PHANTOM) --epochs 2 --lr 3e-5
 
-.PHONY: demo reproduce bench bench-gpu test test-whole lint pictures mutants clean
+.PHONY: demo reproduce bench bench-gpu test test-whole lint pictures clean
 
 demo: $(VENV:%=%/installed) $(PHANTOM)/valid-acl.csv
 	@for plane in $(PLANES); do \
@@ -43,9 +43,8 @@ bench: $(VENV:%=%/installed)
 # On a machine with a GPU: is it right, how fast is it?
 bench-gpu: $(VENV:%=%/installed-dev)
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_gpu.py -m ""
-	$(PY) -m tools.benchmark --device cuda --exams 1130 --valid 120
+	$(PY) -m tools.benchmark --device cuda --exams 96 --valid 10
 	$(PY) -m tools.benchmark --device cuda --backbones --runs 3 --exams 12 --valid 2
-	$(PY) -m tools.benchmark --device cuda --at-once 1 2 4 8 --exams 300 --runs 3
 
 reproduce: $(VENV:%=%/installed) $(if $(filter $(PHANTOM),$(DATA)),$(PHANTOM)/valid-acl.csv)
 	$(PY) reproduce.py --data-dir $(DATA) $(if $(filter $(PHANTOM),$(DATA)),--together -- --recipe phantom $(ARGS),$(if $(ARGS),-- $(ARGS)))
@@ -63,16 +62,18 @@ lint: $(VENV:%=%/installed-dev)
 	$(PY) -m ruff format --check .
 
 # README's pictures, from the demo's models and its report (the last needs chromium).
+# Smaller copies, at most 1000 px wide and with 256 colours.
+SHRINK := from sys import argv; from PIL import Image; \
+  picture = Image.open(argv[1]).convert("RGB"); \
+  picture.thumbnail((1000, picture.height), Image.Resampling.LANCZOS); \
+  picture = picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE); \
+  picture.save(argv[2], optimize=True)
 pictures: $(VENV:%=%/installed)
 	$(PY) explain.py $(PHANTOM) --exam valid/0237 --task $(TASK) --out models/pictures --overwrite
 	chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1000 \
 	  --screenshot=models/pictures/report.png models/report.html
-	$(PY) -m tools.pictures models/pictures/0237-$(TASK).png models/pictures/report.png
-
-# Break the code in some thousand ways, one at a time, and see that a test fails: hours.
-mutants: $(VENV:%=%/installed-dev)
-	OMP_NUM_THREADS=1 $(BIN)mutmut run
-	$(BIN)mutmut results
+	$(PY) -c '$(SHRINK)' models/pictures/0237-$(TASK).png docs/heat-maps.png
+	$(PY) -c '$(SHRINK)' models/pictures/report.png docs/report.png
 
 $(VENV)/installed: requirements.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.config import THE_ARTICLES, Config
+from common.config import Config
 from common.description import is_dataset
 from common.errors import InputError, is_out_of_memory, one_line
 from common.files import held, remove_leftovers, write_bytes
@@ -222,7 +222,6 @@ def load_with_digest(path, task=None, column=None):
     content, digest = read_with_digest(path, FORMAT)
     try:
         metadata = content["metadata"]
-        metadata["arguments"] = recorded(metadata["arguments"])
         is_valid = is_metadata(metadata)
         model = build_model(metadata["architecture"], metadata["plane"].split("+"))
         model.load_state_dict(content["model"])
@@ -232,7 +231,7 @@ def load_with_digest(path, task=None, column=None):
             raise
         is_valid = False
     if not is_valid:
-        raise InputError(f"{path}: incomplete model file; delete it and train again")
+        raise InputError(f"{path}: incomplete, or of an earlier version; delete it and train again")
     found = column_name(metadata["plane"], metadata["recipe"])
     if (task or metadata["task"], column or found) != (metadata["task"], found):
         raise InputError(
@@ -282,8 +281,3 @@ def is_metadata(content):
         and all(isinstance(exam_id, str) for exam_id in content["out_of_fold"])
         and (content["dataset"] is None or is_dataset(content["dataset"]))
     )
-
-
-def recorded(config):
-    """Arguments as a file holds them, with the article's for options that came later."""
-    return THE_ARTICLES | config

@@ -43,10 +43,10 @@ class Row(NamedTuple):
     error: str | None  # what could not be used
     tasks: list  # that it was explained for
     findings: dict  # {task: as `describe` returns it}, of those with an answer
-    root: str = ""  # hash of where the exams are; "" where an earlier version wrote it
-    dicom: bool = False  # its results were written as DICOM, too
-    warnings: tuple | list = ()  # of what was used all the same
-    side: str = ""  # of the knee: L, R or "" where it is not known
+    root: str  # hash of where the exams are
+    dicom: bool  # its results were written as DICOM, too
+    warnings: tuple | list  # of what was used all the same
+    side: str  # of the knee: L, R or "" where it is not known
 
     @property
     def key(self):
@@ -88,6 +88,8 @@ def write_exam(exam, findings, model, out, folder):
         error or None,
         tasks,
         described,
+        root="",  # `Rows.add` knows it
+        dicom=False,
         warnings=exam.warnings,
         side=exam.side,
     )
@@ -182,11 +184,12 @@ class Rows:
                 row = Row(**json.loads(line))
                 if row.tasks != self.names:
                     raise self.refusal(f"holds exams explained for {', '.join(row.tasks)}")
-                if row.root not in ("", self.root):  # its exams may have the same numbers
+                if row.root != self.root:  # its exams may have the same numbers
                     raise self.refusal("holds exams of another folder, or this one has moved")
             except (ValueError, TypeError, AttributeError, RecursionError):
-                raise self.refusal(f"{ROWS} was not written by this command") from None
-            yield row._replace(root=self.root)
+                why = f"{ROWS} was not written by this command, or by an earlier version of it"
+                raise self.refusal(why) from None
+            yield row
 
     def refusal(self, why):
         return InputError(f"{self.out}: {why}; give another folder as --out, or --overwrite")

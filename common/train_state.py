@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from common.checkpoint import STATE_FORMAT, load_model, read_checkpoint, recorded, write_checkpoint
+from common.checkpoint import STATE_FORMAT, load_model, read_checkpoint, write_checkpoint
 from common.config import PLANNED
 from common.engine import mean_of
 from common.errors import InputError, is_out_of_memory
@@ -120,7 +120,7 @@ def check_same(path, config, data_sets, earlier, ignore=()):
     Raises:
         InputError: with the arguments that the file was made with.
     """
-    theirs, fingerprints = recorded(earlier[0]), earlier[1]
+    theirs, fingerprints = earlier
     ignore = {*ignore, "cuda_graphs", "repeat"}
     other = [name for name in config if name not in ignore and config[name] != theirs.get(name)]
     if other:

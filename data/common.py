@@ -206,17 +206,10 @@ def write_dataset(out, written=None, report=None, **content):
             ) from None
     for name in ("synthetic", "orientation", "patient_key", "mirrored", "field_of_view", "square",
                  "t1", "t1_planes"):  # fmt: skip
-        # What earlier versions did not write is not mirrored and not cut to a field of view; what
-        # they cropped to a square they did not record.
         if there and (there.get(name) or None) != (content.get(name) or None):
             raise InputError(
                 f"{path}: the folder holds exams with {name} {there.get(name)}, these have "
                 f"{content.get(name)}; give a folder of its own to them"
-                + (
-                    ', or write "square": "crop" into it if an earlier version cropped those'
-                    if name == "square" and name not in there
-                    else ""
-                )
             )
     content |= {name: there[name] for name in ("name", "licence") if there.get(name)}
     if there and written is not None and set(numbers_in(out)) - set(written):
@@ -266,15 +259,15 @@ def keyed_hash(key, text):
 
 
 class Register:
-    """OUT/exams.csv, rows of id, exam, patient: an exam keeps its number in every later run.
+    """OUT/exams.csv, rows of id, exam, patient_hash: an exam keeps its number in every later run.
 
-    `exam` is the exam's stable name, `patient` a keyed hash, empty where the patient is not known.
+    `exam` is the exam's stable name; the hash is keyed, and empty where the patient is not known.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: the file is damaged, or of an earlier version.
     """
 
-    HEAD = ["id", "exam", "patient"]
+    HEAD = ["id", "exam", "patient_hash"]
 
     def __init__(self, out):
         self.out, self.path = out, out / EXAMS
@@ -288,7 +281,8 @@ class Register:
                     self.rows = {exam: (int(number), patient) for number, exam, patient in rows}
             except (OSError, ValueError, csv.Error):
                 raise InputError(
-                    f"{self.path}: not a CSV of {','.join(self.HEAD)}; restore it or move it away"
+                    f"{self.path}: not a CSV of {','.join(self.HEAD)}, or of an earlier version; "
+                    "restore it, or import all exams into a new folder"
                 ) from None
         taken = [number for number, _ in self.rows.values()]
         self.next = 1 + max([-1, *taken, *numbers_in(out)])
@@ -300,13 +294,6 @@ class Register:
         self.rows[exam] = number, patient or before
         self.next = max(self.next, number + 1)
         return number
-
-    def rename_patients(self, hashes):
-        """Replace the hashes that an earlier version had of patients: {its hash: ours}."""
-        self.rows = {
-            exam: (number, hashes.get(patient, patient))
-            for exam, (number, patient) in self.rows.items()
-        }
 
     def clear(self, report):
         """Delete the volumes of the exams that a killed process left unfinished, say so, and

@@ -23,6 +23,15 @@ from model import MRNet
 METADATA = metadata_of()
 
 
+def test_a_model_that_lacks_an_option_is_refused(tmp_path):
+    """What an earlier version did where it had no option is not guessed."""
+    arguments = {name: METADATA["arguments"][name] for name in METADATA["arguments"] if
+                 name != "freeze"}  # fmt: skip
+    save_model(tmp_path / "acl-axial.pt", MRNet(), METADATA | {"arguments": arguments})
+    with pytest.raises(InputError, match="acl-axial.pt: .*earlier version.*train again"):
+        load_model(tmp_path / "acl-axial.pt")
+
+
 class Hostile:
     def __init__(self, path):
         self.path = path

@@ -25,8 +25,9 @@ from conftest import (
 from PIL import Image
 from test_explain import MIRRORS, maps_of
 
+from common.errors import InputError
 from common.exams import Exam, FolderExams
-from common.explain_index import ROWS, Row, as_line, make_index, shows_training, write_exam
+from common.explain_index import ROWS, Row, Rows, as_line, make_index, shows_training, write_exam
 from common.explanation import Finding
 
 HOSTILE = "<img src=x onerror=alert(1)>#?%41"
@@ -199,6 +200,15 @@ def test_what_was_warned_of_is_said(tmp_path):
     (tmp_path / "index.html").write_text(make_index([row], [], {}, 0, False))
     (said,) = page_content(tmp_path / "index.html")["rows"]
     assert said["warnings"] == list(warnings) and said["side"] == "R"
+
+
+def test_rows_of_an_earlier_version_are_refused(tmp_path):
+    exam = Exam("0123456789abcdef-R", "knee7", {}, {}, "hash")
+    content = json.loads(as_line(write_exam(exam, [], "model", tmp_path, Path())))
+    del content["root"]  # the same name may be of another folder's exam
+    (tmp_path / "exams.jsonl").write_text(json.dumps(content) + "\n")
+    with pytest.raises(InputError, match="earlier version.*--overwrite"):
+        Rows(tmp_path, [], "model", "root", False)
 
 
 def test_a_root_called_train_holds_training_exams(tmp_path):

@@ -220,7 +220,7 @@ READERS = {  # what it is: sound files, hostile ones, how it is read
     ),
     "data set": ([json.dumps(DATASET).encode()], [], named("dataset.json", read_dataset)),
     "groups": ([b"0,1\n1,0\n0002,1\n"], [], named("train-groups.csv", read_groups, "train")),
-    "register": ([b"id,exam,patient\n0,abc,\n1,def-L,77\n"], [], named("exams.csv", Register)),
+    "register": ([b"id,exam,patient_hash\n0,abc,\n1,def-L,77\n"], [], named("exams.csv", Register)),
     "pck": (
         [pickle.dumps(VOLUME.astype(np.int16), protocol=p) for p in (0, 2, 4, 5)],
         [pickle.dumps(Evil(), protocol=p) for p in (0, 4)],

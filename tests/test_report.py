@@ -323,8 +323,6 @@ def test_what_is_not_there_in_one_line(work, tmp_path):
     (tmp_path / "m.csv").write_text("exam,site\n1,a\n")
     done = run_script("tools/report.py", work / "models", "--metadata", tmp_path / "m.csv")
     assert_one_line_error(done, "m.csv", "id,site")
-    done = run_script("tools/report.py", work / "models", "--tasks", "cyst")
-    assert_one_line_error(done, "cyst", "acl")
 
 
 @pytest.mark.whole

@@ -31,10 +31,11 @@ from sklearn.linear_model import LogisticRegression
 
 from common import cli, devices, engine, jobs, machine, weights
 from common.checkpoint import load_model, read_checkpoint, write_checkpoint
+from common.errors import InputError
 from common.metrics import choose_threshold
 from common.splits import split_exams
 from common.task_models import Network
-from data.common import Register, Report, exam_name, keyed_hash, write_volume
+from data.common import Register, Report, exam_name, write_volume
 from data.dicom.prepare import number_exams, write_groups
 from data.dicom.series import Patient
 from data.dicom.studies import Choice, Exam, Study, find_exams, volumes_of
@@ -173,21 +174,28 @@ def exam_of(name, number, issuer=""):
 
 
 def test_3_a_patient_whose_issuer_one_study_leaves_out_is_one_group(tmp_path):
-    """Also of exams that an earlier version imported, with the issuer in the patient's hash."""
-    key, register = b"key", Register(tmp_path)
-    for name, text in (("a", "p|H"), ("b", "p|H"), ("c", "p|"), ("d", "q|"), ("e", "")):
-        number = register.number(name, keyed_hash(key, text))
-        write_volume(tmp_path / "train/axial" / f"{number:04d}.npy", np.zeros(1))
-    register.save()
-    (tmp_path / "train-groups.csv").write_text("0,0\n1,0\n2,1\n3,2\n4,3\n")
-    # Of those only a is given again; d is another patient's, as its corrected header says.
-    exams = [exam_of("a", "p", "H"), exam_of("d", "r"), exam_of("f", "p"), exam_of("g", "q")]
-    register, *_ = number_exams(exams, tmp_path, "train", False, key, Report())
-    write_volume(tmp_path / "valid/axial/0005.npy", np.zeros(1))
-    register.save()
+    """In folders that several runs wrote to, one of them with a corrected number."""
+    key = b"key"
+    for split, exams in (
+        ("train", [exam_of("a", "p", "H"), exam_of("b", "q"), exam_of("c", "q"), exam_of("d", "")]),
+        ("valid", [exam_of("e", "p")]),
+        ("train", [exam_of("b", "r", "H")]),
+    ):
+        register, *_ = number_exams(exams, tmp_path, split, False, key, Report())
+        for exam in exams:
+            write_volume(tmp_path / split / f"axial/{register.number(exam.name):04d}.npy",
+                         np.zeros(1))  # fmt: skip
+        register.save()
     write_groups(tmp_path, Register(tmp_path))
-    assert (tmp_path / "train-groups.csv").read_text() == "0,0\n1,0\n2,0\n3,1\n4,2\n"
-    assert (tmp_path / "valid-groups.csv").read_text() == "5,0\n"
+    assert (tmp_path / "train-groups.csv").read_text() == "0,0\n1,1\n2,2\n3,3\n"
+    assert (tmp_path / "valid-groups.csv").read_text() == "4,0\n"
+
+
+def test_3_a_register_of_an_earlier_version_is_refused(tmp_path):
+    """Some of its patients are hashed with their number's issuer, and would be taken for two."""
+    (tmp_path / "exams.csv").write_text("id,exam,patient\n0,0123456789abcdef-L,aa\n")
+    with pytest.raises(InputError, match="exams.csv: .*earlier version.*into a new folder"):
+        Register(tmp_path)
 
 
 def test_3_both_knees_of_a_study_that_names_nobody_are_one_group(tmp_path):

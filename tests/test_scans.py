@@ -666,7 +666,6 @@ def test_a_series_without_the_patients_number_is_compared_by_name():
     """What a series leaves out contradicts nothing."""
     one, named = Patient("p1", "H", "P", "19610203"), Patient("", "", "P", "19610203")
     assert not study(one, named).mixed and study(one, named).patient == "p1|"
-    assert study(one, named).patient_and_issuer == "p1|H"
     assert not study(Patient("p1"), named).mixed and study(named).patient == "P|19610203"
     assert not study(one, Patient(name="P")).mixed and not study(one, Patient()).mixed
     assert study(named, Patient(name="P")).patient == "P|19610203"

@@ -18,7 +18,11 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.models import alexnet
+
+# Decorator: cuDNN with torch's defaults, which others' loops run with: TF32, any algorithm.
+torchs_defaults = torch.backends.cudnn.flags(
+    enabled=True, benchmark=False, deterministic=False, allow_tf32=True
+)
 
 
 def bilinear_by_hand(volume, matrix):
@@ -83,6 +87,8 @@ class ArticlesNet(nn.Module):
 
     def __init__(self):
         super().__init__()
+        from torchvision.models import alexnet  # 170 MB of memory, which other rows do not need
+
         self.pretrained_model = alexnet(weights=None)
         self.pooling_layer = nn.AdaptiveAvgPool2d(1)
         self.classifer = nn.Linear(256, 1)
@@ -110,6 +116,7 @@ class ArticlesLoop:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-5, weight_decay=0.1)
         self.writer = SummaryWriter(folder)
 
+    @torchs_defaults
     def epoch(self, train):
         self.model.train(train)
         labels, predictions, losses = [], [], []

@@ -1,11 +1,9 @@
-"""How fast one epoch is, beside the article's own loop, with each ingredient taken away in turn.
+"""How fast one epoch is, beside the article's own loop and without each of our own parts.
 
     python -m tools.benchmark                    # make bench: about 8 minutes on two cores
-    python -m tools.benchmark --exams 1130 --valid 120 --runs 3 --device cuda
+    python -m tools.benchmark --device cuda --exams 96       # CUDA graphs and GPU kernels, too
     python -m tools.benchmark --growth                 # time against slices and exams
-    python -m tools.benchmark --whole-run --exams 1130 --valid 120   # train.py: start-up, memory
-    python -m tools.benchmark --backbones --runs 3 --exams 4 --valid 1      # every backbone
-    python -m tools.benchmark --at-once 1 2 4 --exams 100    # networks an hour, side by side
+    python -m tools.benchmark --backbones --runs 3 --exams 4 --valid 2      # every backbone
 
 Makes random volumes of MRNet's size in a temporary folder, runs every variant once a round so that
 a machine that slows down slows all of them, and prints medians over the rounds with their spread.
@@ -16,41 +14,39 @@ The slow row is the article's loop (tools/article_loop.py).
 
 import copy
 import multiprocessing
-import queue
 import re
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from functools import lru_cache, partial
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import cli
+from common import cli, engine
+from common.config import Config
 from common.datasets import trainable_planes
-from common.devices import CACHES, cache_volumes, device_name, pick_device, pick_precision
-from common.errors import InputError, RunError
+from common.devices import cache_volumes, device_name, has_bf16, pick_device, pick_precision
+from common.errors import InputError
 from common.files import write_csv
+from common.graphs import GraphedStep
 from common.labels import trainable
+from common.optimization import make_optimizer
 from common.planes import PLANES
-from dataloader import MRDataset
-from model import BACKBONES, MRNet, convolutional_part, torchvision_network
-from tools.benchmark_variants import ARTICLE, COMPILED, OURS, Ours, variants
+from dataloader import Augmentation, MRDataset
+from model import BACKBONES, GreyConv2d, MRNet, convolutional_part, torchvision_network
+from tools.article_loop import ArticlesLoop, torchs_defaults
 
 SIDE = 256
 # MRNet's slices an exam: 17 to 61, mean about 30 (Bien et al. 2018 and the data set's volumes).
 FEWEST, MOST = 17, 61
-WARM_UP = 40  # exams
+OURS, ARTICLE = "ours", "the article's loop"
 
 
 def parse_arguments():
@@ -59,12 +55,6 @@ def parse_arguments():
         "--exams", type=int, default=40, help="training exams per epoch; MRNet 1130"
     )
     parser.add_argument("--valid", type=int, default=10, help="validation exams; MRNet 120")
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        help="the first exams of this folder instead of random ones; for the table of an epoch, "
-        "then without the floor, which is of slices of 256 x 256",
-    )
     parser.add_argument(
         "--runs", type=cli.positive_int, default=5, help="rounds; the median of each is shown"
     )
@@ -75,11 +65,15 @@ def parse_arguments():
         help="of the article's DataLoader; 11 are the article's, as many as cores may be faster",
     )
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="leave out the other variants")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--growth", action="store_true", help="time against slices and exams instead"
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--data-dir",
+        type=Path,
+        help="the first exams of this folder instead of random ones, without the floor, which is "
+        "of slices of 256 x 256",
     )
-    instead.add_argument(
+    what.add_argument("--growth", action="store_true", help="time against slices and exams instead")
+    what.add_argument(
         "--backbones",
         nargs="*",
         choices=BACKBONES,
@@ -87,74 +81,243 @@ def parse_arguments():
         help="every backbone (or those named) beside torchvision's plain three-channel fp32 loop, "
         "and the memory of an exam of 30 and of 61 slices",
     )
-    instead.add_argument(
-        "--at-once",
-        nargs="+",
-        type=cli.positive_int,
-        metavar="N",
-        help="networks an hour when N processes share the device (training epochs only)",
-    )
-    instead.add_argument(
-        "--whole-run",
-        action="store_true",
-        help="two epochs of train.py instead: start-up, seconds per epoch, memory",
-    )
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
         help="auto: a GPU if there is one",
     )
-    parser.add_argument("--cache", choices=CACHES, default="auto", help="as in train.py")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder of the CSVs")
     return parser.parse_args()
 
 
-def write_exams(root, counts, slices):
-    """Random smooth volumes in MRNet's layout: the arithmetic does not depend on the picture."""
+# --- exams ----------------------------------------------------------------------------------------
+
+
+def write_exams(root, counts, count_slices):
+    """Write random smooth volumes in MRNet's layout: time does not depend on the picture.
+
+    Args:
+        counts: {split: exams}.
+        count_slices: numpy's random generator -> slices of an exam.
+    """
     rng = np.random.default_rng(0)
     coarse = torch.from_numpy(rng.random((1, MOST * 4, 40, 40), np.float32))
     knee = F.interpolate(coarse, size=(SIDE, SIDE), mode="bilinear")[0].mul(255).byte().numpy()
     first = 0
     for split, n in counts.items():
-        (root / split / PLANES[0]).mkdir(parents=True, exist_ok=True)
-        labels = [int(i % 5 == 0) for i in range(n)]
-        for i in range(n):
-            s = slices(rng)
+        (root / split / PLANES[0]).mkdir(parents=True)
+        for i in range(first, first + n):
+            s = count_slices(rng)
             start = rng.integers(0, len(knee) - s)
-            np.save(root / split / PLANES[0] / f"{first + i:04d}.npy", knee[start : start + s])
-        rows = "".join(f"{first + i},{label}\n" for i, label in enumerate(labels))
-        (root / f"{split}-acl.csv").write_text(rows)
+            np.save(root / split / PLANES[0] / f"{i:04d}.npy", knee[start : start + s])
+        write_csv(root / f"{split}-acl.csv", [[first + i, int(i % 5 == 0)] for i in range(n)])
         first += n
 
 
-def both_splits(root):
-    """MRDataset to train on and to validate on: the first plane and finding of a folder."""
-    task = trainable(root)[0][0]
-    plane = trainable_planes(root)[0][0]
-    return [MRDataset(root, task, plane, train) for train in (True, False)]
-
-
-def mrnet_slices(rng):
-    """A slice count as MRNet's: 17 to 61 with mean 30, drawn from a beta distribution."""
+def count_slices_as_mrnet(rng):
+    """A number of slices as MRNet's: 17 to 61 with mean 30, drawn from a beta distribution."""
     return round(FEWEST + (MOST - FEWEST) * rng.beta(2.2, 5.2))
+
+
+def load_exams(root, counts, device):
+    """The first exams of both splits of a folder, of its first plane and finding: two MRDatasets,
+    on a GPU that has room for them."""
+    task, plane = trainable(root)[0][0], trainable_planes(root)[0][0]
+    sets = [MRDataset(root, task, plane, train) for train in (True, False)]
+    sets = [one.subset(range(min(n, len(one)))) for n, one in zip(counts, sets, strict=True)]
+    cache_volumes(sets, "auto", device)
+    return sets
+
+
+def repeat_labels(exams, n):
+    """A data set with its labels n times side by side, as if they were n findings."""
+    several = copy.copy(exams)
+    for name in ("labels", "targets", "weights"):
+        setattr(several, name, np.repeat(getattr(exams, name), n, axis=1))
+    return several
+
+
+# --- what is measured -----------------------------------------------------------------------------
+
+
+class Ours:
+    """Epochs as train.py runs them.
+
+    Args:
+        sets: MRDataset to train on and to validate on.
+        make_network: a number of findings -> MRNet.
+        graphs: take CUDA graphs where volumes are on a GPU.
+        recipe: arguments of Config that differ from the article's.
+    """
+
+    def __init__(self, sets, device, make_network=MRNet, graphs=True, **recipe):
+        self.train_set, self.valid_set = copy.copy(sets[0]), sets[1]
+        self.device = device
+        recipe = {"precision": pick_precision("auto", device)} | recipe
+        graphs = graphs and self.train_set.cached[0] is not None
+        self.config = Config("acl", self.train_set.plane, cuda_graphs=graphs, **recipe)
+        self.train_set.transform = Augmentation()
+        self.train_set.slices = (self.config.slices, self.config.slices)
+        self.model = make_network(tasks=self.train_set.targets.shape[1]).to(device)
+        kind = GraphedStep if graphs else engine.TrainingStep
+        optimizer = make_optimizer(self.model, self.config)
+        self.step = kind(self.model, optimizer, self.config.precision)
+
+    def train(self):
+        engine.train_epoch(self.step, self.train_set)
+
+    def evaluate(self):
+        engine.predict(self.model, self.valid_set, self.device, self.config.precision)
+
+
+class PlainLoop:
+    """The plain loop for a backbone: torchvision's own network on three equal channels, eager,
+    fp32, contiguous; one exam a step."""
+
+    def __init__(self, sets, device, backbone):
+        self.train_set, self.valid_set = sets
+        self.device = device
+        self.features = convolutional_part(torchvision_network(backbone)).to(device)
+        self.head = torch.nn.Linear(BACKBONES[backbone].channels, 1).to(device)
+        parameters = [*self.features.parameters(), *self.head.parameters()]
+        self.optimizer = torch.optim.Adam(parameters, lr=1e-5, weight_decay=0.1)
+
+    def logit(self, exams, i):
+        x = exams.exam(i, self.device).expand(-1, 3, -1, -1).contiguous()
+        slices = F.adaptive_avg_pool2d(self.features(x), 1).flatten(1)
+        return self.head(slices.max(dim=0, keepdim=True)[0])
+
+    @torchs_defaults
+    def train(self):
+        self.features.train()
+        target = torch.ones(1, 1, device=self.device)
+        for i in range(len(self.train_set)):
+            self.optimizer.zero_grad()
+            F.binary_cross_entropy_with_logits(self.logit(self.train_set, i), target).backward()
+            self.optimizer.step()
+
+    @torchs_defaults
+    @torch.no_grad()
+    def evaluate(self):
+        self.features.eval()
+        for i in range(len(self.valid_set)):
+            self.logit(self.valid_set, i)
+
+
+class TorchsConv2d(GreyConv2d):
+    """The first convolution for one grey channel, without our own layout of its input."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight.sum(1, keepdim=True), self.bias, self.stride, self.padding)
+
+
+def with_torchs_convolution(tasks):
+    """MRNet, its first convolution computed by torch alone."""
+    model = MRNet(tasks=tasks)
+    model.pretrained_model[0].__class__ = TorchsConv2d
+    return model
+
+
+def with_torchs_pooling(tasks):
+    """MRNet without the pooling kernel."""
+    model = MRNet(tasks=tasks)
+    for i in (1, 4, 11):
+        pooling = torch.nn.MaxPool2d(3, 2), torch.nn.ReLU(inplace=True)
+        model.pretrained_model[i] = torch.nn.Sequential(*pooling)
+    return model
+
+
+def list_variants(sets, device, workers, folder):
+    """{name: maker of an object with train() and evaluate()}, the slow baseline last.
+
+    Args:
+        workers: of the article's DataLoader.
+        folder: for the article's log.
+    """
+    ours = partial(Ours, sets, device)
+    variants = {OURS: ours}
+    if has_bf16(device):
+        variants["without bf16"] = partial(ours, precision="fp32")
+    variants["without our first convolution"] = partial(ours, make_network=with_torchs_convolution)
+    if device.type == "cuda":
+        variants["without our pooling"] = partial(ours, make_network=with_torchs_pooling)
+        variants["without CUDA graphs"] = partial(ours, graphs=False)
+    return variants | {
+        "three findings in one": lambda: Ours([repeat_labels(one, 3) for one in sets], device),
+        "half of the slices": partial(ours, slices=0.5),
+        "a third of the slices, two frozen": partial(ours, slices=1 / 3, freeze=2),
+        ARTICLE: partial(ArticlesLoop, sets, device, workers, folder),
+    }
 
 
 # --- measuring ------------------------------------------------------------------------------------
 
 
+def measure(loops, device, runs):
+    """Time an epoch of training and of evaluation, every loop in every round.
+
+    Args:
+        loops: {name: object with train() and evaluate()}.
+
+    Returns:
+        {name: seconds, float array (2, runs)}: training and evaluation.
+    """
+    # The first round warms up; a GPU's first steps are eager, and leave graphs to the second.
+    warm_up = 2 if device.type == "cuda" else 1
+    times = {name: [] for name in loops}
+    for round_ in range(1, warm_up + runs + 1):
+        for name, loop in loops.items():
+            times[name].append([seconds(loop.train, device), seconds(loop.evaluate, device)])
+            took = f"round {round_} of {warm_up + runs}: {name:<33} {sum(times[name][-1]):6.2f} s"
+            print(took, file=sys.stderr, flush=True)
+    return {name: np.array(rounds[warm_up:]).T for name, rounds in times.items()}
+
+
 def seconds(work, device):
     """Wall time of work(), the device's queue included."""
-    if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3
     began = time.perf_counter()
     work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - began
+
+
+def epoch_table(times, slices):
+    """Rows of plain values, one a variant.
+
+    Args:
+        times: as `measure` returns them.
+        slices: of the training and of the validation exams.
+    """
+    rows = []
+    for name, (train, evaluation) in times.items():
+        a_slice = 1e3 * train / slices[0]
+        row = {
+            "variant": name,
+            "train ms/slice": np.median(a_slice),
+            "min": a_slice.min(),
+            "max": a_slice.max(),
+            "evaluate ms/slice": 1e3 * np.median(evaluation) / slices[1],
+            "epoch s": np.median(train + evaluation),
+        }
+        # Ratios round by round: a machine that slows down slows both sides.
+        if OURS in times:
+            row["training by ours"] = np.median(train / times[OURS][0])
+        if ARTICLE in times:
+            article = times[ARTICLE].sum(axis=0)
+            row["faster than article"] = np.median(article / (train + evaluation))
+        rows.append(row)
+    return rows
+
+
+def floor_row(device):
+    """The row of the floor: the hardware's time for the arithmetic of slices of 256 x 256."""
+    precision = pick_precision("auto", device)
+    rate = product_rate(device, precision)
+    train, evaluation = (1e3 * flops / rate for flops in flops_a_slice(device))
+    floor = f"floor: {precision} matrix product, {rate / 1e9:,.0f} GFLOP/s"
+    return {"variant": floor, "train ms/slice": train, "evaluate ms/slice": evaluation}
 
 
 def product_rate(device, precision):
@@ -166,7 +329,6 @@ def product_rate(device, precision):
     return 2 * side**3 / statistics.median(seconds(lambda: a @ b, device) for _ in range(15))
 
 
-@lru_cache
 def flops_a_slice(device, slices=30):
     """Floating point operations a slice of 256 x 256 for one training step and one evaluation.
 
@@ -180,90 +342,73 @@ def flops_a_slice(device, slices=30):
     return training.get_total_flops() / slices, evaluation.get_total_flops() / slices
 
 
-def memory(device):
-    """Bytes in use: peak on a GPU, resident set on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return psutil.Process().memory_info().rss
-
-
-def torchs_defaults():
-    """Within it cuDNN has torch's defaults, which others' loops run with: TF32, any algorithm."""
-    return torch.backends.cudnn.flags(
-        enabled=True, benchmark=False, deterministic=False, allow_tf32=True
-    )
-
-
-def measure(makers, sets, device, cache, runs):
-    """Time every variant in every round.
-
-    Args:
-        makers: {name: maker}, as `variants` returns them.
-        sets: MRDataset to train on and to validate on.
-        cache: as train.py's --cache.
-
-    Yields:
-        after each round {name: ([train seconds], [evaluation seconds], [bytes])}, and slices of
-        either data set.
-    """
-    times = {name: ([], [], []) for name in makers}
-    cached = [copy.deepcopy(exams) for exams in sets]
-    cache_volumes(cached, cache, device)
-    slices = [sum(exams.slice_counts) for exams in sets]
-    for round_ in range(runs + 1):  # the first round, of a few exams, warms up and is thrown away
-        for name, make in makers.items():
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            asked = sets if name == ARTICLE else cached
-            if not round_:
-                asked = [exams.subset(range(min(WARM_UP, len(exams)))) for exams in asked]
-            with torchs_defaults() if name == ARTICLE else nullcontext():
-                loop = make(asked, device)
-                took = seconds(loop.train, device), seconds(loop.evaluate, device)
-            about = f"round {round_} of {runs}: {name:<33} {sum(took):6.2f} s"
-            print(about, file=sys.stderr, flush=True)
-            measured = *took, memory(device)
-            if round_:
-                for kept, value in zip(times[name], measured, strict=True):
-                    kept.append(value)
-        if round_:
-            yield times, slices
-
-
-def floor_row(device, precision):
-    """The row of the floor of slices of 256 x 256: the hardware's time for their arithmetic."""
-    rate = product_rate(device, precision)
-    train, evaluation = (1e3 * flops / rate for flops in flops_a_slice(device))
-    floor = f"floor: {precision} matrix product, {rate / 1e9:,.0f} GFLOP/s"
-    return {"variant": floor, "train ms/slice": train, "evaluate ms/slice": evaluation}
-
-
-def table(times, slices):
-    """Rows of plain values, one a variant."""
-    epochs = {name: [a + b for a, b in zip(*t[:2], strict=True)] for name, t in times.items()}
-    middle = statistics.median
+def measure_growth(device, runs):
+    """Training time of one exam against its slices, and of an epoch against its exams: rows."""
     rows = []
-    for name, (train, evaluation, used) in times.items():
-        a_slice = [1e3 * t / slices[0] for t in train]
-        row = {
-            "variant": name,
-            "train ms/slice": middle(a_slice),
-            "min": min(a_slice),
-            "max": max(a_slice),
-            "evaluate ms/slice": 1e3 * middle(evaluation) / slices[1],
-            "epoch s": middle(epochs[name]),
-        }
-        # Ratios round by round: a machine that slows down slows both sides.
-        if OURS in times:
-            pairs = zip(train, times[OURS][0], strict=True)
-            row["training by ours"] = middle(a / b for a, b in pairs)
-        for title, other in (("slower than ours", OURS), ("faster than article", ARTICLE)):
-            if other in epochs:
-                pairs = list(zip(epochs[name], epochs[other], strict=True))
-                row[title] = middle(a / b if other == OURS else b / a for a, b in pairs)
-        row["GB"] = max(used) / 1e9
-        rows.append(row)
+    for s, n in [(10, 6), (20, 6), (50, 6), (100, 6), (200, 6), (30, 6), (30, 12), (30, 24)]:
+        with tempfile.TemporaryDirectory() as folder:
+            write_exams(Path(folder), {"train": n, "valid": 2}, lambda _, s=s: s)
+            loop = Ours(load_exams(folder, (n, 2), device), device)
+        train, _ = measure({f"{n} exams of {s} slices": loop}, device, runs)
+        took = 1e3 * np.median(train)
+        rows.append(
+            {"slices": s, "exams": n, "ms per exam": took / n, "ms per slice": took / n / s}
+        )
     return rows
+
+
+def measure_backbones(names, sets, device, runs):
+    """A row for each backbone: parameters, time of ours and of the plain loop, memory."""
+    rows = []
+    # Each in a process of its own, which has the memory of nothing else.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as fresh_process:
+        for name in names:
+            ours = Ours(sets, device, make_network=partial(MRNet, backbone=name))
+            loops = {name: ours, f"plain {name}": PlainLoop(sets, device, name)}
+            times = list(measure(loops, device, runs).values())
+            row = {"backbone": name}
+            row["parameters, M"] = sum(p.numel() for p in ours.model.parameters()) / 1e6
+            for k, what in enumerate(("train", "evaluate")):
+                mine, plain = (1e3 * one[k] / sum(sets[k].slice_counts) for one in times)
+                row[f"{what} ms/slice"] = np.median(mine)
+                row[f"plain {what} ms/slice"] = np.median(plain)
+                row[f"{what} faster"] = np.median(plain / mine)
+            for slices in (30, 61):
+                peak = fresh_process.submit(measure_memory, name, slices, device)
+                row[f"GB at {slices}"] = peak.result()
+            rows.append(row)
+    return rows
+
+
+def measure_memory(backbone, slices, device):
+    """GB that this process has taken at most, after two fp32 training steps on an exam of some
+    slices."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_exams(Path(folder), {"train": 2, "valid": 2}, lambda _: slices)
+        sets = load_exams(folder, (2, 2), device)
+        Ours(sets, device, partial(MRNet, backbone=backbone), precision="fp32").train()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    status = Path("/proc/self/status").read_text()  # getrusage has the parent's before exec
+    return 1024 * int(status.split("VmHWM:")[1].split()[0]) / 1e9
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def choose(variants, only):
+    """The variants that `only` names, None for all of them.
+
+    Raises:
+        InputError: there is no such variant.
+    """
+    if unknown := set(only or ()) - set(variants):
+        raise InputError(
+            f"--only {', '.join(sorted(unknown))}: no such variant on this device; "
+            f"there are {', '.join(variants)}"
+        )
+    return {name: variants[name] for name in only or variants}
 
 
 def save(rows, what, device, folder):
@@ -277,250 +422,28 @@ def save(rows, what, device, folder):
     return path
 
 
-def growth(device, runs):
-    """Training time of one exam against its slices, and of an epoch against its exams."""
-    rows = []
-    for s, n in [(10, 6), (20, 6), (50, 6), (100, 6), (200, 6), (30, 6), (30, 12), (30, 24)]:
-        with tempfile.TemporaryDirectory() as folder:
-            write_exams(Path(folder), {"train": n, "valid": 2}, lambda _, s=s: s)
-            exams = MRDataset(folder, "acl", PLANES[0])
-            cache_volumes([exams], "auto", device)
-            loop = Ours((exams, exams), device)
-            loop.train()
-            took = 1e3 * statistics.median(seconds(loop.train, device) for _ in range(runs))
-            rows.append(
-                {"slices": s, "exams": n, "ms per exam": took / n, "ms per slice": took / n / s}
-            )
-    return rows
-
-
-def train_one(root, device, epochs, together, spans):
-    """One of several networks that train at once, in a process of its own.
-
-    Args:
-        together: multiprocessing.Barrier; all begin when all are ready.
-        spans: queue that gets begin and end of the epochs, s.
-    """
-    exams, device = MRDataset(root, "acl", PLANES[0]), torch.device(device)
-    cache_volumes([exams], "auto", device)
-    loop = Ours((exams, exams), device)
-    loop.train()
-    together.wait(timeout=600)
-    began = time.perf_counter()
-    seconds(lambda: [loop.train() for _ in range(epochs)], device)
-    spans.put((began, time.perf_counter()))
-
-
-def next_span(spans, processes):
-    """What the next of some processes puts into the queue; RunError where one of them failed."""
-    while True:
-        try:
-            return spans.get(timeout=5)
-        except queue.Empty:
-            if any(process.exitcode for process in processes):
-                raise RunError(f"one of {len(processes)} networks at once failed") from None
-
-
-def at_once(counts, root, device, epochs):
-    """Networks an hour when several processes share the device: a row for each number of them."""
-    context, rows = multiprocessing.get_context("spawn"), []
-    for n in counts:
-        together, spans = context.Barrier(n), context.Queue()
-        work = (root, device.type, epochs, together, spans)
-        processes = [context.Process(target=train_one, args=work, daemon=True) for _ in range(n)]
-        for process in processes:
-            process.start()
-        begun, ended = zip(*(next_span(spans, processes) for _ in processes), strict=True)
-        epoch = (max(ended) - min(begun)) / epochs
-        rows.append({"networks at once": n, "s an epoch": epoch,
-                     "networks of 10 epochs an hour": n * 360 / epoch})  # fmt: skip
-        print(rows[-1], file=sys.stderr, flush=True)
-    return rows
-
-
-class PlainLoop:
-    """The plain loop for a backbone: torchvision's own network on three equal channels, eager,
-    fp32, contiguous; one exam a step."""
-
-    def __init__(self, backbone, exams, device):
-        self.exams, self.device = exams, device
-        self.features = convolutional_part(torchvision_network(backbone)).to(device)
-        self.head = torch.nn.Linear(BACKBONES[backbone].channels, 1).to(device)
-        parameters = [*self.features.parameters(), *self.head.parameters()]
-        self.optimizer = torch.optim.Adam(parameters, lr=1e-5, weight_decay=0.1)
-
-    def logit(self, i):
-        x = self.exams.exam(i, self.device).expand(-1, 3, -1, -1).contiguous()
-        slices = F.adaptive_avg_pool2d(self.features(x), 1).flatten(1)
-        return self.head(slices.max(dim=0, keepdim=True)[0])
-
-    def train(self):
-        self.features.train()
-        for i in range(len(self.exams)):
-            self.optimizer.zero_grad()
-            logit, target = self.logit(i), torch.ones(1, 1, device=self.device)
-            F.binary_cross_entropy_with_logits(logit, target).backward()
-            self.optimizer.step()
-
-    @torch.no_grad()
-    def evaluate(self):
-        self.features.eval()
-        for i in range(len(self.exams)):
-            self.logit(i)
-
-
-def backbone_row(backbone, exams, device, runs):
-    """One backbone: parameters, ms a slice of ours and of the plain loop, round by round."""
-    loops = {
-        "ours": partial(Ours, network=partial(MRNet, backbone=backbone)),
-        "plain": lambda sets, device: PlainLoop(backbone, sets[0], device),
-    }
-    loops = {name: make((exams, exams), device) for name, make in loops.items()}
-    times = {(name, what): [] for name in loops for what in ("train", "evaluate")}
-    for round_ in range(runs + 1):  # the first round warms up
-        for name, what in times:
-            with torchs_defaults() if name == "plain" else nullcontext():
-                took = 1e3 * seconds(getattr(loops[name], what), device) / sum(exams.slice_counts)
-            times[name, what] += [took] if round_ else []
-    middle = statistics.median
-    row = {"backbone": backbone}
-    row["parameters, M"] = sum(p.numel() for p in loops["ours"].model.parameters()) / 1e6
-    for what in ("train", "evaluate"):
-        ours, plain = times["ours", what], times["plain", what]
-        row |= {f"{what} ms/slice": middle(ours), f"plain {what} ms/slice": middle(plain)}
-        row[f"{what} faster"] = middle(b / a for a, b in zip(ours, plain, strict=True))
-    return row
-
-
-def peak_memory(backbone, slices, device):
-    """GB that a process takes at most in two training steps on an exam of some slices, fp32."""
-    code = (
-        "import torch\n"
-        "from common.engine import TrainingStep\n"
-        "from model import MRNet\n"
-        f"model = MRNet(backbone='{backbone}').to('{device.type}').train()\n"
-        "step = TrainingStep(model, torch.optim.Adam(model.parameters()), 'fp32')\n"
-        "one = torch.ones(1, 1, device=step.device)\n"
-        "class Exams:\n"
-        "    volume = lambda self, i: None\n"
-        "    prepare = lambda self, volume, device, view: torch.rand("
-        f"{slices}, 1, {SIDE}, {SIDE}, device=device)\n"
-        "[step(Exams(), [0], [None], one, one) for _ in range(2)]\n"
-        "if step.device.type == 'cuda':\n"
-        "    print(torch.cuda.max_memory_allocated())\n"
-        "else:\n"  # getrusage would count what the parent had before exec
-        "    status = open('/proc/self/status').read()\n"
-        "    print(1024 * int(status.split('VmHWM:')[1].split()[0]))\n"
-    )
-    root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    return int(done.stdout) / 1e9 if done.returncode == 0 else float("nan")
-
-
-def backbones(names, root, device, runs):
-    """A row for each backbone."""
-    exams = MRDataset(root, "acl", PLANES[0])
-    cache_volumes([exams], "auto", device)
-    rows = []
-    for name in names or BACKBONES:
-        rows.append(backbone_row(name, exams, device, runs))
-        print(rows[-1], file=sys.stderr, flush=True)
-
-    def add_memory(row):
-        for slices in (30, 61):
-            row[f"GB at {slices}"] = peak_memory(row["backbone"], slices, device)
-        return row
-
-    # On a GPU a process is mostly its start, so two run beside each other.
-    with ThreadPoolExecutor(2 if device.type == "cuda" else 1) as pool:
-        return list(pool.map(add_memory, rows))
-
-
-def whole_run(root, device, cache):
-    """Two epochs of train.py in a process of its own, as a user starts it: one row of values."""
-    command = [sys.executable, str(Path(__file__).parent.parent / "train.py"), "--task", "acl"]
-    command += ["--plane", PLANES[0], "--data-dir", str(root), "--models-dir", str(root / "models")]
-    command += ["--logs-dir", str(root / "logs"), "--epochs", "2", "--no-pretrained"]
-    command += ["--device", device.type, "--cache", cache]
-    began, epochs = time.perf_counter(), []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        for line in child.stdout:
-            first = line.split()[:1]
-            if first == ["epoch"]:  # the head of the table of epochs: the first step comes next
-                start_up = time.perf_counter() - began
-                last = start_up
-            elif first and first[0].isdigit():
-                now = time.perf_counter() - began
-                epochs.append((now - last, psutil.Process(child.pid).memory_info().rss))
-                last = now
-    if child.returncode:
-        raise RunError(f"train.py ended with status {child.returncode}")
-    (one, after_one), (two, after_two) = epochs
-    data_sets = both_splits(root)
-    volumes = sum(exams.nbytes for exams in data_sets)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # Linux counts in KiB
-    return {
-        "exams": sum(map(len, data_sets)),
-        "start-up s": start_up,
-        "epoch 1 s": one,
-        "epoch 2 s": two,
-        "volumes GB": volumes / 1e9,
-        "GB after epoch 1": after_one / 1e9,
-        "GB after epoch 2": after_two / 1e9,
-        "peak GB": peak / 1e9,
-        "peak less volumes GB": (peak - volumes) / 1e9,
-    }
-
-
-def chosen(makers, only):
-    """The makers that `only` names, None for all that take no minutes to compile.
-
-    Raises:
-        InputError: there is no such variant.
-    """
-    if unknown := set(only or ()) - set(makers):
-        raise InputError(
-            f"--only {', '.join(sorted(unknown))}: no such variant on this device; "
-            f"there are {', '.join(makers)}"
-        )
-    names = only or [name for name in makers if not name.startswith(COMPILED)]
-    return {name: makers[name] for name in names}
-
-
 def run(args):
     """Measure, print the table and write it."""
     device = pick_device(args.device)
-    precision = pick_precision("auto", device)
-    cli.print_start_up(vars(args), device, precision)
-    other = args.growth or args.at_once or args.whole_run or args.backbones is not None
-    if args.data_dir and other:
-        raise InputError("--data-dir: for the table of an epoch only; leave the other option out")
-    if args.growth:
-        rows, what = growth(device, args.runs), "growth"
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            if not args.data_dir:
-                counts = {"train": args.exams, "valid": args.valid}
-                write_exams(Path(folder), counts, mrnet_slices)
+    cli.print_start_up(vars(args), device, pick_precision("auto", device))
+    with tempfile.TemporaryDirectory() as folder:
+        if not (args.data_dir or args.growth):
+            counts = {"train": args.exams, "valid": args.valid}
+            write_exams(Path(folder), counts, count_slices_as_mrnet)
+        if args.growth:
+            rows, what = measure_growth(device, args.runs), "growth"
+        else:
+            sets = load_exams(args.data_dir or folder, (args.exams, args.valid), device)
             if args.backbones is not None:
-                rows = backbones(args.backbones, Path(folder), device, args.runs)
+                rows = measure_backbones(args.backbones or BACKBONES, sets, device, args.runs)
                 what = "backbones"
-            elif args.at_once:
-                rows = at_once(args.at_once, Path(folder), device, args.runs)
-                what = "at-once"
-            elif args.whole_run:
-                rows, what = [whole_run(Path(folder), device, args.cache)], "run"
             else:
+                variants = list_variants(sets, device, args.workers, Path(folder) / "logs")
+                loops = {name: make() for name, make in choose(variants, args.only).items()}
+                slices = [sum(exams.slice_counts) for exams in sets]
+                rows = epoch_table(measure(loops, device, args.runs), slices)
+                rows += [] if args.data_dir else [floor_row(device)]
                 what = "own-exams" if args.data_dir else "epoch"
-                makers = chosen(variants(device, args.workers, Path(folder) / "logs"), args.only)
-                both = zip(
-                    (args.exams, args.valid), both_splits(args.data_dir or folder), strict=True
-                )
-                sets = [exams.subset(range(min(n, len(exams)))) for n, exams in both]
-                for times, slices in measure(makers, sets, device, args.cache, args.runs):
-                    rows = table(times, slices)
-                    rows += [] if args.data_dir else [floor_row(device, precision)]
-                    save(rows, what, device, args.out)  # so an interruption leaves some rounds
                 print(
                     f"an epoch of {sets[0].plane}: {len(sets[0])} exams with {slices[0]} slices, "
                     f"and {len(sets[1])} with {slices[1]} to validate; medians of {args.runs} "

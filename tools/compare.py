@@ -1,7 +1,6 @@
 """Compare two sets of predictions for the same exams: a difference, or chance?
 
     python -m tools.compare models/acl-predictions.csv other/acl-predictions.csv
-    python -m tools.compare a.csv b.csv --names article out-of-fold
 
 Reads the CSVs that train_logistic_regression.py writes and prints, for each plane and the stack,
 the validation AUC of both, their difference with its 95 % interval and p (paired DeLong), and both
@@ -22,7 +21,6 @@ def parse_arguments():
     parser = cli.make_parser(__doc__)
     parser.add_argument("first", type=Path, help="<task>-predictions.csv of one run")
     parser.add_argument("second", type=Path, help="of another run, on the same exams")
-    parser.add_argument("--names", nargs=2, default=("first", "second"), help="for the table")
     return parser.parse_args()
 
 
@@ -35,7 +33,6 @@ def run(args):
             f"{args.second}: other exams or labels than {args.first}; "
             "give predictions of the same exams"
         )
-    a, b = (name[:12] for name in args.names)
     print(f"{len(labels)} validation exams, {int(labels.sum())} positive")
     rows = []
     for name in (name for name in first if name in second):
@@ -45,7 +42,8 @@ def run(args):
         aucs = [roc_auc(known, scores) for scores in pair]
         errors = [brier(known, scores) for scores in pair]
         rows.append([name, *aucs, interval, f"{gain.p:.2f}", *errors])
-    heads = ["", f"AUC {a}", f"AUC {b}", "second - first [95 %]", "p", f"Brier {a}", f"Brier {b}"]
+    heads = ["", "AUC first", "AUC second", "second - first [95 %]", "p", "Brier first"]
+    heads += ["Brier second"]
     print(tabulate(rows, heads, floatfmt=".4f", disable_numparse=[4]))
 
 

@@ -26,7 +26,7 @@ from common.files import write_csv
 from common.labels import label_rows
 from common.names import predictions_path, results_path
 from common.submission import task_of
-from data.common import EXAMS, exam_name
+from data.common import Register, exam_name
 from data.rsna.tables import FINDINGS, STUDY, read_table
 
 DIGITS = 4  # of a probability
@@ -110,12 +110,10 @@ def without_label(answers, data_dir, task):
 def run(args):
     """Write one row a study, in the order of the studies' file."""
     studies = [row[STUDY] for row in read_table(args.studies, (STUDY,)).rows]
-    path = args.data_dir / EXAMS
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            numbers = {row["exam"]: int(row["id"]) for row in csv.DictReader(file)}
-    except (OSError, ValueError, LookupError, TypeError, csv.Error):
-        raise InputError(f"{path}: not the register of a prepared set; see --data-dir") from None
+    register = Register(args.data_dir)
+    if not register.rows:
+        raise InputError(f"{register.path}: no register of a prepared set; see --data-dir")
+    numbers = {exam: number for exam, (number, _) in register.rows.items()}
     answers = answers_in(args.rows) if args.rows else {}
     own, columns = {}, {}
     for name in FINDINGS:

@@ -12,7 +12,6 @@ gets wrong with heat maps, subgroups, and what not to conclude. reproduce.py end
 from pathlib import Path
 
 from common import cli
-from common.errors import InputError
 from common.report import read_all, write_report
 
 
@@ -29,18 +28,12 @@ def parse_arguments():
     parser.add_argument("--metadata", type=Path, help=metadata)
     pages = "folder that explain.py wrote to: its pages are linked to"
     parser.add_argument("--pages", type=Path, help=pages)
-    parser.add_argument("--tasks", nargs="+", help="of the findings, only these")
     return parser.parse_args()
 
 
 def run(args):
     """Read the results and write the page."""
     found = read_all(args.models)
-    if args.tasks:
-        have = [results.task for results in found]
-        if unknown := [task for task in args.tasks if task not in have]:
-            raise InputError(f"--tasks {unknown[0]}: no results; there are {', '.join(have)}")
-        found = [results for results in found if results.task in args.tasks]
     out = args.out or found[0].folder / "report.html"
     for line in write_report(found, out, args.data_dir, args.metadata, args.pages):
         print(f"left out  {line}")

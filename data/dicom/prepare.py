@@ -118,8 +118,6 @@ def number_exams(exams, out, split, overwrite, key, report):
     register, numbered, wanted = Register(out), {}, []
     register.clear(report)
     patients = [keyed_hash(key, exam.study.patient) for exam in exams]
-    earlier = [keyed_hash(key, exam.study.patient_and_issuer) for exam in exams]
-    register.rename_patients(dict(zip(earlier, patients, strict=True)))
     for exam, patient in zip(exams, patients, strict=True):
         number = register.number(exam.name, patient)
         numbered[number] = exam

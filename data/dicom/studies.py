@@ -79,15 +79,10 @@ class Study:
         Not the number's issuer, which some studies leave out: a patient would become two, whose
         exams splits may part. Equal numbers of two hospitals are one patient instead.
         """
-        number = self.identity.number
-        return f"{number}|" if number else self.patient_and_issuer
-
-    @property
-    def patient_and_issuer(self):
-        """What earlier versions took for `patient`; the same where there is no issuer."""
         one = self.identity
-        first, second = one[:2] if one.number else one[2:]
-        return f"{first}|{second}" if first else ""
+        if one.number:
+            return f"{one.number}|"
+        return f"{one.name}|{one.birth}" if one.name else ""
 
     @property
     def identity(self):

@@ -147,7 +147,7 @@ def run(args, report):
     start = time.perf_counter()
     if not args.source.is_dir():
         raise InputError(f"{args.source}: no such folder; unpack KneeMRI's archives there")
-    rows = read_metadata(args.metadata or args.source / "metadata.csv")
+    rows = read_metadata(args.source / "metadata.csv")
     found = {path.name: path for path in sorted(args.source.rglob("*.pck"))}
     if args.split == "exam":
         splits = split_by_exam(rows, args.valid, args.test, args.seed)
@@ -208,7 +208,6 @@ def parse(argv):
     parser = make_parser(__doc__)
     parser.add_argument("source", type=Path, help="folder with metadata.csv and vol01 .. vol10")
     parser.add_argument("out", type=Path, help="data folder to write to")
-    parser.add_argument("--metadata", type=Path, help="metadata.csv, if it is not in SOURCE")
     group = parser.add_argument_group("split")
     group.add_argument(
         "--split",
