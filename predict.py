@@ -44,7 +44,7 @@ from common.description import describe_dataset, describe_datasets
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, one_line, printable
 from common.exams import check_there, read_planes
-from common.files import atomic, csv_line, from_cell
+from common.files import atomic, csv_line, find_target, from_cell, named_in_errors
 from common.machine import usable_cores
 from common.parts import beside, check_names, part_argument, write_part
 from common.planes import PLANES, in_order
@@ -330,8 +330,9 @@ def predict_all(exams, tasks, saved, file, options, jsonl):
         counts["predicted"] += 1
         counts["slices"] += slices
         text = "".join(as_text(row | {"model": model}, jsonl) for row in rows)
-        file.write(text)
-        file.flush()
+        with named_in_errors("stdout" if file is sys.stdout else file.name):
+            file.write(text)
+            file.flush()
         begin, place = place, place + len(text.encode())
         saved[exam.key] = Saved(exam.input, begin, place)
     return counts
@@ -443,12 +444,15 @@ def check_output(out, resume, overwrite, in_parts):
     """Refuse to replace rows that nobody asked to replace, or to lose those of parts.
 
     Raises:
-        InputError: what is there and what to do.
+        InputError: what is there and what to do, or as `files.find_target`.
     """
     if resume and not in_parts and parts_left(out):
         raise InputError(f"{out}.parts: of an interrupted run with --jobs; give --jobs "
                          f"{parts_left(out)}")  # fmt: skip
-    if not resume and not overwrite and str(out) != "-" and out.exists():
+    if str(out) == "-":
+        return
+    find_target(out)
+    if not resume and not overwrite and out.exists():
         raise InputError(f"{out}: exists; --resume continues it, --overwrite replaces it")
 
 

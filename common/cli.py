@@ -420,7 +420,8 @@ def status_of(error):
             drop_closed_output()
             return 1, "failed: the output pipe was closed"
         case OSError() if error.errno in FILE_FAULTS:
-            return 1, f"failed: {error.filename or 'a file'}: {error.strerror}"
+            where = error.filename or "what is printed, or the logs"  # all others name their file
+            return 1, f"failed: {where}: {error.strerror}"
     if isinstance(error, RuntimeError) and "Connection closed by peer" in str(error):
         return 1, "failed: another rank has ended; its message tells why"
     if is_out_of_memory(error):

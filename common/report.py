@@ -9,6 +9,7 @@ what the run knows filled in.
 """
 
 import csv
+import hashlib
 import os
 import re
 from collections import Counter
@@ -29,7 +30,7 @@ from common.exams import FolderExams, read_planes
 from common.explain_page import MIRRORED, NOTICE, jpeg, slice_picture
 from common.explanation import explain_planes
 from common.figures import as_svg, learning_figure, reliability_figure, roc_figure
-from common.files import write_text
+from common.files import find_target, write_text
 from common.labels import id_of, read_groups
 from common.metrics import auc_interval, wilson_interval
 from common.planes import SPLITS
@@ -412,7 +413,7 @@ def read_all(sources):
 
 
 def write_report(found, out, data_dir=None, metadata=None, pages=None):
-    """Write the page at `out` and claim.md beside it.
+    """Write the page at `out`, and claim.md beside it unless one is there that was edited.
 
     Args:
         found: [Results], at least one.
@@ -424,8 +425,11 @@ def write_report(found, out, data_dir=None, metadata=None, pages=None):
         lines that say what the page lacks and why.
 
     Raises:
-        InputError: `metadata` is no such CSV.
+        InputError: `metadata` is no such CSV, or as `files.find_target`.
     """
+    checklist = Path(out).with_name("claim.md")
+    for path in (out, checklist):
+        find_target(path)
     tasks, missing = [], []
     for results in found:
         place = Path(data_dir or results.data_dir)
@@ -467,5 +471,22 @@ def write_report(found, out, data_dir=None, metadata=None, pages=None):
     }
     templates = environment()
     write_text(out, templates.get_template("report.html").render(context))
-    write_text(Path(out).with_name("claim.md"), templates.get_template("claim.md").render(context))
+    if not is_as_written(checklist):
+        kept = f"{checklist}: kept, it was edited or is another's; move it away to get a new one"
+        return [*missing, kept]
+    text = templates.get_template("claim.md").render(context)
+    write_text(checklist, text + last_line_of(text))
     return missing
+
+
+def last_line_of(text):
+    """Last line of a claim.md, by which it is known whether its author has edited it."""
+    return f"\n<!-- not edited: {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def is_as_written(path):
+    """Whether there is no file, or one as `write_report` wrote it."""
+    if not path.exists():
+        return True
+    text, start, _ = path.read_text(encoding="utf-8", errors="replace").rpartition("\n<!--")
+    return bool(start) and path.read_bytes() == (text + last_line_of(text)).encode()

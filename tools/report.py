@@ -20,7 +20,7 @@ def parse_arguments():
     parser = cli.make_parser(__doc__)
     results = "folders of models, or <task>-results.json files; each needs its stack"
     parser.add_argument("models", nargs="+", type=Path, help=results)
-    out = "default: report.html in the first folder; claim.md goes beside it"
+    out = "file, or folder for report.html; default: the first folder. claim.md goes beside it"
     parser.add_argument("--out", type=Path, help=out)
     data = "where the validation exams are; default: where the stack was fitted"
     parser.add_argument("--data-dir", type=Path, help=data)
@@ -41,7 +41,9 @@ def run(args):
         if unknown := [task for task in args.tasks if task not in have]:
             raise InputError(f"--tasks {unknown[0]}: no results; there are {', '.join(have)}")
         found = [results for results in found if results.task in args.tasks]
-    out = args.out or found[0].folder / "report.html"
+    out = args.out or found[0].folder
+    if out.is_dir():
+        out /= "report.html"
     for line in write_report(found, out, args.data_dir, args.metadata, args.pages):
         print(f"left out  {line}")
     size = out.stat().st_size / 1e6
