@@ -10,6 +10,7 @@ import csv
 import hashlib
 import itertools
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +35,7 @@ class Part(NamedTuple):
 def part_argument(text):
     """Value of an option: "2/4" as a Part."""
     number, _, of = text.partition("/")
-    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+    if not re.fullmatch("[0-9]+/[0-9]+", text) or not 1 <= int(number) <= int(of):
         raise argparse.ArgumentTypeError(f"{text!r} is not a part such as 2/4")
     return Part(int(number), int(of))
 

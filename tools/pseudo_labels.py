@@ -23,7 +23,7 @@ from pathlib import Path
 from common import cli
 from common.errors import InputError
 from common.files import write_csv
-from common.labels import label_rows
+from common.labels import exam_number, label_rows
 from common.names import predictions_path, results_path
 from common.submission import task_of
 from data.common import EXAMS, exam_name
@@ -64,7 +64,9 @@ def out_of_fold(models_dir, task, recipes):
         folds = json.loads(results.read_text(encoding="utf-8"))["folds"]
         with open(path, newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
-        found = {int(row["id"]): float(row["stack"]) if row["stack"] else None for row in rows}
+        found = {
+            exam_number(row["id"]): float(row["stack"]) if row["stack"] else None for row in rows
+        }
     except (OSError, ValueError, LookupError, TypeError, csv.Error):
         raise InputError(
             f"{path}: damaged; run train_logistic_regression.py --task {task} again"
@@ -87,7 +89,7 @@ def answers_in(path):
         with open(path, newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 if row["source"].split("/")[-1] == "train" and row["stack"]:
-                    found[row["task"]][int(row["exam"])] = float(row["stack"])
+                    found[row["task"]][exam_number(row["exam"])] = float(row["stack"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error):
         raise InputError(f"{path}: not a CSV of predict.py; make it with --out") from None
     if not found:
@@ -113,7 +115,7 @@ def run(args):
     path = args.data_dir / EXAMS
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            numbers = {row["exam"]: int(row["id"]) for row in csv.DictReader(file)}
+            numbers = {row["exam"]: exam_number(row["id"]) for row in csv.DictReader(file)}
     except (OSError, ValueError, LookupError, TypeError, csv.Error):
         raise InputError(f"{path}: not the register of a prepared set; see --data-dir") from None
     answers = answers_in(args.rows) if args.rows else {}
