@@ -79,7 +79,7 @@ def parse_arguments():
     cli.add_machine_arguments(machine)
     workers = "processes that read and decode RSNA's studies while the networks compute, about 500 "
     workers += "MB each; default: half the cores, at most 8; one for each of --jobs"
-    machine.add_argument("--workers", type=cli.positive_int, help=workers)
+    machine.add_argument("--workers", type=cli.process_count, help=workers)
     cli.add_parallel_arguments(parser, "parts", "one process predicts all")
     args = parser.parse_args()
     if str(args.out) == "-" and (args.resume or args.overwrite):

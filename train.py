@@ -138,7 +138,7 @@ def parse_arguments():
     add("--average-weights", type=cli.probability, help=average)
     clip = "largest norm of the gradient, such as 1; 0: any"
     add("--clip", type=cli.nonnegative_float, help=clip)
-    add("--seed", type=cli.seed_number, help="fixes order, augmentation and initial classifier")
+    add("--seed", type=cli.count, help="fixes order, augmentation and initial classifier")
 
     add = parser.add_argument_group("protocol").add_argument
     protocol = "what selects the epoch and stops the training: the validation exams themselves "
@@ -208,7 +208,9 @@ def run(args):
         splits = plan_splits(train_set, valid_set, *how)
         if advice := average_advice(config, min(len(split.train_set) for split in splits)):
             print(advice)
-        write_folds(folds_path(args.models_dir, config.task), splits)
+        column = column_name(config.plane, config.recipe)
+        of_folds = args.models_dir, config.task, column, config.folds
+        write_folds(partial(folds_path, *of_folds), splits)
         for number, split in numbered(splits, args.networks):
             if len(splits) > 1:
                 of = f"{number} of {len(splits)}"

@@ -104,7 +104,7 @@ def parse_arguments():
     add = parser.add_argument
     add("--folds", type=cli.positive_int, default=1, help="number of folds used with train.py")
     add("--repeat", type=cli.positive_int, default=1, help="number of seeds used with train.py")
-    add("--seed", type=cli.seed_number, default=0, help="first of these seeds")
+    add("--seed", type=cli.count, default=0, help="first of these seeds")
     parser.add_argument(
         "--sensitivity",
         type=float,

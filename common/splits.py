@@ -207,8 +207,15 @@ def tuning_rows(labels, rows, seed, groups):
     return rows[split_exams(ours, TUNING_PARTS, seed + TUNING_SEED, groups[rows])[0]]
 
 
-def write_folds(path, splits):
-    """CSV of seed,id,fold: which network was not trained on which exam; nothing without folds."""
-    rows = [(one.seed, exam_id, one.fold) for one in splits for exam_id in one.out_of_fold]
-    if rows and ranks.is_first():
-        write_csv(path, [("seed", "id", "fold"), *rows])
+def write_folds(path_of, splits):
+    """CSVs of seed,id,fold: which network was not trained on which exam; none without folds.
+
+    Args:
+        path_of: function of a seed, the path of its CSV.
+    """
+    rows = {}
+    for one in splits:
+        rows.setdefault(one.seed, []).extend((one.seed, i, one.fold) for i in one.out_of_fold)
+    for seed, found in rows.items():
+        if found and ranks.is_first():
+            write_csv(path_of(seed), [("seed", "id", "fold"), *found])

@@ -37,7 +37,7 @@ KNEE = {"abnormal": 1, "acl": 1, "meniscus": 0}
 def parse_arguments():
     parser = cli.make_parser(__doc__)
     parser.add_argument("--studies", type=cli.positive_int, default=12)
-    parser.add_argument("--workers", type=cli.positive_int, default=2, help="of prepare.py")
+    parser.add_argument("--workers", type=cli.process_count, default=2, help="of prepare.py")
     parser.add_argument("--rounds", type=cli.positive_int, default=3)
     syntaxes = ("explicit", "jpeg 2000", "jpeg lossless", "implicit")
     parser.add_argument("--syntax", nargs="+", choices=syntaxes, default=syntaxes[:2])
