@@ -204,6 +204,11 @@ def as_text(row, jsonl):
     return csv_line(f"{v:.{DIGITS}f}" if isinstance(v, float) else v for v in cells)
 
 
+def models_of(tasks, options):
+    """{task: column `model` of its rows}, by its own networks alone."""
+    return {models.task: model_of([models], options) for models in tasks}
+
+
 def as_row(line, columns):
     """A line of CSV as a dict."""
     (cells,) = csv.reader([line])
@@ -218,13 +223,13 @@ class Saved(NamedTuple):
     end: int
 
 
-def saved_exams(path, columns, tasks, model, jsonl):
+def saved_exams(path, columns, hashes, jsonl):
     """What an earlier run has written; its half-written end is cut off.
 
     Args:
         columns: as `columns_for`.
-        tasks: names of the tasks that each exam needs a row of.
-        model: expected value of column `model`; rows of other networks or options are ignored.
+        hashes: {task: expected value of column `model`}; an exam with rows of other networks or
+            options is ignored.
 
     Returns:
         {(source, exam): Saved} of the exams with all rows and no error, in the order of the file.
@@ -252,8 +257,9 @@ def saved_exams(path, columns, tasks, model, jsonl):
                 if rows and rows[0][0] != key:
                     rows = []
                 rows.append((key, row["task"], row["error"], row["model"], row["input"], begin))
-                if [task for _, task, *_ in rows] == tasks:
-                    if not any(error for _, _, error, *_ in rows) and row["model"] == model:
+                if [task for _, task, *_ in rows] == list(hashes):
+                    is_ours = all(model == hashes[task] for _, task, _, model, *_ in rows)
+                    if not any(error for _, _, error, *_ in rows) and is_ours:
                         saved[key] = Saved(row["input"], rows[0][-1], size)
                     rows = []
             file.truncate(size)
@@ -314,7 +320,7 @@ def predict_all(exams, tasks, saved, file, options, jsonl):
         Counter: exams "predicted", "kept" as they were, "failed" (not all planes could be used),
         and "slices".
     """
-    model, counts = model_of(tasks, options), Counter()
+    hashes, counts = models_of(tasks, options), Counter()
     known = {key: one.input for key, one in saved.items()}
     place = 0 if file is sys.stdout else file.tell()
     for exam in cli.progress(exams.each(known), "predict", total=len(exams)):
@@ -329,7 +335,7 @@ def predict_all(exams, tasks, saved, file, options, jsonl):
             tqdm.write(f"error: {name}: {errors[0]}", file=sys.stderr)
         counts["predicted"] += 1
         counts["slices"] += slices
-        text = "".join(as_text(row | {"model": model}, jsonl) for row in rows)
+        text = "".join(as_text(row | {"model": hashes[row["task"]]}, jsonl) for row in rows)
         with named_in_errors("stdout" if file is sys.stdout else file.name):
             file.write(text)
             file.flush()
@@ -407,8 +413,8 @@ def run(args):
         with live:
             saved = None
             if args.resume:
-                names, model = [models.task for models in tasks], model_of(tasks, options)
-                saved = saved_exams(args.out, columns_for(tasks), names, model, args.jsonl)
+                hashes = models_of(tasks, options)
+                saved = saved_exams(args.out, columns_for(tasks), hashes, args.jsonl)
             if args.part:
                 beside(args.out).unlink(missing_ok=True)
             if not to_stdout:

@@ -76,7 +76,7 @@ class ExamRows(NamedTuple):
 
     key: tuple  # (source, name)
     tasks: tuple
-    model: str  # hash of networks, stacks and options
+    models: tuple  # of each task, hash of its networks, stack and options
     error: str
     lines: list  # its rows as they are
 
@@ -134,7 +134,7 @@ class Rows:
                 members = list(members)
                 _, _, tasks, models, errors = zip(*(fields for fields, _ in members), strict=True)
                 error = next(filter(None, errors), "")
-                yield ExamRows(key, tasks, models[0], error, [line for _, line in members])
+                yield ExamRows(key, tasks, models, error, [line for _, line in members])
 
 
 def sorted_parts(found):
@@ -188,7 +188,7 @@ def merged(parts):
                 f"{part.path}: exam {exam.key[1]} has rows of {', '.join(exam.tasks)} only, not of "
                 f"{', '.join(first.tasks)}; run its part again with --resume"
             )
-        if exam.model != first.model:
+        if exam.models != first.models:
             raise InputError(
                 f"{part.path}: exam {exam.key[1]} was predicted by other networks than those of "
                 f"{parts[0].path}, or on another kind of device; run its part again with --resume"
