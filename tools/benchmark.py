@@ -36,6 +36,8 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
+
 from common import cli
 from common.datasets import trainable_planes
 from common.devices import CACHES, cache_volumes, device_name, pick_device, pick_precision

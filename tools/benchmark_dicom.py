@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
+
 from common import cli
 from common.files import write_csv
 from data.common import TARGET

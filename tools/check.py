@@ -12,12 +12,15 @@ validation. Then the class counts. Exit status 0, or 2 with faults.
 
 import hashlib
 import math
+import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from tabulate import tabulate
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
 from common import cli
 from common.description import read_dataset

@@ -5,9 +5,12 @@ python -m tools.pictures models/pictures/0237-acl.png models/pictures/report.png
 """
 
 import io
+import sys
 from pathlib import Path
 
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
 from common import cli
 from common.errors import InputError

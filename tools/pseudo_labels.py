@@ -17,8 +17,11 @@ knee set, whose studies' UIDs are turned into the exams' names.
 import csv
 import json
 import math
+import sys
 from collections import defaultdict
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
 from common import cli
 from common.errors import InputError

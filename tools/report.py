@@ -9,7 +9,10 @@ intervals beside the published figures, ROC, calibration, learning curves, the e
 gets wrong with heat maps, subgroups, and what not to conclude. reproduce.py ends with it.
 """
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
 from common import cli
 from common.errors import InputError

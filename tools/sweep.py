@@ -23,6 +23,7 @@ prints tools/sweep_table.py's table.
 
 import itertools
 import json
+import sys
 import tomllib
 from collections import Counter
 from contextlib import ExitStack, suppress
@@ -32,6 +33,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
 from common import cli, engine
 from common.checkpoint import check_writable, load_model

@@ -9,11 +9,14 @@ recipe's planes are stacked by the regression of their out-of-fold probabilities
 train_logistic_regression.py does. The columns are those of the sweep's table.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
 from common import cli
 from common.errors import InputError
