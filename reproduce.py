@@ -27,7 +27,7 @@ from common.cluster import Machines
 from common.config import THE_ARTICLES, read_recipe
 from common.datasets import all_tasks, trainable_planes
 from common.description import read_own_labels
-from common.errors import Interrupted, RunError
+from common.errors import Interrupted, RunError, counted
 from common.files import held, write_text
 from common.jobs import ROOT, Job, bytes_of_a_job, failures
 from common.names import (
@@ -173,7 +173,8 @@ def reproduce(args):
         print(f"left out   {', '.join(left)}: no folder in both train and valid")
     jobs = make_jobs(findings, planes, runs, places, args.recipe, recipe)
     runner = Machines.of(vars(args)).pick(device, len(jobs), bytes_of_a_job(backbone))
-    print(f"{len(jobs)} networks, {runner.at_once} at a time with {runner.threads} threads each; "
+    print(f"{counted(len(jobs), 'network')}, {runner.at_once} at a time with "
+          f"{counted(runner.threads, 'thread')} each; "
           f"what they print: {args.models_dir / 'output'}", flush=True)  # fmt: skip
     if args.cluster and "--precision" not in args.recipe:
         print("note: each machine takes its own precision; `-- --precision fp32` is one for all")

@@ -47,11 +47,11 @@ from common.checkpoint import (
 from common.config import THE_ARTICLES, Config, read_recipe, selection_note
 from common.datasets import all_tasks, load_exams
 from common.devices import CACHES, cache_volumes, pick_device, pick_precision
-from common.errors import Interrupted, RunError
+from common.errors import Interrupted, RunError, counted
 from common.graphs import GraphedStep, use_graphs
 from common.labels import is_positive
 from common.logs import Epoch, TrainingLog, heads_of_epochs, history_of, new_log_dir
-from common.metrics import auc_interval
+from common.metrics import BELOW_CHANCE, auc_interval
 from common.names import ARTICLE, column_name, folds_path, model_path, state_path
 from common.optimization import (
     OPTIMIZERS,
@@ -279,7 +279,7 @@ def train_network(config, split, files, provenance):
         if not ranks.any_stops(stop_requested):
             if state.bad_epochs >= config.patience:
                 metric = f"{split.selected_on} loss"
-                print(f"stopped: {metric} has not improved for {config.patience} epochs")
+                print(f"stopped: {metric} has not improved for {counted(config.patience, 'epoch')}")
             report_best_models(config, split, paths, state.history, log)
             print(f"logs   {state.log_dir}")
             if ranks.is_first():
@@ -439,6 +439,8 @@ def report_best_models(config, split, paths, history, log):
             f"\n{f'{task}, ' if len(paths) > 1 else ''}validation AUC {valid['auc']:.4f} "
             f"[{low:.3f}, {high:.3f}], epoch {epoch} ({note})\nmodel  {path}"
         )
+        if high < 0.5:
+            print(f"WARNING    {BELOW_CHANCE}")
 
 
 if __name__ == "__main__":

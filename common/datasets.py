@@ -1,5 +1,6 @@
 """The data sets that a training's configuration asks for."""
 
+import shlex
 from pathlib import Path
 
 from common.augmentation import SLICES_OF_STRONG, make_augmentation
@@ -94,7 +95,7 @@ def print_exams(train_set, valid_set):
             named = zip(exams.tasks, counts, strict=True)
             positive = ", ".join(f"{count} positive of {task}" for task, count in named)
         print(
-            f"{exams.split:<10} {len(exams)} exams, {positive}, "
+            f"{exams.split:<10} {counted(len(exams), 'exam')}, {positive}, "
             f"{min(slices)} to {max(slices)} slices"
         )
         if exams.absent:
@@ -110,7 +111,7 @@ def print_exams(train_set, valid_set):
             print(
                 f"WARNING    {len(both)} {what} are in both splits; if they are the same exams or "
                 "patients, no validation figure means anything: "
-                f"python -m tools.check {train_set.root} lists them"
+                f"python -m tools.check {shlex.quote(str(train_set.root))} lists them"
             )
     print(f"data set   {describe_dataset(train_set.description)}")
     for task, pair in train_set.class_weights.items():

@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +47,8 @@ def tasks(root_dir):
             folder for folder in sorted(root.iterdir()) if folder.is_dir() and tasks_in(folder)
         ]
         if below:
-            raise InputError(f"{root}: the data set lies in {below[0]}; give --data-dir {below[0]}")
+            where = shlex.quote(str(below[0]))
+            raise InputError(f"{root}: the data set is in {below[0]}; give --data-dir {where}")
         raise InputError(f"{root}: no train-<task>.csv with a valid-<task>.csv. {HOW_TO_GET_DATA}")
     return names
 

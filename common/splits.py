@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from common import ranks
-from common.errors import InputError
+from common.errors import InputError, counted
 from common.files import write_csv
 from common.labels import GROUPS, is_positive
 from common.names import list_runs
@@ -37,8 +37,8 @@ def split_exams(labels, parts, seed, groups=None):
     rarer = min(rarer_class(column) for column in columns)
     if rarer < parts:
         raise InputError(
-            f"{parts} folds of {len(labels)} exams: the rarer class has {rarer} exams, so a fold "
-            f"would hold one class only; use at most {rarer} folds"
+            f"{parts} folds of {len(labels)} exams: the rarer class has {counted(rarer, 'exam')}, "
+            f"so a fold would hold one class only; use at most {counted(rarer, 'fold')}"
         )
     rows, labels = np.zeros(len(labels)), strata(columns, parts)
     if groups is None or len(set(groups)) == len(labels):
@@ -46,16 +46,16 @@ def split_exams(labels, parts, seed, groups=None):
     else:
         if len(set(groups)) < parts:
             raise InputError(
-                f"{parts} folds of {len(set(groups))} groups (train-{GROUPS}.csv): use fewer "
-                "folds, or correct the groups"
+                f"{parts} folds of {counted(len(set(groups)), 'group')} (train-{GROUPS}.csv): use "
+                "fewer folds, or correct the groups"
             )
         folds = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
         folds = folds.split(rows, labels, groups)
     left_out = [out for _, out in folds]
     if any(rarer_class(column[out]) == 0 for column in columns for out in left_out):
         raise InputError(
-            f"{parts} folds of {len(labels)} exams in {len(set(groups))} groups: a fold would hold "
-            f"one class only; use fewer folds, or correct train-{GROUPS}.csv"
+            f"{parts} folds of {len(labels)} exams in {counted(len(set(groups)), 'group')}: a "
+            f"fold would hold one class only; use fewer folds, or correct train-{GROUPS}.csv"
         )
     return left_out
 

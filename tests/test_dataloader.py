@@ -409,7 +409,7 @@ def test_a_header_is_named(tmp_path):
 
 def test_a_data_set_one_folder_down_is_found(tmp_path, exams):
     below = shutil.move(exams, tmp_path / "MRNet-v1.0")
-    with pytest.raises(InputError, match=f"lies in {below}; give --data-dir {below}$"):
+    with pytest.raises(InputError, match=f"is in {below}; give --data-dir {below}$"):
         tasks(tmp_path)
 
 
