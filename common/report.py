@@ -427,9 +427,7 @@ def write_report(found, out, data_dir=None, metadata=None, pages=None):
     Raises:
         InputError: `metadata` is no such CSV, or as `files.find_target`.
     """
-    checklist = Path(out).with_name("claim.md")
-    for path in (out, checklist):
-        find_target(path)
+    find_target(out)
     tasks, missing = [], []
     for results in found:
         place = Path(data_dir or results.data_dir)
@@ -471,22 +469,24 @@ def write_report(found, out, data_dir=None, metadata=None, pages=None):
     }
     templates = environment()
     write_text(out, templates.get_template("report.html").render(context))
-    if not is_as_written(checklist):
-        kept = f"{checklist}: kept, it was edited or is another's; move it away to get a new one"
-        return [*missing, kept]
-    text = templates.get_template("claim.md").render(context)
-    write_text(checklist, text + last_line_of(text))
-    return missing
+    checklist = templates.get_template("claim.md").render(context)
+    return missing + write_checklist(Path(out).with_name("claim.md"), checklist)
 
 
-def last_line_of(text):
-    """Last line of a claim.md, by which it is known whether its author has edited it."""
-    return f"\n<!-- not edited: {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+def write_checklist(path, text):
+    """Write claim.md, but not over one that was edited or is another's: its last line holds a hash
+    of the rest.
+
+    Returns:
+        list of the line that says so, empty where it was written.
+    """
+    if find_target(path).exists():
+        there = path.read_text(encoding="utf-8", errors="replace")
+        if there != with_hash(there.rpartition("\n<!--")[0]):
+            return [f"{path}: kept, it was edited or is another's; move it away for a new one"]
+    write_text(path, with_hash(text))
+    return []
 
 
-def is_as_written(path):
-    """Whether there is no file, or one as `write_report` wrote it."""
-    if not path.exists():
-        return True
-    text, start, _ = path.read_text(encoding="utf-8", errors="replace").rpartition("\n<!--")
-    return bool(start) and path.read_bytes() == (text + last_line_of(text)).encode()
+def with_hash(text):
+    return f"{text}\n<!-- as made: {hashlib.sha256(text.encode()).hexdigest()} -->\n"

@@ -20,7 +20,7 @@ from common.errors import InputError
 from common.exams import Exam, FolderExams, exam_of_files, open_exams
 from common.files import as_cell, from_cell
 from common.task_models import Network, TaskModels
-from predict import Answer, make_row
+from predict import Answer, check_output, make_row
 
 
 def predict(trained, *args):
@@ -314,6 +314,12 @@ def test_a_network_trained_after_the_stack(trained, tmp_path):
     write_checkpoint(models / "acl-axial.pt", content)
     done = run_script("predict.py", trained[0] / "data", "--models-dir", models)
     assert_one_line_error(done, "acl-axial.pt", "after the stack", "train_logistic_regression.py")
+
+
+def test_rows_go_to_regular_files_only(tmp_path):
+    for out in (Path("/dev/full"), tmp_path):
+        with pytest.raises(InputError, match=f"{out}: exists and is not a regular file"):
+            check_output(out, resume=False, overwrite=True, in_parts=False)
 
 
 def test_names_of_many_exams_take_little_memory(tmp_path):
