@@ -155,48 +155,45 @@ def bytes_of(data_dir, plane):
 
 
 def run(args):
-    """Reproduce, alone in the folder of models."""
+    """Train every network, stack each task, write the table."""
     check_writable(args.models_dir)
     busy = f"{args.models_dir}: another reproduce.py runs there; wait for it, or give --models-dir"
     with held(args.models_dir / ".reproduce.lock", busy):
-        reproduce(args)
-
-
-def reproduce(args):
-    """Train every network, stack each task, write the table."""
-    wanted = args.tasks or all_tasks(args.data_dir)
-    words, recipe, runs, device, backbone = read_training(args.recipe)
-    places = {"data": args.data_dir, "models": args.models_dir, "logs": args.logs_dir}
-    findings = [wanted] if args.together else [[task] for task in wanted]
-    planes, left = trainable_planes(args.data_dir)
-    if left:
-        print(f"left out   {', '.join(left)}: no folder in both train and valid")
-    jobs = make_jobs(findings, planes, runs, places, args.recipe, recipe)
-    runner = Machines.of(vars(args)).pick(device, len(jobs), bytes_of_a_job(backbone))
-    print(f"{counted(len(jobs), 'network')}, {runner.at_once} at a time with "
-          f"{counted(runner.threads, 'thread')} each; "
-          f"what they print: {args.models_dir / 'output'}", flush=True)  # fmt: skip
-    if args.cluster and "--precision" not in args.recipe:
-        print("note: each machine takes its own precision; `-- --precision fp32` is one for all")
-    failed = [done.job for done in runner.run(jobs) if done.status]
-    if failed:
-        raise RunError(failures(failed, jobs))
-    stacked = ("--task", *wanted, "--planes", *planes)
-    call("train_logistic_regression.py", *stacked, *as_arguments(places), *words)
-    found = read_all(results_path(args.models_dir, task, [recipe]) for task in wanted)
-    table, means = markdown(found, read_own_labels(args.data_dir))
-    for name, content in (
-        ("results.json", {results.task: results.content for results in found}),
-        ("means.json", means),
-    ):
-        write_text(args.models_dir / name, json.dumps(content, indent=2) + "\n")
-    write_text(args.models_dir / "results.md", table)
-    written = args.models_dir / "results.json"
-    print(f"\n{table}\nwritten    {written}, means.json, results.md", flush=True)
-    report = args.models_dir / "report.html"
-    for line in write_report(found, report):
-        print(f"left out of the report  {line}")
-    print(f"checklist  {report.with_name('claim.md')}\nreport     {report}")
+        wanted = args.tasks or all_tasks(args.data_dir)
+        words, recipe, runs, device, backbone = read_training(args.recipe)
+        places = {"data": args.data_dir, "models": args.models_dir, "logs": args.logs_dir}
+        findings = [wanted] if args.together else [[task] for task in wanted]
+        planes, left = trainable_planes(args.data_dir)
+        if left:
+            print(f"left out   {', '.join(left)}: no folder in both train and valid")
+        jobs = make_jobs(findings, planes, runs, places, args.recipe, recipe)
+        runner = Machines.of(vars(args)).pick(device, len(jobs), bytes_of_a_job(backbone))
+        print(f"{counted(len(jobs), 'network')}, {runner.at_once} at a time with "
+              f"{counted(runner.threads, 'thread')} each; "
+              f"what they print: {args.models_dir / 'output'}", flush=True)  # fmt: skip
+        if args.cluster and "--precision" not in args.recipe:
+            print(
+                "note: each machine takes its own precision; `-- --precision fp32` is one for all"
+            )
+        failed = [done.job for done in runner.run(jobs) if done.status]
+        if failed:
+            raise RunError(failures(failed, jobs))
+        stacked = ("--task", *wanted, "--planes", *planes)
+        call("train_logistic_regression.py", *stacked, *as_arguments(places), *words)
+        found = read_all(results_path(args.models_dir, task, [recipe]) for task in wanted)
+        table, means = markdown(found, read_own_labels(args.data_dir))
+        for name, content in (
+            ("results.json", {results.task: results.content for results in found}),
+            ("means.json", means),
+        ):
+            write_text(args.models_dir / name, json.dumps(content, indent=2) + "\n")
+        write_text(args.models_dir / "results.md", table)
+        written = args.models_dir / "results.json"
+        print(f"\n{table}\nwritten    {written}, means.json, results.md", flush=True)
+        report = args.models_dir / "report.html"
+        for line in write_report(found, report):
+            print(f"left out of the report  {line}")
+        print(f"checklist  {report.with_name('claim.md')}\nreport     {report}")
 
 
 if __name__ == "__main__":
