@@ -225,6 +225,12 @@ def test_checklist_has_every_item(work):
     assert f"AUC {row['auc']:.3f}" in text and "**TO DO:**" in text
 
 
+def test_a_folder_gets_the_report(work, tmp_path):
+    done = run_script("tools/report.py", work / "models/acl-results.json", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "claim.md"}
+
+
 def test_a_checklist_that_was_edited_is_kept(work, tmp_path):
     found = [read_results(work / "models/acl-results.json")]
     out, checklist = tmp_path / "report.html", tmp_path / "claim.md"
