@@ -1,7 +1,12 @@
-# make demo | test | test-whole | reproduce | bench | bench-gpu | lint | pictures
+# make demo         synthetic knees, the three planes of one finding, their stack and a report: 10 min
+# make reproduce    every finding of MRNet under data/; DATA=data/phantom takes one network for all
+#                   findings of a plane and recipes/phantom.toml; ARGS="--epochs 8" is for train.py
+# make test         the tests; make test-whole those of whole commands; make lint
+# make bench        speed on this machine; make bench-gpu on a GPU
+# make pictures | clean
+#
 # Everything installs into .venv first; `make demo VENV=` uses the python that is active instead
-# and installs nothing. `make reproduce DATA=data/phantom` takes one network for all findings of a plane
-# and recipes/phantom.toml; ARGS="--epochs 8" is for train.py.
+# and installs nothing.
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -16,7 +21,10 @@ TASK := acl
 # epochs fit into ten minutes.
 DEMO := --data-dir $(PHANTOM) --epochs 2 --lr 3e-5
 
-.PHONY: demo reproduce bench bench-gpu test test-whole lint pictures clean
+.PHONY: help demo reproduce bench bench-gpu test test-whole lint pictures clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV:%=%/installed) $(PHANTOM)/valid-acl.csv
 	@for plane in $(PLANES); do \
@@ -29,7 +37,7 @@ demo: $(VENV:%=%/installed) $(PHANTOM)/valid-acl.csv
 	@echo "  $(BIN)tensorboard --logdir logs                 # curves, slices, ROC"
 	@echo "  make reproduce DATA=$(PHANTOM)              # every finding, in half an hour"
 	@echo "  $(PY) explain.py $(PHANTOM) --exam valid/0237 --task acl     # where in the exam?"
-	@echo "  $(PY) explain.py $(PHANTOM) --all --task acl --out pages     # every exam, to sort by error"
+	@echo "  $(PY) explain.py $(PHANTOM) --all --task acl --out pages     # the validation exams, by error"
 	@echo "  less data/README.md                            # MRNet itself, or your own exams"
 	@echo; $(PY) -m tools.report models/$(TASK)-results.json
 

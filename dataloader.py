@@ -22,7 +22,15 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from common.description import read_dataset
-from common.labels import UNKNOWN, OneClassOnly, is_positive, known_labels, read_groups, read_rows
+from common.labels import (
+    UNKNOWN,
+    OneClassOnly,
+    compare_groups,
+    is_positive,
+    known_labels,
+    read_groups,
+    read_rows,
+)
 from common.volumes import check_side, open_volume, read_volume, volume_path
 
 MEAN, STD = 58.09, 49.73  # grey levels of MRNet's volumes; Stanford's released loader
@@ -200,6 +208,7 @@ class MRDataset(Dataset):
         slices: (least, most) part of the slices in a training step, drawn anew for each.
         known: {task: ids of the exams whose label is not empty, in the order of its CSV}.
         unknown: {task: number of exams whose label is empty}.
+        without_group: one line on exams without a group where others have one, or "".
         listed: Listed, with the exams that have no volume of this plane. Folds are cut on these, so
             that they are the same in every plane.
         absent: number of exams without a volume of this plane. Only where dataset.json says
@@ -227,6 +236,7 @@ class MRDataset(Dataset):
         self.labels = np.array(rows, np.float32)
         self.description = read_dataset(root_dir)
         groups = read_groups(root_dir, self.split)
+        self.without_group = compare_groups(root_dir, self.split, groups, self.ids)
         self.groups = [groups.get(exam_id, f"exam {exam_id}") for exam_id in self.ids]
         self.listed = Listed(self.ids, self.labels, self.groups)
         self.absent = 0
@@ -417,7 +427,7 @@ class MultiPlaneDataset(MRDataset):
     it of one.
 
     Args:
-        plane: list of planes; an exam may lack some of them (`lacking`).
+        plane: list of planes; an exam may lack some of them.
         transform: {plane: transform}, or None.
 
     Attributes:
@@ -443,16 +453,6 @@ class MultiPlaneDataset(MRDataset):
 
     def digest(self, volume):
         return "+".join(super(MultiPlaneDataset, self).digest(one) for one in volume.values())
-
-    @property
-    def lacking(self):
-        """Paths of the volumes that exams lack."""
-        return [
-            volume_path(self.root, self.split, plane, exam_id)
-            for exam_id, paths in zip(self.ids, self.paths, strict=True)
-            for plane in self.plane
-            if plane not in paths
-        ]
 
     def check_sides(self, smallest, backbone):
         for paths, shapes in zip(self.paths, self.shapes, strict=True):

@@ -56,6 +56,7 @@ from common.explain_page import (
 from common.explanation import explain_exam, unusable_of
 from common.files import alone_at, write_text
 from common.labels import id_of
+from common.planes import SPLITS
 
 
 class Output(NamedTuple):
@@ -82,8 +83,14 @@ def parse_arguments():
     which.add_argument(
         "--all",
         action="store_true",
-        help="every exam, with an index over their pages; about a second and 2 MB for an exam of "
-        "256 px",
+        help="every exam (of a data folder those of --split), with an index over their pages; "
+        "about a second and 2 MB for an exam of 256 px",
+    )
+    parser.add_argument(
+        "--split",
+        choices=(*SPLITS, "both"),
+        default="valid",
+        help="with --all: which exams of a data folder",
     )
     parser.add_argument(
         "--task",
@@ -310,6 +317,8 @@ def run(args):
             dicom_results()  # what is missing is said before the work
             exams.ask_origin()
         if args.all:
+            if isinstance(exams, FolderExams) and args.split != "both":
+                exams.keep_split(args.split)
             where = "\0".join(str(path.absolute()) for path in args.exams)
             root = hashlib.sha256(os.fsencode(where)).hexdigest()[:16]
             make_folder(args.out)

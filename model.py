@@ -186,7 +186,8 @@ class MRNet(nn.Module):
         super().__init__()
         self.backbone, self.pooling = backbone, pooling
         self.pretrained_model = make_features(backbone)
-        if features is not None:
+        self.has_features = features is not None
+        if self.has_features:
             self.pretrained_model.load_state_dict(features)
         self.pooling_layer = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(dropout)
@@ -201,11 +202,12 @@ class MRNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # the layout that convolutions run fastest in
 
     def train(self, mode=True):
-        """As in torch, but batch normalisation keeps ImageNet's statistics: a batch is the slices
-        of one exam, whose own say more about the exam than about knees."""
+        """As in torch, but batch normalisation keeps the statistics of `features`, ImageNet's: a
+        batch is the slices of one exam, whose own say more about the exam than about knees. Random
+        weights have none to keep."""
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, _BatchNorm):
+            if isinstance(module, _BatchNorm) and self.has_features:
                 module.eval()
         return self
 

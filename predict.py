@@ -44,7 +44,7 @@ from common.description import describe_dataset, describe_datasets
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, one_line, printable
 from common.exams import check_there, read_planes
-from common.files import atomic, csv_line, from_cell
+from common.files import atomic, csv_line, find_target, from_cell, named_in_errors
 from common.machine import usable_cores
 from common.parts import beside, check_names, part_argument, write_part
 from common.planes import PLANES, in_order
@@ -79,7 +79,7 @@ def parse_arguments():
     cli.add_machine_arguments(machine)
     workers = "processes that read and decode RSNA's studies while the networks compute, about 500 "
     workers += "MB each; default: half the cores, at most 8; one for each of --jobs"
-    machine.add_argument("--workers", type=cli.positive_int, help=workers)
+    machine.add_argument("--workers", type=cli.process_count, help=workers)
     cli.add_parallel_arguments(parser, "parts", "one process predicts all")
     args = parser.parse_args()
     if str(args.out) == "-" and (args.resume or args.overwrite):
@@ -204,6 +204,11 @@ def as_text(row, jsonl):
     return csv_line(f"{v:.{DIGITS}f}" if isinstance(v, float) else v for v in cells)
 
 
+def models_of(tasks, options):
+    """{task: column `model` of its rows}, by its own networks alone."""
+    return {models.task: model_of([models], options) for models in tasks}
+
+
 def as_row(line, columns):
     """A line of CSV as a dict."""
     (cells,) = csv.reader([line])
@@ -218,13 +223,13 @@ class Saved(NamedTuple):
     end: int
 
 
-def saved_exams(path, columns, tasks, model, jsonl):
+def saved_exams(path, columns, hashes, jsonl):
     """What an earlier run has written; its half-written end is cut off.
 
     Args:
         columns: as `columns_for`.
-        tasks: names of the tasks that each exam needs a row of.
-        model: expected value of column `model`; rows of other networks or options are ignored.
+        hashes: {task: expected value of column `model`}; an exam with rows of other networks or
+            options is ignored.
 
     Returns:
         {(source, exam): Saved} of the exams with all rows and no error, in the order of the file.
@@ -252,8 +257,9 @@ def saved_exams(path, columns, tasks, model, jsonl):
                 if rows and rows[0][0] != key:
                     rows = []
                 rows.append((key, row["task"], row["error"], row["model"], row["input"], begin))
-                if [task for _, task, *_ in rows] == tasks:
-                    if not any(error for _, _, error, *_ in rows) and row["model"] == model:
+                if [task for _, task, *_ in rows] == list(hashes):
+                    is_ours = all(model == hashes[task] for _, task, _, model, *_ in rows)
+                    if not any(error for _, _, error, *_ in rows) and is_ours:
                         saved[key] = Saved(row["input"], rows[0][-1], size)
                     rows = []
             file.truncate(size)
@@ -314,7 +320,7 @@ def predict_all(exams, tasks, saved, file, options, jsonl):
         Counter: exams "predicted", "kept" as they were, "failed" (not all planes could be used),
         and "slices".
     """
-    model, counts = model_of(tasks, options), Counter()
+    hashes, counts = models_of(tasks, options), Counter()
     known = {key: one.input for key, one in saved.items()}
     place = 0 if file is sys.stdout else file.tell()
     for exam in cli.progress(exams.each(known), "predict", total=len(exams)):
@@ -329,9 +335,10 @@ def predict_all(exams, tasks, saved, file, options, jsonl):
             tqdm.write(f"error: {name}: {errors[0]}", file=sys.stderr)
         counts["predicted"] += 1
         counts["slices"] += slices
-        text = "".join(as_text(row | {"model": model}, jsonl) for row in rows)
-        file.write(text)
-        file.flush()
+        text = "".join(as_text(row | {"model": hashes[row["task"]]}, jsonl) for row in rows)
+        with named_in_errors("stdout" if file is sys.stdout else file.name):
+            file.write(text)
+            file.flush()
         begin, place = place, place + len(text.encode())
         saved[exam.key] = Saved(exam.input, begin, place)
     return counts
@@ -406,8 +413,8 @@ def run(args):
         with live:
             saved = None
             if args.resume:
-                names, model = [models.task for models in tasks], model_of(tasks, options)
-                saved = saved_exams(args.out, columns_for(tasks), names, model, args.jsonl)
+                hashes = models_of(tasks, options)
+                saved = saved_exams(args.out, columns_for(tasks), hashes, args.jsonl)
             if args.part:
                 beside(args.out).unlink(missing_ok=True)
             if not to_stdout:
@@ -443,12 +450,15 @@ def check_output(out, resume, overwrite, in_parts):
     """Refuse to replace rows that nobody asked to replace, or to lose those of parts.
 
     Raises:
-        InputError: what is there and what to do.
+        InputError: what is there and what to do, or as `files.find_target`.
     """
     if resume and not in_parts and parts_left(out):
         raise InputError(f"{out}.parts: of an interrupted run with --jobs; give --jobs "
                          f"{parts_left(out)}")  # fmt: skip
-    if not resume and not overwrite and str(out) != "-" and out.exists():
+    if str(out) == "-":
+        return
+    find_target(out)
+    if not resume and not overwrite and out.exists():
         raise InputError(f"{out}: exists; --resume continues it, --overwrite replaces it")
 
 

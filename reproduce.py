@@ -22,12 +22,13 @@ import sys
 from pathlib import Path
 
 from common import cli
+from common.checkpoint import check_writable
 from common.cluster import Machines
 from common.config import THE_ARTICLES, read_recipe
 from common.datasets import all_tasks, trainable_planes
 from common.description import read_own_labels
-from common.errors import Interrupted, RunError
-from common.files import write_text
+from common.errors import Interrupted, RunError, counted
+from common.files import held, write_text
 from common.jobs import ROOT, Job, bytes_of_a_job, failures
 from common.names import (
     ARTICLE,
@@ -88,56 +89,57 @@ def read_training(recipe):
     """What of train.py's arguments matters here as well.
 
     Returns:
-        the arguments that train_logistic_regression.py needs, the recipe's name, the ends of the
-        file names of a task's and plane's networks, the device and the backbone.
+        the arguments that train_logistic_regression.py needs, the recipe's name, a Run for each of
+        a task's and plane's networks, the device and the backbone.
     """
-    names = ("--folds", "--repeat", "--seed", "--device", "--precision")
-    parser = argparse.ArgumentParser(add_help=False)
-    for name in names:
+    parser = argparse.ArgumentParser(prog=cli.script_name(), add_help=False)
+    for name in ("--folds", "--repeat"):
+        parser.add_argument(name, type=cli.positive_int)
+    parser.add_argument("--seed", type=cli.count)
+    for name in ("--device", "--precision"):
         parser.add_argument(name)
     parser.add_argument("--recipe", default=ARTICLE)
     parser.add_argument("--backbone")
     known = vars(parser.parse_known_args(recipe)[0])
     name, values = read_recipe(known.pop("recipe"))
     backbone = known.pop("backbone") or (THE_ARTICLES | values)["backbone"]
-    words = [word for name, value in known.items() if value for word in (f"--{name}", value)]
-    given = {key: known[key] or "" for key in ("folds", "repeat", "seed")}
-    # What is not a number train.py objects to.
-    folds, repeat, seed = (int(text) if text.isdecimal() else 0 for text in given.values())
+    words = [word for name, value in known.items() if value for word in (f"--{name}", str(value))]
+    seed = known["seed"] or 0
     return (
         [*words, "--recipes", name],
         name,
-        [run.suffix for run in list_runs(max(1, folds), range(seed, seed + max(1, repeat)))],
+        list_runs(known["folds"] or 1, range(seed, seed + (known["repeat"] or 1))),
         known["device"] or "auto",
         backbone,
     )
 
 
-def make_jobs(findings, planes, suffixes, places, training, recipe):
+def make_jobs(findings, planes, runs, places, training, recipe):
     """A Job for every network.
 
     Args:
         findings: list of lists of tasks; those of one list share a network.
         planes: list.
-        suffixes: of the Run of each network of a task and plane.
+        runs: of each network of a task and plane.
         places: {"data", "models", "logs": Path}.
         training: list, arguments of train.py.
         recipe: its name.
     """
-    jobs = []
+    jobs, folds = [], max(run.fold for run in runs)
     for together in findings:
         for plane in planes:
             size = bytes_of(places["data"], plane)
-            for number, suffix in enumerate(suffixes, start=1):
+            column = column_name(plane, recipe)
+            for number, run in enumerate(runs, start=1):
                 name = "+".join(together)
                 arguments = (ROOT / "train.py", "--task", *together, "--plane", plane, "--resume",
                              *as_arguments(places), "--networks", number, *training)  # fmt: skip
                 log = places["models"] / "output" / f"{name}-{plane}-{number}.txt"
-                title = f"{name}, {plane}" + (f", network {number}" if len(suffixes) > 1 else "")
-                models = {task: model_path("", task, column_name(plane, recipe), suffix)
+                title = f"{name}, {plane}" + (f", network {number}" if len(runs) > 1 else "")
+                models = {task: model_path("", task, column, run.suffix)
                           for task in (*together, name)}  # fmt: skip
                 files = (*(models[task] for task in together), state_path(models[name]),
-                         folds_path("", name))  # fmt: skip
+                         folds_path("", name, column, folds, run.seed))  # fmt: skip
                 files = tuple(map(str, files))
                 jobs.append(Job(title, tuple(map(str, arguments)), log, size, files))
     return jobs
@@ -154,38 +156,44 @@ def bytes_of(data_dir, plane):
 
 def run(args):
     """Train every network, stack each task, write the table."""
-    wanted = args.tasks or all_tasks(args.data_dir)
-    words, recipe, suffixes, device, backbone = read_training(args.recipe)
-    places = {"data": args.data_dir, "models": args.models_dir, "logs": args.logs_dir}
-    findings = [wanted] if args.together else [[task] for task in wanted]
-    planes, left = trainable_planes(args.data_dir)
-    if left:
-        print(f"left out   {', '.join(left)}: no folder in both train and valid")
-    jobs = make_jobs(findings, planes, suffixes, places, args.recipe, recipe)
-    runner = Machines.of(vars(args)).pick(device, len(jobs), bytes_of_a_job(backbone))
-    print(f"{len(jobs)} networks, {runner.at_once} at a time with {runner.threads} threads each; "
-          f"what they print: {args.models_dir / 'output'}", flush=True)  # fmt: skip
-    if args.cluster and "--precision" not in args.recipe:
-        print("note: each machine takes its own precision; `-- --precision fp32` is one for all")
-    failed = [done.job for done in runner.run(jobs) if done.status]
-    if failed:
-        raise RunError(failures(failed, jobs))
-    stacked = ("--task", *wanted, "--planes", *planes)
-    call("train_logistic_regression.py", *stacked, *as_arguments(places), *words)
-    found = read_all(results_path(args.models_dir, task, [recipe]) for task in wanted)
-    table, means = markdown(found, read_own_labels(args.data_dir))
-    for name, content in (
-        ("results.json", {results.task: results.content for results in found}),
-        ("means.json", means),
-    ):
-        write_text(args.models_dir / name, json.dumps(content, indent=2) + "\n")
-    write_text(args.models_dir / "results.md", table)
-    written = args.models_dir / "results.json"
-    print(f"\n{table}\nwritten    {written}, means.json, results.md", flush=True)
-    report = args.models_dir / "report.html"
-    for line in write_report(found, report):
-        print(f"left out of the report  {line}")
-    print(f"checklist  {report.with_name('claim.md')}\nreport     {report}")
+    check_writable(args.models_dir)
+    busy = f"{args.models_dir}: another reproduce.py runs there; wait for it, or give --models-dir"
+    with held(args.models_dir / ".reproduce.lock", busy):
+        wanted = args.tasks or all_tasks(args.data_dir)
+        words, recipe, runs, device, backbone = read_training(args.recipe)
+        places = {"data": args.data_dir, "models": args.models_dir, "logs": args.logs_dir}
+        findings = [wanted] if args.together else [[task] for task in wanted]
+        planes, left = trainable_planes(args.data_dir)
+        if left:
+            print(f"left out   {', '.join(left)}: no folder in both train and valid")
+        jobs = make_jobs(findings, planes, runs, places, args.recipe, recipe)
+        runner = Machines.of(vars(args)).pick(device, len(jobs), bytes_of_a_job(backbone))
+        print(f"{counted(len(jobs), 'network')}, {runner.at_once} at a time with "
+              f"{counted(runner.threads, 'thread')} each; "
+              f"what they print: {args.models_dir / 'output'}", flush=True)  # fmt: skip
+        if args.cluster and "--precision" not in args.recipe:
+            print(
+                "note: each machine takes its own precision; `-- --precision fp32` is one for all"
+            )
+        failed = [done.job for done in runner.run(jobs) if done.status]
+        if failed:
+            raise RunError(failures(failed, jobs))
+        stacked = ("--task", *wanted, "--planes", *planes)
+        call("train_logistic_regression.py", *stacked, *as_arguments(places), *words)
+        found = read_all(results_path(args.models_dir, task, [recipe]) for task in wanted)
+        table, means = markdown(found, read_own_labels(args.data_dir))
+        for name, content in (
+            ("results.json", {results.task: results.content for results in found}),
+            ("means.json", means),
+        ):
+            write_text(args.models_dir / name, json.dumps(content, indent=2) + "\n")
+        write_text(args.models_dir / "results.md", table)
+        written = args.models_dir / "results.json"
+        print(f"\n{table}\nwritten    {written}, means.json, results.md", flush=True)
+        report = args.models_dir / "report.html"
+        for line in write_report(found, report):
+            print(f"left out of the report  {line}")
+        print(f"checklist  {report.with_name('claim.md')}\nreport     {report}")
 
 
 if __name__ == "__main__":

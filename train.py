@@ -47,11 +47,11 @@ from common.checkpoint import (
 from common.config import THE_ARTICLES, Config, read_recipe, selection_note
 from common.datasets import all_tasks, load_exams
 from common.devices import CACHES, cache_volumes, pick_device, pick_precision
-from common.errors import Interrupted, RunError
+from common.errors import Interrupted, RunError, counted
 from common.graphs import GraphedStep, use_graphs
 from common.labels import is_positive
 from common.logs import Epoch, TrainingLog, heads_of_epochs, history_of, new_log_dir
-from common.metrics import auc_interval
+from common.metrics import BELOW_CHANCE, auc_interval
 from common.names import ARTICLE, column_name, folds_path, model_path, state_path
 from common.optimization import (
     OPTIMIZERS,
@@ -138,7 +138,7 @@ def parse_arguments():
     add("--average-weights", type=cli.probability, help=average)
     clip = "largest norm of the gradient, such as 1; 0: any"
     add("--clip", type=cli.nonnegative_float, help=clip)
-    add("--seed", type=cli.seed_number, help="fixes order, augmentation and initial classifier")
+    add("--seed", type=cli.count, help="fixes order, augmentation and initial classifier")
 
     add = parser.add_argument_group("protocol").add_argument
     protocol = "what selects the epoch and stops the training: the validation exams themselves "
@@ -207,7 +207,9 @@ def run(args):
     splits = plan_splits(train_set, valid_set, *how)
     if advice := average_advice(config, min(len(split.train_set) for split in splits)):
         print(advice)
-    write_folds(folds_path(args.models_dir, config.task), splits)
+    column = column_name(config.plane, config.recipe)
+    of_folds = args.models_dir, config.task, column, config.folds
+    write_folds(partial(folds_path, *of_folds), splits)
     for number, split in numbered(splits, args.networks):
         if len(splits) > 1:
             of = f"{number} of {len(splits)}"
@@ -272,7 +274,7 @@ def train_network(config, split, files, provenance):
         if not stop_requested:
             if state.bad_epochs >= config.patience:
                 metric = f"{split.selected_on} loss"
-                print(f"stopped: {metric} has not improved for {config.patience} epochs")
+                print(f"stopped: {metric} has not improved for {counted(config.patience, 'epoch')}")
             report_best_models(config, split, paths, state.history, log)
             print(f"logs   {state.log_dir}")
             state_file.unlink(missing_ok=True)
@@ -424,6 +426,8 @@ def report_best_models(config, split, paths, history, log):
             f"\n{f'{task}, ' if len(paths) > 1 else ''}validation AUC {valid['auc']:.4f} "
             f"[{low:.3f}, {high:.3f}], epoch {epoch} ({note})\nmodel  {path}"
         )
+        if high < 0.5:
+            print(f"WARNING    {BELOW_CHANCE}")
 
 
 if __name__ == "__main__":

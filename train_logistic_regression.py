@@ -26,6 +26,7 @@ Wolpert, "Stacked generalization", Neural Networks 5(2), 1992.
 """
 
 import argparse
+import glob
 import json
 import statistics
 from collections import Counter
@@ -37,6 +38,7 @@ import numpy as np
 from tabulate import tabulate
 
 from common import cli, engine
+from common.checkpoint import load_model
 from common.config import SELECTED, selection_of
 from common.datasets import all_tasks, exams_of_any, labelled_sets
 from common.description import read_own_labels
@@ -46,7 +48,7 @@ from common.figures import reliability_figure, roc_figure
 from common.files import atomic, write_csv, write_text
 from common.labels import is_positive
 from common.logs import open_writer
-from common.metrics import answered, auc_difference, operating_point, roc_auc, summary
+from common.metrics import BELOW_CHANCE, answered, auc_difference, operating_point, roc_auc, summary
 from common.names import PREDICTIONS, RESULTS, column_name, stack_name, stack_path, start_of_results
 from common.planes import SPLITS, in_order, planes_of
 from common.predictions import BaseModels, check_base_models, predict_columns
@@ -92,8 +94,7 @@ def parse_arguments():
     parser.add_argument(
         "--data-dir",
         type=Path,
-        default=Path("data"),
-        help="the folder that the planes were trained on",
+        help="the folder that the planes were trained on; default: as their models have it",
     )
     parser.add_argument(
         "--features",
@@ -104,7 +105,7 @@ def parse_arguments():
     add = parser.add_argument
     add("--folds", type=cli.positive_int, default=1, help="number of folds used with train.py")
     add("--repeat", type=cli.positive_int, default=1, help="number of seeds used with train.py")
-    add("--seed", type=cli.seed_number, default=0, help="first of these seeds")
+    add("--seed", type=cli.count, default=0, help="first of these seeds")
     parser.add_argument(
         "--sensitivity",
         type=float,
@@ -118,10 +119,34 @@ def parse_arguments():
     parser.add_argument("--logs-dir", type=Path, default=Path("logs"), help="for TensorBoard")
     cli.add_machine_arguments(parser)
     args = parser.parse_args()
+    args.data_dir = args.data_dir or trained_on(args.models_dir, args.task, args.recipes)
     args.planes = args.planes or planes_of(args.data_dir)
     if args.sensitivity is not None and not 0 < args.sensitivity <= 1:
         parser.error("--sensitivity is above 0 and at most 1")
     return args
+
+
+def trained_on(models_dir, tasks, recipes):
+    """The data folder of the networks of some tasks, or of all of them, as their files have it;
+    `data` where there are none.
+
+    Raises:
+        InputError: they were trained on several, or theirs is no more there.
+    """
+    found = {}
+    for task in "*" if tasks == ["all"] else map(glob.escape, tasks):
+        for path in sorted(models_dir.glob(f"{task}-*.pt")):
+            metadata = load_model(path)[1]
+            is_asked = task == "*" or metadata["task"] in tasks
+            if is_asked and metadata["recipe"] in recipes and "data_dir" in metadata:
+                found.setdefault(metadata["data_dir"], path)
+    if len(found) > 1:
+        words = " and ".join(f"{path.name} on {folder}" for folder, path in found.items())
+        raise InputError(f"{models_dir}: {words} were trained; give --data-dir")
+    folder = Path(next(iter(found), "data"))
+    if found and not folder.is_dir():
+        raise InputError(f"{folder}: the networks' data folder is not there; give --data-dir")
+    return folder
 
 
 def planes_argument(text):
@@ -336,7 +361,7 @@ def list_caveats(decided, folds, thresholds, scores, groups, derived=()):
         thresholds: `threshold_source`.
         scores: {column: probabilities (n,)} of the validation exams.
         groups: of the validation exams, list.
-        derived: what `derived_caveats` says of the exams.
+        derived: more lines, of `derived_caveats` and `below_chance`.
     """
     caveats = [f"{STAR} thresholds: {thresholds}"]
     lacking = np.isnan(list(scores.values())).any(axis=0)
@@ -362,6 +387,17 @@ def list_caveats(decided, folds, thresholds, scores, groups, derived=()):
             "the stack was fitted on exams that the networks were trained on (the article)"
         )
     return caveats
+
+
+def below_chance(rows):
+    """A line on the planes, and the stack, that are worse than chance; none where there are none.
+
+    Args:
+        rows: as `evaluate_scores` returns them.
+    """
+    names = [name for name in rows if name != GAIN and rows[name]["auc_high"] < 0.5]
+    if names:
+        yield f"WARNING: {', '.join(names)}: {BELOW_CHANCE}"
 
 
 def derived_caveats(exams):
@@ -524,7 +560,7 @@ def stack_finding(base_models, exams, found, fit, about, logs_dir):
         "thresholds": chosen,
         "data": {split: exams[split].fingerprint() for split in SPLITS},
     }
-    groups, derived = exams["valid"].groups, derived_caveats(exams)
+    groups, derived = exams["valid"].groups, [*derived_caveats(exams), *below_chance(rows)]
     decided = selection_of(optimistic)
     caveats = list_caveats(decided, folds, chosen, scores["valid"], groups, derived)
     title = f"{task}: protocol {protocol}, folds {folds}, stacked on {kind}"

@@ -129,11 +129,11 @@ def add_parallel_arguments(parser, what, by_default):
     """
     add = parser.add_argument_group("side by side").add_argument
     jobs = f"{what} side by side; by default {by_default}; not with --cluster"
-    add("--jobs", type=positive_int, help=jobs)
+    add("--jobs", type=process_count, help=jobs)
     threads = "of each process; by default the cores are shared out, and on a cluster one"
-    add("--threads", type=positive_int, help=threads)
+    add("--threads", type=process_count, help=threads)
     each = f"{what} side by side on each GPU"
-    add("--jobs-per-gpu", type=positive_int, default=1, metavar="N", help=each)
+    add("--jobs-per-gpu", type=process_count, default=1, metavar="N", help=each)
     cluster = f"on the nodes of a Ray cluster, as many {what} as it has room for "
     cluster += "(docs/cluster.md); pip install -r requirements-cluster.txt"
     add("--cluster", choices=("ray",), help=cluster)
@@ -189,7 +189,7 @@ def add_recipes_argument(parser):
 def parse_number(text, kind, is_valid, expected):
     """An argument's text as a number. Raises ArgumentTypeError with what is expected."""
     try:
-        value = kind(text)
+        value = kind(text) if text.isascii() else None
     except ValueError:
         value = None
     if value is None or not is_valid(value):
@@ -198,14 +198,15 @@ def parse_number(text, kind, is_valid, expected):
 
 
 def positive_int(text):
-    return parse_number(text, int, lambda v: v >= 1, "a whole number of at least 1")
+    return parse_number(text, int, lambda v: 1 <= v < 2**31, "a whole number from 1 to below 2^31")
+
+
+def process_count(text):
+    """Value of an option: how many processes or threads."""
+    return parse_number(text, int, lambda v: 1 <= v <= 1000, "a whole number from 1 to 1000")
 
 
 def count(text):
-    return parse_number(text, int, lambda v: v >= 0, "a whole number of at least 0")
-
-
-def seed_number(text):
     return parse_number(text, int, lambda v: 0 <= v < 2**31, "a whole number from 0 to below 2^31")
 
 
@@ -417,7 +418,8 @@ def status_of(error):
             drop_closed_output()
             return 1, "failed: the output pipe was closed"
         case OSError() if error.errno in FILE_FAULTS:
-            return 1, f"failed: {error.filename or 'a file'}: {error.strerror}"
+            where = error.filename or "what is printed, or the logs"  # all others name their file
+            return 1, f"failed: {where}: {error.strerror}"
     if is_out_of_memory(error):
         return 1, "failed: out of memory; close other programs, or train with --slices 0.5"
     return None

@@ -52,7 +52,12 @@ def read_recipe(source):
             f"{path}: a network of it would be named like one of plane sagittal-{path.stem}; "
             "rename the recipe"
         )
-    values = {key.replace("-", "_"): value for key, value in content.items()}
+    values = {}
+    for key, value in content.items():
+        name = key.replace("-", "_")
+        if name in values:
+            raise InputError(f"{path}: {name.replace('_', '-')} twice, with - and with _; keep one")
+        values[name] = value
     if path != RECIPES / f"{ARTICLE}.toml" and (unknown := values.keys() - THE_ARTICLES.keys()):
         names = ", ".join(sorted(name.replace("_", "-") for name in unknown))
         known = ", ".join(name.replace("_", "-") for name in THE_ARTICLES)

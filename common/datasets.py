@@ -1,12 +1,13 @@
 """The data sets that a training's configuration asks for."""
 
+import shlex
 from pathlib import Path
 
 from common.augmentation import SLICES_OF_STRONG, make_augmentation
 from common.description import describe_dataset
-from common.errors import InputError
+from common.errors import InputError, counted
 from common.labels import is_positive, trainable
-from common.planes import SPLITS, in_order, planes_of, view_of
+from common.planes import SPLITS, describe_missing, in_order, planes_of, view_of
 from dataloader import MRDataset, MultiPlaneDataset
 from model import BACKBONES
 
@@ -47,15 +48,25 @@ def load_exams(config, data_dir):
             exams.set_class_weights(1.0)
         smallest = BACKBONES[config.backbone].smallest_side
         exams.check_sides(smallest, config.backbone)
-        if len(config.planes) > 1 and config.plane_dropout == 0 and exams.lacking:
-            raise InputError(
-                f"{exams.lacking[0]}: no such volume ({len(exams.lacking)} of the {exams.split} "
-                "exams lack one); add it, or allow missing planes with --plane-dropout 0.2"
-            )
+        if len(config.planes) > 1 and config.plane_dropout == 0:
+            refuse_missing(exams)
     print_exams(*sets)
     if not config.pretrained:
         print("weights    RANDOM (--no-pretrained): no ImageNet features")
     return sets
+
+
+def refuse_missing(exams):
+    """Raise InputError where an exam of a MultiPlaneDataset lacks a plane."""
+    rows = [row for row, there in enumerate(exams.paths) if len(there) < len(exams.plane)]
+    if rows:
+        there = exams.paths[rows[0]].keys()
+        raise InputError(
+            f"{exams.root}/{exams.split}, "
+            f"{describe_missing(exams.ids[rows[0]], set(exams.plane) - there, there)}; "
+            f"{counted(len(rows), 'exam')} like that: add the volumes, or allow missing planes "
+            "with --plane-dropout 0.2"
+        )
 
 
 def make_exams(config, data_dir, train):
@@ -84,20 +95,23 @@ def print_exams(train_set, valid_set):
             named = zip(exams.tasks, counts, strict=True)
             positive = ", ".join(f"{count} positive of {task}" for task, count in named)
         print(
-            f"{exams.split:<10} {len(exams)} exams, {positive}, "
+            f"{exams.split:<10} {counted(len(exams), 'exam')}, {positive}, "
             f"{min(slices)} to {max(slices)} slices"
         )
         if exams.absent:
-            print(f"{exams.split:<10} {exams.absent} exams more lack this plane and are left out")
+            skipped = counted(exams.absent, "exam")
+            print(f"{exams.split:<10} {skipped} without a volume of this plane, skipped")
         for task, count in exams.unknown.items():
             if count:
-                print(f"{exams.split:<10} {count} exams without a label of {task}")
+                print(f"{exams.split:<10} {counted(count, 'exam')} without a label of {task}")
+        if exams.without_group:
+            print(f"{exams.split:<10} {exams.without_group}")
     for what in ("ids", "groups"):
         if both := set(getattr(train_set, what)) & set(getattr(valid_set, what)):
             print(
                 f"WARNING    {len(both)} {what} are in both splits; if they are the same exams or "
                 "patients, no validation figure means anything: "
-                f"python -m tools.check {train_set.root} lists them"
+                f"python -m tools.check {shlex.quote(str(train_set.root))} lists them"
             )
     print(f"data set   {describe_dataset(train_set.description)}")
     for task, pair in train_set.class_weights.items():

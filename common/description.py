@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from common.errors import InputError, one_line
+from common.labels import exam_number
 from data.common import ORIENTATION, OWN_LABELS
 
 MRNET = {
@@ -27,7 +28,7 @@ def is_mrnet(root):
         for task in ("abnormal", "acl", "meniscus"):
             try:
                 with open(root / f"{split}-{task}.csv", newline="", encoding="utf-8-sig") as file:
-                    found = [int(row[0]) for row in csv.reader(file)]
+                    found = [exam_number(row[0]) for row in csv.reader(file)]
             except (OSError, ValueError, LookupError, csv.Error):
                 return False
             if found != list(ids):
@@ -58,7 +59,8 @@ def read_dataset(root_dir):
     """
     path = Path(root_dir) / "dataset.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=as_unique_dict)
         if not is_dataset(content):
             raise ValueError("one of its values is of the wrong type")
     except FileNotFoundError:
@@ -68,6 +70,14 @@ def read_dataset(root_dir):
             f"{path}: not a description of a data set ({one_line(error)}); create it again, see "
             "data/README.md, or move it away"
         ) from None
+    return content
+
+
+def as_unique_dict(pairs):
+    """A JSON object as dict. Raises ValueError where it has a key twice."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key twice")
     return content
 
 
@@ -86,7 +96,7 @@ def read_own_labels(data_dir):
     try:
         with open(path, newline="", encoding="utf-8") as file:
             for exam_id, task in csv.reader(file):
-                own.setdefault(task, set()).add(str(int(exam_id)))
+                own.setdefault(task, set()).add(str(exam_number(exam_id)))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, csv.Error):

@@ -46,6 +46,11 @@ def is_out_of_memory(error):
     return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
+def counted(number, noun):
+    """A number and what it counts: "1 fault", "2 faults"."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
 def printable(text):
     """A text without control characters, which would end a row or command a terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)

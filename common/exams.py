@@ -121,6 +121,11 @@ class FolderExams:
             source = self.source_of(folder)
             self.names[folder] = [name for name in names if (source, name) in ours]
 
+    def keep_split(self, split):
+        """Leave only the exams of one of SPLITS, where there are some."""
+        if ours := {folder: n for folder, n in self.names.items() if folder.name == split}:
+            self.names = ours
+
     def load(self, key, unless=None):
         """The Exam of a (source, name); unchanged if its `input` is `unless`."""
         source, name = key

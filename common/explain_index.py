@@ -22,7 +22,7 @@ from common.description import describe_datasets
 from common.errors import InputError
 from common.explain_page import MIRRORED, as_text, decimals, fill, make_page, slice_picture
 from common.explanation import unusable_of
-from common.files import write_bytes, write_text
+from common.files import named_in_errors, write_bytes, write_text
 from common.labels import id_of, label_rows
 from common.planes import PLANES, SPLITS, in_order
 from common.provenance import made
@@ -201,7 +201,7 @@ class Rows:
     def add(self, row):
         row = row._replace(root=self.root)
         self.rows[row.key] = row
-        with open(self.path, "a", encoding="utf-8") as file:
+        with named_in_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(as_line(row))
 
     @property

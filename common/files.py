@@ -57,32 +57,62 @@ def alone_at(path, busy):
     return held(Path(tempfile.gettempdir()) / f"mrnet-{whose}.lock", busy)
 
 
+def find_target(path):
+    """The Path that a file at `path` is written to: where a symbolic link leads.
+
+    Raises:
+        InputError: a folder, a device or anything else that is no regular file is there.
+    """
+    target = Path(os.path.realpath(path))
+    if os.path.lexists(target) and not target.is_file():
+        raise InputError(f"{path}: exists and is not a regular file; name another file")
+    return target
+
+
+@contextmanager
+def named_in_errors(path):
+    """Within it an OSError that names no file, as of a write to a full disk, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 @contextmanager
 def atomic(path, mode=None):
-    """Yield a temporary path beside `path`; on success flush it and rename it to `path`.
+    """Yield a temporary path beside `path`; on success flush it and rename it to `path`. Where that
+    is a symbolic link, the file that it leads to is replaced.
 
     Args:
         mode: permissions of the file; by default those of any new file of this user.
+
+    Raises:
+        InputError: as `find_target`.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    target = find_target(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{target.name}."
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=prefix, suffix=".tmp")
     os.close(handle)
     try:
-        yield Path(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        with named_in_errors(path):
+            yield Path(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~UMASK if mode is None else mode)
-        os.replace(temporary, path)
-        flush_folder(path.parent)
+        os.replace(temporary, target)
+        flush_folder(target.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
 
 
 def remove_leftovers(path):
-    """Remove the temporary files that killed runs of `atomic` left beside `path`: a Path that no
-    other process writes now."""
+    """Remove the temporary files that killed runs of `atomic` left for `path`, which no other
+    process writes now."""
+    path = find_target(path)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         leftover.unlink()
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from common.cli import catch_signals, output_may_end
 from common.config import THE_ARTICLES
 from common.errors import Interrupted
+from common.files import named_in_errors
 from common.machine import available_memory, usable_cores
 from model import BACKBONES, MOST_ACTIVATIONS
 
@@ -202,7 +203,7 @@ def start(job, threads, gpu=None):
     prefix = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
     variables = {"OMP_NUM_THREADS": str(threads)}
     variables |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-    with open(job.log, "ab") as log:
+    with named_in_errors(job.log), open(job.log, "ab") as log:
         log.write(f"\n$ python {shlex.join(job.arguments)}\n".encode())
         log.flush()
         return subprocess.Popen(

@@ -3,12 +3,13 @@
 import csv
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from common.errors import InputError, one_line
+from common.errors import InputError, counted, one_line
 from common.planes import SPLITS
 
 UNKNOWN = float("nan")  # label of an exam that nobody has read for this finding
@@ -36,11 +37,26 @@ def tasks(root_dir):
     root = Path(root_dir)
     if not root.is_dir():
         raise InputError(f"{root}: no such data folder. {HOW_TO_GET_DATA}")
-    names = {p.name[len("train-") : -len(".csv")] for p in root.glob("train-*.csv")} - {GROUPS}
-    names = sorted(name for name in names if (root / f"valid-{name}.csv").is_file())
+    names = tasks_in(root)
+    if joined := [name for name in names if "+" in name]:
+        raise InputError(
+            f"{root}/train-{joined[0]}.csv: + joins the names of several tasks; rename the task"
+        )
     if not names:
+        below = [
+            folder for folder in sorted(root.iterdir()) if folder.is_dir() and tasks_in(folder)
+        ]
+        if below:
+            where = shlex.quote(str(below[0]))
+            raise InputError(f"{root}: the data set is in {below[0]}; give --data-dir {where}")
         raise InputError(f"{root}: no train-<task>.csv with a valid-<task>.csv. {HOW_TO_GET_DATA}")
     return names
+
+
+def tasks_in(root):
+    """As `tasks`, without its checks; [] where there are none."""
+    names = {p.name[len("train-") : -len(".csv")] for p in root.glob("train-*.csv")} - {GROUPS}
+    return sorted(name for name in names if (root / f"valid-{name}.csv").is_file())
 
 
 def trainable(root_dir):
@@ -74,6 +90,23 @@ class LabelRow(NamedTuple):
     fault: str | None = None  # what is wrong and how to fix it, one line
 
 
+def is_exam_number(text):
+    """Whether a text is an exam's number: up to 12 of the digits 0 to 9, where str.isdigit and int
+    take those of any script."""
+    return bool(re.fullmatch(r"\s*[0-9]{1,12}\s*", text, re.ASCII))
+
+
+def exam_number(text):
+    """An exam's number as int.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not is_exam_number(text):
+        raise ValueError(f"{text!r:.40} is not an exam's number")
+    return int(text)
+
+
 def id_of(text):
     """An exam's number without leading zeros, as CSVs have it: "7" of "0007"; other names as they
     are."""
@@ -91,10 +124,11 @@ def label_rows(root_dir, task, split):
                     continue
                 where = f"{path}, line {number}"
                 fault, weight = None, 1.0
-                if len(row) not in (2, 3) or not re.fullmatch(
-                    r"\s*[0-9]{1,12}\s*", row[0], re.ASCII
-                ):
-                    yield LabelRow(fault=f"{where}: expected `id,label` with a whole-number id")
+                if len(row) not in (2, 3) or not is_exam_number(row[0]):
+                    fault = f"{where}: expected `id,label` with a whole-number id"
+                    if number == 1 and len(row) > 1 and parse_label(row[1]) is None:
+                        fault = f"{path}: line 1 is a header; delete it"
+                    yield LabelRow(fault=fault)
                     continue
                 exam_id, label = id_of(row[0]), parse_label(row[1])
                 if len(row) == 3:
@@ -131,7 +165,7 @@ def parse_label(text):
 def parse_weight(text):
     """A label's weight as float, above 0 and at most MOST_WEIGHT; None if it is neither."""
     try:
-        weight = float(text)
+        weight = float(text) if text.isascii() else math.nan
     except ValueError:
         return None
     return weight if 0 < weight <= MOST_WEIGHT else None
@@ -158,8 +192,8 @@ def read_rows(root_dir, task, split):
     labels = known_labels(rows).values()
     if len({is_positive(label) for label in labels}) < 2:
         raise OneClassOnly(
-            f"{root}/{split}-{task}.csv: {len(labels)} exams of one class only; training and AUC "
-            "need both 0 and 1"
+            f"{root}/{split}-{task}.csv: {counted(len(labels), 'exam')} of one class only; "
+            "training and AUC need both 0 and 1"
         )
     return rows
 
@@ -203,8 +237,9 @@ def read_groups(root_dir, split):
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             for number, row in enumerate(csv.reader(file), start=1):
-                if row and (len(row) != 2 or not row[0].strip().isdecimal() or not row[1].strip()):
-                    raise InputError(f"{path}, line {number}: expected `id,group`")
+                if row and (len(row) != 2 or not is_exam_number(row[0]) or not row[1].strip()):
+                    hint = "; if it is a header, delete it" if number == 1 else ""
+                    raise InputError(f"{path}, line {number}: expected `id,group`{hint}")
                 exam_id = id_of(row[0]) if row else None
                 if exam_id in groups:
                     raise InputError(f"{path}, line {number}: id {exam_id} is listed twice")
@@ -213,3 +248,27 @@ def read_groups(root_dir, split):
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({one_line(error)}); create it again") from None
     return groups
+
+
+def compare_groups(root_dir, split, groups, ids):
+    """Compare `read_groups` with the exams.
+
+    Args:
+        ids: of the exams, without leading zeros.
+
+    Returns:
+        one line on the exams that have no group, "" where there are none or no file.
+
+    Raises:
+        InputError: none of the exams has a group.
+    """
+    alone, path = sum(exam_id not in groups for exam_id in ids), f"{split}-{GROUPS}.csv"
+    if not groups or not alone:
+        return ""
+    if alone == len(ids):
+        raise InputError(
+            f"{Path(root_dir) / path}: names none of the {counted(len(ids), 'exam')}, such as "
+            f"{ids[0]}; correct its ids"
+        )
+    has, each = ("has", "it counts") if alone == 1 else ("have", "each counts")
+    return f"{alone} of {counted(len(ids), 'exam')} {has} no group ({path}); {each} as one"

@@ -25,6 +25,7 @@ from common.errors import MetricError, OneClassError
 LEVEL = 0.95  # of confidence intervals
 RESAMPLES = 2000  # of the bootstrap: the default of pROC (Robin et al. 2011)
 ECE_BINS = 10
+BELOW_CHANCE = "below chance: the AUC's interval lies below 0.5; look whether labels are swapped"
 ROUNDING = 1e-12  # part of a variance that is none
 CHUNK = 4_000_000  # counts held at once while resampling, 32 MB, whatever the number of exams
 

@@ -2,7 +2,7 @@
 
 acl-sagittal.pt, acl-sagittal-best-fold2of5-seed1.pt    models: task, column, Run.suffix
 abnormal+acl-sagittal.state                             the state of a training of two findings
-acl-folds.csv                                           which network did not see which exam
+acl-sagittal-folds5-seed0.csv                           which of 5 networks did not see which exam
 acl-stack.json, acl-stack-article+best.json             stacks: task, recipes
 acl-results.json, acl-best-predictions.csv              what they are worth
 """
@@ -11,6 +11,9 @@ import glob
 from pathlib import Path
 from typing import NamedTuple
 
+from common.errors import InputError
+
+MOST_NETWORKS = 1000  # of a task and plane
 ARTICLE = "article"  # the recipe that names leave out
 RESULTS, PREDICTIONS = "-results.json", "-predictions.csv"  # ends of the names of a stack's tables
 
@@ -30,7 +33,15 @@ def list_runs(folds, seeds):
     Args:
         folds: int; 1 for one network a seed.
         seeds: sequence of int.
+
+    Raises:
+        InputError: more than MOST_NETWORKS.
     """
+    if folds * len(seeds) > MOST_NETWORKS:
+        raise InputError(
+            f"--folds {folds} and --repeat {len(seeds)}: {folds * len(seeds)} networks of each "
+            f"task and plane; at most {MOST_NETWORKS}"
+        )
     return [
         Run(
             seed,
@@ -82,9 +93,15 @@ def unfinished_states(path, task):
     ]
 
 
-def folds_path(models_dir, task):
-    """Path of the CSV of seed,id,fold of a training with folds; `task` joined by + for several."""
-    return Path(models_dir) / f"{task}-folds.csv"
+def folds_path(models_dir, task, column, folds, seed):
+    """Path of the CSV of seed,id,fold of a training with folds: named by all that they depend on,
+    so that no other training replaces it.
+
+    Args:
+        task: joined by + for several.
+        column: as `column_name`.
+    """
+    return Path(models_dir) / f"{task}-{column}-folds{folds}-seed{seed}.csv"
 
 
 # --- stacks ---------------------------------------------------------------------------------------

@@ -137,6 +137,8 @@ class Average(AveragedModel):
             torch._foreach_copy_(mine, theirs)
         else:
             self.multi_avg_fn(mine, theirs, self.n_averaged)
+        for ours, running in zip(self.module.buffers(), model.buffers(), strict=True):
+            ours.copy_(running)  # statistics of batch normalisation
         self.n_averaged += 1
 
 

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import itertools
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +35,7 @@ class Part(NamedTuple):
 def part_argument(text):
     """Value of an option: "2/4" as a Part."""
     number, _, of = text.partition("/")
-    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+    if not re.fullmatch("[0-9]+/[0-9]+", text) or not 1 <= int(number) <= int(of):
         raise argparse.ArgumentTypeError(f"{text!r} is not a part such as 2/4")
     return Part(int(number), int(of))
 
@@ -75,7 +76,7 @@ class ExamRows(NamedTuple):
 
     key: tuple  # (source, name)
     tasks: tuple
-    model: str  # hash of networks, stacks and options
+    models: tuple  # of each task, hash of its networks, stack and options
     error: str
     lines: list  # its rows as they are
 
@@ -133,7 +134,7 @@ class Rows:
                 members = list(members)
                 _, _, tasks, models, errors = zip(*(fields for fields, _ in members), strict=True)
                 error = next(filter(None, errors), "")
-                yield ExamRows(key, tasks, models[0], error, [line for _, line in members])
+                yield ExamRows(key, tasks, models, error, [line for _, line in members])
 
 
 def sorted_parts(found):
@@ -187,7 +188,7 @@ def merged(parts):
                 f"{part.path}: exam {exam.key[1]} has rows of {', '.join(exam.tasks)} only, not of "
                 f"{', '.join(first.tasks)}; run its part again with --resume"
             )
-        if exam.model != first.model:
+        if exam.models != first.models:
             raise InputError(
                 f"{part.path}: exam {exam.key[1]} was predicted by other networks than those of "
                 f"{parts[0].path}, or on another kind of device; run its part again with --resume"

@@ -20,6 +20,13 @@ def planes_of(root_dir):
     return [p for p in ALL_PLANES if p in PLANES or any((root / s / p).is_dir() for s in SPLITS)]
 
 
+def describe_missing(exam_id, missing, found):
+    """Which planes an exam has and has not: "exam 3: axial is missing (found: coronal)"."""
+    is_missing = "is missing" if len(missing) == 1 else "are missing"
+    there = ", ".join(in_order(found)) or "no plane"
+    return f"exam {exam_id}: {', '.join(in_order(missing))} {is_missing} (found: {there})"
+
+
 def view_of(plane):
     """The plane of PLANES that a plane's slices lie in: "sagittal" for "sagittal-t1"."""
     return plane.partition("-")[0]

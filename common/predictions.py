@@ -1,5 +1,6 @@
 """What findings' saved networks say about the labelled exams: the columns of their stacks."""
 
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,12 +54,13 @@ def check_base_models(base_models, data_dir):
                 recipe = column.removeprefix(planes).removeprefix("-")
                 more += f" --recipe {recipe}" if recipe else ""
                 plane = planes.replace("+", " ")
+                words = base_models.task, data_dir, base_models.models_dir
+                task, data, models = (shlex.quote(str(word)) for word in words)
                 raise InputError(
                     f"{path}: the {column} plane of {base_models.task} is not trained"
                     f"{' to its end' if unfinished else ''}. Run python train.py --task "
-                    f"{base_models.task} --plane {plane} --data-dir {data_dir} --models-dir "
-                    f"{base_models.models_dir} --seed {base_models.first_seed}{more} --resume, "
-                    "with the recipe of the other planes"
+                    f"{task} --plane {plane} --data-dir {data} --models-dir {models} --seed "
+                    f"{base_models.first_seed}{more} --resume, with the recipe of the other planes"
                 )
 
 

@@ -9,6 +9,7 @@ what the run knows filled in.
 """
 
 import csv
+import hashlib
 import os
 import re
 from collections import Counter
@@ -29,7 +30,7 @@ from common.exams import FolderExams, read_planes
 from common.explain_page import MIRRORED, NOTICE, jpeg, slice_picture
 from common.explanation import explain_planes
 from common.figures import as_svg, learning_figure, reliability_figure, roc_figure
-from common.files import write_text
+from common.files import find_target, write_text
 from common.labels import id_of, read_groups
 from common.metrics import auc_interval, wilson_interval
 from common.planes import SPLITS
@@ -412,7 +413,7 @@ def read_all(sources):
 
 
 def write_report(found, out, data_dir=None, metadata=None, pages=None):
-    """Write the page at `out` and claim.md beside it.
+    """Write the page at `out`, and claim.md beside it unless one is there that was edited.
 
     Args:
         found: [Results], at least one.
@@ -424,8 +425,9 @@ def write_report(found, out, data_dir=None, metadata=None, pages=None):
         lines that say what the page lacks and why.
 
     Raises:
-        InputError: `metadata` is no such CSV.
+        InputError: `metadata` is no such CSV, or as `files.find_target`.
     """
+    find_target(out)
     tasks, missing = [], []
     for results in found:
         place = Path(data_dir or results.data_dir)
@@ -467,5 +469,24 @@ def write_report(found, out, data_dir=None, metadata=None, pages=None):
     }
     templates = environment()
     write_text(out, templates.get_template("report.html").render(context))
-    write_text(Path(out).with_name("claim.md"), templates.get_template("claim.md").render(context))
-    return missing
+    checklist = templates.get_template("claim.md").render(context)
+    return missing + write_checklist(Path(out).with_name("claim.md"), checklist)
+
+
+def write_checklist(path, text):
+    """Write claim.md, but not over one that was edited or is another's: its last line holds a hash
+    of the rest.
+
+    Returns:
+        list of the line that says so, empty where it was written.
+    """
+    if find_target(path).exists():
+        there = path.read_text(encoding="utf-8", errors="replace")
+        if there != with_hash(there.rpartition("\n<!--")[0]):
+            return [f"{path}: kept, it was edited or is another's; move it away for a new one"]
+    write_text(path, with_hash(text))
+    return []
+
+
+def with_hash(text):
+    return f"{text}\n<!-- as made: {hashlib.sha256(text.encode()).hexdigest()} -->\n"

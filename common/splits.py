@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from common.errors import InputError
+from common.errors import InputError, counted
 from common.files import write_csv
 from common.labels import GROUPS, is_positive
 from common.names import list_runs
@@ -36,8 +36,8 @@ def split_exams(labels, parts, seed, groups=None):
     rarer = min(rarer_class(column) for column in columns)
     if rarer < parts:
         raise InputError(
-            f"{parts} folds of {len(labels)} exams: the rarer class has {rarer} exams, so a fold "
-            f"would hold one class only; use at most {rarer} folds"
+            f"{parts} folds of {len(labels)} exams: the rarer class has {counted(rarer, 'exam')}, "
+            f"so a fold would hold one class only; use at most {counted(rarer, 'fold')}"
         )
     rows, labels = np.zeros(len(labels)), strata(columns, parts)
     if groups is None or len(set(groups)) == len(labels):
@@ -45,16 +45,16 @@ def split_exams(labels, parts, seed, groups=None):
     else:
         if len(set(groups)) < parts:
             raise InputError(
-                f"{parts} folds of {len(set(groups))} groups (train-{GROUPS}.csv): use fewer "
-                "folds, or correct the groups"
+                f"{parts} folds of {counted(len(set(groups)), 'group')} (train-{GROUPS}.csv): use "
+                "fewer folds, or correct the groups"
             )
         folds = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
         folds = folds.split(rows, labels, groups)
     left_out = [out for _, out in folds]
     if any(rarer_class(column[out]) == 0 for column in columns for out in left_out):
         raise InputError(
-            f"{parts} folds of {len(labels)} exams in {len(set(groups))} groups: a fold would hold "
-            f"one class only; use fewer folds, or correct train-{GROUPS}.csv"
+            f"{parts} folds of {len(labels)} exams in {counted(len(set(groups)), 'group')}: a "
+            f"fold would hold one class only; use fewer folds, or correct train-{GROUPS}.csv"
         )
     return left_out
 
@@ -206,8 +206,15 @@ def tuning_rows(labels, rows, seed, groups):
     return rows[split_exams(ours, TUNING_PARTS, seed + TUNING_SEED, groups[rows])[0]]
 
 
-def write_folds(path, splits):
-    """CSV of seed,id,fold: which network was not trained on which exam; nothing without folds."""
-    rows = [(one.seed, exam_id, one.fold) for one in splits for exam_id in one.out_of_fold]
-    if rows:
-        write_csv(path, [("seed", "id", "fold"), *rows])
+def write_folds(path_of, splits):
+    """CSVs of seed,id,fold: which network was not trained on which exam; none without folds.
+
+    Args:
+        path_of: function of a seed, the path of its CSV.
+    """
+    rows = {}
+    for one in splits:
+        rows.setdefault(one.seed, []).extend((one.seed, i, one.fold) for i in one.out_of_fold)
+    for seed, found in rows.items():
+        if found:
+            write_csv(path_of(seed), [("seed", "id", "fold"), *found])

@@ -4,6 +4,7 @@ Its file lies beside the model, `<task>-<plane>.state`, until the training has e
 """
 
 import math
+import shlex
 
 import torch
 
@@ -124,7 +125,8 @@ def check_same(path, config, data_sets, earlier, ignore=()):
     ignore = {*ignore, "cuda_graphs", "repeat"}
     other = [name for name in config if name not in ignore and config[name] != theirs.get(name)]
     if other:
-        options = ", ".join(f"--{name.replace('_', '-')} {theirs.get(name)}" for name in other)
+        values = {name.replace("_", "-"): shlex.quote(str(theirs.get(name))) for name in other}
+        options = ", ".join(f"--{name} {value}" for name, value in values.items())
         raise InputError(
             f"{path}: was trained with {options}; resume with the same arguments, give another "
             "--models-dir, or leave out --resume to train it again"

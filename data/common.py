@@ -11,7 +11,6 @@ import hmac
 import io
 import json
 import os
-import re
 import secrets
 import sys
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from common.errors import InputError
 from common.files import write_bytes, write_csv, write_text
+from common.labels import exam_number, is_exam_number
 
 # Per plane (patient axis 0 x, 1 y, 2 z; sign) along which slices, rows and columns grow, as in
 # MRNet. x grows to the patient's left, y to posterior, z to superior (LPS; PS3.3 C.7.6.2.1.1).
@@ -278,7 +278,9 @@ class Register:
                     head, *rows = csv.reader(file)
                     if head != self.HEAD:
                         raise ValueError
-                    self.rows = {exam: (int(number), patient) for number, exam, patient in rows}
+                    self.rows = {
+                        exam: (exam_number(number), patient) for number, exam, patient in rows
+                    }
             except (OSError, ValueError, csv.Error):
                 raise InputError(
                     f"{self.path}: not a CSV of {','.join(self.HEAD)}, or of an earlier version; "
@@ -329,12 +331,12 @@ def numbers_in(out):
     """Numbers of all exams that a data folder has volumes or labels of, in any split."""
     for split in SPLITS:
         for path in out.glob(f"{split}/*/*.npy"):
-            if path.stem.isdecimal():
+            if is_exam_number(path.stem):
                 yield int(path.stem)
         for path in out.glob(f"{split}-*.csv"):
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 number = line.partition(",")[0].strip()
-                if re.fullmatch("[0-9]{1,12}", number):
+                if is_exam_number(number):
                     yield int(number)
 
 
@@ -348,7 +350,9 @@ def merge_csv(path, values):
     if path.exists():
         try:
             with open(path, newline="", encoding="utf-8") as file:
-                rows = {int(number): value for number, value in filter(None, csv.reader(file))}
+                rows = {
+                    exam_number(number): value for number, value in filter(None, csv.reader(file))
+                }
         except (OSError, ValueError, csv.Error):
             raise InputError(f"{path}: not a CSV of two columns with ids; move it away") from None
     write_csv(path, sorted((rows | values).items()))

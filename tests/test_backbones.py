@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from conftest import train_quickly, write_exams
 from torch import nn
 from torch.nn import functional as F
 from torchvision import models
@@ -14,7 +15,9 @@ from torchvision.ops.stochastic_depth import StochasticDepth
 
 import model
 from common import weights
+from common.checkpoint import load_model
 from common.explanation import explain_networks
+from common.optimization import make_average
 from common.task_models import Network
 from model import BACKBONES, POOLINGS, MRNet, MultiPlaneMRNet, make_features, regrid
 
@@ -88,7 +91,7 @@ def test_smallest_side(name):
 @pytest.mark.whole
 def test_chunks_with_recomputation_change_nothing(name, monkeypatch):
     torch.manual_seed(0)
-    network = MRNet(backbone=name).double().train()
+    network = MRNet(make_features(name).state_dict(), backbone=name).double().train()
     for module in network.modules():
         if isinstance(module, StochasticDepth):
             module.p = 0.0
@@ -105,12 +108,37 @@ def test_chunks_with_recomputation_change_nothing(name, monkeypatch):
 
 
 def test_batch_normalisation_keeps_imagenets_statistics():
-    network = MRNet(backbone="resnet18")
+    network = MRNet(make_features("resnet18").state_dict(), backbone="resnet18")
     before = {k: v.clone() for k, v in network.state_dict().items() if "running" in k}
     assert network.train().training and before
     network(torch.randn(1, 4, 1, 64, 64)).sum().backward()
     assert all(torch.equal(v, network.state_dict()[k]) for k, v in before.items())
     assert network.pretrained_model.bn1.weight.grad is not None  # scale and shift learn
+
+
+@pytest.mark.parametrize("average_of_weights", [False, True])
+def test_from_random_weights_batch_normalisation_has_statistics_of_its_own(average_of_weights):
+    torch.manual_seed(0)
+    network, volume = MRNet(backbone="resnet18").train(), 100 + 50 * torch.randn(1, 4, 1, 64, 64)
+    average = make_average(network, 0.9)
+    for _ in range(60):
+        network(volume)
+        average.update_parameters(network)
+    assert network.training and network.pretrained_model.bn1.training
+    first = network.pretrained_model.conv1(volume[0])
+    trained = (average.module if average_of_weights else network).eval()
+    running = trained.pretrained_model.bn1.running_mean  # 0.9 ** 60 of it is still 0
+    torch.testing.assert_close(running, first.mean((0, 2, 3)), atol=0.05, rtol=0.01)
+    assert abs(trained(volume) - network.train()(volume)) < 0.5
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("name", NAMES)
+def test_an_epoch_from_random_weights_has_a_sane_loss(tmp_path, name):
+    write_exams(tmp_path / "data", size=96)
+    train_quickly(tmp_path, "--task", "acl", "--plane", "axial", "--backbone", name, "--lr", "1e-4")
+    metrics = load_model(tmp_path / "models/acl-axial.pt")[1]["metrics"]
+    assert all(0 < metrics[split]["loss"] < 5 for split in ("train", "valid")), metrics
 
 
 def test_attention_is_the_published_formula():

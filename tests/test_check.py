@@ -50,7 +50,7 @@ def test_every_fault_at_once(exams):
         ("axial/0005.npy", "every voxel is 7"),
         ("axial/0006.npy", "valid/axial/0013.npy", "LEAKS"),
         ("axial/0099.npy", "no train CSV"),
-        ("0014.npy", "coronal, sagittal", "axial"),
+        ("0014.npy", "exam 14: coronal, sagittal are missing (found: axial)"),
         ("train-acl.csv, line 13", "id 5", "twice"),
         ("train-acl.csv, line 15", "'2'"),
         ("train-acl.csv, line 16", "whole-number id"),
@@ -60,6 +60,18 @@ def test_every_fault_at_once(exams):
     ):
         assert any(all(word in line for word in words) for line in lines), words
     assert "faults" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_groups_are_compared_with_the_exams(exams):
+    path = exams / "train-groups.csv"
+    path.write_text("1000,a\n1001,b\n")
+    done = check(exams)
+    assert f"{path}: names none of the 12 exams" in done.stdout
+    assert done.stderr.endswith(": 1 fault, printed above\n")
+    path.write_text("0,a\n1,a\n")
+    done = check(exams)
+    assert done.returncode == 0
+    assert "note: 10 of 12 exams have no group (train-groups.csv); each counts" in done.stdout
 
 
 def test_a_set_of_one_plane_is_sound_and_fortran_order_too(exams):

@@ -1,9 +1,11 @@
 """Saved models, AlexNet's features, and files that would run code."""
 
+import errno
 import os
 import pickle
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +17,7 @@ from common import checkpoint, weights
 from common.checkpoint import load_model, save_model
 from common.config import Config
 from common.errors import InputError
-from common.files import atomic
+from common.files import atomic, write_text
 from common.pickles import ArrayUnpickler
 from common.train_state import TrainState, check_same, restore_state
 from model import MRNet
@@ -157,6 +159,30 @@ def test_atomic_keeps_the_old_file_on_failure(tmp_path):
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["f.txt"]
+
+
+def test_a_link_is_followed_and_what_is_no_regular_file_is_refused(tmp_path):
+    target, link, folder = (tmp_path / name for name in ("target.txt", "link.txt", "folder"))
+    link.symlink_to(target.name)
+    for text in ("new", "newer"):  # at first the link leads to nothing yet
+        write_text(link, text)
+        assert link.is_symlink() and target.read_text() == text
+    folder.mkdir()
+    pipe, loop = tmp_path / "pipe", tmp_path / "loop"
+    os.mkfifo(pipe)
+    loop.symlink_to(loop)
+    device = tmp_path / "device"
+    device.symlink_to("/dev/full")
+    for path in (folder, pipe, loop, device):
+        with pytest.raises(InputError, match=f"{path}: exists and is not a regular file"):
+            write_text(path, "x")
+    assert not Path("/dev/full").is_file() and pipe.is_fifo() and loop.is_symlink()
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    path = tmp_path / "f.txt"
+    with pytest.raises(OSError, match="No space left on device: '.*f.txt'"), atomic(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_lock_removes_what_a_killed_run_left_of_its_own_files(tmp_path):

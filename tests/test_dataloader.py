@@ -1,9 +1,11 @@
 """The data set against its files, the augmentation against other implementations."""
 
+import argparse
 import errno
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,13 @@ from scipy.stats import binom
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import affine
 
-from common import labels
-from common.description import MRNET, read_dataset
+from common import cli, labels
+from common.description import MRNET, read_dataset, read_own_labels
 from common.errors import InputError
 from common.labels import LabelRow, label_rows, read_groups, read_labels, tasks
+from common.parts import part_argument
 from common.volumes import open_volume, read_volume, volume_path
+from data.common import EXAMS, OWN_LABELS, Register, merge_csv
 from dataloader import (
     Augmentation,
     MRDataset,
@@ -360,6 +364,62 @@ def test_labels_in_the_order_of_the_file(exams):
         read_labels(exams, "acl", "valid")
 
 
+def test_groups_that_name_no_exam_are_refused_and_exams_without_one_counted(exams):
+    path = exams / "train-groups.csv"
+    path.write_text("".join(f"{i + 1000},p{i // 2}\n" for i in range(12)))
+    with pytest.raises(
+        InputError, match="train-groups.csv: names none of the 12 exams, such as 0;"
+    ):
+        MRDataset(exams, "acl", "axial")
+    for named, line in (
+        (12, ""),
+        (11, "1 of 12 exams has no group (train-groups.csv); it counts as one"),
+        (2, "10 of 12 exams have no group (train-groups.csv); each counts as one"),
+    ):
+        path.write_text("".join(f"{i},p{i // 2}\n" for i in range(named)))
+        assert MRDataset(exams, "acl", "axial").without_group == line
+
+
+@pytest.mark.parametrize("digit", ["\u0661", "\u00b2", "\uff11"])  # Arabic-Indic, superscript, wide
+def test_digits_of_other_scripts_are_no_ids(tmp_path, digit):
+    (tmp_path / "train-acl.csv").write_text(f"{digit},1\n", encoding="utf-8")
+    assert "line 1: expected `id,label`" in next(label_rows(tmp_path, "acl", "train")).fault
+    (tmp_path / "train-groups.csv").write_text(f"{digit},a\n", encoding="utf-8")
+    with pytest.raises(InputError, match="line 1: expected `id,group`"):
+        read_groups(tmp_path, "train")
+    (tmp_path / OWN_LABELS).write_text(f"{digit},acl\n", encoding="utf-8")
+    with pytest.raises(InputError, match="not a CSV of id,task"):
+        read_own_labels(tmp_path)
+    (tmp_path / EXAMS).write_text(f"id,exam,patient\n{digit},a,b\n", encoding="utf-8")
+    with pytest.raises(InputError, match="not a CSV of id,exam,patient"):
+        Register(tmp_path)
+    with pytest.raises(InputError, match="not a CSV of two columns with ids"):
+        merge_csv(tmp_path / "train-acl.csv", {})
+    for read in (cli.positive_int, lambda text: part_argument(f"{text}/4")):
+        with pytest.raises(argparse.ArgumentTypeError):
+            read(digit)
+
+
+def test_a_header_is_named(tmp_path):
+    path = tmp_path / "train-acl.csv"
+    path.write_text("id,label\n1,0\n")
+    faults = [row.fault for row in label_rows(tmp_path, "acl", "train")]
+    assert faults == [f"{path}: line 1 is a header; delete it", None]
+
+
+def test_a_data_set_one_folder_down_is_found(tmp_path, exams):
+    below = shutil.move(exams, tmp_path / "MRNet-v1.0")
+    with pytest.raises(InputError, match=f"is in {below}; give --data-dir {below}$"):
+        tasks(tmp_path)
+
+
+def test_a_task_that_looks_like_two_is_refused(exams):
+    for split in ("train", "valid"):
+        shutil.copy(exams / f"{split}-acl.csv", exams / f"{split}-a+b.csv")
+    with pytest.raises(InputError, match="train-a[+]b.csv: [+] joins the names of several tasks"):
+        tasks(exams)
+
+
 def test_groups_are_read_by_id(tmp_path):
     assert read_groups(tmp_path, "train") == {}
     path = tmp_path / "train-groups.csv"
@@ -395,6 +455,9 @@ def test_description_of_a_data_set(tmp_path, change):
     for content in (DESCRIPTION, DESCRIPTION | more):
         path.write_text(json.dumps(content))
         assert read_dataset(tmp_path) == content
+    path.write_text('{"synthetic": true, ' + json.dumps(DESCRIPTION)[1:])
+    with pytest.raises(InputError, match="a key twice"):
+        read_dataset(tmp_path)
     path.write_text(json.dumps(DESCRIPTION | change))
     with pytest.raises(InputError, match="dataset.json: not a description of a data set.*type"):
         read_dataset(tmp_path)

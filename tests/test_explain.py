@@ -22,9 +22,11 @@ from common.answering import Options
 from common.errors import InputError
 from common.exams import Exam
 from common.explain_page import (
+    NOTICE,
     animation,
     contact_sheet,
     describe_finding,
+    fill,
     headline,
     make_page,
     mirroring,
@@ -229,6 +231,11 @@ def test_it_is_said_how_this_knee_is_shown(mirrored, name, origin, said):
     assert describe_finding(exam, mirrored)["mirrored"].startswith(said)
     plain = mirrored.models._replace(datasets=[{"synthetic": True, "mirrored": False}, None])
     assert mirroring(exam, plain) == ""
+
+
+def test_what_is_filled_in_is_no_template():
+    page = fill("<title>{{title}}</title>{{notice}}:{{data}}", "{{data}}", {"exam": "{{notice}}"})
+    assert page == f'<title>{{{{data}}}}</title>{NOTICE}:{{"exam": "{{{{notice}}}}"}}'
 
 
 def test_networks_that_join_planes_have_titles_of_their_own(mirrored):

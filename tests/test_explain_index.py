@@ -61,8 +61,8 @@ def work(trained, tmp_path_factory):
 
 
 def explain(work, *more, out="report", run=run_script):
-    return run("explain.py", work / "data", "--all", "--models-dir", work / "models", "--out",
-               work / out, "--precision", "fp32", *more)  # fmt: skip
+    return run("explain.py", work / "data", "--all", "--split", "both", "--models-dir",
+               work / "models", "--out", work / out, "--precision", "fp32", *more)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,24 @@ def index(work):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "5 exams explained" in done.stdout
     return page_content(work / "report" / "index.html")
+
+
+def test_the_validation_exams_are_explained_by_default(work, tmp_path):
+    done = run_script("explain.py", work / "data", "--all", "--task", "acl", "--models-dir",
+                      work / "models", "--out", tmp_path, "--precision", "fp32")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = page_content(tmp_path / "index.html")["rows"]
+    assert [row["source"] for row in rows] == ["valid"] * 4
+
+
+@pytest.mark.parametrize("folders", [("valid",), ("train",), ("hospital", "train")])
+def test_where_there_is_no_such_split_all_exams_stay(tmp_path, folders):
+    for name in folders:
+        (tmp_path / name / "axial").mkdir(parents=True)
+        (tmp_path / name / "axial" / "0001.npy").touch()
+    exams = FolderExams(tmp_path)
+    exams.keep_split("valid")
+    assert len(exams) == len(folders)
 
 
 def test_index_says_what_was_predicted(work, index):

@@ -211,12 +211,12 @@ READERS = {  # what it is: sound files, hostile ones, how it is read
     "predictions": (
         [(csv_line(ROW) + predict.as_text(ROW, jsonl=False) * 3).encode()],
         [],
-        lambda path: predict.saved_exams(path, predict.columns_for([]), ["acl"], "m", False),
+        lambda path: predict.saved_exams(path, predict.columns_for([]), {"acl": "m"}, False),
     ),
     "json predictions": (
         [predict.as_text(ROW, jsonl=True).encode() * 3],
         [],
-        lambda path: predict.saved_exams(path, predict.columns_for([]), ["acl"], "m", True),
+        lambda path: predict.saved_exams(path, predict.columns_for([]), {"acl": "m"}, True),
     ),
     "data set": ([json.dumps(DATASET).encode()], [], named("dataset.json", read_dataset)),
     "groups": ([b"0,1\n1,0\n0002,1\n"], [], named("train-groups.csv", read_groups, "train")),

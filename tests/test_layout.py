@@ -117,6 +117,22 @@ def test_nothing_global_is_written_to():
         assert list(written_attributes(tree)) == [], path
 
 
+def test_tools_run_from_any_folder(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "tools/check.py", tmp_path / "none"],
+                          cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2 and "none: no such data folder" in done.stderr
+    for path in (ROOT / "tools").glob("*.py"):
+        lines = path.read_text().splitlines()
+        first = next((i for i, line in enumerate(lines) if line.startswith("from common")), None)
+        if "    cli.exit_with_status" in "\n".join(lines):
+            assert lines[first - 2].startswith("sys.path.insert(0, str(Path(__file__).parents[1]))")
+
+
+def test_make_alone_lists_its_targets():
+    done = subprocess.run(["make", "-C", ROOT], capture_output=True, text=True)
+    assert "make demo  " in done.stdout and "train.py --task" not in done.stdout
+
+
 @pytest.mark.parametrize("source", sorted(p.parent.name for p in ROOT.glob("data/*/prepare.py")))
 def test_importers_start_without_torch(source):
     """They take 0.3 s to start, not 2, and predict.py starts several."""

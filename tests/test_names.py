@@ -4,8 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
+from common.errors import InputError
 from common.names import (
     Run,
     column_name,
@@ -29,12 +31,18 @@ def test_seeds_and_folds_are_named_only_where_there_are_several():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("folds, repeat", [(10**12, 1), (1, 10**6), (5, 201)])
+def test_so_many_networks_are_refused_before_they_are_listed(folds, repeat):
+    with pytest.raises(InputError, match="networks of each task and plane; at most 1000"):
+        list_runs(folds, range(repeat))
+
+
 def test_paths():
     path = model_path("m", "acl", column_name("axial+coronal", "v1.5"), "-seed1")
     assert path == Path("m/acl-axial+coronal-v1.5-seed1.pt")
     assert state_path(path) == Path("m/acl-axial+coronal-v1.5-seed1.state")
     assert column_name("axial", "article") == "axial"
-    assert folds_path("m", "a+b") == Path("m/a+b-folds.csv")
+    assert folds_path("m", "a+b", "axial", 5, 3) == Path("m/a+b-axial-folds5-seed3.csv")
     for recipes, end in ((["article"], ""), (["article", "best"], "-article+best")):
         assert stack_path("m", "acl", recipes) == Path(f"m/acl-stack{end}.json")
         assert results_path("m", "acl", recipes) == Path(f"m/acl{end}-results.json")

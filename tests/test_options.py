@@ -34,6 +34,8 @@ from common.checkpoint import load_model
 from common.config import Config, read_recipe, selection_note, selection_of
 from common.datasets import load_exams
 from common.errors import InputError
+from common.files import held
+from common.names import list_runs
 from common.optimization import (
     average_advice,
     make_average,
@@ -109,6 +111,7 @@ def test_a_recipe_of_ones_own(work):
 @pytest.mark.parametrize(
     "text, fault",
     [
+        ("weight-decay = 0\nweight_decay = 1", "mine.toml: weight-decay twice, with - and with _;"),
         ("lr = 1e-4\nlearning-rate = 1\nbatch = 3", "unknown batch, learning-rate; a recipe may"),
         ("lr = -1", "recipe mine: argument --lr: '-1' is not a number above 0"),
         ('backbone = "lenet"', "recipe mine: argument --backbone: invalid choice: 'lenet'"),
@@ -722,13 +725,35 @@ def test_reproducing_with_a_recipe(tmp_path):
     words = ["--recipe", str(tmp_path / "quick.toml"), "--folds", "3", "--lr", "1"]
     assert reproduce.read_training(words) == (
         ["--folds", "3", "--recipes", "quick"], "quick",
-        ["-fold1of3", "-fold2of3", "-fold3of3"], "auto", "vgg16",
+        list_runs(3, [0]), "auto", "vgg16",
     )  # fmt: skip
     assert reproduce.read_training([*words, "--backbone", "vgg11"])[-1] == "vgg11"
-    article = ["--recipes", "article"], "article", [""], "auto", "alexnet"
+    article = ["--recipes", "article"], "article", list_runs(1, [0]), "auto", "alexnet"
     assert reproduce.read_training([]) == article
-    ends = reproduce.read_training(["--folds", "5", "--repeat", "3", "--seed", "7"])[2]
-    assert len(ends) == len(set(ends)) == 15 and ends[5] == "-fold1of5-seed8"
+    runs = reproduce.read_training(["--folds", "5", "--repeat", "3", "--seed", "7"])[2]
+    assert runs == list_runs(5, [7, 8, 9])
+
+
+def test_a_second_run_of_reproduce_in_one_folder_is_refused(tmp_path):
+    write_exams(tmp_path / "data")
+    models = tmp_path / "models"
+    models.mkdir()
+    with held(models / ".reproduce.lock", "busy"):
+        done = run_script("reproduce.py", *files(tmp_path)[:6])
+    assert_one_line_error(done, models, "another reproduce.py runs there")
+    assert [path.name for path in models.iterdir()] == [".reproduce.lock"]
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--folds", 10**12), ("--repeat", 10**6), ("--epochs", 10**30), ("--accumulate", 10**30)],
+)
+def test_numbers_without_bounds_are_refused(work, words):
+    done = run_script("train.py", *files(work), "--task", "acl", "--plane", "axial", *words)
+    assert done.returncode == 2 and any(
+        text in done.stderr for text in ("below 2^31", "at most 1000")
+    )
 
 
 @pytest.mark.whole

@@ -8,6 +8,7 @@ import shutil
 import tracemalloc
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from common.errors import InputError
 from common.exams import Exam, FolderExams, exam_of_files, open_exams
 from common.files import as_cell, from_cell
 from common.task_models import Network, TaskModels
-from predict import Answer, make_row
+from predict import Answer, check_output, make_row, models_of
 
 
 def predict(trained, *args):
@@ -314,6 +315,20 @@ def test_a_network_trained_after_the_stack(trained, tmp_path):
     write_checkpoint(models / "acl-axial.pt", content)
     done = run_script("predict.py", trained[0] / "data", "--models-dir", models)
     assert_one_line_error(done, "acl-axial.pt", "after the stack", "train_logistic_regression.py")
+
+
+def test_a_rows_model_is_that_of_its_own_networks():
+    options = Options(torch.device("cpu"), "fp32", False)
+    pairs = zip("aca", "123", strict=True)
+    acl, cyst, other = (SimpleNamespace(task=task, digest=digest) for task, digest in pairs)
+    assert models_of([acl, cyst], options)["a"] == models_of([acl], options)["a"]
+    assert models_of([other, cyst], options)["a"] != models_of([acl, cyst], options)["a"]
+
+
+def test_rows_go_to_regular_files_only(tmp_path):
+    for out in (Path("/dev/full"), tmp_path):
+        with pytest.raises(InputError, match=f"{out}: exists and is not a regular file"):
+            check_output(out, resume=False, overwrite=True, in_parts=False)
 
 
 def test_names_of_many_exams_take_little_memory(tmp_path):

@@ -225,6 +225,24 @@ def test_checklist_has_every_item(work):
     assert f"AUC {row['auc']:.3f}" in text and "**TO DO:**" in text
 
 
+def test_a_folder_gets_the_report(work, tmp_path):
+    done = run_script("tools/report.py", work / "models/acl-results.json", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "claim.md"}
+
+
+def test_a_checklist_that_was_edited_is_kept(work, tmp_path):
+    found = [read_results(work / "models/acl-results.json")]
+    out, checklist = tmp_path / "report.html", tmp_path / "claim.md"
+    for _ in range(2):  # its own is replaced
+        assert not [line for line in write_report(found, out) if "claim.md" in line]
+    for text in (checklist.read_text().replace("**TO DO:** the title.", "Knees"), "my own claim\n"):
+        checklist.write_text(text)
+        out.unlink()
+        (line,) = [line for line in write_report(found, out) if "claim.md" in line]
+        assert "kept" in line and checklist.read_text() == text and out.exists()
+
+
 def test_groups_in_both_splits_are_said_in_report_card_and_checklist(work, tmp_path):
     results = read_results(work / "models/acl-results.json")
     data = shutil.copytree(work / "data", tmp_path / "data")

@@ -1,11 +1,14 @@
 """Which exams train, select and report: folds, tuning exams, groups, seeds."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from conftest import let_planes_lack, write_exams
 
 from common.errors import InputError
 from common.labels import trainable
+from common.names import folds_path
 from common.splits import fingerprints_of, plan_splits, split_exams, tuning_rows, write_folds
 from dataloader import Augmentation, MRDataset
 
@@ -145,12 +148,13 @@ def test_tuning_exams_have_a_seed_of_their_own():
 
 def test_csv_of_folds(sets, tmp_path):
     train, valid = sets
-    path = tmp_path / "acl-folds.csv"
-    write_folds(path, plan_splits(train, valid, "article", 1, range(1)))
-    assert not path.exists()
-    splits = plan_splits(train, valid, "article", 2, range(3, 4))
-    write_folds(path, splits)
-    head, *rows = path.read_text().splitlines()
+    path_of = partial(folds_path, tmp_path, "acl", "axial", 2)
+    write_folds(path_of, plan_splits(train, valid, "article", 1, range(1)))
+    assert not list(tmp_path.glob("*.csv"))
+    splits = plan_splits(train, valid, "article", 2, range(3, 5))
+    write_folds(path_of, splits)
+    assert path_of(4).read_text().splitlines()[-1] == f"4,{splits[3].out_of_fold[-1]},2"
+    head, *rows = path_of(3).read_text().splitlines()
     assert head == "seed,id,fold" and len(rows) == 60
     assert rows[0] == f"3,{splits[0].out_of_fold[0]},1"
     assert rows[-1] == f"3,{splits[1].out_of_fold[-1]},2"

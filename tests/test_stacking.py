@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,13 +36,16 @@ from common.stacking import (
 from common.task_models import Network, load_task, saved_tasks
 from model import MRNet, MultiPlaneMRNet
 from train_logistic_regression import (
+    GAIN,
     RATES,
+    below_chance,
     derived_caveats,
     evaluate_scores,
     list_caveats,
     make_stack,
     names_untuned,
     threshold_source,
+    trained_on,
 )
 
 RECIPES = ["article"]
@@ -278,6 +282,33 @@ def test_only_exams_that_decided_something_make_figures_optimistic():
          "OPTIMISTIC: the validation exams reported here stopped the training"],
         ["* thresholds: chosen"],
     ]  # fmt: skip
+
+
+def test_what_is_below_chance_is_said():
+    rows = {"axial": {"auc_high": 0.49}, "sagittal": {"auc_high": 0.5}, "stack": {"auc_high": 0.3}}
+    (line,) = below_chance(rows | {GAIN: {"plane": "axial"}})
+    assert line.startswith("WARNING: axial, stack: below chance:")
+    assert not list(below_chance({"axial": {"auc_high": 0.5}}))
+
+
+def test_the_networks_know_their_data_folder(tmp_path):
+    def save(task, data_dir, **more):
+        metadata = metadata_of(task) | {"data_dir": str(data_dir)} | more
+        save_model(tmp_path / f"{task}-{metadata['recipe']}.pt", MRNet(), metadata)
+
+    assert trained_on(tmp_path, ["acl"], ["article"]) == Path("data")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    save("acl", tmp_path / "one")
+    save("acl", tmp_path / "two", recipe="best")
+    save("cyst", tmp_path / "gone")
+    assert trained_on(tmp_path, ["acl"], ["article"]) == tmp_path / "one"
+    assert trained_on(tmp_path, ["acl"], ["best"]) == tmp_path / "two"
+    with pytest.raises(InputError, match="gone: .* is not there; give --data-dir"):
+        trained_on(tmp_path, ["cyst"], ["article"])
+    for asked in ((["acl"], ["article", "best"]), (["all"], ["article"])):
+        with pytest.raises(InputError, match="acl-article.pt on .*one and .* give --data-dir"):
+            trained_on(tmp_path, *asked)
 
 
 def test_exams_of_one_group_are_said_to_narrow_the_intervals():

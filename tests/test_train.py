@@ -343,7 +343,7 @@ def test_folds_and_their_csv(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "-- network 1 of 2: seed 0, fold 1" in done.stdout
     assert "-- network 2 of 2: seed 0, fold 2" in done.stdout
-    with open(tmp_path / "models" / "acl-folds.csv", newline="") as file:
+    with open(tmp_path / "models" / "acl-axial-folds2-seed0.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for fold in (1, 2):
         content = read_checkpoint(tmp_path / "models" / f"acl-axial-fold{fold}of2.pt")

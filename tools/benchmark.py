@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
+
 from common import cli, engine
 from common.config import Config
 from common.datasets import trainable_planes

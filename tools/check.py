@@ -12,6 +12,7 @@ validation. Then the class counts. Exit status 0, or 2 with faults.
 
 import hashlib
 import math
+import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,12 +20,14 @@ from typing import NamedTuple
 
 from tabulate import tabulate
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
+
 from common import cli
 from common.description import read_dataset
-from common.errors import InputError
-from common.labels import GROUPS, is_positive, label_rows, read_groups, tasks
+from common.errors import InputError, counted
+from common.labels import GROUPS, compare_groups, is_positive, label_rows, read_groups, tasks
 from common.machine import usable_cores
-from common.planes import ALL_PLANES, PLANES, SPLITS, in_order
+from common.planes import ALL_PLANES, PLANES, SPLITS, describe_missing, in_order
 from common.volumes import read_volume, volume_path
 
 
@@ -45,7 +48,7 @@ def parse_arguments():
     parser.add_argument("data", type=Path, help="data folder in MRNet's layout")
     parser.add_argument(
         "--workers",
-        type=cli.positive_int,
+        type=cli.process_count,
         default=usable_cores(),
         help="volumes read at a time; more help where the disk is far away",
     )
@@ -77,15 +80,15 @@ def check_labels(root):
             known = [label for label in found.values() if not math.isnan(label)]
             if len({is_positive(label) for label in known}) < 2:
                 one_class.append(
-                    f"{root}/{split}-{task}.csv: {len(known)} exams of one class only; training "
-                    "and AUC need both 0 and 1"
+                    f"{root}/{split}-{task}.csv: {counted(len(known), 'exam')} of one class only; "
+                    "training and AUC need both 0 and 1"
                 )
         if any(not math.isnan(x) for split in SPLITS for x in labels[task][split].values()):
             faults += one_class  # else nobody has read the exams for it, and all labels are empty
         both = sorted(labels[task]["train"].keys() & labels[task]["valid"].keys(), key=int)
         if both:
             faults.append(
-                f"{root}/valid-{task}.csv: {len(both)} ids also in train-{task}.csv "
+                f"{root}/valid-{task}.csv: {counted(len(both), 'id')} also in train-{task}.csv "
                 f"({shorten(both)}); the splits must not share exams"
             )
     for split in SPLITS:
@@ -95,25 +98,35 @@ def check_labels(root):
             if ids != everywhere:
                 lacking = sorted(everywhere - ids, key=int)
                 faults.append(
-                    f"{root}/{split}-{task}.csv: lacks {len(lacking)} ids that other tasks have "
-                    f"({shorten(lacking)}); add their labels"
+                    f"{root}/{split}-{task}.csv: lacks {counted(len(lacking), 'id')} that other "
+                    f"tasks have ({shorten(lacking)}); add their labels"
                 )
     return labels, faults
 
 
-def check_groups(root):
-    """Faults of the groups: a damaged file, or a patient (or scanner) in both splits."""
-    try:
-        train, valid = (set(read_groups(root, split).values()) for split in SPLITS)
-    except InputError as error:
-        return [str(error)]
-    both = sorted(train & valid)
-    if not both:
-        return []
-    return [
-        f"{root}/valid-{GROUPS}.csv: {len(both)} groups are in both splits ({shorten(both)}); "
-        "LEAKS training exams into validation, give all exams of a group to one split"
-    ]
+def check_groups(root, labels):
+    """The groups of exams.
+
+    Returns:
+        faults: a damaged file, one that names none of the exams, or a patient (or scanner) in both
+        splits; and notes, of exams without a group.
+    """
+    faults, notes, found = [], [], {split: set() for split in SPLITS}
+    for split in SPLITS:
+        ids = sorted(set().union(*(splits[split] for splits in labels.values())), key=int)
+        try:
+            groups = read_groups(root, split)
+            found[split] = set(groups.values())
+            notes.append(compare_groups(root, split, groups, ids))
+        except InputError as error:
+            faults.append(str(error))
+    if both := sorted(found["train"] & found["valid"]):
+        are = "group is" if len(both) == 1 else "groups are"
+        faults.append(
+            f"{root}/valid-{GROUPS}.csv: {len(both)} {are} in both splits ({shorten(both)}); "
+            "LEAKS training exams into validation, give all exams of a group to one split"
+        )
+    return faults, [note for note in notes if note]
 
 
 def check_volume(place):
@@ -164,10 +177,9 @@ def find_volumes(root, labels, may_lack):
             lacking = [plane for plane in present if plane not in planes_of[exam_id]]
             if lacking and not (may_lack and planes_of[exam_id]):
                 path = volume_path(root, split, lacking[0], exam_id)
-                has = " and ".join(sorted(planes_of[exam_id])) or "no plane"
+                missing = describe_missing(exam_id, lacking, planes_of[exam_id])
                 faults.append(
-                    f"{path}: no such volume ({', '.join(lacking)} of exam {exam_id} lack, there "
-                    f"is {has}); add it, or take its id out of the CSVs"
+                    f"{missing}, no such volume: {path}; add it, or take its id out of the CSVs"
                 )
     return places, faults
 
@@ -201,7 +213,7 @@ def check(root, workers):
     """Read everything.
 
     Returns:
-        {task: {split: {id: label}}}, list of Volume, and faults as lines of text.
+        {task: {split: {id: label}}}, list of Volume, and faults and notes as lines of text.
     """
     labels, faults = check_labels(root)
     try:
@@ -212,13 +224,9 @@ def check(root, workers):
     with ThreadPoolExecutor(workers) as pool:  # NumPy and hashlib work outside Python's lock
         read = pool.map(check_volume, places)
         volumes = list(cli.progress(read, "reading", total=len(places)))
-    faults += (
-        check_groups(root)
-        + lacking
-        + [one.fault for one in volumes if one.fault]
-        + check_copies(volumes)
-    )
-    return labels, volumes, faults
+    of_groups, notes = check_groups(root, labels)
+    faults += [*of_groups, *lacking, *(one.fault for one in volumes if one.fault)]
+    return labels, volumes, faults + check_copies(volumes), notes
 
 
 def class_counts(labels):
@@ -253,13 +261,12 @@ def volume_counts(volumes):
 
 def run(args):
     """Print every fault, then the class counts and shapes."""
-    labels, volumes, faults = check(args.data, args.workers)
-    for fault in faults:
-        print(fault)
+    labels, volumes, faults, notes = check(args.data, args.workers)
+    print(*faults, *(f"note: {note}" for note in notes), sep="\n")
     print("\n" + tabulate(class_counts(labels), headers="keys"))
     print("\n" + tabulate(volume_counts(volumes), headers="keys"))
     if faults:
-        raise InputError(f"{args.data}: {len(faults)} faults, printed above")
+        raise InputError(f"{args.data}: {counted(len(faults), 'fault')}, printed above")
     print("\nno faults")
 
 

@@ -7,9 +7,12 @@ the validation AUC of both, their difference with its 95 % interval and p (paire
 Brier scores.
 """
 
+import sys
 from pathlib import Path
 
 from tabulate import tabulate
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
 from common import cli
 from common.errors import InputError

@@ -20,11 +20,14 @@ Needs `pip install -r requirements-export.txt`.
 
 import importlib.util
 import json
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
 from common import cli
 from common.checkpoint import load_model

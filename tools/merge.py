@@ -11,6 +11,8 @@ with --resume.
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
+
 from common import cli
 from common.errors import InputError
 from common.parts import merge

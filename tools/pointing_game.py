@@ -8,11 +8,14 @@ within 15 mm of its extent in 3-D. It needs the places of the lesions, so it is 
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
 from common import cli
 from common.devices import pick_device, pick_precision

@@ -17,13 +17,16 @@ knee set, whose studies' UIDs are turned into the exams' names.
 import csv
 import json
 import math
+import sys
 from collections import defaultdict
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
 from common import cli
 from common.errors import InputError
 from common.files import write_csv
-from common.labels import label_rows
+from common.labels import exam_number, label_rows
 from common.names import predictions_path, results_path
 from common.submission import task_of
 from data.common import Register, exam_name
@@ -64,7 +67,9 @@ def out_of_fold(models_dir, task, recipes):
         folds = json.loads(results.read_text(encoding="utf-8"))["folds"]
         with open(path, newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
-        found = {int(row["id"]): float(row["stack"]) if row["stack"] else None for row in rows}
+        found = {
+            exam_number(row["id"]): float(row["stack"]) if row["stack"] else None for row in rows
+        }
     except (OSError, ValueError, LookupError, TypeError, csv.Error):
         raise InputError(
             f"{path}: damaged; run train_logistic_regression.py --task {task} again"
@@ -87,7 +92,7 @@ def answers_in(path):
         with open(path, newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 if row["source"].split("/")[-1] == "train" and row["stack"]:
-                    found[row["task"]][int(row["exam"])] = float(row["stack"])
+                    found[row["task"]][exam_number(row["exam"])] = float(row["stack"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error):
         raise InputError(f"{path}: not a CSV of predict.py; make it with --out") from None
     if not found:

@@ -9,7 +9,10 @@ intervals beside the published figures, ROC, calibration, learning curves, the e
 gets wrong with heat maps, subgroups, and what not to conclude. reproduce.py ends with it.
 """
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
 from common import cli
 from common.report import read_all, write_report
@@ -19,7 +22,7 @@ def parse_arguments():
     parser = cli.make_parser(__doc__)
     results = "folders of models, or <task>-results.json files; each needs its stack"
     parser.add_argument("models", nargs="+", type=Path, help=results)
-    out = "default: report.html in the first folder; claim.md goes beside it"
+    out = "file, or folder for report.html; default: the first folder. claim.md goes beside it"
     parser.add_argument("--out", type=Path, help=out)
     data = "where the validation exams are; default: where the stack was fitted"
     parser.add_argument("--data-dir", type=Path, help=data)
@@ -34,7 +37,9 @@ def parse_arguments():
 def run(args):
     """Read the results and write the page."""
     found = read_all(args.models)
-    out = args.out or found[0].folder / "report.html"
+    out = args.out or found[0].folder
+    if out.is_dir():
+        out /= "report.html"
     for line in write_report(found, out, args.data_dir, args.metadata, args.pages):
         print(f"left out  {line}")
     size = out.stat().st_size / 1e6

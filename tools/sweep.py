@@ -19,6 +19,7 @@ versions; the networks themselves are deleted. Then it prints tools/sweep_table.
 
 import itertools
 import json
+import sys
 import tomllib
 from collections import Counter
 from contextlib import ExitStack
@@ -27,6 +28,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
 from common import cli, engine
 from common.checkpoint import check_writable, load_model

@@ -20,6 +20,7 @@ memory is the largest resident size.
 """
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import expit, logit
 from tabulate import tabulate
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
 from common import cli
 from common.errors import InputError

@@ -97,9 +97,15 @@ def parse_arguments():
         "--workers", type=int, default=usable_cores(), help="processes of about 250 MB each"
     )
     args = parser.parse_args()
-    for name, least in (("exams", 5), ("valid", 5), ("seed", 0), ("size", 63), ("workers", 1)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name} must be at least {least}")
+    for name, least, most in (
+        ("exams", 5, 99_999),
+        ("valid", 5, 99_999),
+        ("seed", 0, 2**31 - 1),
+        ("size", 63, 1024),
+        ("workers", 1, 1000),
+    ):
+        if not least <= getattr(args, name) <= most:
+            parser.error(f"--{name} must be at least {least} and at most {most}")
     if args.form == "rsna":
         if args.out == parser.get_default("out"):
             parser.error("--as rsna: give --out a folder of its own")

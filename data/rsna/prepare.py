@@ -94,8 +94,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if not 0 < args.valid < 1:
         parser.error("--valid is above 0 and below 1")
-    if args.workers < 1 or not 0 < args.gold_weight <= 1000:
-        parser.error("--workers is at least 1, --gold-weight above 0 and at most 1000")
+    if not 1 <= args.workers <= 1000 or not 0 < args.gold_weight <= 1000:
+        parser.error("--workers is from 1 to 1000, --gold-weight above 0 and at most 1000")
     return args
 
 
