@@ -29,15 +29,7 @@ from common.description import read_own_labels
 from common.errors import Interrupted, RunError
 from common.files import write_text
 from common.jobs import ROOT, Job, bytes_of_a_job, failures
-from common.names import (
-    ARTICLE,
-    column_name,
-    folds_path,
-    list_runs,
-    model_path,
-    results_path,
-    state_path,
-)
+from common.names import ARTICLE, list_runs, results_path
 from common.report import read_all, write_report
 from common.table import markdown
 
@@ -88,8 +80,8 @@ def read_training(recipe):
     """What of train.py's arguments matters here as well.
 
     Returns:
-        the arguments that train_logistic_regression.py needs, the recipe's name, the ends of the
-        file names of a task's and plane's networks, the device and the backbone.
+        the arguments that train_logistic_regression.py needs, the recipe's name, how many networks
+        a task and plane has, the device and the backbone.
     """
     names = ("--folds", "--repeat", "--seed", "--device", "--precision")
     parser = argparse.ArgumentParser(add_help=False)
@@ -107,39 +99,33 @@ def read_training(recipe):
     return (
         [*words, "--recipes", name],
         name,
-        [run.suffix for run in list_runs(max(1, folds), range(seed, seed + max(1, repeat)))],
+        len(list_runs(max(1, folds), range(seed, seed + max(1, repeat)))),
         known["device"] or "auto",
         backbone,
     )
 
 
-def make_jobs(findings, planes, suffixes, places, training, recipe):
+def make_jobs(findings, planes, count, places, training):
     """A Job for every network.
 
     Args:
         findings: list of lists of tasks; those of one list share a network.
         planes: list.
-        suffixes: of the Run of each network of a task and plane.
+        count: networks of a task and plane.
         places: {"data", "models", "logs": Path}.
         training: list, arguments of train.py.
-        recipe: its name.
     """
     jobs = []
     for together in findings:
         for plane in planes:
             size = bytes_of(places["data"], plane)
-            for number, suffix in enumerate(suffixes, start=1):
+            for number in range(1, count + 1):
                 name = "+".join(together)
                 arguments = (ROOT / "train.py", "--task", *together, "--plane", plane, "--resume",
                              *as_arguments(places), "--networks", number, *training)  # fmt: skip
                 log = places["models"] / "output" / f"{name}-{plane}-{number}.txt"
-                title = f"{name}, {plane}" + (f", network {number}" if len(suffixes) > 1 else "")
-                models = {task: model_path("", task, column_name(plane, recipe), suffix)
-                          for task in (*together, name)}  # fmt: skip
-                files = (*(models[task] for task in together), state_path(models[name]),
-                         folds_path("", name))  # fmt: skip
-                files = tuple(map(str, files))
-                jobs.append(Job(title, tuple(map(str, arguments)), log, size, files))
+                title = f"{name}, {plane}" + (f", network {number}" if count > 1 else "")
+                jobs.append(Job(title, tuple(map(str, arguments)), log, size))
     return jobs
 
 
@@ -155,13 +141,13 @@ def bytes_of(data_dir, plane):
 def run(args):
     """Train every network, stack each task, write the table."""
     wanted = args.tasks or all_tasks(args.data_dir)
-    words, recipe, suffixes, device, backbone = read_training(args.recipe)
+    words, recipe, count, device, backbone = read_training(args.recipe)
     places = {"data": args.data_dir, "models": args.models_dir, "logs": args.logs_dir}
     findings = [wanted] if args.together else [[task] for task in wanted]
     planes, left = trainable_planes(args.data_dir)
     if left:
         print(f"left out   {', '.join(left)}: no folder in both train and valid")
-    jobs = make_jobs(findings, planes, suffixes, places, args.recipe, recipe)
+    jobs = make_jobs(findings, planes, count, places, args.recipe)
     runner = Machines.of(vars(args)).pick(device, len(jobs), bytes_of_a_job(backbone))
     print(f"{len(jobs)} networks, {runner.at_once} at a time with {runner.threads} threads each; "
           f"what they print: {args.models_dir / 'output'}", flush=True)  # fmt: skip

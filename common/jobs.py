@@ -40,7 +40,6 @@ class Job(NamedTuple):
     arguments: tuple  # of Python: the script and its arguments
     log: Path  # gets all that it prints
     work: float = 1.0  # how long it takes, in any unit: the longest begin first
-    files: tuple = ()  # names of what it reads and writes in its --models-dir
     ended: Path | None = None  # marker file: exists if the job completed, even with status 1
 
 
@@ -249,7 +248,7 @@ def failures(failed, jobs, what="networks", again="start again"):
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         why = f"'{lines[-1] if lines else ''}' ({log})"
     else:  # on the disk of another machine
-        why = f"a log that is not here ({log}: without a shared folder give --fetch)"
+        why = f"a log that is not here ({log}: all machines must share --models-dir)"
     return (
         f"{len(failed)} of {len(jobs)} {what} failed, the last, {failed[-1].name}, with {why}; "
         f"correct that and {again}, the others are not repeated"

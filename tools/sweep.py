@@ -423,9 +423,7 @@ def make_job(sweep, setting, network):
                  "--models-dir", folder, "--logs-dir", folder / "logs", "--resume")  # fmt: skip
     title = f"{recipe}, {planes}, seed {run.seed}, fold {run.fold}"
     log = folder / "output" / f"{recipe}-{planes}-{number}.txt"
-    models, state = sweep.files(folder, network)
-    files = (*(path.name for path in (*models, state)), f"recipes/{recipe}.toml")
-    return Job(title, tuple(map(str, arguments)), log, files=files)
+    return Job(title, tuple(map(str, arguments)), log)
 
 
 def predict_out_of_fold(sweep, network, setting):
