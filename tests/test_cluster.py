@@ -1,5 +1,6 @@
 """Jobs on a Ray cluster: two raylets on this machine, nodes of one core each."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from collections import Counter
 
 import pytest
+import torch
 from conftest import (
     QUICK,
     ROOT,
@@ -17,6 +19,7 @@ from conftest import (
     run_script,
     write_exams,
 )
+from hospital import write_study
 
 from common.errors import InputError, Interrupted
 from common.jobs import Job
@@ -84,13 +87,44 @@ def test_a_lost_nodes_jobs_run_again_elsewhere(cluster, tmp_path):
 
 
 def test_an_archive_is_predicted_on_the_nodes(cluster, trained, tmp_path):
-    work = trained[0]
-    words = ("predict.py", work / "data", "--models-dir", work / "models", "--precision", "fp32")
-    done = run_script(*words, "--out", tmp_path / "rows.csv", "--cluster", "ray")
+    """From scans that the first machine converts; a node is lost in the middle."""
+    for study in range(8):
+        write_study(tmp_path / "scans", study, "one")
+    words = [tmp_path / "scans", "--models-dir", trained[0] / "models", "--precision", "fp32",
+             "--allow-synthetic"]  # fmt: skip
+    one = tmp_path / "one.csv"
+    assert run_script("predict.py", *words, "--out", one).returncode == 0
+    command = [sys.executable, "predict.py", *words, "--out", tmp_path / "rows.csv"]
+    command = [*map(str, command), "--cluster", "ray"]
+    running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "rows.csv").exists() or b"\n" not in (tmp_path / "rows.csv").read_bytes():
+        assert running.poll() is None, running.stderr.read()
+        time.sleep(0.05)
+    (node,) = cluster.worker_nodes - {cluster.head_node}
+    node.kill_raylet()  # SIGKILL
+    said = running.communicate(timeout=300)[1]
+    assert running.returncode == 1 and "machine was lost" in said.splitlines()[-1], said
+    rows = (tmp_path / "rows.csv").read_bytes()
+    assert one.read_bytes().startswith(rows) and b"\n" in rows
+    done = subprocess.run([*command, "--resume"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 0, done.stderr
-    assert "30 exams from 2 parts" in done.stdout
-    assert run_script(*words, "--out", tmp_path / "one.csv").returncode == 0
-    assert (tmp_path / "rows.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
+    assert (tmp_path / "rows.csv").read_bytes() == one.read_bytes()
+
+
+def test_what_a_call_on_a_node_raises_is_raised_here(cluster, tmp_path, monkeypatch):
+    from common.cluster import RayJobs
+
+    def call(item):
+        if item == 3:
+            raise InputError("no three")
+        return os.getcwd(), torch.get_num_threads()
+
+    monkeypatch.chdir(tmp_path)
+    found = []
+    with pytest.raises(InputError, match="^no three$"):
+        found.extend(RayJobs().map(call, range(5)))
+    found = list(RayJobs().map(call, range(3)))
+    assert found == [(item, (str(tmp_path), 1)) for item in range(3)]
 
 
 def reproduce(work, models, *words):
