@@ -189,6 +189,8 @@ class Running:
         self.process = subprocess.Popen(
             list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
             env=os.environ | {"TMPDIR": str(self.temporary)}, start_new_session=True,
+            # A background shell starts its children with SIGINT ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         self.descendants = []
 
