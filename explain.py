@@ -287,6 +287,7 @@ def explain_all(exams, root, tasks, output, options):
                 failed += 1
                 name = "/".join(exam.key).lstrip("/")
                 tqdm.write(f"error: {printable(name)}: {printable(row.error)}", file=sys.stderr)
+            exams.remove(exam)
     except KeyboardInterrupt:
         words = f"{len(rows.rows)} exams are in {out / INDEX}; the same command goes on"
         raise KeyboardInterrupt(words) from None

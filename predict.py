@@ -6,7 +6,6 @@
     python predict.py ~/inbox --out inbox.csv --resume          # after studies came, went or broke
     python predict.py ~/rsna/test_series --submission ~/rsna/sample_submission.csv --out mine.csv
     python predict.py ~/archive --jobs 4 --out all.csv          # in four processes
-    python predict.py ~/archive --part 2/4 --out part2.csv      # on the second of four machines
 
 One row for each exam and task. An exam's name is the same in every run: a file's name, or for DICOM
 a hash of its study with the knee's side. Planes that were never scanned may be missing: a stack has
@@ -28,7 +27,7 @@ import re
 import sys
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -37,16 +36,22 @@ import torch
 from tqdm import tqdm
 
 from common import cli, engine
-from common.answering import Options, load_tasks, model_of, open_fit_exams
-from common.archive import alone_with_rows, parts_left, predict_in_parts, unwritable
+from common.answering import Options, load_once, load_tasks, model_of, open_fit_exams
 from common.cluster import Machines
 from common.description import describe_dataset, describe_datasets
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, one_line, printable
-from common.exams import check_there, read_planes
-from common.files import atomic, csv_line, find_target, from_cell, named_in_errors
+from common.exams import check_there, is_rsna, read_planes
+from common.files import (
+    alone_at,
+    atomic,
+    csv_line,
+    find_target,
+    from_cell,
+    named_in_errors,
+    unwritable,
+)
 from common.machine import usable_cores
-from common.parts import beside, check_names, part_argument, write_part
 from common.planes import PLANES, in_order
 from common.stacking import DIGITS, decide
 from common.submission import JOINT, refreshed, sample_for, submit
@@ -77,26 +82,22 @@ def parse_arguments():
 
     machine = parser.add_argument_group("machine")
     cli.add_machine_arguments(machine)
-    workers = "processes that read and decode RSNA's studies while the networks compute, about 500 "
-    workers += "MB each; default: half the cores, at most 8; one for each of --jobs"
+    workers = "processes that read and decode scans while the networks compute, about 500 MB each, "
+    workers += "by default one, of RSNA's set half the cores, at most 8, and one for each of --jobs"
     machine.add_argument("--workers", type=cli.process_count, help=workers)
-    cli.add_parallel_arguments(parser, "parts", "one process predicts all")
+    cli.add_parallel_arguments(parser, "processes", "one")
     args = parser.parse_args()
     if str(args.out) == "-" and (args.resume or args.overwrite):
         parser.error("--resume and --overwrite need a file as --out")
-    if (args.jobs or args.cluster) and (str(args.out) == "-" or args.part):
-        parser.error("--jobs and --cluster need a file as --out, and make the parts themselves")
     if (args.threads or args.jobs_per_gpu > 1) and not (args.jobs or args.cluster):
         parser.error("--threads and --jobs-per-gpu are for the processes of --jobs or --cluster")
-    if args.part and (str(args.out) == "-" or args.submission):
-        parser.error("--part needs a file as --out, and no --submission before all are merged")
     if args.submission and (str(args.out) == "-" or args.jsonl or args.task):
         parser.error("--submission needs a file as --out, and neither --jsonl nor --task")
     return args
 
 
 def add_file_arguments(parser):
-    """--out, --jsonl, --submission, --part, --resume, --overwrite."""
+    """--out, --jsonl, --submission, --resume, --overwrite."""
     files = parser.add_argument_group("files")
     files.add_argument("--out", type=Path, default=Path("-"), help="file to write; - is stdout")
     files.add_argument(
@@ -111,9 +112,6 @@ def add_file_arguments(parser):
     submission += "what has no answer is named: a study gets the training prevalence, a finding "
     submission += "without models 0.5. It is there from the start and refreshed every minute"
     files.add_argument("--submission", type=Path, metavar="SAMPLE", help=submission)
-    part = "predict only this part of the exams, on the second of four machines 2/4; python -m "
-    part += "tools.merge puts all parts together and says what is missing"
-    files.add_argument("--part", type=part_argument, metavar="I/N", help=part)
     existing = files.add_mutually_exclusive_group()
     existing.add_argument(
         "--resume",
@@ -124,8 +122,16 @@ def add_file_arguments(parser):
     existing.add_argument("--overwrite", action="store_true", help="replace --out")
 
 
-def default_workers():
-    return min(8, max(1, usable_cores() // 2))
+def default_importers(source, at_once):
+    """How many processes read scans.
+
+    Args:
+        source: Path of the scans.
+        at_once: processes that predict.
+    """
+    if at_once > 1:
+        return min(at_once, usable_cores())
+    return min(8, max(1, usable_cores() // 2)) if is_rsna(source) else 1
 
 
 def columns_for(tasks):
@@ -308,66 +314,98 @@ def open_output(path, resume):
         raise unwritable(path, error) from None
 
 
-def predict_all(exams, tasks, saved, file, options, jsonl):
+def changed(exams, saved, counts):
+    """Yields the exams whose rows are not in `saved`, and counts the others as "kept"."""
+    known = {key: one.input for key, one in saved.items()}
+    for exam in cli.progress(exams.each(known), "predict", total=len(exams)):
+        if exam.unchanged:
+            counts["kept"] += 1
+        else:
+            yield exam
+
+
+def predict_each(exams, tasks, options):
+    """Yields (exam, `predict_exam`'s rows and slices) of each exam."""
+    for exam in exams:
+        yield exam, predict_exam(exam, tasks, options)
+
+
+def predict_beside_others(exam, saved_networks, options, hashes):
+    """`predict_exam` in a process of --jobs or --cluster, which loads the networks once.
+
+    Args:
+        saved_networks: arguments of `load_once`.
+        hashes: `models_of` the networks that the run began with.
+
+    Raises:
+        RunError: the networks are others.
+    """
+    tasks = load_once(*saved_networks)
+    if models_of(tasks, options) != hashes:
+        raise RunError(f"{saved_networks[0]}: not the networks that this run began with")
+    return predict_exam(exam, tasks, options)
+
+
+def predict_all(exams, predict, saved, file, as_line):
     """Write the rows of every exam that `saved` has not.
 
     Args:
+        predict: function of an iterator of exams: yields (exam, rows and slices) in their order.
         saved: {(source, name): Saved}, brought up to date.
         file: text, at its end.
-        jsonl: rows of JSON, not CSV.
+        as_line: function of a row: its text.
 
     Returns:
         Counter: exams "predicted", "kept" as they were, "failed" (not all planes could be used),
         and "slices".
     """
-    hashes, counts = models_of(tasks, options), Counter()
-    known = {key: one.input for key, one in saved.items()}
+    counts = Counter()
     place = 0 if file is sys.stdout else file.tell()
-    for exam in cli.progress(exams.each(known), "predict", total=len(exams)):
-        if exam.unchanged:
-            counts["kept"] += 1
-            continue
-        rows, slices = predict_exam(exam, tasks, options)
-        errors = [row["error"] for row in rows if row["error"]]
-        if errors:
-            counts["failed"] += 1
-            name = printable(f"{exam.source}/{exam.name}".lstrip("/"))
-            tqdm.write(f"error: {name}: {errors[0]}", file=sys.stderr)
-        counts["predicted"] += 1
-        counts["slices"] += slices
-        text = "".join(as_text(row | {"model": hashes[row["task"]]}, jsonl) for row in rows)
-        with named_in_errors("stdout" if file is sys.stdout else file.name):
-            file.write(text)
-            file.flush()
-        begin, place = place, place + len(text.encode())
-        saved[exam.key] = Saved(exam.input, begin, place)
+    with closing(predict(changed(exams, saved, counts))) as predicted:
+        for exam, (rows, slices) in predicted:
+            errors = [row["error"] for row in rows if row["error"]]
+            if errors:
+                counts["failed"] += 1
+                name = printable(f"{exam.source}/{exam.name}".lstrip("/"))
+                tqdm.write(f"error: {name}: {errors[0]}", file=sys.stderr)
+            counts["predicted"] += 1
+            counts["slices"] += slices
+            text = "".join(map(as_line, rows))
+            with named_in_errors("stdout" if file is sys.stdout else file.name):
+                file.write(text)
+                file.flush()
+            begin, place = place, place + len(text.encode())
+            saved[exam.key] = Saved(exam.input, begin, place)
+            exams.remove(exam)
     return counts
 
 
-def write_rows(exams, tasks, options, out, jsonl, saved):
+def write_rows(exams, predict, out, saved, header, as_line):
     """Predict into a file, or to stdout.
 
     Args:
+        predict, as_line: as `predict_all`.
         out: Path; - is stdout.
-        jsonl: rows of JSON, not CSV.
         saved: {(source, name): Saved} to keep of what is there; None to begin anew.
+        header: first line of the file.
 
     Returns:
         Counter as `predict_all`, and seconds.
     """
     to_stdout, resume = str(out) == "-", saved is not None
-    saved, header = saved or {}, "" if jsonl else csv_line(columns_for(tasks))
+    saved = saved or {}
     with nullcontext(sys.stdout) if to_stdout else open_output(out, resume) as file:
         if to_stdout or file.tell() == 0:
             file.write(header)
         began = time.perf_counter()
         try:
-            counts = predict_all(exams, tasks, saved, file, options, jsonl)
-        except KeyboardInterrupt:
+            counts = predict_all(exams, predict, saved, file, as_line)
+        except (KeyboardInterrupt, RunError) as error:
             if to_stdout:
                 raise
-            message = f"{len(saved)} exams are in {out}. {cli.resume_with()}"
-            raise KeyboardInterrupt(message) from None
+            why = f"{error}; " if str(error) else ""
+            message = f"{why}{len(saved)} exams are in {out}. {cli.resume_with()}"
+            raise type(error)(message) from None
         seconds = time.perf_counter() - began
     if resume:
         put_in_order(out, saved, exams, header)
@@ -389,77 +427,60 @@ def run(args):
     """Predict, write the rows, and list what could not be used."""
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    in_parts = bool(args.cluster) or (args.jobs or 1) > 1
-    values = vars(args) | {"workers": args.workers or 1}  # of each part
-    if not args.cluster:  # whose machines may differ from this one
-        values |= {"device": device.type, "precision": precision}
     args.device, args.precision = device.type, precision  # what "auto" became
-    args.workers, submission, sample = args.workers or default_workers(), args.out, None
+    submission, sample = args.out, None
     if args.submission:
         sample = sample_for(args.submission, args.out, args.resume or args.overwrite)
         trained = saved_tasks(args.models_dir, args.recipes)
         args.task = [task for task in sample.tasks if task in trained] or sample.tasks
         args.partial = True
-        values |= {"task": args.task, "partial": True}
         args.out = args.out.with_name(f"{args.out.stem}-rows.csv")
         check_there(args.exams)
     options = Options(device, precision, args.partial)
-    to_stdout = str(args.out) == "-"
-    where = torch.device("cpu") if in_parts else device
+    to_stdout, side_by_side = str(args.out) == "-", bool(args.cluster) or (args.jobs or 1) > 1
+    where = torch.device("cpu") if side_by_side else device
     tasks = load_tasks(args.models_dir, args.task, where, args.recipes)
-    check_output(args.out, args.resume, args.overwrite, in_parts)
+    hashes = models_of(tasks, options)
+    if not to_stdout:
+        find_target(args.out)
+    if not (to_stdout or args.resume or args.overwrite) and args.out.exists():
+        raise InputError(f"{args.out}: exists; --resume continues it, --overwrite replaces it")
+    predict, at_once = partial(predict_each, tasks=tasks, options=options), 1
+    if side_by_side:
+        runner = Machines.of(vars(args)).pick(device.type, args.jobs)
+        networks = args.models_dir, tuple(hashes), tuple(args.recipes), device.type
+        about = {"saved_networks": networks, "options": options, "hashes": hashes}
+        predict = partial(runner.map, partial(predict_beside_others, **about))
+        at_once = runner.at_once
+    args.workers = args.workers or default_importers(args.exams[0], at_once)
+    header = "" if args.jsonl else csv_line(columns_for(tasks))
+
+    def as_line(row):
+        return as_text(row | {"model": hashes[row["task"]]}, args.jsonl)
+
+    busy = f"{args.out}: another run predicts it; wait for that one"
     live = refreshed(submission, sample, args.out, tasks, args.resume) if sample else nullcontext()
-    with nullcontext() if to_stdout else alone_with_rows(args.out):
+    with nullcontext() if to_stdout else alone_at(args.out, busy):
         with live:
             saved = None
             if args.resume:
-                hashes = models_of(tasks, options)
                 saved = saved_exams(args.out, columns_for(tasks), hashes, args.jsonl)
-            if args.part:
-                beside(args.out).unlink(missing_ok=True)
+            # Pipelines get rows and nothing else.
+            log = partial(print, file=sys.stderr) if to_stdout else print
             if not to_stdout:
                 cli.print_start_up(vars(args), device, precision)
                 for models in tasks:
                     print_models(models)
-            if in_parts:
-                runner = Machines.of(values).pick(device.type, args.jobs)
-                is_whole = predict_in_parts(values, args.out, runner, args.resume)
-                unusable = "" if is_whole else "not all exams or files could be used, named above"
-            else:
-                # Pipelines get rows and nothing else.
-                log = partial(print, file=sys.stderr) if to_stdout else print
-                about = args.plane, tasks, args.allow_synthetic, log, args.workers
-                with open_fit_exams(args.exams, *about) as exams:
-                    if args.part:
-                        keys = [(printable(source), printable(name)) for source, name in exams]
-                        check_names(keys)
-                        exams.keep(args.part)
-                    counts, seconds = write_rows(exams, tasks, options, args.out, args.jsonl, saved)
-                    if args.part:
-                        write_part(args.out, args.part, keys)
-                log(summary_line(counts, seconds))
-                unusable = why_not_all(exams, counts)
+            about = args.plane, tasks, args.allow_synthetic, log, args.workers
+            with open_fit_exams(args.exams, *about) as exams:
+                counts, seconds = write_rows(exams, predict, args.out, saved, header, as_line)
+            log(summary_line(counts, seconds))
+            unusable = why_not_all(exams, counts)
         if sample:
             why = unusable, submit(submission, sample, args.out, tasks)
             unusable = "; ".join(filter(None, why))
         if unusable:
             raise RunError(unusable)
-
-
-def check_output(out, resume, overwrite, in_parts):
-    """Refuse to replace rows that nobody asked to replace, or to lose those of parts.
-
-    Raises:
-        InputError: what is there and what to do, or as `files.find_target`.
-    """
-    if resume and not in_parts and parts_left(out):
-        raise InputError(f"{out}.parts: of an interrupted run with --jobs; give --jobs "
-                         f"{parts_left(out)}")  # fmt: skip
-    if str(out) == "-":
-        return
-    find_target(out)
-    if not resume and not overwrite and out.exists():
-        raise InputError(f"{out}: exists; --resume continues it, --overwrite replaces it")
 
 
 def summary_line(counts, seconds):

@@ -30,15 +30,7 @@ from common.description import read_own_labels
 from common.errors import Interrupted, RunError, counted
 from common.files import held, write_text
 from common.jobs import ROOT, Job, bytes_of_a_job, failures
-from common.names import (
-    ARTICLE,
-    column_name,
-    folds_path,
-    list_runs,
-    model_path,
-    results_path,
-    state_path,
-)
+from common.names import ARTICLE, results_path
 from common.report import read_all, write_report
 from common.table import markdown
 
@@ -89,14 +81,13 @@ def read_training(recipe):
     """What of train.py's arguments matters here as well.
 
     Returns:
-        the arguments that train_logistic_regression.py needs, the recipe's name, a Run for each of
-        a task's and plane's networks, the device and the backbone.
+        the arguments that train_logistic_regression.py needs, the recipe's name, how many networks
+        a task and plane has, the device and the backbone.
     """
     parser = argparse.ArgumentParser(prog=cli.script_name(), add_help=False)
     for name in ("--folds", "--repeat"):
         parser.add_argument(name, type=cli.positive_int)
-    parser.add_argument("--seed", type=cli.count)
-    for name in ("--device", "--precision"):
+    for name in ("--seed", "--device", "--precision"):
         parser.add_argument(name)
     parser.add_argument("--recipe", default=ARTICLE)
     parser.add_argument("--backbone")
@@ -104,44 +95,36 @@ def read_training(recipe):
     name, values = read_recipe(known.pop("recipe"))
     backbone = known.pop("backbone") or (THE_ARTICLES | values)["backbone"]
     words = [word for name, value in known.items() if value for word in (f"--{name}", str(value))]
-    seed = known["seed"] or 0
     return (
         [*words, "--recipes", name],
         name,
-        list_runs(known["folds"] or 1, range(seed, seed + (known["repeat"] or 1))),
+        (known["folds"] or 1) * (known["repeat"] or 1),
         known["device"] or "auto",
         backbone,
     )
 
 
-def make_jobs(findings, planes, runs, places, training, recipe):
+def make_jobs(findings, planes, count, places, training):
     """A Job for every network.
 
     Args:
         findings: list of lists of tasks; those of one list share a network.
         planes: list.
-        runs: of each network of a task and plane.
+        count: networks of a task and plane.
         places: {"data", "models", "logs": Path}.
         training: list, arguments of train.py.
-        recipe: its name.
     """
-    jobs, folds = [], max(run.fold for run in runs)
+    jobs = []
     for together in findings:
         for plane in planes:
             size = bytes_of(places["data"], plane)
-            column = column_name(plane, recipe)
-            for number, run in enumerate(runs, start=1):
+            for number in range(1, count + 1):
                 name = "+".join(together)
                 arguments = (ROOT / "train.py", "--task", *together, "--plane", plane, "--resume",
                              *as_arguments(places), "--networks", number, *training)  # fmt: skip
                 log = places["models"] / "output" / f"{name}-{plane}-{number}.txt"
-                title = f"{name}, {plane}" + (f", network {number}" if len(runs) > 1 else "")
-                models = {task: model_path("", task, column, run.suffix)
-                          for task in (*together, name)}  # fmt: skip
-                files = (*(models[task] for task in together), state_path(models[name]),
-                         folds_path("", name, column, folds, run.seed))  # fmt: skip
-                files = tuple(map(str, files))
-                jobs.append(Job(title, tuple(map(str, arguments)), log, size, files))
+                title = f"{name}, {plane}" + (f", network {number}" if count > 1 else "")
+                jobs.append(Job(title, tuple(map(str, arguments)), log, size))
     return jobs
 
 
@@ -160,13 +143,13 @@ def run(args):
     busy = f"{args.models_dir}: another reproduce.py runs there; wait for it, or give --models-dir"
     with held(args.models_dir / ".reproduce.lock", busy):
         wanted = args.tasks or all_tasks(args.data_dir)
-        words, recipe, runs, device, backbone = read_training(args.recipe)
+        words, recipe, count, device, backbone = read_training(args.recipe)
         places = {"data": args.data_dir, "models": args.models_dir, "logs": args.logs_dir}
         findings = [wanted] if args.together else [[task] for task in wanted]
         planes, left = trainable_planes(args.data_dir)
         if left:
             print(f"left out   {', '.join(left)}: no folder in both train and valid")
-        jobs = make_jobs(findings, planes, runs, places, args.recipe, recipe)
+        jobs = make_jobs(findings, planes, count, places, args.recipe)
         runner = Machines.of(vars(args)).pick(device, len(jobs), bytes_of_a_job(backbone))
         print(f"{counted(len(jobs), 'network')}, {runner.at_once} at a time with "
               f"{counted(runner.threads, 'thread')} each; "

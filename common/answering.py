@@ -2,10 +2,12 @@
 
 import hashlib
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
+from common.devices import pick_device
 from common.exams import open_exams, refuse_unfit
 from common.task_models import load_task, saved_tasks
 
@@ -26,6 +28,17 @@ def load_tasks(models_dir, names, device, recipes):
     """
     names = sorted(set(names)) if names else saved_tasks(models_dir, recipes)
     return [load_task(models_dir, name, recipes, device) for name in names]
+
+
+@cache
+def load_once(models_dir, names, recipes, device):
+    """`load_tasks`, and the same list at every later call in this process.
+
+    Args:
+        names, recipes: tuples.
+        device: as `pick_device` takes it.
+    """
+    return load_tasks(models_dir, names, pick_device(device), recipes)
 
 
 @contextmanager

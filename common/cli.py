@@ -123,9 +123,6 @@ def add_parallel_arguments(parser, what, by_default):
     Args:
         what: they do, in the plural.
         by_default: how many without --jobs.
-
-    Returns:
-        the group's add_argument.
     """
     add = parser.add_argument_group("side by side").add_argument
     jobs = f"{what} side by side; by default {by_default}; not with --cluster"
@@ -137,17 +134,14 @@ def add_parallel_arguments(parser, what, by_default):
     cluster = f"on the nodes of a Ray cluster, as many {what} as it has room for "
     cluster += "(docs/cluster.md); pip install -r requirements-cluster.txt"
     add("--cluster", choices=("ray",), help=cluster)
-    return add
 
 
 def add_jobs_arguments(parser):
-    """--jobs, --threads, --jobs-per-gpu, --cluster, --fetch: for what trains many networks."""
+    """--jobs, --threads, --jobs-per-gpu, --cluster: for what trains many networks."""
     by_default = (
         "one a core on a CPU, as far as memory allows, and on GPUs what --jobs-per-gpu says"
     )
-    add = add_parallel_arguments(parser, "networks", by_default)
-    fetch = "with --cluster: the nodes share no folder of models, so bring each one's files back"
-    add("--fetch", action="store_true", help=fetch)
+    add_parallel_arguments(parser, "networks", by_default)
 
 
 def add_exam_arguments(parser):

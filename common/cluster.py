@@ -1,31 +1,28 @@
 """The jobs of common/jobs.py on the nodes of a Ray cluster: `--cluster ray`, docs/cluster.md.
 
 Ray shares out cores and GPUs, and runs a lost node's jobs again elsewhere; each job resumes from
-what it finds in its --models-dir. That folder is shared by all nodes, or with `fetch` each job has
-one of its own, to which its files are sent and from which they come back.
+what it finds in its --models-dir, a folder that all nodes share.
 """
 
 import math
 import os
+import queue
 import signal
-import tempfile
 import time
-from collections import deque
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from common.devices import pick_device
-from common.errors import InputError, one_line
-from common.files import write_bytes
+from common.errors import InputError, RunError, one_line
 from common.jobs import (
     ROOT,
     Done,
     Jobs,
     bytes_of_a_job,
     finish,
+    in_order,
     most_at_once,
     send_signal,
     start,
@@ -35,7 +32,6 @@ from common.jobs import (
 TRIES = 5  # on other nodes, where one is lost
 POLL_SECONDS = 0.5  # between queries of the jobs that have ended, and of the flag
 NEVER_ENDED = -1  # status of a job that was lost with its machine
-LOG = ".output"  # name of a job's log among its files
 
 
 class RayJobs(Jobs):
@@ -44,16 +40,14 @@ class RayJobs(Jobs):
     Args:
         threads: cores and torch threads of each job.
         jobs_per_gpu: side by side on each GPU; 0 for none on GPUs.
-        fetch: bring each job's files to its node and back, where nodes share no folder.
 
     Raises:
         InputError: no Ray, or no cluster.
     """
 
-    def __init__(self, threads=1, jobs_per_gpu=0, fetch=False):
+    def __init__(self, threads=1, jobs_per_gpu=0):
         super().__init__(at_once=1, threads=threads)
-        self.ray, self.fetch = connect(), fetch
-        self.running, self.sent = {}, {}  # {reference: Job}, {reference: names of its files}
+        self.ray, self.running = connect(), {}  # {reference: Job}
         has_gpus = any(node.get("GPU") for node in self.alive())
         self.jobs_per_gpu = jobs_per_gpu if has_gpus else 0
         self.at_once = self.room()
@@ -63,9 +57,7 @@ class RayJobs(Jobs):
                 "fewer --threads, or start more machines"
             )
         # Ray counts in parts of 1/10000: rounded down, so that all fit.
-        share = math.floor(10_000 / self.jobs_per_gpu) / 10_000 if self.jobs_per_gpu else 0
-        options = {"num_cpus": threads, "num_gpus": share, "max_retries": TRIES}
-        self.remote = self.ray.remote(**options)(run_on_node)
+        self.share = math.floor(10_000 / self.jobs_per_gpu) / 10_000 if self.jobs_per_gpu else 0
         self.flag = self.ray.remote(num_cpus=0, max_restarts=-1)(StopFlag).remote()
 
     def alive(self):
@@ -77,32 +69,43 @@ class RayJobs(Jobs):
         return sum(room_of(node, self.threads, self.jobs_per_gpu) for node in self.alive())
 
     def results(self, jobs):
-        """Hand jobs to Ray, and yield the Done of each, or None, as it ends. With `fetch` some of
-        those that wait are kept back: Ray holds the files of all that it has."""
-        waiting = deque(jobs)
-        while waiting or self.running:
-            most = max(1, 2 * self.room()) if self.fetch else math.inf
-            while waiting and len(self.running) < most:
-                self.submit(waiting.popleft())
+        """Hand all jobs to Ray, and yield the Done of each, or None, as it ends."""
+        options = {"num_cpus": self.threads, "num_gpus": self.share, "max_retries": TRIES}
+        run = self.ray.remote(**options)(run_on_node).remote
+        self.running = {run(job, self.threads, os.getcwd(), self.flag): job for job in jobs}
+        while self.running:
             ended, _ = self.ray.wait(list(self.running), timeout=POLL_SECONDS)
             for reference in ended:
-                job, sent = self.running[reference], self.sent.pop(reference)
+                job = self.running.pop(reference)
                 try:
-                    done, files = self.ray.get(reference)
-                    take_back(job, sent, files)
+                    yield self.ray.get(reference)
                 except self.ray.exceptions.RayError as error:  # lost too often, or no such folder
                     note(job, f"Ray: {one_line(error.__cause__ or error)}")
-                    done = Done(job, NEVER_ENDED, None, None, 0)
-                del self.running[reference]
-                yield done
-            if self.stopped_by:
-                waiting.clear()
+                    yield Done(job, NEVER_ENDED, None, None, 0)
 
-    def submit(self, job):
-        """Hand a job to Ray, with `fetch` and its files as they are now."""
-        sent = read_files(models_dir_of(job), job.files) if self.fetch else None
-        reference = self.remote.remote(job, self.threads, os.getcwd(), self.flag, sent)
-        self.running[reference], self.sent[reference] = job, set(sent or ())
+    def map(self, function, items):
+        """As Jobs.map, in actors that stay on their nodes."""
+        actor = self.ray.remote(num_cpus=self.threads, num_gpus=self.share)(Caller)
+        actors = [actor.remote(function, self.threads, os.getcwd()) for _ in range(self.at_once)]
+        free = queue.SimpleQueue()
+        for one in actors:
+            free.put(one)
+
+        def submit(item):
+            one = free.get()
+            future = one.call.remote(item).future()
+            future.add_done_callback(lambda _: free.put(one))
+            return future
+
+        try:
+            yield from in_order(submit, items, 2 * self.at_once)
+        except self.ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except self.ray.exceptions.RayError as error:
+            raise RunError(f"a process or machine was lost (Ray: {one_line(error)})") from None
+        finally:
+            for one in actors:
+                self.ray.kill(one)
 
     def stop(self, number, frame=None):
         self.stopped_by = number
@@ -128,19 +131,35 @@ class StopFlag:
         return self.stopped
 
 
+class Caller:
+    """An actor of Ray that calls a function.
+
+    Args:
+        threads: of torch.
+        folder: that paths are relative to.
+    """
+
+    def __init__(self, function, threads, folder):
+        os.chdir(folder)
+        torch.set_num_threads(threads)
+        self.function = function
+
+    def call(self, item):
+        return self.function(item)
+
+
 class Machines(NamedTuple):
-    """Where jobs run: the values of `cli.add_parallel_arguments` and of --fetch."""
+    """Where jobs run: the values of `cli.add_parallel_arguments`."""
 
     jobs: int | None
     threads: int | None
     jobs_per_gpu: int
     cluster: str | None
-    fetch: bool = False
 
     @classmethod
     def of(cls, values):
         """Machines of {name: value} as argparse has them, others among them."""
-        return cls(**{name: values[name] for name in cls._fields if name in values})
+        return cls(*(values[name] for name in cls._fields))
 
     def pick(self, device, count, bytes_each=None):
         """Jobs, of this machine or of a cluster.
@@ -151,15 +170,13 @@ class Machines(NamedTuple):
             bytes_each: memory that each takes on a CPU; by default a training of the article's.
 
         Raises:
-            InputError: as RayJobs, --fetch without a cluster, or --jobs with one.
+            InputError: as RayJobs, or --jobs with a cluster.
         """
         if self.cluster and self.jobs:
             raise InputError("--jobs: not with --cluster, which takes as many as it has room for")
         if self.cluster:
             per_gpu = 0 if device == "cpu" else self.jobs_per_gpu
-            return RayJobs(self.threads or 1, per_gpu, self.fetch)
-        if self.fetch:
-            raise InputError("--fetch is for --cluster; leave it out")
+            return RayJobs(self.threads or 1, per_gpu)
         if pick_device(device).type == "cpu":
             at_once = self.jobs or most_at_once(count, bytes_each or bytes_of_a_job())
             return Jobs(at_once, self.threads or 0)
@@ -199,74 +216,15 @@ def note(job, text):
         log.write(f"{text}\n")
 
 
-def models_dir_of(job):
-    """The value of a job's --models-dir."""
-    return Path(job.arguments[job.arguments.index("--models-dir") + 1])
-
-
-def read_files(folder, names):
-    """{name: bytes} of the files that are there."""
-    paths = {name: folder / name for name in names}
-    return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
-
-
-def take_back(job, sent, files):
-    """Put a job's files into its --models-dir.
-
-    Args:
-        sent: names of those that it began with; what it has removed is removed.
-        files: {name: bytes} of those that it wrote, and its LOG; {} if it never began.
-    """
-    if LOG not in files:
-        return
-    note(job, files.pop(LOG).decode(errors="replace").rstrip())
-    folder = models_dir_of(job)
-    for name, content in files.items():
-        write_bytes(folder / name, content)
-    for name in sent - files.keys():
-        (folder / name).unlink(missing_ok=True)
-
-
-def run_on_node(job, threads, folder, flag, sent=None):
-    """Run a job, on a node of the cluster: Done, or None if it did not begin; and the files of
-    `take_back`.
+def run_on_node(job, threads, folder, flag):
+    """Run a job, on a node of the cluster: Done, or None if it did not begin.
 
     Args:
         folder: that the job's paths are relative to.
         flag: actor of StopFlag.
-        sent: {name: bytes} that it finds in a --models-dir of its own; None where that is shared.
     """
     os.chdir(folder)
-    if sent is None:
-        return run_here(job, threads, flag), {}
-    with tempfile.TemporaryDirectory(prefix="mrnet-job-") as own:
-        for name, content in sent.items():
-            write_bytes(Path(own) / name, content)
-        words = with_own_folder(job.arguments, own, sent)
-        here = job._replace(arguments=words, log=Path(own) / LOG)
-        done = run_here(here, threads, flag)
-        if done is None:
-            return None, {}
-        return done._replace(job=job), read_files(Path(own), (*job.files, LOG))
-
-
-def with_own_folder(arguments, own, names):
-    """A job's arguments with `own` as --models-dir, its logs and a recipe of its files within. What
-    else lies in the shared folder, such as the data, stays there.
-
-    Args:
-        names: of its files, relative to the folder.
-    """
-    words = list(arguments)
-    places = {word: place + 1 for place, word in enumerate(words)}  # of the options' values
-    shared, words[places["--models-dir"]] = words[places["--models-dir"]], own
-    if "--logs-dir" in places:
-        words[places["--logs-dir"]] = f"{own}/logs"
-    if "--recipe" in places:
-        recipe = words[places["--recipe"]].removeprefix(f"{shared}/")
-        if recipe in names:
-            words[places["--recipe"]] = f"{own}/{recipe}"
-    return tuple(words)
+    return run_here(job, threads, flag)
 
 
 def run_here(job, threads, flag):

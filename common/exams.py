@@ -44,7 +44,7 @@ DATASET_ABOVE = 3  # folders above a volume's in which dataset.json is looked fo
 
 
 class Exam(NamedTuple):
-    """One exam's volumes on disk, gone with the next exam where they were converted."""
+    """One exam's volumes on disk."""
 
     name: str  # stable: file name without .npy, or hash of the study with the knee's side
     source: str  # folder that it was found in, relative to what the user named; "" for that itself
@@ -114,13 +114,6 @@ class FolderExams:
         """
         raise InputError(f"{self.root}: .npy files belong to no DICOM study; leave out --dicom")
 
-    def keep(self, part):
-        """Leave only a parts.Part of the exams."""
-        ours = set(part.take(list(self)))
-        for folder, names in self.names.items():
-            source = self.source_of(folder)
-            self.names[folder] = [name for name in names if (source, name) in ours]
-
     def keep_split(self, split):
         """Leave only the exams of one of SPLITS, where there are some."""
         if ours := {folder: n for folder, n in self.names.items() if folder.name == split}:
@@ -142,6 +135,9 @@ class FolderExams:
         """
         for key in self:
             yield self.load(key, (known or {}).get(key))
+
+    def remove(self, exam):
+        """Remove what was converted of an Exam: here nothing was."""
 
 
 class FilesExam(FolderExams):
@@ -166,9 +162,6 @@ class FilesExam(FolderExams):
     @property
     def datasets(self):
         return [dataset_of(path.absolute().parent) for path in self.paths.values()]
-
-    def keep(self, part):
-        raise InputError(f"{self.root}: one exam has no parts; leave out --part")
 
     def load(self, key, unless=None):
         return exam_of(self.name, "", self.paths, unless)
@@ -300,15 +293,14 @@ class DicomExams:
     Args:
         log: prints the importers' messages.
         preparation: as `importer_preparation` returns it.
-        workers: importers side by side for RSNA's set; data/dicom's reads all headers first and
-            is always one.
+        workers: importers side by side. Each of data/dicom's reads all headers first.
     """
 
     def __init__(self, source, folder, log, preparation, workers=1):
         self.source, self.folder, self.log = source, Path(folder), log
         self.shown = set(PLANES)  # any of them, as far as is known yet
         self.wants_origin = False  # each exam shall say where it comes from
-        importer, workers = ("rsna", workers) if is_rsna(source) else ("dicom", 1)
+        importer = "rsna" if is_rsna(source) else "dicom"
         if importer == "dicom" and source.name.endswith("_series"):  # as RSNA's folders are called
             words = (
                 f"warning: {source}.csv: no list of series, so {source.name} is read as any DICOM "
@@ -324,25 +316,18 @@ class DicomExams:
         options += ["--t1"] if preparation.get("t1") else []
         options += [f"--t1-plane={plane}" for plane in preparation.get("t1_planes", ())]
         script = ROOT / "data" / importer / "prepare.py"
-        self.importers = []
-        for _ in range(workers):
-            self.importers.append(Importer(script, source, folder, options))
-            if "exams" not in self.importers[-1].listing:
-                self.print_lines(self.importers[-1].listing.get("lines", ()))
+        self.importers = [Importer(script, source, folder, options) for _ in range(workers)]
+        for one in self.importers:  # they read the headers side by side
+            one.read_listing()
+            if "exams" not in one.listing:
+                self.print_lines(one.listing.get("lines", ()))
                 self.close()
                 raise InputError(self.fault)
         first = self.importers[0].listing
         self.print_lines(first["lines"])
         self.failed = sum(text.startswith("error: ") for _, text in first["lines"])
-        self.share_out([(where, name) for name, where in first["exams"]])
-
-    def share_out(self, keys):
-        """Have `keys` as exams, shared out over the importers."""
-        self.listed, self.place = keys, {key: place for place, key in enumerate(keys)}
-
-    def keep(self, part):
-        """Leave only a parts.Part of the exams."""
-        self.share_out(part.take(self.listed))
+        self.listed = [(where, name) for name, where in first["exams"]]
+        self.place = {key: place for place, key in enumerate(self.listed)}
 
     def __len__(self):
         return len(self.listed)
@@ -396,13 +381,16 @@ class DicomExams:
         return self.answer(key)
 
     def each(self, known=None):
-        """Every Exam in order; `known` as in FolderExams."""
+        """Every Exam in order, there until `remove`; `known` as in FolderExams."""
         ahead = len(self.importers)
         for i, key in enumerate(self.listed):
             for later in self.listed[i + ahead * (i > 0) : i + ahead + 1]:
                 self.request(later, (known or {}).get(later))
             yield self.answer(key)
-            shutil.rmtree(self.folder / key[1], ignore_errors=True)
+
+    def remove(self, exam):
+        """Remove what was converted of an Exam."""
+        shutil.rmtree(self.folder / exam.name, ignore_errors=True)
 
     def close(self):
         for importer in self.importers:
@@ -541,7 +529,7 @@ def open_exams(sources, plane=None, log=print, networks=None, workers=1):
         networks: list of task_models.TaskModels that will see them: scans are mirrored and cut as
             the exams were that they were trained on, and further series are taken if they take
             them.
-        workers: processes that convert RSNA's studies.
+        workers: processes that convert scans.
 
     Yields:
         FolderExams, FilesExam or DicomExams. What was converted lies in a temporary folder, gone

@@ -109,6 +109,15 @@ def atomic(path, mode=None):
         raise
 
 
+def unwritable(path, error):
+    """An InputError that says why an output file cannot be written.
+
+    Args:
+        error: OSError.
+    """
+    return InputError(f"{path}: cannot be written ({error.strerror}); give another --out")
+
+
 def remove_leftovers(path):
     """Remove the temporary files that killed runs of `atomic` left for `path`, which no other
     process writes now."""

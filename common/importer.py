@@ -26,11 +26,11 @@ class Importer:
     Attributes:
         fault: why it could not go on, such as a full disk, or None.
         listing: its first answer, {"exams": [[name, source], ...], "lines"}; without
-            "exams" if it failed.
+            "exams" if it failed. None before `read_listing`.
     """
 
     def __init__(self, script, source, folder, options):
-        self.source, self.fault = source, None
+        self.source, self.fault, self.listing = source, None, None
         command = [sys.executable, script, "--serve", *options, "--", source, folder]
         self.command = list(map(str, command))
         self.asked, self.crashes = deque(), 0  # requests without an answer; crashes in a row
@@ -41,6 +41,9 @@ class Importer:
         self.process = subprocess.Popen(
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
         )
+
+    def read_listing(self):
+        """Wait for its first answer."""
         self.listing = self.receive()
         if "crash" in self.listing:
             self.fault, self.is_over = self.listing["crash"], True
@@ -74,6 +77,7 @@ class Importer:
             reply["crash"] += " while it converted this exam"
             self.close()
             self.start()
+            self.read_listing()
             for line in self.asked:
                 self.send(line)
         return reply

@@ -1,8 +1,8 @@
-"""Independent commands side by side on one machine, each in a process and with a log of its own.
-
-On several machines: common/cluster.py.
+"""Independent commands side by side on one machine, each in a process and with a log of its own;
+and calls of a function in several processes. On several machines: common/cluster.py.
 """
 
+import multiprocessing
 import os
 import queue
 import shlex
@@ -10,18 +10,23 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from common.cli import catch_signals, output_may_end
 from common.config import THE_ARTICLES
-from common.errors import Interrupted
+from common.errors import Interrupted, RunError
 from common.files import named_in_errors
 from common.machine import available_memory, usable_cores
 from model import BACKBONES, MOST_ACTIVATIONS
@@ -41,8 +46,6 @@ class Job(NamedTuple):
     arguments: tuple  # of Python: the script and its arguments
     log: Path  # gets all that it prints
     work: float = 1.0  # how long it takes, in any unit: the longest begin first
-    files: tuple = ()  # names of what it reads and writes in its --models-dir
-    ended: Path | None = None  # marker file: exists if the job completed, even with status 1
 
 
 class Done(NamedTuple):
@@ -57,9 +60,7 @@ class Done(NamedTuple):
     @property
     def is_fine(self):
         """Whether there is nothing to try again."""
-        return self.status == 0 or (
-            self.status == 1 and self.job.ended is not None and self.job.ended.exists()
-        )
+        return self.status == 0
 
 
 class Jobs:
@@ -76,9 +77,11 @@ class Jobs:
         self.at_once = at_once
         self.threads = threads or max(1, usable_cores() // at_once)
         self.running, self.stopped_by = {}, 0  # {process: Job}; number of a signal
-        self.gpus = queue.SimpleQueue() if gpus else None  # the free places on them
-        for k in range(at_once if gpus else 0):
-            self.gpus.put(gpus[k % len(gpus)])
+        # The GPU of each of those that run side by side; None for any.
+        self.places = [gpus[k % len(gpus)] if gpus else None for k in range(at_once)]
+        self.free = queue.SimpleQueue()
+        for place in self.places:
+            self.free.put(place)
 
     def run(self, jobs):
         """Run jobs, those with most work first; yields Done as each ends, and says so.
@@ -142,16 +145,90 @@ class Jobs:
     def try_one(self, job):
         """Run a job's process: Done."""
         began = time.perf_counter()
-        gpu = self.gpus.get() if self.gpus else None
+        gpu = self.free.get()
         process = start(job, self.threads, gpu)
         self.running[process] = job
         if self.stopped_by:  # between the question above and now
             send_signal(process, self.stopped_by)
         done = finish(job, process, began)
         del self.running[process]
-        if gpu is not None:
-            self.gpus.put(gpu)
+        self.free.put(gpu)
         return done
+
+    def map(self, function, items):
+        """Call a function with each item, in as many processes as `at_once` says, which end with
+        this one: yields (item, result) in the order of the items.
+
+        Args:
+            function: of a module, or a partial of one; as its items and results it can be pickled.
+            items: iterator, read as far ahead as keeps the processes busy.
+
+        Raises:
+            RunError: a process was lost. What the function raises is raised here.
+        """
+        context = multiprocessing.get_context("spawn")  # a fork may not use CUDA
+        gpus = context.SimpleQueue()
+        for place in self.places:
+            gpus.put(place)
+        about = {"initializer": prepare_process, "initargs": (self.threads, gpus)}
+        pool = ProcessPoolExecutor(self.at_once, context, **about)
+
+        def submit(item):
+            # Processes start here, and inherit the mask: Ctrl-C and a closed terminal end them
+            # through their owner.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+            try:
+                return pool.submit(function, item)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+        try:
+            yield from in_order(submit, items, 2 * self.at_once)
+        except BrokenProcessPool:
+            raise RunError(
+                "one of the processes was ended from outside, perhaps for want of memory (fewer "
+                "--jobs take less)"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def prepare_process(threads, gpus):
+    """Prepare a process of `Jobs.map`.
+
+    Args:
+        threads: of torch.
+        gpus: queue of the GPUs, one for each process: the only one that it may see; None for any.
+    """
+    gpu = gpus.get()
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    torch.set_num_threads(threads)
+    threading.Thread(target=end_with_owner, daemon=True).start()
+
+
+def end_with_owner():
+    """End this process when the one that started it has ended, even if it was killed."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def in_order(submit, items, most):
+    """Yields (item, result) in the order of the items, each as soon as it and those before it are
+    there.
+
+    Args:
+        submit: function of an item: Future of its result.
+        most: results that are waited for at a time.
+    """
+    waiting = deque()
+    for item in items:
+        waiting.append((item, submit(item)))
+        while waiting and (len(waiting) == most or waiting[0][1].done()):
+            item, future = waiting.popleft()
+            yield item, future.result()
+    for item, future in waiting:
+        yield item, future.result()
 
 
 def bytes_of_a_job(backbone=THE_ARTICLES["backbone"], planes=1):
@@ -243,15 +320,15 @@ def finish(job, process, began, options=0):
     )
 
 
-def failures(failed, jobs, what="networks", again="start again"):
+def failures(failed, jobs):
     """One line about the jobs that failed: how many, why the last did, and what to do."""
     log = failed[-1].log
     if log.is_file():
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         why = f"'{lines[-1] if lines else ''}' ({log})"
     else:  # on the disk of another machine
-        why = f"a log that is not here ({log}: without a shared folder give --fetch)"
+        why = f"a log that is not here ({log}: all machines must share --models-dir)"
     return (
-        f"{len(failed)} of {len(jobs)} {what} failed, the last, {failed[-1].name}, with {why}; "
-        f"correct that and {again}, the others are not repeated"
+        f"{len(failed)} of {len(jobs)} networks failed, the last, {failed[-1].name}, with {why}; "
+        "correct that and start again, the others are not repeated"
     )

@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from common.archive import folder_of, unwritable
 from common.errors import InputError, one_line
-from common.files import write_csv
+from common.files import unwritable, write_csv
 from common.planes import in_order
 from data.common import exam_name
 
@@ -105,23 +104,16 @@ def sample_for(path, out, may_replace):
     return sample
 
 
-def answers_in(paths):
-    """{(exam, task): probability} of files of rows, of which the last row may be half written."""
+def answers_in(path):
+    """{(exam, task): probability} of a file of rows, of which the last may be half written."""
     answers = {}
-    for path in paths:
-        with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(line for line in file if line.endswith("\n")):
-                planes = [row[name] for name in (*in_order(row), JOINT) if row[name]]
-                found = [row["stack"]] if row["stack"] else planes
-                if found:
-                    answers[row["exam"], row["task"]] = sum(map(float, found)) / len(found)
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(line for line in file if line.endswith("\n")):
+            planes = [row[name] for name in (*in_order(row), JOINT) if row[name]]
+            found = [row["stack"]] if row["stack"] else planes
+            if found:
+                answers[row["exam"], row["task"]] = sum(map(float, found)) / len(found)
     return answers
-
-
-def rows_since(out, start):
-    """Files of rows, of a run's parts or of all, that were written from `start` on, s."""
-    paths = sorted(folder_of(out).glob("part*.rows")) or [out]
-    return [path for path in paths if path.exists() and path.stat().st_mtime >= start]
 
 
 @contextmanager
@@ -144,7 +136,8 @@ def refreshed(path, sample, rows, tasks, resume):
     def refresh():
         while not ended.wait(REFRESH):
             try:
-                known.update(answers_in(rows_since(rows, start)))
+                if rows.exists() and rows.stat().st_mtime >= start:
+                    known.update(answers_in(rows))
                 if known:
                     write_submission(path, sample, known, prevalences)
             except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
@@ -177,7 +170,7 @@ def submit(path, sample, rows, tasks):
         One line on findings without models, which have UNTRAINED, and on studies without an
         answer, which have the training prevalence; "" where there are none.
     """
-    answers = answers_in([rows])
+    answers = answers_in(rows)
     prevalences = {models.task: models.prevalence for models in tasks}
     untrained = [task for task in sample.tasks if task not in prevalences]
     for task in untrained:

@@ -324,7 +324,7 @@ def test_oblong_slices_are_padded_or_cropped(convert, tmp_path):
     about = json.loads((tmp_path / "a" / "out" / "dataset.json").read_text())
     networks = [SimpleNamespace(datasets=[about], planes=["axial"])]
     with open_exams([tmp_path / "scan"], networks=networks) as exams:
-        for exam in exams.each():  # there until the next is asked for
+        for exam in exams.each():
             np.testing.assert_array_equal(np.load(exam.paths["axial"]), cropped)
     assert exams.datasets[0]["square"] == "crop"
 

@@ -28,7 +28,7 @@ def test_gpus_are_shared_out_evenly(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, words", [("a\nb\n", "with 'b' ("), ("", "with '' ("), (None, "--fetch")]
+    "text, words", [("a\nb\n", "with 'b' ("), ("", "with '' ("), (None, "--models-dir")]
 )
 def test_a_failure_is_named_even_without_its_log(tmp_path, text, words):
     job = Job("acl, axial", ("x",), tmp_path / "log.txt")
@@ -119,68 +119,35 @@ def test_a_signal_does_not_lose_a_job_that_has_just_ended(tmp_path, monkeypatch)
     assert cluster.try_here(job, 1, None).status == 0
 
 
-def test_a_jobs_own_folder_on_a_node_is_of_its_models_alone(tmp_path, monkeypatch):
-    """The data lie in the folder of the models: they stay where they are, only models are moved."""
-    monkeypatch.setattr(cluster, "is_set", lambda flag: False)
-    monkeypatch.chdir(tmp_path)
-    code = "import sys; open(sys.argv[2] + '/a.state', 'w').write('\\n'.join(sys.argv[1:]))"
-    here, recipe = str(tmp_path), f"{tmp_path}/recipes/a.toml"
-    words = ("--models-dir", here, "--data-dir", here, "--recipe", recipe, "--logs-dir", here)
-    job = Job("a", ("-c", code, *words), tmp_path / "a.txt", files=("a.state", "recipes/a.toml"))
-    _, files = cluster.run_on_node(job, 1, here, None, {"recipes/a.toml": b""})
-    own = files["a.state"].decode().splitlines()
-    assert own[1] != here and own[::2] == list(words[::2])
-    assert own[3::2] == [here, f"{own[1]}/recipes/a.toml", f"{own[1]}/logs"]
-    elsewhere = cluster.with_own_folder(job.arguments, "/own", ())
-    assert elsewhere[elsewhere.index("--recipe") + 1] == recipe  # it was not sent
-
-
 class LocalRay:
-    """Stands in for ray, a node of one core: each job writes its file; "lost" never ends."""
+    """Stands in for ray, a node of one core: "lost" never ends."""
 
     class exceptions:
         RayError = RuntimeError
-
-    def __init__(self):
-        self.waiting, self.most = {}, 0
 
     def nodes(self):
         return [{"Alive": True, "Resources": {"CPU": 1.0}}]
 
     def remote(self, **options):
-        return lambda what: SimpleNamespace(remote=self.submit)
-
-    def submit(self, job=None, threads=0, folder="", flag=None, sent=None):
-        self.waiting[object()] = job, sent
-        self.most = max(self.most, len(self.waiting) - 1)  # less the flag
-        return [*self.waiting][-1]
+        return lambda what: SimpleNamespace(remote=lambda *arguments: arguments)
 
     def wait(self, references, timeout):
         return references[:1], references[1:]
 
     def get(self, reference):
-        job, sent = self.waiting.pop(reference)
+        job, *_ = reference
         if job.name == "lost":
             raise RuntimeError
-        return Done(job, 0, 1.0, 1.0, 0), {cluster.LOG: str(sent).encode()}
+        return Done(job, 0, 1.0, 1.0, 0)
 
 
-def test_files_are_sent_when_a_job_is_and_no_time_is_known_of_one_that_is_lost(
-    tmp_path, monkeypatch
-):
-    ray = LocalRay()
-    monkeypatch.setattr(cluster, "connect", lambda: ray)
-    words = ("--models-dir", str(tmp_path))
-    jobs = [Job(name, words, tmp_path / f"{name}.txt", files=("a.pt",)) for name in "1234"]
-    lost = Job("lost", words, tmp_path / "lost.txt", files=("a.pt",))
-    (tmp_path / "a.pt").write_bytes(b"old")
-    ended = []
-    for done in cluster.RayJobs(fetch=True).run([*jobs, lost]):
-        (tmp_path / "a.pt").write_bytes(b"new")
-        ended.append(done)
-    assert ray.most == 2
-    assert [job.log.read_text().split("'")[-2] for job in jobs] == ["old", "old", "new", "new"]
-    assert ended[-1].job == lost and ended[-1].seconds is ended[-1].cpu_seconds is None
+def test_no_time_is_known_of_a_job_that_is_lost_with_its_node(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "connect", LocalRay)
+    jobs = [Job(name, ("x",), tmp_path / f"{name}.txt") for name in ("1", "lost")]
+    one, lost = cluster.RayJobs().run(jobs)
+    assert one.is_fine and one.seconds == 1.0
+    assert lost.job == jobs[1] and not lost.is_fine and lost.seconds is lost.cpu_seconds is None
+    assert jobs[1].log.read_text() == "Ray: RuntimeError\n"
 
 
 def is_alive(pid):
