@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import InputError, is_out_of_memory, one_line
+from common.files import open_regular
 
 SMALLEST_SIDE = 63  # px: AlexNet's third pooling has nothing left to pool below it
 
@@ -25,6 +26,7 @@ def open_volume(path):
             smaller than 63 px.
     """
     try:
+        open_regular(path).close()  # NumPy would wait for a pipe's writer
         volume = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise InputError(f"{path}: no such volume; add it, or remove its id from the CSV") from None

@@ -126,13 +126,15 @@ ROW = (
 
 def nifti():
     voxels = np.arange(6 * 8 * 8, dtype=np.int16).reshape(6, 8, 8)
-    return nibabel.Nifti1Image(voxels, np.diag([4.0, 0.6, 0.6, 1.0])).to_bytes()
+    return nibabel.Nifti1Image(voxels, np.diag([10.0, 8.0, 8.0, 1.0])).to_bytes()
 
 
 def mr_slice(k, name="MR_small.dcm"):
     """Slice k of a series made of one real slice, as a DICOM file."""
     ds = pydicom.dcmread(get_testdata_file(name))
     ds.ImagePositionPatient = [-10, -10, 3.0 * k]
+    ds.PixelSpacing = [1.5, 1.5]  # 64 px as wide as a knee
+    ds.SOPInstanceUID = pydicom.uid.generate_uid()
     data = io.BytesIO()
     ds.save_as(data)
     return data.getvalue()
