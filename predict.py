@@ -44,7 +44,7 @@ from common.description import describe_dataset, describe_datasets
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, one_line, printable
 from common.exams import check_there, read_planes
-from common.files import atomic, csv_line, from_cell
+from common.files import atomic, csv_line, from_cell, open_regular
 from common.machine import usable_cores
 from common.parts import beside, check_names, part_argument, write_part
 from common.planes import PLANES, in_order
@@ -235,7 +235,7 @@ def saved_exams(path, columns, tasks, model, jsonl):
     header = b"" if jsonl else csv_line(columns).encode()
     saved, rows, size = {}, [], 0
     try:
-        with open(path, "rb+") as file:
+        with open_regular(path, "rb+", most=None) as file:
             for line in file:
                 if not line.endswith(b"\n"):
                     check_start(line, header if size == 0 else b"", columns, jsonl)
@@ -283,7 +283,11 @@ def check_start(line, header, columns, jsonl):
 
 def put_in_order(path, saved, keys, header):
     """Rewrite a file of predictions: the rows of `keys`, in this order, and nothing else."""
-    with open(path, "rb") as file, atomic(path) as temporary, open(temporary, "wb") as ordered:
+    with (
+        open_regular(path, most=None) as file,
+        atomic(path) as temporary,
+        open(temporary, "wb") as ordered,
+    ):
         ordered.write(header.encode())
         for key in keys:
             file.seek(saved[key].begin)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import InputError
-from common.files import atomic, from_cell, write_text
+from common.files import atomic, from_cell, open_regular, read_text, write_text
 
 FIELDS = ("source", "exam", "task", "model", "error")
 
@@ -93,10 +93,10 @@ class Rows:
     def __init__(self, path):
         self.path = path
         try:
-            about = json.loads(beside(path).read_text(encoding="utf-8"))
+            about = json.loads(read_text(beside(path)))
             self.part = Part(int(about["number"]), int(about["of"]))
             self.count, self.list = int(about["exams"]), str(about["list"])
-            with open(path, encoding="utf-8") as file:
+            with open_regular(path, "r", most=None, encoding="utf-8") as file:
                 first = file.readline()
         except FileNotFoundError as error:
             raise InputError(
@@ -125,7 +125,7 @@ class Rows:
 
     def exams(self):
         """Yields an ExamRows for each."""
-        with open(self.path, newline="", encoding="utf-8") as file:
+        with open_regular(self.path, "r", most=None, newline="", encoding="utf-8") as file:
             if self.head:
                 file.readline()
             rows = ((self.fields(line), line) for line in file)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from common.archive import folder_of, unwritable
 from common.errors import InputError, one_line
-from common.files import write_csv
+from common.files import open_regular, write_csv
 from common.planes import in_order
 from data.common import exam_name
 
@@ -48,7 +48,7 @@ def read_sample(path):
         InputError: it cannot be read, has no columns of findings, or a study twice.
     """
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open_regular(path, "r", newline="", encoding="utf-8-sig") as file:
             head, *rows = [row for row in csv.reader(file) if row]
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as a CSV ({type(error).__name__})") from None
@@ -109,7 +109,7 @@ def answers_in(paths):
     """{(exam, task): probability} of files of rows, of which the last row may be half written."""
     answers = {}
     for path in paths:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open_regular(path, "r", newline="", encoding="utf-8") as file:
             for row in csv.DictReader(line for line in file if line.endswith("\n")):
                 planes = [row[name] for name in (*in_order(row), JOINT) if row[name]]
                 found = [row["stack"]] if row["stack"] else planes

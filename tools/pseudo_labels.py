@@ -22,7 +22,7 @@ from pathlib import Path
 
 from common import cli
 from common.errors import InputError
-from common.files import write_csv
+from common.files import open_regular, read_text, write_csv
 from common.labels import label_rows
 from common.names import predictions_path, results_path
 from common.submission import task_of
@@ -61,8 +61,8 @@ def out_of_fold(models_dir, task, recipes):
     if not results.is_file():
         return {}
     try:
-        folds = json.loads(results.read_text(encoding="utf-8"))["folds"]
-        with open(path, newline="", encoding="utf-8") as file:
+        folds = json.loads(read_text(results))["folds"]
+        with open_regular(path, "r", newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
         found = {int(row["id"]): float(row["stack"]) if row["stack"] else None for row in rows}
     except (OSError, ValueError, LookupError, TypeError, csv.Error):
@@ -84,7 +84,7 @@ def answers_in(path):
     """
     found = defaultdict(dict)
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open_regular(path, "r", newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 if row["source"].split("/")[-1] == "train" and row["stack"]:
                     found[row["task"]][int(row["exam"])] = float(row["stack"])
@@ -112,7 +112,7 @@ def run(args):
     studies = [row[STUDY] for row in read_table(args.studies, (STUDY,)).rows]
     path = args.data_dir / EXAMS
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open_regular(path, "r", newline="", encoding="utf-8") as file:
             numbers = {row["exam"]: int(row["id"]) for row in csv.DictReader(file)}
     except (OSError, ValueError, LookupError, TypeError, csv.Error):
         raise InputError(f"{path}: not the register of a prepared set; see --data-dir") from None

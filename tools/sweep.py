@@ -40,7 +40,7 @@ from common.config import THE_ARTICLES, Config
 from common.datasets import labelled_sets, make_exams
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, Interrupted, RunError, one_line
-from common.files import held, remove_leftovers, write_text
+from common.files import held, read_text, remove_leftovers, write_text
 from common.jobs import ROOT, Job, bytes_of_a_job, failures
 from common.names import ARTICLE, column_name, list_runs, model_path, state_path
 from common.planes import in_order
@@ -131,7 +131,7 @@ def read_sweep(path):
         InputError: no such file, not TOML, an unknown key, a recipe that is not there.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_text(path))
         content.setdefault("views", 0)
         settings = {name: content.pop(name) for name in SETTINGS}
         tables, stacks = content.pop("recipes"), content.pop("stacks", {})
@@ -231,7 +231,7 @@ class Results:
         self.content = head | {"networks": {}}
         if self.path.is_file():
             try:
-                found = json.loads(self.path.read_text(encoding="utf-8"))
+                found = json.loads(read_text(self.path))
                 found.setdefault("views", sweep.views)  # earlier versions did not record it
                 other = [key for key, value in head.items() if found.get(key) != value]
                 self.networks = found["networks"]
@@ -523,7 +523,7 @@ def write_about(sweep, setting, has_networks):
         sizes = Counter(sets["train"].groups)
         about["in_company"][task] = sum(size for size in sizes.values() if size > 1)
     if has_networks and path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = json.loads(read_text(path))
         known = before.get("exams", {})  # earlier versions recorded labels only
         other = [name for name in known.keys() & exams.keys() if known[name] != exams[name]]
         other += [

@@ -31,7 +31,7 @@ from tabulate import tabulate
 from common import cli
 from common.errors import InputError, one_line
 from common.figures import cost_figure
-from common.files import atomic
+from common.files import atomic, read_text
 from common.metrics import Difference, brier, holm, mean_auc_difference, roc_auc
 from common.names import ARTICLE
 from common.stacking import STACK
@@ -125,7 +125,7 @@ def read_about(folder):
         InputError: there is none.
     """
     try:
-        return json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+        return json.loads(read_text(folder / "sweep.json"))
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: no results of a sweep ({one_line(error)})") from None
 
@@ -143,7 +143,7 @@ def read_results(folder):
     about = read_about(folder)
     try:
         recipes = {
-            path.stem: json.loads(path.read_text(encoding="utf-8"))
+            path.stem: json.loads(read_text(path))
             for path in sorted(folder.glob("*.json"))
             if path.name != "sweep.json"
         }
