@@ -1,5 +1,6 @@
 """Headers that lie about pixels and places, and files made to hang or to fill the memory."""
 
+import io
 import itertools
 import os
 import struct
@@ -10,12 +11,15 @@ import zlib
 import numpy as np
 import pydicom
 import pytest
+import torch
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 from test_dicom import PYDICOM_FILES, SLICES, edit, enhanced, nifti, set_pixels, write
 from test_scans import coronal, no_fsync, read, sagittal  # noqa: F401
 
+from common.checkpoint import FORMAT, read_checkpoint
 from common.errors import InputError
 from common.files import open_regular
+from common.volumes import read_volume
 from data.common import UNFINISHED, Register, Report
 from data.dicom import files, series
 
@@ -250,6 +254,48 @@ def test_a_zip_with_millions_of_members(tmp_path, monkeypatch):
             archive.writestr(f"{k}", b"")
     with pytest.raises(InputError, match="BadZipFile"):
         files.zip_members(path)
+
+
+class Zeros:
+    """Asks for 1 TB when it is unpickled, as a call that weights_only admits."""
+
+    def __reduce__(self):
+        return bytearray, (2**40,)
+
+
+def deflated(path):
+    """A saved file whose members are compressed: of zeros, a thousandth of what they unpack to."""
+    content = io.BytesIO()
+    torch.save({"format": FORMAT, "x": torch.zeros(2**20)}, content)
+    with (
+        zipfile.ZipFile(content) as stored,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as out,
+    ):
+        for name in stored.namelist():
+            out.writestr(name, stored.read(name))
+
+
+@pytest.mark.parametrize(
+    "kind, words", [("deflated", "unpacks to 4 MiB"), ("call", "more than tensors")]
+)
+def test_a_saved_model_takes_no_more_than_its_bytes(tmp_path, kind, words):
+    path = tmp_path / "a.pt"
+    if kind == "deflated":
+        deflated(path)
+    else:
+        torch.save({"format": FORMAT, "x": Zeros()}, path)
+    with pytest.raises(InputError, match=words):
+        read_checkpoint(path)
+
+
+def test_a_volume_of_more_voxels_than_an_exam_has(tmp_path):
+    """Sparse, so that it takes no room on the disk; its values are never read."""
+    with open(tmp_path / "a.npy", "wb") as file:
+        shape = {"descr": "|u1", "fortran_order": False, "shape": (1025, 256, 256)}
+        np.lib.format.write_array_header_1_0(file, shape)
+        file.truncate(file.tell() + 1025 * 256 * 256)
+    with pytest.raises(InputError, match="more voxels than an exam has"):
+        read_volume(tmp_path / "a.npy")
 
 
 # --- what is no regular file ----------------------------------------------------------------------

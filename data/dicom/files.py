@@ -25,6 +25,7 @@ PACKED = re.compile(
     re.IGNORECASE,
 )
 MAX_MEMBERS = 200_000  # of one zip file
+SMALLEST = 132  # bytes; no exam is in a smaller member
 # Of a DICOM file without its pixels: calls of read, each for an element or a part of one, and bytes
 # of one element. Enhanced files have some 10 kB a frame. pydicom takes seconds for so many.
 MAX_READS, MAX_ELEMENT = 2**18, 6 * 2**20
@@ -210,7 +211,8 @@ def zip_members(path):
             f"{path}: unpacks to {size >> 20} MiB, more than {MOST_TIMES} times its size; "
             "nothing of this zip is used, ask its sender for a clean one"
         )
-    return [File(path, info.filename) for info in members if not info.is_dir()]
+    whole = (info for info in members if info.file_size >= SMALLEST)
+    return [File(path, info.filename) for info in whole if not info.is_dir()]
 
 
 def find_files(source, report):
