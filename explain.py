@@ -54,7 +54,7 @@ from common.explain_page import (
     mirroring,
 )
 from common.explanation import explain_exam, unusable_of
-from common.files import alone_at, write_text
+from common.files import alone_at, read_text, write_text
 from common.labels import id_of
 from common.planes import SPLITS
 
@@ -151,7 +151,7 @@ def check_overwrite(paths, exam, overwrite):
     """
     page = paths[0]
     try:
-        own = f'"input": "{exam.input}"' in page.read_text(encoding="utf-8", errors="replace")
+        own = f'"input": "{exam.input}"' in read_text(page, errors="replace")
     except OSError:
         own = False
     for path in paths:

@@ -49,6 +49,7 @@ from common.files import (
     find_target,
     from_cell,
     named_in_errors,
+    open_regular,
     unwritable,
 )
 from common.machine import usable_cores
@@ -246,7 +247,7 @@ def saved_exams(path, columns, hashes, jsonl):
     header = b"" if jsonl else csv_line(columns).encode()
     saved, rows, size = {}, [], 0
     try:
-        with open(path, "rb+") as file:
+        with open_regular(path, "rb+", most=None) as file:
             for line in file:
                 if not line.endswith(b"\n"):
                     check_start(line, header if size == 0 else b"", columns, jsonl)
@@ -295,7 +296,11 @@ def check_start(line, header, columns, jsonl):
 
 def put_in_order(path, saved, keys, header):
     """Rewrite a file of predictions: the rows of `keys`, in this order, and nothing else."""
-    with open(path, "rb") as file, atomic(path) as temporary, open(temporary, "wb") as ordered:
+    with (
+        open_regular(path, most=None) as file,
+        atomic(path) as temporary,
+        open(temporary, "wb") as ordered,
+    ):
         ordered.write(header.encode())
         for key in keys:
             file.seek(saved[key].begin)

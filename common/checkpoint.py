@@ -10,9 +10,11 @@ import hashlib
 import io
 import os
 import pickle
+import pickletools
+import re
+import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, fields
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +22,15 @@ import torch
 from common.config import Config
 from common.description import is_dataset
 from common.errors import InputError, is_out_of_memory, one_line
-from common.files import held, remove_leftovers, write_bytes
+from common.files import (
+    MAX_BYTES,
+    held,
+    open_regular,
+    open_zip,
+    read_bytes,
+    remove_leftovers,
+    write_bytes,
+)
 from common.names import column_name, state_path
 from common.planes import ALL_PLANES
 from common.splits import fingerprints_of
@@ -29,6 +39,11 @@ from model import POOLINGS, MRNet, MultiPlaneMRNet
 
 FORMAT = "mrnet-model-3"
 STATE_FORMAT = "mrnet-training-4"
+MAX_STATE = 2**32  # bytes of a training's state, which holds the weights several times
+# What torch.save writes into a file of tensors and plain values.
+BUILDS_TENSORS = re.compile(
+    r"torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict"
+)
 # What a network is built from, and must be saved with its weights.
 ARCHITECTURE = ("backbone", "pooling", "dropout", "share_backbone")
 # What the metadata of every saved model has; `metadata_of` and train.py's provenance are more.
@@ -102,7 +117,8 @@ def read_with_digest(path, expected):
     """`read_checkpoint`, and the `digest_of` the very file that was read: another may lie there a
     moment later."""
     try:
-        data = Path(path).read_bytes()
+        data = read_bytes(path, MAX_STATE if expected == STATE_FORMAT else MAX_BYTES)
+        check_archive(data)
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such saved model") from None
@@ -123,6 +139,24 @@ def read_with_digest(path, expected):
             "and train again"
         )
     return content, hashlib.sha256(data).hexdigest()
+
+
+def check_archive(data):
+    """Raise ValueError where a saved file takes more memory than its bytes: torch.save compresses
+    nothing, and names no function but those that build tensors.
+
+    Args:
+        data: bytes of the file.
+    """
+    with open_zip(io.BytesIO(data)) as archive:
+        members = archive.infolist()
+        size = sum(info.file_size for info in members)
+        if size > len(data) or any(info.compress_type != zipfile.ZIP_STORED for info in members):
+            raise ValueError(f"it unpacks to {size >> 20} MiB")
+        for name in (name for name in archive.namelist() if name.endswith("/data.pkl")):
+            for code, value, _ in pickletools.genops(archive.read(name)):
+                if code.name.endswith("GLOBAL") and not BUILDS_TENSORS.fullmatch(value or ""):
+                    raise pickle.UnpicklingError
 
 
 def write_checkpoint(path, content):
@@ -150,7 +184,8 @@ def lock(path):
 
 def digest_of(path):
     """SHA-256 of a file, hexadecimal: a stack identifies by it the networks it was fitted on."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    with open_regular(path, most=None) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_writable(folder, option="--models-dir"):

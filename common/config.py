@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import InputError, one_line
+from common.files import read_text
 from common.names import ARTICLE
 from common.planes import SEQUENCES
 
@@ -35,7 +36,7 @@ def read_recipe(source):
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", source) or source.endswith(".toml"):
         path = Path(source).expanduser()
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_text(path))
     except FileNotFoundError:
         names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.toml")))
         raise InputError(

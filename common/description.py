@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from common.errors import InputError, one_line
+from common.files import open_regular, read_text
 from common.labels import exam_number
 from data.common import ORIENTATION, OWN_LABELS
 
@@ -27,7 +28,9 @@ def is_mrnet(root):
     for split, ids in MRNET_IDS.items():
         for task in ("abnormal", "acl", "meniscus"):
             try:
-                with open(root / f"{split}-{task}.csv", newline="", encoding="utf-8-sig") as file:
+                with open_regular(
+                    root / f"{split}-{task}.csv", "r", newline="", encoding="utf-8-sig"
+                ) as file:
                     found = [exam_number(row[0]) for row in csv.reader(file)]
             except (OSError, ValueError, LookupError, csv.Error):
                 return False
@@ -59,8 +62,7 @@ def read_dataset(root_dir):
     """
     path = Path(root_dir) / "dataset.json"
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text, object_pairs_hook=as_unique_dict)
+        content = json.loads(read_text(path), object_pairs_hook=as_unique_dict)
         if not is_dataset(content):
             raise ValueError("one of its values is of the wrong type")
     except FileNotFoundError:
@@ -94,7 +96,7 @@ def read_own_labels(data_dir):
     """
     path, own = Path(data_dir) / OWN_LABELS, {}
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open_regular(path, "r", newline="", encoding="utf-8") as file:
             for exam_id, task in csv.reader(file):
                 own.setdefault(task, set()).add(str(exam_number(exam_id)))
     except FileNotFoundError:

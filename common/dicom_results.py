@@ -8,6 +8,7 @@ hashes of the input, the finding's own networks and this code's version, so the 
 same UIDs, whichever other findings are asked for beside it.
 """
 
+import glob
 import hashlib
 import json
 import re
@@ -191,7 +192,7 @@ def remove_others(folder, tasks, written):
     Args:
         written: paths of those of this answer.
     """
-    names = [f"{task}-{plane}*" for task in tasks for plane in PLANES]
+    names = [f"{glob.escape(task)}-{plane}*" for task in tasks for plane in PLANES]
     named = [f"{name}/[0-9][0-9][0-9][0-9].dcm" for name in names]
     for path in [path for pattern in named for path in folder.glob(pattern)]:
         if path.parent not in written:

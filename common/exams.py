@@ -14,18 +14,18 @@ import re
 import shutil
 import sys
 import tempfile
-import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from common.description import contrast, read_dataset
 from common.errors import InputError, printable
+from common.files import open_regular, open_zip
 from common.importer import Importer
 from common.planes import ALL_PLANES, PLANES, SEQUENCES, in_order, view_of
 from common.volumes import read_volume
 from data.common import ORIENTATION, T1_PLANES
-from data.dicom.series import is_dicom
+from data.dicom.files import is_dicom
 
 ROOT = Path(__file__).parent.parent
 # What the importer makes of any scan.
@@ -172,7 +172,7 @@ def exam_of(name, source, paths, unless):
     total = hashlib.blake2b(digest_size=8)
     for plane, path in paths.items():
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 content = hashlib.file_digest(file, "blake2b").digest()
         except OSError as error:  # reading the volume raises an InputError
             content = str(error.errno).encode()
@@ -419,7 +419,8 @@ def warnings_in(lines, source, name):
 def is_rsna(source):
     """Whether a folder is RSNA's knee set's: a CSV of its name and of its series lies beside it."""
     try:
-        with open(source.with_name(f"{source.name}.csv"), encoding="utf-8-sig") as file:
+        path = source.with_name(f"{source.name}.csv")
+        with open_regular(path, "r", encoding="utf-8-sig") as file:
             head = file.readline(1000)
     except (OSError, ValueError):
         return False
@@ -480,11 +481,11 @@ def is_scan(path):
         return True
     try:
         if name.endswith(".zip"):
-            with zipfile.ZipFile(path) as archive:
+            with open_regular(path, most=None) as file, open_zip(file) as archive:
                 return any(map(SCAN_IN_ZIP.search, archive.namelist()))
         if name.endswith(NO_SCANS) or not path.is_file():
             return False
-        with open(path, "rb") as file:
+        with open_regular(path, most=None) as file:
             return is_dicom(file.read(132))
     except Exception:  # a broken link, a damaged zip: nobody can tell, and none is read
         return False

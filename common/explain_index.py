@@ -22,7 +22,7 @@ from common.description import describe_datasets
 from common.errors import InputError
 from common.explain_page import MIRRORED, as_text, decimals, fill, make_page, slice_picture
 from common.explanation import unusable_of
-from common.files import named_in_errors, write_bytes, write_text
+from common.files import named_in_errors, read_text, write_bytes, write_text
 from common.labels import id_of, label_rows
 from common.planes import PLANES, SPLITS, in_order
 from common.provenance import made
@@ -176,7 +176,7 @@ class Rows:
             if any(self.out.glob("*.html")):
                 raise self.refusal("holds pages of other exams")
             return
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        lines = read_text(self.path, errors="replace").splitlines(keepends=True)
         for line in lines:
             if not line.endswith("\n"):
                 break

@@ -6,13 +6,16 @@ importers under data/ write with it too.
 """
 
 import csv
+import errno
 import getpass
 import glob
 import hashlib
 import io
 import os
 import re
+import stat
 import tempfile
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +28,59 @@ from common.errors import InputError
 FORMULA = re.compile(r"'|[=@]|[+-](?!$|[0-9.]+(e[+-]?[0-9]+)?$)")
 UMASK = os.umask(0)
 os.umask(UMASK)
+MAX_BYTES = 2**29  # of a file that is read as a whole
+MAX_DIRECTORY = 2**24  # bytes of a zip file's list of members, some 150,000 of them
+
+
+def open_regular(path, mode="rb", most=MAX_BYTES, **options):
+    """`open` for reading, of a regular file or a link to one: a pipe would wait for its writer for
+    ever, and a device may have no end.
+
+    Args:
+        most: bytes; None for a file of which only parts are read.
+
+    Raises:
+        OSError: another kind of file, or a larger one; it has a `strerror`.
+    """
+
+    def opener(path, flags):
+        handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+        status = os.fstat(handle)
+        if stat.S_ISREG(status.st_mode) and (most is None or status.st_size <= most):
+            return handle
+        os.close(handle)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        raise OSError(errno.EFBIG, f"Larger than {most >> 20} MiB", str(path))
+
+    return open(path, mode, opener=opener, **options)
+
+
+def read_bytes(path, most=MAX_BYTES):
+    """The bytes of a file; arguments and errors as `open_regular`."""
+    with open_regular(path, most=most) as file:
+        return file.read()
+
+
+def read_text(path, errors="strict"):
+    """The text of a UTF-8 file; errors as `open_regular`."""
+    with open_regular(path, "r", encoding="utf-8", errors=errors) as file:
+        return file.read()
+
+
+def open_zip(file):
+    """A ZipFile, of a file that is open for reading: zipfile would take a minute for the list of
+    millions of members.
+
+    Raises:
+        zipfile.BadZipFile: too many members, or no zip file.
+    """
+    end = zipfile._EndRecData(file)
+    if end and end[zipfile._ECD_SIZE] > MAX_DIRECTORY:
+        raise zipfile.BadZipFile("too many members")
+    return zipfile.ZipFile(file)
 
 
 @contextmanager

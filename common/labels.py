@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.errors import InputError, counted, one_line
+from common.files import open_regular
 from common.planes import SPLITS
 
 UNKNOWN = float("nan")  # label of an exam that nobody has read for this finding
@@ -118,7 +119,7 @@ def label_rows(root_dir, task, split):
     path = Path(root_dir) / f"{split}-{task}.csv"
     seen = set()
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open_regular(path, "r", newline="", encoding="utf-8-sig") as file:
             for number, row in enumerate(csv.reader(file), start=1):
                 if not row:
                     continue
@@ -235,7 +236,7 @@ def read_groups(root_dir, split):
     if not path.exists():
         return groups
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open_regular(path, "r", newline="", encoding="utf-8-sig") as file:
             for number, row in enumerate(csv.reader(file), start=1):
                 if row and (len(row) != 2 or not is_exam_number(row[0]) or not row[1].strip()):
                     hint = "; if it is a header, delete it" if number == 1 else ""

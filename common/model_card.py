@@ -5,6 +5,7 @@ are those of Mitchell et al., Model Cards for Model Reporting, 2019 (arXiv 1810.
 metadata is the one that Hugging Face's hub reads.
 """
 
+import glob
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +41,7 @@ def subject_of_network(path):
     column = column_name(metadata["plane"], metadata["recipe"])
     about = (path.stem, metadata["task"], [(column, metadata)], column)
     why = "no stack with this network beside it (train_logistic_regression.py)"
-    for place in sorted(path.parent.glob(f"{metadata['task']}*{RESULTS}")):
+    for place in sorted(path.parent.glob(f"{glob.escape(metadata['task'])}*{RESULTS}")):
         try:
             results = read_results(place)
         except InputError as error:

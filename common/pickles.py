@@ -56,10 +56,11 @@ def as_text(value):
 
 
 def encode_latin1(text, encoding):
-    """Stands for _codecs.encode, which Python 3 writes for bytes in old protocols."""
+    """Stands for _codecs.encode, which Python 3 writes for bytes in old protocols; the text is
+    encoded with its array, as a few bytes can ask for many copies of one."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"encoding {encoding!r:.20}")
-    return text.encode("latin1")
+    return text
 
 
 ADMITTED = {

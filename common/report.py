@@ -9,6 +9,7 @@ what the run knows filled in.
 """
 
 import csv
+import glob
 import hashlib
 import os
 import re
@@ -30,7 +31,7 @@ from common.exams import FolderExams, read_planes
 from common.explain_page import MIRRORED, NOTICE, jpeg, slice_picture
 from common.explanation import explain_planes
 from common.figures import as_svg, learning_figure, reliability_figure, roc_figure
-from common.files import find_target, write_text
+from common.files import find_target, open_regular, write_text
 from common.labels import id_of, read_groups
 from common.metrics import auc_interval, wilson_interval
 from common.planes import SPLITS
@@ -147,7 +148,7 @@ def picture_of(one, kind):
 def page_of(exam_id, task, pages, out):
     """Address of an exam's page by explain.py, relative to the report; None where there is none."""
     for folder in (Path(pages) / "valid", Path(pages)) if pages else ():
-        for path in sorted(folder.glob(f"*{exam_id}-*.html")):
+        for path in sorted(folder.glob(f"*{glob.escape(exam_id)}-*.html")):
             name, _, of = path.stem.partition("-")
             if id_of(name) == exam_id and task in of.split("+"):
                 return Path(os.path.relpath(path, Path(out).parent)).as_posix()
@@ -175,12 +176,15 @@ def read_columns(data_dir, metadata):
         if groups := read_groups(data_dir, "valid") if data_dir else {}:
             columns["group"] = groups
         if metadata:
-            with open(metadata, newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(file)
+            with open_regular(metadata, "r", newline="", encoding="utf-8-sig") as file:
+                reader, seen = csv.DictReader(file), set()
                 if (reader.fieldnames or [""])[0] != "id":
                     raise ValueError("no line of titles that begins with `id`")
                 for row in reader:
                     exam_id = id_of(row.pop("id"))
+                    if exam_id in seen:
+                        raise ValueError(f"line {reader.line_num}: exam {exam_id} is there twice")
+                    seen.add(exam_id)
                     for title, value in row.items():
                         if isinstance(title, str) and value:
                             columns.setdefault(title, {})[exam_id] = value.strip()

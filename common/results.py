@@ -11,6 +11,7 @@ from common.checkpoint import digest_of, load_model
 from common.config import selection_of
 from common.datasets import exams_of_any, labelled_sets
 from common.errors import InputError, one_line
+from common.files import open_regular, read_text
 from common.labels import is_positive
 from common.names import RESULTS, predictions_path, results_path
 from common.planes import SPLITS
@@ -105,7 +106,7 @@ def read_results(path):
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         task, recipes = content["task"], content["recipes"]
         count, _ = content["valid"][STACK]["n"], content["arguments"]["data_dir"]
         if path != results_path(path.parent, task, recipes) or not content.keys() >= NEEDED:
@@ -150,7 +151,7 @@ def read_predictions(path, split="valid"):
         InputError: not such a file.
     """
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open_regular(path, "r", newline="", encoding="utf-8") as file:
             rows = sorted(
                 (row for row in csv.DictReader(file) if row["split"] == split),
                 key=lambda row: row["id"],

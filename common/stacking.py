@@ -23,7 +23,7 @@ from sklearn.linear_model import LogisticRegression
 
 from common.engine import sigmoid
 from common.errors import InputError
-from common.files import write_text
+from common.files import read_text, write_text
 from common.metrics import choose_threshold
 from common.names import ARTICLE, stack_path
 from common.planes import ALL_PLANES, in_order
@@ -316,7 +316,7 @@ def load_stack(models_dir, task, recipes):
     again = f"train_logistic_regression.py --task {task}"
     again += f" --recipes {' '.join(recipes)}" if tuple(recipes) != (ARTICLE,) else ""
     try:
-        stack = json.loads(path.read_text(encoding="utf-8"))
+        stack = json.loads(read_text(path))
         is_valid = is_stack(stack) and stack["task"] == task
     except FileNotFoundError:
         raise InputError(f"{path}: no such stack; run `python {again}`") from None

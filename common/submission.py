@@ -11,7 +11,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from common.errors import InputError, one_line
-from common.files import unwritable, write_csv
+from common.files import open_regular, unwritable, write_csv
 from common.planes import in_order
 from data.common import exam_name
 
@@ -47,7 +47,7 @@ def read_sample(path):
         InputError: it cannot be read, has no columns of findings, or a study twice.
     """
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open_regular(path, "r", newline="", encoding="utf-8-sig") as file:
             head, *rows = [row for row in csv.reader(file) if row]
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as a CSV ({type(error).__name__})") from None
@@ -107,7 +107,7 @@ def sample_for(path, out, may_replace):
 def answers_in(path):
     """{(exam, task): probability} of a file of rows, of which the last may be half written."""
     answers = {}
-    with open(path, newline="", encoding="utf-8") as file:
+    with open_regular(path, "r", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(line for line in file if line.endswith("\n")):
             planes = [row[name] for name in (*in_order(row), JOINT) if row[name]]
             found = [row["stack"]] if row["stack"] else planes

@@ -5,6 +5,7 @@ models = load_task("models", "acl", ["article"])
 logits = models.logits({"sagittal": volume}, torch.device("cpu"), "fp32", {})
 """
 
+import glob
 import hashlib
 import re
 from pathlib import Path
@@ -160,7 +161,7 @@ def saved_tasks(models_dir, recipes):
         InputError: there is none.
     """
     folder, end = Path(models_dir), f"-{stack_name(recipes)}.json"
-    names = {path.name.removesuffix(end) for path in folder.glob(f"*{end}")}
+    names = {path.name.removesuffix(end) for path in folder.glob(f"*{glob.escape(end)}")}
     names |= saved_columns(folder, recipes).keys()
     if not names:
         of = f" of recipe {' or '.join(recipes)}" if tuple(recipes) != (ARTICLE,) else ""

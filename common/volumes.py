@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import InputError, is_out_of_memory, one_line
+from common.files import open_regular
 
+MAX_VOXELS = 2**26  # 1024 slices of 256 px; MRNet's largest exam has 61
 SMALLEST_SIDE = 63  # px: AlexNet's third pooling has nothing left to pool below it
 
 
@@ -25,6 +27,7 @@ def open_volume(path):
             smaller than 63 px.
     """
     try:
+        open_regular(path).close()  # NumPy would wait for a pipe's writer
         volume = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise InputError(f"{path}: no such volume; add it, or remove its id from the CSV") from None
@@ -36,6 +39,8 @@ def open_volume(path):
         raise InputError(
             f"{path}: not a whole, plain .npy array ({reason}); copy or convert it again"
         ) from None
+    if volume.size > MAX_VOXELS:
+        raise InputError(f"{path}: {volume.shape}, more voxels than an exam has; convert it again")
     if volume.ndim != 3:
         raise InputError(f"{path}: {volume.ndim} dimensions {volume.shape}; expected (s, H, W)")
     if volume.shape[0] == 0:
@@ -57,20 +62,22 @@ def read_volume(path):
         InputError: as `open_volume`, or values that are not whole numbers from 0 to 255.
     """
     try:
-        volume = np.array(open_volume(path), order="C")
+        volume = open_volume(path)
+        if volume.dtype == np.uint8:
+            return np.array(volume, order="C")
+        grey = np.empty(volume.shape, np.uint8)
+        for image, out in zip(volume, grey, strict=True):
+            if not ((image >= 0) & (image <= 255) & (image == np.round(image))).all():  # nor NaN
+                raise InputError(
+                    f"{path}: {volume.dtype} values from {volume.min()} to {volume.max()}; "
+                    "rescale them to whole grey levels 0 to 255 (uint8)"
+                )
+            out[:] = image
+        return grey
     except OSError as error:
         if is_out_of_memory(error):
             raise MemoryError(str(path)) from None
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if volume.dtype != np.uint8:
-        grey = np.nan_to_num(volume, nan=-1.0, posinf=-1.0, neginf=-1.0)
-        if not ((grey >= 0) & (grey <= 255) & (grey == np.round(grey))).all():
-            raise InputError(
-                f"{path}: {volume.dtype} values from {volume.min()} to {volume.max()}; "
-                "rescale them to whole grey levels 0 to 255 (uint8)"
-            )
-        volume = volume.astype(np.uint8)
-    return volume
 
 
 def check_side(path, shape, smallest, backbone):

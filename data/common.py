@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import io
 import json
+import math
 import os
 import secrets
 import sys
@@ -21,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.errors import InputError
-from common.files import write_bytes, write_csv, write_text
+from common.files import open_regular, read_bytes, read_text, write_bytes, write_csv, write_text
 from common.labels import exam_number, is_exam_number
 
 # Per plane (patient axis 0 x, 1 y, 2 z; sign) along which slices, rows and columns grow, as in
@@ -44,6 +45,7 @@ UNFINISHED = ".unfinished"  # folder of a file for each exam that is being writt
 KEY_BYTES = 32
 SIDE = 256  # px; MRNet's slices
 FIELDS_OF_VIEW = (20.0, 500.0)  # mm
+NEAREST = 2**15
 LEVELS = 2**17  # whole numbers up to this range are counted
 WINDOW = (0.5, 99.5)  # percentiles of a volume that become 0 and 255
 
@@ -140,7 +142,8 @@ def window(grey, file):
     low, high = percentiles(grey, WINDOW)
     if not high > low:
         low, high = float(grey.min()), float(grey.max())
-    if not high > low:
+    # float32 has no grey levels between numbers that are so near to each other
+    if not max(abs(low), abs(high)) / NEAREST < high - low < math.inf:
         raise InputError(f"{file}: every pixel has the same value; export or unpack it again")
     np.subtract(grey, low, out=grey)
     np.multiply(grey, 255 / (high - low), out=grey)
@@ -199,7 +202,7 @@ def write_dataset(out, written=None, report=None, **content):
     there = {}
     if path.exists():
         try:
-            there = dict(json.loads(path.read_text(encoding="utf-8")))
+            there = dict(json.loads(read_text(path)))
         except (OSError, ValueError, TypeError):
             raise InputError(
                 f"{path}: cannot be read as JSON; correct it or move it away"
@@ -240,7 +243,7 @@ def patient_key():
     try:
         if not path.exists():
             write_bytes(path, secrets.token_bytes(KEY_BYTES), mode=0o600)
-        key = path.read_bytes()
+        key = read_bytes(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; patient numbers are hashed with it") from None
     if len(key) != KEY_BYTES:
@@ -274,7 +277,7 @@ class Register:
         self.rows = {}  # exam -> (number, patient)
         if self.path.exists():
             try:
-                with open(self.path, newline="", encoding="utf-8") as file:
+                with open_regular(self.path, "r", newline="", encoding="utf-8") as file:
                     head, *rows = csv.reader(file)
                     if head != self.HEAD:
                         raise ValueError
@@ -301,7 +304,13 @@ class Register:
         """Delete the volumes of the exams that a killed process left unfinished, say so, and
         delete what told which they are."""
         folder = self.out / UNFINISHED
-        for mark in sorted(folder.glob("*")):
+        marks = sorted(folder.iterdir()) if folder.is_dir() else []
+        for mark in marks:
+            if not is_exam_number(mark.name):
+                raise InputError(
+                    f"{mark}: not the number of an exam; nothing is deleted, remove it"
+                )
+        for mark in marks:
             for path in self.out.glob(f"*/*/{mark.name}.npy"):
                 path.unlink()
             mark.unlink()
@@ -334,7 +343,7 @@ def numbers_in(out):
             if is_exam_number(path.stem):
                 yield int(path.stem)
         for path in out.glob(f"{split}-*.csv"):
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in read_text(path, errors="replace").splitlines():
                 number = line.partition(",")[0].strip()
                 if is_exam_number(number):
                     yield int(number)
@@ -349,7 +358,7 @@ def merge_csv(path, values):
     rows = {}
     if path.exists():
         try:
-            with open(path, newline="", encoding="utf-8") as file:
+            with open_regular(path, "r", newline="", encoding="utf-8") as file:
                 rows = {
                     exam_number(number): value for number, value in filter(None, csv.reader(file))
                 }

@@ -414,21 +414,23 @@ def real_slices(folder, *names):
     for k, name in enumerate(names):
         ds = pydicom.dcmread(PYDICOM_FILES / name)
         ds.ImagePositionPatient = [-10, -10, 3.0 * k]
+        ds.PixelSpacing = [1.5, 1.5]  # 64 px as wide as a knee
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
         ds.save_as(folder / f"{k}.dcm")
     return folder
 
 
 ENCODINGS = ("MR_small.dcm", "MR_small_RLE.dcm", "MR_small_implicit.dcm",
              "MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm",
-             "MR_small_bigendian.dcm", "MR_small_expb.dcm", "MR_small_padded.dcm")  # fmt: skip
+             "MR_small_bigendian.dcm", "MR_small_expb.dcm")  # fmt: skip
 
 
 def test_real_slices_in_all_transfer_syntaxes(convert, tmp_path):
-    """Eight encodings of one real slice give one picture; axial, so rows are not turned."""
+    """Seven encodings of one real slice give one picture; axial, so rows are not turned."""
     status, _, err = convert(real_slices(tmp_path / "scan", *ENCODINGS))
     assert (status, err) == (0, "")
     slices = volume(tmp_path, "axial")
-    assert len(slices) == 8
+    assert len(slices) == 7
     assert all(np.array_equal(image, slices[0]) for image in slices)
     stored = pydicom.dcmread(PYDICOM_FILES / "MR_small.dcm").pixel_array  # 64 x 64
     small = slices[0].reshape(64, 4, 64, 4).mean(axis=(1, 3))
@@ -1013,9 +1015,11 @@ def test_mutated_files_give_no_traceback(convert, tmp_path, kind):
     elif kind == "enhanced":
         ds = enhanced()
         set_pixels(ds, np.arange(SLICES * 16).reshape(SLICES, 4, 4))
+        shared = ds.SharedFunctionalGroupsSequence[0]
+        shared.PixelMeasuresSequence[0].PixelSpacing = [16, 16]
         target, header_size = write(source / "a.dcm", ds), 5000
     else:
-        data = np.arange(6 * 6 * 6).reshape(6, 6, 6)
+        data = np.arange(90 * 90 * 6).reshape(90, 90, 6) % 999
         target, header_size = nifti(source / "a.nii", "axial", data=data), 352
     whole, statuses = target.read_bytes(), set()
     start = time.monotonic()

@@ -126,13 +126,15 @@ ROW = (
 
 def nifti():
     voxels = np.arange(6 * 8 * 8, dtype=np.int16).reshape(6, 8, 8)
-    return nibabel.Nifti1Image(voxels, np.diag([4.0, 0.6, 0.6, 1.0])).to_bytes()
+    return nibabel.Nifti1Image(voxels, np.diag([10.0, 8.0, 8.0, 1.0])).to_bytes()
 
 
 def mr_slice(k, name="MR_small.dcm"):
     """Slice k of a series made of one real slice, as a DICOM file."""
     ds = pydicom.dcmread(get_testdata_file(name))
     ds.ImagePositionPatient = [-10, -10, 3.0 * k]
+    ds.PixelSpacing = [1.5, 1.5]  # 64 px as wide as a knee
+    ds.SOPInstanceUID = pydicom.uid.generate_uid()
     data = io.BytesIO()
     ds.save_as(data)
     return data.getvalue()
@@ -142,7 +144,7 @@ def mr_slice(k, name="MR_small.dcm"):
 
 
 def read_csv_of_labels(path):
-    (path.parent / "train-x.csv").write_bytes(path.read_bytes())
+    path.replace(path.parent / "train-x.csv")
     (path.parent / "valid-x.csv").write_text("1,0\n2,1\n")
     read_labels(path.parent, "x", "train")
 
@@ -154,14 +156,14 @@ def named(name, read, *more):
     """A reader of a folder, for a file that must have a certain name in it."""
 
     def read_folder(path):
-        (path.parent / name).write_bytes(path.read_bytes())
+        path.replace(path.parent / name)
         read(path.parent, *more)
 
     return read_folder
 
 
 def read_stack(path):
-    (path.parent / "acl-stack.json").write_bytes(path.read_bytes())
+    path.replace(path.parent / "acl-stack.json")
     stack = load_stack(path.parent, "acl", ["article"])
     for planes in stack["combinations"]:
         columns = dict.fromkeys(stack["base_models"], np.array([[0.3, 2.0]]))
@@ -169,7 +171,7 @@ def read_stack(path):
 
 
 def read_lesions(path):
-    (path.parent / "lesions.json").write_bytes(path.read_bytes())
+    path.replace(path.parent / "lesions.json")
     pointing_game.read_lesions(path.parent)
 
 
@@ -237,6 +239,19 @@ READERS = {  # what it is: sound files, hostile ones, how it is read
 }  # fmt: skip
 SUFFIX = {"dicom": ".dcm", "nifti": ".nii", "volume": ".npy"}
 REFUSALS = (InputError, kneemri.InputError)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+@pytest.mark.parametrize(
+    "kind", sorted(READERS.keys() - {"dicom"})
+)  # one of many: tests/test_headers.py
+def test_only_regular_files_are_read(tmp_path, kind, make):
+    """A pipe without a writer would be waited for; a device has no end."""
+    path = tmp_path / f"file{SUFFIX.get(kind, '')}"
+    make(path)
+    with pytest.raises((*REFUSALS, OSError)) as refused:
+        READERS[kind][2](path)
+    assert "\n" not in str(refused.value)
 
 
 PUT = (b"\x00", b"\xff" * 8, b"9" * 30, b"\n", b'"', b"{", b"nan", b"-1")

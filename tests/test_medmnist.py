@@ -70,6 +70,8 @@ def test_no_folder_of_other_exams_is_written_over(tmp_path):
         ({"train_images": np.zeros((6, 28, 28), np.uint8)}, "3-D"),
         ({"train_images": np.array([{}] * 6)}, "download it again"),
         ({"train_labels": np.zeros(3)}, "with 3 labels"),
+        ({"train_images": np.zeros((6, 513, 2, 2), np.uint8)}, "(513, 2, 2) voxels"),
+        ({"more": np.zeros(2**29, np.uint8)}, "unpacks to 512 MiB"),
     ],
 )
 def test_another_file_is_refused_in_one_line(tmp_path, other, words):

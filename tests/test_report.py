@@ -341,6 +341,9 @@ def test_what_is_not_there_in_one_line(work, tmp_path):
     (tmp_path / "m.csv").write_text("exam,site\n1,a\n")
     done = run_script("tools/report.py", work / "models", "--metadata", tmp_path / "m.csv")
     assert_one_line_error(done, "m.csv", "id,site")
+    (tmp_path / "m.csv").write_text("id,site\n1,a\n0001,b\n")
+    done = run_script("tools/report.py", work / "models", "--metadata", tmp_path / "m.csv")
+    assert_one_line_error(done, "m.csv", "line 3: exam 1 is there twice")
 
 
 @pytest.mark.whole

@@ -21,6 +21,7 @@ from common import cli
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, one_line
 from common.explanation import explain_planes
+from common.files import read_text
 from common.labels import is_positive, read_labels
 from common.metrics import wilson_interval
 from common.stacking import decide
@@ -48,7 +49,7 @@ def read_lesions(data_dir):
     """lesions.json as data/phantom/prepare.py writes it: {exam id: entry}."""
     path = data_dir / "lesions.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: cannot be read ({one_line(error)}); give a phantom's folder, such as "

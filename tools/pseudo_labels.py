@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its o
 
 from common import cli
 from common.errors import InputError
-from common.files import write_csv
+from common.files import open_regular, read_text, write_csv
 from common.labels import exam_number, label_rows
 from common.names import predictions_path, results_path
 from common.submission import task_of
@@ -64,8 +64,8 @@ def out_of_fold(models_dir, task, recipes):
     if not results.is_file():
         return {}
     try:
-        folds = json.loads(results.read_text(encoding="utf-8"))["folds"]
-        with open(path, newline="", encoding="utf-8") as file:
+        folds = json.loads(read_text(results))["folds"]
+        with open_regular(path, "r", newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
         found = {
             exam_number(row["id"]): float(row["stack"]) if row["stack"] else None for row in rows
@@ -89,7 +89,7 @@ def answers_in(path):
     """
     found = defaultdict(dict)
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open_regular(path, "r", newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 if row["source"].split("/")[-1] == "train" and row["stack"]:
                     found[row["task"]][exam_number(row["exam"])] = float(row["stack"])

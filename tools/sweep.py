@@ -38,7 +38,7 @@ from common.config import THE_ARTICLES
 from common.datasets import labelled_sets
 from common.devices import pick_device, pick_precision
 from common.errors import InputError, RunError, one_line
-from common.files import held, remove_leftovers, write_text
+from common.files import held, read_text, remove_leftovers, write_text
 from common.jobs import ROOT, Job, bytes_of_a_job, failures
 from common.labels import is_positive
 from common.names import ARTICLE, Run, column_name, list_runs, model_path, state_path
@@ -104,7 +104,7 @@ def read_sweep(path):
         InputError: no such file, not TOML, an unknown key, a recipe that is not there.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_text(path))
         settings = {name: content.pop(name) for name in SETTINGS}
         tables = content.pop("recipes")
     except FileNotFoundError:

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its o
 from common import cli
 from common.errors import InputError
 from common.figures import cost_figure
-from common.files import atomic
+from common.files import atomic, read_text
 from common.metrics import Difference, brier, holm, mean_auc_difference, roc_auc
 from common.names import ARTICLE
 from common.stacking import STACK, cross_fitted
@@ -66,7 +66,7 @@ def read_result(path):
         InputError: there is none, it is damaged, or an earlier version's.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         is_known = content["format"] == FORMAT
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give a folder that tools/sweep.py wrote") from None

@@ -2,32 +2,44 @@
 
 import functools
 import gzip
+import io
 import logging
 import os
 import re
 import stat
 import warnings
-import zipfile
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from common.errors import InputError
+from common.files import MAX_BYTES, open_regular, open_zip
 
-MAX_BYTES = 2**29  # of one file once unpacked: zip and gzip bombs
+# Zip and gzip bombs: no file unpacks to more than MAX_BYTES, nor to more than so many times its
+# size where that is more than the bytes that any may have.
+MOST_TIMES, ANY_BYTES = 100, 2**26
 # Names of what may hold an exam and is not opened; a .nii.gz is, and packed text holds none.
 PACKED = re.compile(
     r"(\.(tar|tgz|tbz2?|txz|rar|7z|bz2|xz)|(?<!\.(nii|csv|tsv|txt|log|xml))(?<!\.json)\.gz)$",
     re.IGNORECASE,
 )
 MAX_MEMBERS = 200_000  # of one zip file
+SMALLEST = 132  # bytes; no exam is in a smaller member
+# Of a DICOM file without its pixels: calls of read, each for an element or a part of one, and bytes
+# of one element. Enhanced files have some 10 kB a frame. pydicom takes seconds for so many.
+MAX_READS, MAX_ELEMENT = 2**18, 6 * 2**20
+DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax that is zlib as a whole
+# The first element of a DICOM file without preamble: of group 2 or 8, little endian, its value's
+# type given or, if this is implicit, its length less than 256 bytes.
+BARE = re.compile(rb"[\2\10]\0.\0([A-Z]{2}|.\0\0\0)", re.DOTALL)
 COPY_AGAIN = "truncated or damaged; copy or export it again"
 
 
 @functools.lru_cache(maxsize=4)
 def archive(path):
     """A zip file, kept open: an exam's members are read one by one."""
-    return zipfile.ZipFile(path)
+    return open_zip(open_regular(path, most=None))
 
 
 @dataclass(frozen=True, order=True)
@@ -48,8 +60,11 @@ class File:
     def folder(self):
         return self.path / PurePosixPath(self.member).parent if self.member else self.path.parent
 
-    def open(self):
-        return archive(self.path).open(self.member) if self.member else open(self.path, "rb")
+    def open(self, most=None):
+        """The file as a stream; `most` as `open_regular` takes it, of a file on disk."""
+        if self.member:
+            return archive(self.path).open(self.member)
+        return open_regular(self.path, most=most)
 
     def head(self, size):
         with self.open() as stream:
@@ -57,12 +72,84 @@ class File:
 
     def read(self):
         """All bytes, unpacked if the name ends in .gz."""
-        with self.open() as packed:
-            stream = gzip.GzipFile(fileobj=packed) if self.name.lower().endswith(".gz") else packed
-            data = stream.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise InputError(f"{self}: over {MAX_BYTES >> 20} MiB; split it into single series")
+        with self.open() as stream:
+            data, most = stream.read(MAX_BYTES + 1), MAX_BYTES
+        if self.name.lower().endswith(".gz"):
+            most = most_unpacked(len(data))
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(most + 1)
+        if len(data) > most:
+            raise InputError(f"{self}: over {most >> 20} MiB; split it into single series")
         return data
+
+
+def most_unpacked(size):
+    """Bytes that a packed file of `size` bytes may unpack to."""
+    return min(MAX_BYTES, max(ANY_BYTES, MOST_TIMES * size))
+
+
+class BoundedStream:
+    """A stream for pydicom, which would take hours for a header of zeros.
+
+    Args:
+        file: File, for messages.
+        stream: its bytes.
+        largest: bytes of one read.
+
+    Raises:
+        InputError: by `read`, after MAX_READS calls or for more than `largest` bytes.
+    """
+
+    def __init__(self, file, stream, largest=MAX_ELEMENT):
+        self.file, self.largest, self.left = file, largest, MAX_READS
+        self.read_stream, self.seek, self.tell = stream.read, stream.seek, stream.tell
+
+    def read(self, size=-1):
+        self.left -= 1
+        if self.left < 0 or size > self.largest:
+            raise InputError(f"{self.file}: a header without an end, {COPY_AGAIN}")
+        return self.read_stream(size)
+
+
+def read_dicom(file, tags=None, stop_before_pixels=True):
+    """`pydicom.dcmread` of a File, in bounded time.
+
+    Args:
+        tags: names of the attributes to read; None for all.
+    """
+    import pydicom
+
+    head = file.head(1024)
+    if DEFLATED in head:
+        stream = io.BytesIO(inflate(file))
+    elif stop_before_pixels:
+        stream = file.open()
+    else:
+        stream = io.BytesIO(file.read())
+    with reading(file), stream:
+        return pydicom.dcmread(
+            BoundedStream(file, stream, MAX_ELEMENT if stop_before_pixels else MAX_BYTES),
+            stop_before_pixels=stop_before_pixels,
+            specific_tags=tags,
+            force=is_dicom(head),  # without preamble
+        )
+
+
+def inflate(file):
+    """The data set of a File of the DEFLATED transfer syntax, without its preamble and meta group,
+    which tells its own length (PS3.10 7.1)."""
+    data = file.read()
+    meta = 132 if data[128:132] == b"DICM" else 0
+    size = 12 + int.from_bytes(data[meta + 8 : meta + 12], "little")
+    most, unzip = most_unpacked(len(data)), zlib.decompressobj(-zlib.MAX_WBITS)
+    data = unzip.decompress(data[meta + size :], most)
+    if unzip.unconsumed_tail:
+        raise InputError(f"{file}: a large deflated file; inflate it with dcmconv first")
+    return data
+
+
+def is_dicom(head):
+    """Whether a file's first 132 bytes or more are DICOM's, with or without preamble."""
+    return head[128:132] == b"DICM" or bool(BARE.match(head))
 
 
 @contextmanager
@@ -113,12 +200,19 @@ def zip_members(path):
             )
         if info.flag_bits & 1:
             raise InputError(f"{path}: encrypted; unpack it first and give the folder")
-        if info.file_size > MAX_BYTES:
+        if info.file_size > (most := most_unpacked(info.compress_size)):
             raise InputError(
                 f"{path}: member '{info.filename}' unpacks to {info.file_size >> 20} MiB, "
-                f"more than {MAX_BYTES >> 20}; unpack it first and give the folder"
+                f"more than {most >> 20}; unpack it first and give the folder"
             )
-    return [File(path, info.filename) for info in members if not info.is_dir()]
+    size = sum(info.file_size for info in members)
+    if size > max(MAX_BYTES, MOST_TIMES * path.stat().st_size):
+        raise InputError(
+            f"{path}: unpacks to {size >> 20} MiB, more than {MOST_TIMES} times its size; "
+            "nothing of this zip is used, ask its sender for a clean one"
+        )
+    whole = (info for info in members if info.file_size >= SMALLEST)
+    return [File(path, info.filename) for info in whole if not info.is_dir()]
 
 
 def find_files(source, report):
@@ -143,12 +237,14 @@ def find_files(source, report):
     for path in paths:
         if not path.exists():
             lost(path, f"{path}: a link that leads nowhere; fetch or copy the file itself")
+        elif not path.is_file():
+            report.log(f"skipped: {path}, not a regular file")
         elif path.suffix.lower() == ".zip":
             try:
                 found += sorted(zip_members(path))
             except InputError as error:
                 lost(path, str(error))
-        elif path.is_file():
+        else:
             found.append(File(path))
     files = []
     for file in found:

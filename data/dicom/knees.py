@@ -96,7 +96,7 @@ def mark_wide(series):
     for one in series:
         across = int(np.argmax(np.abs(one.directions[:, 0])))  # the array's axis from right to left
         width = one.shape[across] * one.spacing[across]
-        if one.side == "B" or width > BOTH_KNEES:
+        if not one.fault and (one.side == "B" or width > BOTH_KNEES):
             one.fault = (
                 f"{one.file}: its field of view ({width:.0f} mm from right to left) may hold both "
                 "knees; give a series of one knee"

@@ -9,7 +9,7 @@ import numpy as np
 
 from common.errors import InputError
 from data.common import square_grid
-from data.dicom.files import reading
+from data.dicom.files import read_dicom, reading
 from data.dicom.slices import orient
 
 # Of patient and study: what a new series of the same study repeats (PS3.3 C.7.1.1, C.7.2.1).
@@ -175,8 +175,5 @@ def json_of(file, header, names):
 
 def read_tags(file, names):
     """Some attributes of a DICOM file, as a pydicom data set."""
-    import pydicom
-
-    with reading(file), file.open() as stream:
-        # force: some files that `series.read_header` takes have no preamble
-        return pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=names, force=True)
+    with reading(file):
+        return read_dicom(file, names)

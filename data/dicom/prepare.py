@@ -27,7 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
 
 from common.errors import InputError  # noqa: E402
-from common.files import write_csv  # noqa: E402
+from common.files import open_regular, write_csv  # noqa: E402
 from data.common import (  # noqa: E402
     Register,
     Report,
@@ -65,7 +65,7 @@ def read_labels(path, numbered):
             folders.setdefault(name, [number])
     labels = defaultdict(dict)
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open_regular(path, "r", newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as a CSV ({error})") from None

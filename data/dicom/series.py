@@ -7,8 +7,10 @@ Patient coordinates are DICOM's, in mm: x grows to the patient's left, y to post
 import functools
 import io
 import itertools
+import math
 import re
 import statistics
+import struct
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.errors import InputError
-from data.dicom import files
-from data.dicom.files import COPY_AGAIN, File, reading
+from data.dicom.files import COPY_AGAIN, File, read_dicom, reading
 from data.dicom.slices import plane_of
 from data.dicom.words import (
     DIXON,
@@ -33,6 +34,7 @@ from data.dicom.words import (
     other_part,
     other_picture,
     says_agent,
+    says_loc,
     says_t1,
     sides_in,
     words_of,
@@ -44,25 +46,29 @@ GAP = 1.5  # steps between neighbours, above which a slice is missing
 ISOTROPIC = 2.0  # voxel sides up to this ratio: a 3-D scan that can be cut in each plane
 SLAB = 3.0  # mm; a 3-D scan is averaged to about MRNet's slice thickness
 MAX_VOXELS = 2**27  # of one volume, 512 MiB as float32
-# The first element of a DICOM file without preamble: of group 2 or 8, little endian, its value's
-# type given or, if this is implicit, its length less than 256 bytes.
-BARE = re.compile(rb"[\2\10]\0.\0([A-Z]{2}|.\0\0\0)", re.DOTALL)
-DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax that is zlib as a whole
-ZLIB_BEST = 1032  # zlib's highest compression ratio
+MAX_FRAMES = 4096  # of one file
+WIDTHS = 50.0, 500.0  # mm; of a slice's sides. No other number of a header is so often wrong
+LOCALISER_STEP = 6.0  # mm between slices, above which a series that is called "loc" is one
+# Philips scales each slice on its own: of slopes, and of the slices' greatest values, a series'
+# median times this is the most.
+UNLIKE = 100.0
+SHIFT = 0.1  # of their range of grey levels: the most that one slice is shifted against the others
+TEXT = 1000  # characters of a header's text that are looked at
 MR_IMAGES = ("1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1")  # SOP classes
 SCREEN_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # how the SOP classes of secondary captures begin
 NO_IMAGE = "no image"  # reports, presentation states, DICOMDIR ...
 # Why a series of images cannot be placed or taken as one volume: it may be any plane.
 NO_GEOMETRY = "no ImagePositionPatient, ImageOrientationPatient or PixelSpacing"
 NO_ROTATION = "ImageOrientationPatient is no rotation, or PixelSpacing is not positive"
+NO_FRAMES = "NumberOfFrames is not positive"
 TOO_LARGE = "too large"
 FOREIGN = "slices of another orientation among them"
 SEVERAL_VOLUMES = "several volumes in one file"
 NOT_CODED = "sform_code and qform_code are 0, left and right unknown"
 NO_AFFINE = "no geometry in its affine"
 SHEARED = "its affine is sheared"
-UNPLACED = (NO_GEOMETRY, NO_ROTATION, TOO_LARGE, FOREIGN, SEVERAL_VOLUMES, NOT_CODED, NO_AFFINE,
-            SHEARED)  # fmt: skip
+UNPLACED = (NO_GEOMETRY, NO_ROTATION, NO_FRAMES, TOO_LARGE, FOREIGN, SEVERAL_VOLUMES, NOT_CODED,
+            NO_AFFINE, SHEARED)  # fmt: skip
 MOSTLY = 0.8  # of a series' slices in one orientation: not a localiser in several
 TILT = 15.0  # degrees; a step in the choice between slices more or less oblique
 JUMP = 10.0  # mm within the slices' plane from one slice to the next: another place
@@ -75,6 +81,7 @@ LONG_REPETITION = 1000.0  # from here on no T1
 NO_AGENTS = {"", "-", "0", "n/a", "na", "nil", "no", "no contrast", "none", "without"}
 OTHER_PART = "by its header, not a knee (if it is one: dcmodify -i 0018,0015=KNEE)"
 
+BITS = "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"
 PATIENT = "PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate"
 HEADER = [  # all that is read of a file before its pixels
     "StudyInstanceUID", "SeriesInstanceUID", "Modality", "ImageType", "SeriesNumber",
@@ -85,7 +92,7 @@ HEADER = [  # all that is read of a file before its pixels
     "ImageLaterality", "BodyPartExamined", "AnatomicRegionSequence", "StudyDescription",
     "FrameOfReferenceUID", *PATIENT, "RepetitionTime", "ScanningSequence", "EchoPulseSequence",
     "ContrastBolusAgent", "ContrastBolusAgentSequence", "SOPClassUID", "SOPInstanceUID",
-    "InstanceNumber",
+    "InstanceNumber", *BITS,
 ]  # fmt: skip
 
 
@@ -193,6 +200,11 @@ class Series:
         slices = len(self.through) == 1, -self.tilt(axis), self.slices(axis)
         return *kind, *slices, self.is_original
 
+    @property
+    def is_close(self):
+        """Whether its slices are as close to each other as no localiser's."""
+        return max(self.spacing) <= LOCALISER_STEP
+
     def tilt(self, axis):
         """How far slices across `axis` are from the nearest plane, in steps of TILT: a little is
         usual, as along a ligament; much is another picture."""
@@ -242,6 +254,7 @@ class Frame:
     has_agent: bool = False  # contrast agent was given
     is_original: bool = True  # not derived from other images, by ImageType
     number: float | None = None  # that the scanner gave the image
+    bits: tuple = (16, 16, 15, 0)  # values of BITS, None where missing
 
 
 class Patient(NamedTuple):
@@ -347,6 +360,8 @@ def why_not(file, header, count):
         return f"colour or unknown pixels ({colours or 'no PhotometricInterpretation'}, {samples})"
     if rows < 2 or columns < 2:
         return f"one-dimensional ({rows} x {columns} px)"
+    if count < 1:
+        return NO_FRAMES
     for kind in kinds:
         if word := NO_PICTURES.get(kind.replace("_", " ")):
             return word
@@ -356,14 +371,9 @@ def why_not(file, header, count):
         return "screen capture"
     if other := other_picture(words_of(description_of(header)), kinds_of(header)):
         return other
-    if rows * columns * count > MAX_VOXELS:
+    if count > MAX_FRAMES or rows * columns * count > MAX_VOXELS:
         return f"{TOO_LARGE} ({count} x {rows} x {columns})"
     return ""
-
-
-def is_dicom(head):
-    """Whether a file's first 132 bytes or more are DICOM's, with or without preamble."""
-    return head[128:132] == b"DICM" or bool(BARE.match(head))
 
 
 def read_header(file, only_knees=True):
@@ -372,15 +382,8 @@ def read_header(file, only_knees=True):
     Args:
         only_knees: leave out what its header calls another part of the body.
     """
-    import pydicom
-
-    with reading(file), file.open() as stream:
-        head = file.head(1024)
-        if DEFLATED in head and len(file.read()) > files.MAX_BYTES // ZLIB_BEST:
-            raise InputError(f"{file}: a large deflated file; inflate it with dcmconv first")
-        header = pydicom.dcmread(
-            stream, stop_before_pixels=True, specific_tags=HEADER, force=is_dicom(head)
-        )
+    header = read_dicom(file, HEADER)
+    with reading(file):
         count = int(header.get("NumberOfFrames") or 1)
         number = optional(header, 0, "", "SeriesNumber")
         title = None if number is None else int(number), description_of(header)
@@ -396,7 +399,7 @@ def read_header(file, only_knees=True):
             patient=Patient(*(text_of(header, name) for name in PATIENT)),
             said=side_said(header),
             frame=text_of(header, "FrameOfReferenceUID"),
-            frames=[] if reason else [read_frame(header, file, i) for i in range(count)],
+            frames=[] if reason else read_frames(header, file, count),
             reason=reason,
         )
 
@@ -404,7 +407,8 @@ def read_header(file, only_knees=True):
 def kinds_of(header):
     """What kind of picture ImageType says it is, set of upper-case words: its values from the third
     on (PS3.3 C.8.3.1.1.1)."""
-    return {str(value).upper() for value in list(header.get("ImageType") or ())[2:]}
+    values = itertools.islice(header.get("ImageType") or (), 2, TEXT)
+    return {str(value).upper() for value in values}
 
 
 def description_of(header):
@@ -413,17 +417,31 @@ def description_of(header):
 
 def text_of(header, name):
     """An attribute as text without the padding, "" if it is not there."""
-    return str(header.get(name) or "").strip(" \0")
+    return str(header.get(name) or "")[:TEXT].strip(" \0")
 
 
-def read_frame(header, file, i):
+def read_frames(header, file, count):
+    """The frames of one file: list of Frame."""
+    pulses = {str(v) for v in np.ravel(header.get("ScanningSequence") or "")}
+    agent = text_of(header, "ContrastBolusAgent").lower() not in NO_AGENTS
+    of_file = {
+        "bits": tuple(header.get(name) for name in BITS),
+        "inverted": str(header.PhotometricInterpretation).strip() == "MONOCHROME1",
+        "is_water": bool(WATER_KINDS & kinds_of(header)),
+        "is_gradient": "GR" in pulses or text_of(header, "EchoPulseSequence") == "GRADIENT",
+        "has_agent": agent or bool(header.get("ContrastBolusAgentSequence")),
+        "is_original": str(np.ravel(header.get("ImageType") or "")[0]).upper() != "DERIVED",
+        "number": optional(header, 0, "", "InstanceNumber"),
+    }
+    return [read_frame(header, file, i, of_file) for i in range(count)]
+
+
+def read_frame(header, file, i, of_file):
+    """Frame i; `of_file` is what all frames of its file have in common."""
     rescale = "PixelValueTransformationSequence"
     echo = optional(header, i, "MREchoSequence", "EffectiveEchoTime")
     echo = echo or optional(header, i, "MREchoSequence", "EchoTime")
     timing = "MRTimingAndRelatedParametersSequence"
-    pulses = {str(v) for v in np.ravel(header.get("ScanningSequence") or "")}
-    agent = text_of(header, "ContrastBolusAgent").lower() not in NO_AGENTS
-    agent = agent or bool(header.get("ContrastBolusAgentSequence"))
     # A wrong slope would change the pixels: no number here is a fault.
     slope = lookup(header, i, rescale, "RescaleSlope")
     side = lookup(header, i, "FrameAnatomySequence", "FrameLaterality")
@@ -436,17 +454,12 @@ def read_frame(header, file, i):
         numbers(lookup(header, i, "PlanePositionSequence", "ImagePositionPatient"), 3),
         numbers(lookup(header, i, "PlaneOrientationSequence", "ImageOrientationPatient"), 6),
         numbers(lookup(header, i, "PixelMeasuresSequence", "PixelSpacing"), 2),
-        echo or 0.0,
-        float(1 if slope is None else slope),
-        float(lookup(header, i, rescale, "RescaleIntercept") or 0),
-        str(header.PhotometricInterpretation).strip() == "MONOCHROME1",
-        bool(WATER_KINDS & kinds_of(header)),
-        side if side in ("L", "R", "B") else "",
-        repetition=optional(header, i, timing, "RepetitionTime") or 0.0,
-        is_gradient="GR" in pulses or text_of(header, "EchoPulseSequence") == "GRADIENT",
-        has_agent=agent,
-        is_original=str(np.ravel(header.get("ImageType") or "")[0]).upper() != "DERIVED",
-        number=optional(header, i, "", "InstanceNumber"),
+        echo=max(echo or 0.0, 0.0),
+        slope=float(1 if slope is None else slope),
+        intercept=float(lookup(header, i, rescale, "RescaleIntercept") or 0),
+        side=side if side in ("L", "R", "B") else "",
+        repetition=max(optional(header, i, timing, "RepetitionTime") or 0.0, 0.0),
+        **of_file,
     )
 
 
@@ -484,27 +497,113 @@ def assemble(title, frames, frame_of_reference):
     if len(placed) < MIN_SLICES:
         return f"fewer than {MIN_SLICES} slices"
     placed.sort(key=lambda f: depth[id(f)])
+    frames, placed, several = without_repeats(frames, placed, depth)
     depths = [depth[id(f)] for f in placed]
     step = statistics.median(b - a for a, b in itertools.pairwise(depths))
     spacing = np.array([max(step, SAME_PLACE), *placed[0].spacing])
+    shape, through = (len(placed), *placed[0].size), ways_to_cut(spacing, 0)
+    fault = several or geometry_fault(frames, placed, depths, step) or place_fault(placed, normal)
+    fault = fault or width_fault(placed[0].file, shape, spacing, through) or bits_fault(placed)
     sides = {f.side for f in placed} - {""}
     return Series(
         file=placed[0].file,
         name=series_name(title),
         number=title[0],
         description=title[1],
-        shape=(len(placed), *placed[0].size),
+        shape=shape,
         directions=np.array([normal, down, across]),
         spacing=spacing,
         origin=np.array(placed[0].position),
-        through=ways_to_cut(spacing, 0),
+        through=through,
         load=functools.partial(read_pixels, placed),
         side=sides.pop() if len(sides) == 1 else "B" if sides else "",
         frame=frame_of_reference,
-        fault=geometry_fault(frames, placed, depths, step) or place_fault(placed, normal),
+        fault=fault or scale_fault(placed),
         doubt="" if is_part else end_doubt(placed),
         frames=tuple(placed),
     )
+
+
+def without_repeats(frames, placed, depth):
+    """Of frames that show each place equally often, as a scan repeated over time does, one a place.
+
+    Args:
+        frames: all of a series.
+        placed: those of them with a place, in order of their depth.
+        depth: {id of a frame: mm}.
+
+    Returns:
+        frames, placed, and why they cannot be used, or ''.
+    """
+    near = [[placed[0]]]
+    for before, frame in itertools.pairwise(placed):
+        if depth[id(frame)] - depth[id(before)] < SAME_PLACE:
+            near[-1].append(frame)
+        else:
+            near.append([frame])
+    counts = {len(of_place) for of_place in near}
+    if len(near) < MIN_SLICES or len(counts) > 1 or counts == {1}:
+        return frames, placed, ""
+    first = [of_place[0] for of_place in near]
+    several = f"several time points at one place ({counts.pop()} pictures of each)"
+    return first, first, f"{placed[0].file}: {several}; export one of them as a series"
+
+
+def width_fault(file, shape, spacing, through):
+    """Why a volume has no knee's size, or ''.
+
+    Args:
+        shape, spacing, through: as Series has them.
+    """
+    widths = np.array(shape) * spacing  # mm
+    in_plane = [axis for axis in range(3) if through != (axis,)]
+    # A scan of equal voxels may be thin along one of the axes that it is cut across.
+    smallest = sorted(widths[in_plane])[-2]
+    if WIDTHS[0] <= smallest and widths.max() <= WIDTHS[1]:
+        return ""
+    sides = " x ".join(f"{width:.3g}" for width in widths[in_plane])
+    return (
+        f"{file}: {sides} mm, slices of a knee are {WIDTHS[0]:.0f} to {WIDTHS[1]:.0f} mm wide; "
+        "correct the pixel spacing"
+    )
+
+
+def bits_fault(placed):
+    """Why the headers of a series do not say how its pixels are stored, or ''."""
+    for frame in placed:
+        values = dict(zip(BITS, frame.bits, strict=True))
+        allocated, stored, high, signed = frame.bits
+        if stored is None or high is None:  # some leave out what the others tell
+            stored, high = stored or allocated, (stored or allocated or 0) - 1
+        try:
+            is_sound = allocated in (8, 16, 32, 64) and 1 <= stored <= allocated
+            is_sound = is_sound and high == stored - 1 and signed in (0, 1)
+        except TypeError:
+            is_sound = False
+        if not is_sound:
+            said = ", ".join(f"{name} {value}" for name, value in values.items())
+            return f"{frame.file}: {said:.200}: no such pixels; export it again"
+        first = placed[0]
+        ours, theirs = ((f.bits[0], f.bits[3], f.inverted) for f in (frame, first))
+        if ours != theirs:
+            return (
+                f"{frame.file}: BitsAllocated, PixelRepresentation or PhotometricInterpretation "
+                f"is another than in {first.file}; export the series again"
+            )
+    return ""
+
+
+def scale_fault(placed):
+    """Why the slopes and intercepts of a series cannot all be right, or ''."""
+    usual = statistics.median(frame.slope for frame in placed if frame.slope > 0) or 1.0
+    for frame in placed:
+        is_sound = math.isfinite(frame.intercept) and frame.slope > 0
+        if not (is_sound and usual / UNLIKE <= frame.slope <= usual * UNLIKE):
+            return (
+                f"{frame.file}: RescaleSlope {frame.slope:g} and RescaleIntercept "
+                f"{frame.intercept:g} beside slopes of about {usual:g}; export it again"
+            )
+    return ""
 
 
 def geometry_fault(frames, placed, depths, step):
@@ -562,12 +661,11 @@ def end_doubt(placed):
 def decode(file, size):
     """The pixels of one DICOM file, as stored: (frames, rows, columns) with `size` of a frame; NaN
     where its scanner had nothing to show (padding)."""
-    import pydicom
     from pydicom.pixels import get_decoder
     from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
     with reading(file):
-        data = pydicom.dcmread(io.BytesIO(file.read()), force=True)  # its header was read
+        data = read_dicom(file, stop_before_pixels=False)
         if "TransferSyntaxUID" not in data.file_meta:  # without preamble
             is_implicit, _ = data.original_encoding
             data.file_meta.TransferSyntaxUID = (
@@ -585,25 +683,80 @@ def decode(file, size):
             raise InputError(
                 f"{file}: no decoder for {syntax.name}; pip install pylibjpeg pylibjpeg-{plugin}"
             )
-        frames = int(data.get("NumberOfFrames") or 1)
-        needed = frames * data.Rows * data.Columns * data.BitsAllocated // 8
-        there = len(data.get("PixelData") or b"")
-        if not syntax.is_encapsulated and there < needed:
-            raise InputError(
-                f"{file}: pixel data ends after {there} of {needed} bytes, {COPY_AGAIN}"
-            )
+        check_length(file, data, syntax.is_encapsulated)
+        if syntax.is_encapsulated:
+            check_codestreams(file, data, has_size="RLE" not in syntax.name)
         pixels = data.pixel_array.reshape(-1, *size)
         padding, limit = data.get("PixelPaddingValue"), data.get("PixelPaddingRangeLimit")
-        if not isinstance(padding, int):  # none, or a wrong header
+        if not is_pixel_value(padding, data.BitsAllocated):  # none, or a wrong header
             return pixels
-        limit = limit if isinstance(limit, int) else padding
+        limit = limit if is_pixel_value(limit, data.BitsAllocated) else padding
         ends = np.array([padding, limit]).astype(pixels.dtype)  # 63536 is written for -2000
         is_signal = (pixels < ends.min()) | (pixels > ends.max())
         return np.where(is_signal, pixels, np.float32(np.nan))
 
 
+def is_pixel_value(value, bits):
+    """Whether a header's value is a whole number of so many bits, with or without a sign."""
+    return isinstance(value, int) and -(2 ** (bits - 1)) <= value < 2**bits
+
+
+def check_length(file, data, is_packed):
+    """Raise InputError where a file's pixel data are not as long as its header says: of compressed
+    ones where they are far longer, which no compression is."""
+    frames, there = int(data.get("NumberOfFrames") or 1), len(data.get("PixelData") or b"")
+    needed = -(-frames * data.Rows * data.Columns * data.BitsAllocated // 8)
+    if there < needed and not is_packed:
+        raise InputError(f"{file}: pixel data ends after {there} of {needed} bytes, {COPY_AGAIN}")
+    if there > (2 * needed + 2**16 if is_packed else needed + needed % 2):
+        raise InputError(
+            f"{file}: {there} bytes of pixel data, its header says {needed} "
+            f"({data.Rows} x {data.Columns} px of {data.BitsAllocated} bits); export it again"
+        )
+
+
+def check_codestreams(file, data, has_size):
+    """Raise InputError where a compressed frame is of another size than its header says.
+
+    Args:
+        has_size: whether each frame tells its size, as all but RLE do.
+    """
+    from pydicom.encaps import generate_frames
+
+    wanted = data.Rows, data.Columns, 1
+    count = int(data.get("NumberOfFrames") or 1)
+    for frame in generate_frames(data.PixelData, number_of_frames=count) if has_size else ():
+        *size, bits = codestream_size(frame)
+        if tuple(size) != wanted or bits > data.BitsAllocated:
+            raise InputError(
+                f"{file}: a frame of {size[0]} x {size[1]} px of {bits} bits where its header says "
+                f"{data.Rows} x {data.Columns} of {data.BitsAllocated}; export it again"
+            )
+
+
+def codestream_size(data):
+    """Rows, columns, components and bits of a JPEG, JPEG-LS or JPEG 2000 image, by its own header
+    (ISO 10918-1 B.2.2, ISO 14495-1 C.2.2, ISO 15444-1 A.5.1); zeros where it has none."""
+    if data[:4] == b"\xff\x4f\xff\x51":
+        right, bottom, left, top = struct.unpack(">4I", data[8:24])
+        components, bits = struct.unpack(">HB", data[40:43])
+        return bottom - top, right - left, components, (bits & 127) + 1
+    at = 2
+    while data[:2] == b"\xff\xd8" and at + 10 <= len(data):
+        marker, size = struct.unpack(">xBH", data[at : at + 4])
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            bits, rows, columns, components = struct.unpack(">BHHB", data[at + 4 : at + 10])
+            return rows, columns, components, bits
+        at += 2 + size
+    return 0, 0, 0, 0
+
+
 def read_pixels(frames):
-    """Frames in order -> float32 (s, rows, columns), rescaled, bright where the signal is high."""
+    """Frames in order -> float32 (s, rows, columns), rescaled, bright where the signal is high.
+
+    Raises:
+        InputError: a file is damaged, or not of this series by its grey levels.
+    """
     grey = np.empty((len(frames), *frames[0].size), np.float32)
     by_file = defaultdict(list)
     for k, frame in enumerate(frames):
@@ -616,31 +769,77 @@ def read_pixels(frames):
                 grey[k] += np.float32(frame.intercept)
                 if frame.inverted:
                     grey[k] *= -1  # the window makes it positive again
+    check_levels(frames, grey)
     return grey
+
+
+def check_levels(frames, grey):
+    """Raise InputError where a slice's grey levels, float32 (s, H, W), are far from the others'."""
+    low = np.array([np.fmin.reduce(image, axis=None) for image in grey], float)
+    high = np.array([np.fmax.reduce(image, axis=None) for image in grey], float)
+    seen = ~np.isnan(low)  # all of a slice may be padding
+    if not seen.any():
+        return
+    greatest, span = np.maximum(abs(low), abs(high)), np.median((high - low)[seen])
+    slopes, intercepts = np.array([(f.slope, f.intercept) for f in frames]).T
+    # Slices of other slopes may have one offset before them.
+    shift = abs(intercepts - slopes * np.median(intercepts / slopes))
+    most = UNLIKE * np.median(greatest[seen])
+    is_odd = seen & ~((greatest <= most) & (shift <= SHIFT * span))
+    if is_odd.any():
+        k = int(np.argmax(is_odd))
+        raise InputError(
+            f"{frames[k].file}: grey levels up to {greatest[k]:.3g} by RescaleSlope "
+            f"{frames[k].slope:g} and RescaleIntercept {frames[k].intercept:g}, far from the other "
+            "slices'; export it again"
+        )
 
 
 # --- NIfTI ----------------------------------------------------------------------------------------
 
 
 def open_nifti(file):
-    """A NIfTI-1 or NIfTI-2 image in memory."""
+    """A NIfTI-1 or NIfTI-2 image in memory, and its header as the file has it."""
     import nibabel
 
     data = file.read()
     sizes = int.from_bytes(data[:4], "little"), int.from_bytes(data[:4], "big")  # sizeof_hdr
     if 348 in sizes:
-        return nibabel.Nifti1Image.from_bytes(data)
-    if 540 in sizes:
-        return nibabel.Nifti2Image.from_bytes(data)
-    raise InputError(f"{file}: no NIfTI header, {COPY_AGAIN}")
+        kind = nibabel.Nifti1Image
+    elif 540 in sizes:
+        kind = nibabel.Nifti2Image
+    else:
+        raise InputError(f"{file}: no NIfTI header, {COPY_AGAIN}")
+    header = kind.header_class.from_fileobj(io.BytesIO(data), check=False)
+    there = len(data) - int(header["vox_offset"])
+    needed = np.prod(header.get_data_shape(), dtype=float) * header["bitpix"] / 8
+    if there != needed:
+        raise InputError(
+            f"{file}: {there} bytes of voxels, its header says {needed:.0f}; {COPY_AGAIN}"
+        )
+    return kind.from_bytes(data), header
+
+
+def nifti_fault(file, header):
+    """Why a NIfTI header cannot be right, or ''. A slope of 0 is none."""
+    for name, values in (
+        ("pixdim", header["pixdim"][1:4]),
+        ("scl_slope", header["scl_slope"] or 1),
+    ):
+        if not (np.isfinite(values) & (values > 0)).all():
+            return f"{file}: {name} {values} is not above 0; correct it"
+    if not np.isfinite(header["scl_inter"]):
+        return f"{file}: scl_inter {header['scl_inter']} is no number; correct it"
+    return ""
 
 
 def read_nifti(file):
     """Header of one NIfTI file -> Series, or why it is none. Raises InputError."""
     with reading(file):
-        image = open_nifti(file)
+        image, header = open_nifti(file)
         shape, affine, kind = image.shape, image.affine, image.get_data_dtype().kind
-        coded = int(image.header["sform_code"]) or int(image.header["qform_code"])
+        coded = int(header["sform_code"]) or int(header["qform_code"])
+        fault = nifti_fault(file, header)
     volumes = np.prod(shape[3:], dtype=float)
     if kind not in "iuf":
         return "colour or complex voxels"
@@ -664,7 +863,7 @@ def read_nifti(file):
     through = ways_to_cut(spacing, int(np.argmax(spacing)))
     if max(shape[axis] for axis in through) < MIN_SLICES:
         return f"fewer than {MIN_SLICES} slices"
-    return Series(
+    found = Series(
         file=file,
         name=f"file '{file.name}'",
         number=None,
@@ -676,11 +875,13 @@ def read_nifti(file):
         through=through,
         load=functools.partial(read_voxels, file),
         said=only_side(sides_in(description)),
+        fault=fault or width_fault(file, shape[:3], spacing, through),
     )
+    return "localiser" if says_loc(found.words) and not found.is_close else found
 
 
 def read_voxels(file):
     """float32 (i, j, k), scaled by scl_slope and scl_inter."""
     with reading(file):
-        grey = open_nifti(file).get_fdata(dtype=np.float32)
+        grey = open_nifti(file)[0].get_fdata(dtype=np.float32)
         return grey.reshape(grey.shape[:3])

@@ -6,7 +6,6 @@ there the hash is of the folder's path.
 """
 
 import hashlib
-import io
 import itertools
 import os
 import re
@@ -18,8 +17,9 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from common.errors import InputError
+from common.files import MAX_BYTES
 from data.common import ORIENTATION, T1_PLANES, TARGET, exam_name, window
-from data.dicom.files import find_files, reading
+from data.dicom.files import find_files, is_dicom, read_dicom, reading
 from data.dicom.knees import split_knees
 from data.dicom.series import (
     MIN_SLICES,
@@ -29,12 +29,12 @@ from data.dicom.series import (
     Patient,
     Series,
     assemble,
-    is_dicom,
     read_header,
     read_nifti,
     series_name,
 )
 from data.dicom.slices import cut, mirrored, plane_of
+from data.dicom.words import says_loc, words_of
 
 OBLIQUE = 30.0  # degrees from the nearest plane, above which the user is warned
 LOST = 0.1  # of a series' files: as many unreadable ones beside them may have been its slices
@@ -223,11 +223,9 @@ def images_absent(directories, series, report):
 
 def images_listed(directory):
     """What a DICOMDIR file lists (PS3.3 F.5): {series UID: set of its images' UIDs}."""
-    import pydicom
-
     listed = {}
     with reading(directory):
-        data = pydicom.dcmread(io.BytesIO(directory.read()))
+        data = read_dicom(directory, ["DirectoryRecordSequence"])
         records = {record.seq_item_tell: record for record in data.DirectoryRecordSequence}
         for series in list(records.values()):
             if series.DirectoryRecordType != "SERIES":
@@ -311,9 +309,24 @@ def series_of(headers):
     frames = [frame for header in headers for frame in header.frames]
     places = {header.frame for header in headers}
     found = assemble(headers[0].title, frames, places.pop() if len(places) == 1 else "")
-    if isinstance(found, Series):
+    is_series = isinstance(found, Series)
+    if says_loc(words_of(headers[0].title[1])) and not (is_series and found.is_close):
+        return "localiser"
+    if is_series:
         found.said = headers[0].said
+        found.fault = found.fault or twins_fault(headers)
     return found
+
+
+def twins_fault(headers):
+    """Why two images of one series' files cannot both be right, or ''."""
+    known = {}
+    for header in headers:
+        if header.frames and header.instance:
+            file = header.frames[0].file
+            if (twin := known.setdefault(header.instance, file)) is not file:
+                return f"{file}: another image than {twin} under one SOPInstanceUID; export again"
+    return ""
 
 
 def studies_beside(file, studies):
@@ -339,7 +352,7 @@ def digest_of(exam):
 def content_of(file):
     """Hash of a file's bytes, or the kind of error that reading it raises."""
     try:
-        with file.open() as stream:
+        with file.open(MAX_BYTES) as stream:
             return hashlib.file_digest(stream, "blake2b").digest()
     except Exception as error:  # a damaged zip member raises many kinds
         return type(error).__name__.encode()
@@ -419,7 +432,10 @@ class Volumes:
         if series.fault:
             raise InputError(f"{series.name}, {series.fault}")
         if id(series) not in self.kept:
-            self.kept = {id(series): window(series.load(), series.file)}
+            try:
+                self.kept = {id(series): window(series.load(), series.file)}
+            except InputError as error:
+                raise InputError(f"{series.name}, {error}") from None
         grey, choice = self.kept[id(series)], self.choice
         volume = cut(grey, series, axis, choice.square, choice.field_of_view)
         plane, _ = plane_of(series.directions[axis])
@@ -512,7 +528,8 @@ def log_choice(plane, series, axis, others, report, title):
         report.warn(f"{title}: {series.name} is {angle:.0f} degrees from {plane}")
     if series.doubt:
         report.warn(f"{title}: {series.name}: {series.doubt}")
-    names = ", ".join(other.name for other, _ in others)
+    whys = ((other.name, f" ({other.fault})" if other.fault else "") for other, _ in others)
+    names = ", ".join(map("".join, whys))
     report.log(
         f"{title}  {plane}: {series.name}, {series.slices(axis)} slices"
         + (f"; not taken: {names}" if names else "")

@@ -27,7 +27,8 @@ NO_AGENT = re.compile(r"(?<![a-z])(no|non|pre|w/?o|without)[ _-]?(iv[ _-]?)?(gad
 DIXON = re.compile(r"dixon|\bflex\b|\bideal\b")
 DIXON_WATER = re.compile(r"\bw\b(?! ?o)|water")
 DIXON_OTHER = re.compile(r"^fat\b|\b(f|fat|op|out)$|\b(opp|oop|out ?phase|opposed)\b")
-LOCALISER = re.compile(r"survey|scout|locali[sz]er|\b(3 ?p(lane|l)? ?)?loc\b")
+LOCALISER = re.compile(r"survey|scout|locali[sz]er|\b3 ?p(lane|l)? ?loc\b")
+LOC = re.compile(r"\bloc\b")  # a localiser, or what it was planned on: Siemens' "ext loc ref"
 # ImageType's words for what is computed from other images or taken off a screen; an underscore
 # counts as a space. MPR, a cut through a volume, is a picture like any other.
 NO_PICTURES = {
@@ -68,6 +69,11 @@ def words_of(text):
 def says_t1(words):
     """Whether `words_of` a description name T1."""
     return bool(T1.search(words) or (FUSED_T1.search(words) and not NOT_T1.search(words)))
+
+
+def says_loc(words):
+    """Whether `words_of` a description may mean a localiser, which its slices' distance tells."""
+    return bool(LOC.search(words))
 
 
 def says_agent(description):

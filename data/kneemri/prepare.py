@@ -30,7 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
 
 from common.errors import InputError  # noqa: E402
-from common.files import write_csv  # noqa: E402
+from common.files import open_regular, read_bytes, write_csv  # noqa: E402
 from common.pickles import ArrayUnpickler, PickledArray  # noqa: E402
 from data.common import Report, make_parser, to_square, window, write_dataset, write_volume  # noqa: E402
 
@@ -42,7 +42,7 @@ FOLDERS = {  # Stanford's split, Bien et al., PLOS Medicine 2018
     "test": ("vol01", "vol02"),
 }
 COLUMNS = ("examId", "aclDiagnosis", "volumeFilename")  # those of the eleven that are used
-MAX_BYTES = 2**28  # of one .pck; the set's largest are under 20 MB
+MAX_BYTES = 2**26  # of one .pck; the set's largest are under 20 MB
 MAX_SIDE = 4096  # px
 
 
@@ -57,10 +57,8 @@ def read_pck(path):
             three-dimensional.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"over {MAX_BYTES >> 20} MiB")
         # latin1 keeps the bytes of strings that Python 2 wrote
-        content = ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+        content = ArrayUnpickler(io.BytesIO(read_bytes(path, MAX_BYTES)), encoding="latin1").load()
         if not isinstance(content, PickledArray):
             raise ValueError("it holds no array")
         volume = content.array()
@@ -93,7 +91,7 @@ def read_metadata(path):
             twice or with a folder in it.
     """
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open_regular(path, "r", newline="", encoding="utf-8-sig") as file:
             table = list(csv.DictReader(file, skipinitialspace=True))
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as a CSV ({error}); download it again") from None

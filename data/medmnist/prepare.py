@@ -24,11 +24,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
 
 from common.errors import InputError  # noqa: E402
-from common.files import write_csv  # noqa: E402
+from common.files import MAX_BYTES, open_regular, open_zip, write_csv  # noqa: E402
 from common.volumes import SMALLEST_SIDE  # noqa: E402
 from data.common import make_parser, write_dataset, write_volume  # noqa: E402
 
 PLANES = ("axial", "coronal", "sagittal")  # along axis 0, 1, 2 of a volume
+MAX_SIDE = 512  # voxels; the sets have 28 or 64
 
 
 def parse_arguments():
@@ -62,7 +63,12 @@ def read_part(path, part):
         InputError: not such a file, another shape, or other than two classes.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open_regular(path) as file:
+            size = sum(info.file_size for info in open_zip(file).infolist())
+            if size > MAX_BYTES:
+                raise InputError(f"{path}: unpacks to {size >> 20} MiB; download it again")
+            file.seek(0)
+            arrays = np.load(file, allow_pickle=False)
             volumes, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"].ravel()
     except (OSError, KeyError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error):
         raise InputError(
@@ -73,7 +79,9 @@ def read_part(path, part):
             f"{path}: {part}_images {volumes.dtype} {volumes.shape} with {len(labels)} labels; "
             "expected uint8 (n, D, H, W), a 3-D set"
         )
-    if set(labels.tolist()) != {0, 1}:
+    if max(volumes.shape[1:]) > MAX_SIDE:
+        raise InputError(f"{path}: volumes of {volumes.shape[1:]} voxels; take a 3-D set")
+    if np.unique(labels).tolist() != [0, 1]:
         raise InputError(f"{path}: {part}_labels are not 0 and 1; take a set with two classes")
     return volumes, labels.astype(int)
 

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it fi
 
 from common.description import read_dataset  # noqa: E402
 from common.errors import InputError  # noqa: E402
-from common.files import write_csv, write_text  # noqa: E402
+from common.files import read_text, write_csv, write_text  # noqa: E402
 from common.machine import usable_cores  # noqa: E402
 from data.common import (  # noqa: E402
     OWN_LABELS,
@@ -367,7 +367,7 @@ def write_own(path, is_own, numbers):
 
 def write_problems(path, problems, afresh):
     """Write a line for each problem, beside those of earlier runs unless all is done `afresh`."""
-    before = [] if afresh or not path.exists() else path.read_text(encoding="utf-8").splitlines()
+    before = [] if afresh or not path.exists() else read_text(path).splitlines()
     before = [line for line in before if not line.endswith((NOT_THERE, NO_ROW))]  # found anew
     lines = dict.fromkeys([*before, *(" ".join(problem.split()) for problem in problems)])
     write_text(path, "".join(f"{line}\n" for line in lines))

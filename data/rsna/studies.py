@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from common.errors import InputError
+from common.files import open_regular
 from data.common import TARGET, exam_name
-from data.dicom.files import File, reading
+from data.dicom.files import File, read_dicom, reading
 from data.dicom.knees import split_knees
 from data.dicom.series import UNPLACED, Series, read_header
 from data.dicom.slices import plane_of
@@ -105,7 +106,7 @@ def digest_of(study):
             paths = [folder]
         for path in paths:
             try:
-                with open(path, "rb") as file:
+                with open_regular(path) as file:
                     content = hashlib.file_digest(file, "blake2b").digest()
             except OSError as error:
                 content = str(error.errno).encode()
@@ -126,8 +127,6 @@ def files_in(folder):
 def identity_of(study):
     """The scanner's fingerprint and the patient's number, each from the first header that has it;
     "" for what is not known. Both identify: never print them."""
-    import pydicom
-
     scanner = patient = ""
     tags = [*SCANNER, "PatientID"]
     for folder in study.series.values():
@@ -138,7 +137,7 @@ def identity_of(study):
         for path in paths:
             try:
                 with reading(File(path)):
-                    header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+                    header = read_dicom(File(path), tags)
                     *words, number = [str(header.get(name) or "").strip(" \0") for name in tags]
             except InputError:
                 continue

@@ -11,6 +11,7 @@ import re
 from typing import NamedTuple
 
 from common.errors import InputError
+from common.files import open_regular
 
 # Columns of train.csv and sample_submission.csv, in the set's order -> task of train-<task>.csv.
 FINDINGS = {
@@ -55,7 +56,7 @@ def read_table(path, required, optional=()):
         InputError: it cannot be read, or a required column is missing or there twice.
     """
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open_regular(path, "r", newline="", encoding="utf-8-sig") as file:
             lines = csv.reader(file)
             head = next(lines, [])
             places = find_columns(path, head, required, optional)
