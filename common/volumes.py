@@ -54,7 +54,8 @@ def read_volume(path):
     """One volume from disk: uint8 array (s, H, W).
 
     Raises:
-        InputError: as `open_volume`, or values that are not whole numbers from 0 to 255.
+        InputError: as `open_volume`; values that are not whole numbers from 0 to 255; a blank
+            volume, whose values are all equal.
     """
     try:
         volume = np.array(open_volume(path), order="C")
@@ -70,6 +71,11 @@ def read_volume(path):
                 "rescale them to whole grey levels 0 to 255 (uint8)"
             )
         volume = volume.astype(np.uint8)
+    if volume.min() == volume.max():
+        raise InputError(
+            f"{path}: blank, every voxel is {volume.min()}; convert the exam again or leave it out "
+            "of the CSV"
+        )
     return volume
 
 

@@ -233,7 +233,7 @@ def test_one_map_of_several_backbones(names, finest, cells):
     """At 256 px AlexNet has 7 x 7 cells and ResNet 8 x 8, both 32 px apart."""
     torch.manual_seed(0)
     networks = [
-        Network(MRNet(backbone=name).eval(), ("axial",), "standardized", "grey", False, name)
+        Network(MRNet(backbone=name).eval(), ("axial",), "standardized", "grey", False, name, {})
         for name in names
     ]
     volumes = {"axial": np.random.default_rng(0).integers(0, 255, (2, 256, 256), np.uint8)}

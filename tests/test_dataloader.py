@@ -222,6 +222,13 @@ def test_truncated_volume_is_named(exams):
     assert "empty" not in str(caught.value) and "None" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [0, 7])
+def test_a_blank_volume_is_refused(tmp_path, value):
+    np.save(tmp_path / "1.npy", np.full((3, 64, 64), value, np.uint8))
+    with pytest.raises(InputError, match=f"1.npy: blank, every voxel is {value}"):
+        read_volume(tmp_path / "1.npy")
+
+
 @pytest.mark.parametrize("values", [[0.5], [-1.0], [256.0], [math.nan], [math.inf]])
 def test_values_that_are_no_grey_levels(exams, values):
     path = damaged(exams, "", np.full((3, 64, 64), values, np.float32))

@@ -247,7 +247,9 @@ def test_networks_that_join_planes_have_titles_of_their_own(mirrored):
     ("neighbours", "alexnet, maximum over slices, each slice with its neighbours"),
 ])  # fmt: skip
 def test_networks_that_see_neighbours_say_so(channels, words):
-    network = Network(MRNet().eval(), ("axial",), "standardized", channels, False, "d")
+    network = Network(
+        MRNet().eval(), ("axial",), "standardized", channels, False, "d", {"axial": [1, 9]}
+    )
     volumes = {"axial": np.zeros((3, 64, 64), np.uint8)}
     found, _ = explain_networks([network], volumes, torch.device("cpu"), "fp32", {})
     assert found["axial"].networks == [words]

@@ -103,7 +103,7 @@ def test_a_stack_as_a_network_answers_as_the_stack_does(kind):
     def network(planes):
         ones = {plane: MRNet().eval() for plane in planes}
         model = ones["axial"] if len(ones) == 1 else MultiPlaneMRNet(ones).eval()
-        return Network(model, planes, "raw", "grey", False, "")
+        return Network(model, planes, "raw", "grey", False, "", {})
 
     networks = {name: [network(planes) for _ in range(2)] for name, planes in columns.items()}
     whole = {"columns": list(columns), "coefficients": [1.5, -2.0], "intercept": 0.25,
