@@ -362,6 +362,11 @@ class MRDataset(Dataset):
         return [shape[0] for shape in self.shapes]
 
     @property
+    def slice_ranges(self):
+        """{plane: [fewest, most slices of an exam]}."""
+        return {self.plane: [min(self.slice_counts), max(self.slice_counts)]}
+
+    @property
     def nbytes(self):
         """Bytes that all volumes take as uint8."""
         return sum(math.prod(shape) for shape in self.shapes)
@@ -462,6 +467,11 @@ class MultiPlaneDataset(MRDataset):
     @property
     def slice_counts(self):
         return [sum(shape[0] for shape in shapes.values()) for shapes in self.shapes]
+
+    @property
+    def slice_ranges(self):
+        counts = {p: [shapes[p][0] for shapes in self.shapes if p in shapes] for p in self.plane}
+        return {plane: [min(found), max(found)] for plane, found in counts.items() if found}
 
     @property
     def nbytes(self):

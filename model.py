@@ -232,7 +232,11 @@ class MRNet(nn.Module):
     def exam_features(self, x):
         """One exam -> its features, `x` as in `forward`: float32 (1, channels)."""
         x = x.reshape(-1, *x.shape[-3:])  # (1, s, c, H, W) -> (s, c, H, W)
-        slices = self.slice_features(self.feature_maps(x))  # (s, channels)
+        return self.pool(self.feature_maps(x))
+
+    def pool(self, maps):
+        """Last feature maps (s, channels, h, w) -> features of the exam, float32 (1, channels)."""
+        slices = self.slice_features(maps)  # (s, channels)
         if self.pooling == "max":
             return slices.amax(dim=0, keepdim=True)  # (s, channels) -> (1, channels)
         return (slices * self.slice_weights(slices)).sum(dim=0, keepdim=True)
@@ -291,14 +295,13 @@ class MRNet(nn.Module):
             weight: float32 (channels,).
 
         Returns:
-            float32 (s, h, w); and their exact sum, computed from the pooled features: ().
+            float32 (s, h, w).
         """
         slices = self.slice_features(maps)  # (s, channels)
         weights = self.slice_weights(slices) * weight  # (s, channels)
         cells = maps.shape[2] * maps.shape[3]
         # No matrix product: autocast would round it to bf16, and the sum would not be exact.
-        parts = (maps * (weights / cells).expand_as(slices)[:, :, None, None]).sum(dim=1)
-        return parts, (slices * weights).sum()
+        return (maps * (weights / cells).expand_as(slices)[:, :, None, None]).sum(dim=1)
 
     @torch.inference_mode()
     def exam_maps(self, volume):
@@ -318,15 +321,16 @@ class MRNet(nn.Module):
 
         Returns:
             maps: float32 array (s, h, w), in units of the logit; above 0 is for the finding.
-            logit: float, as `forward` returns it in evaluation mode.
+            logit: float, the very number that `forward` returns in evaluation mode; the maps add
+                up to it but for float32's rounding.
         """
         return self.heat_maps_of(self.exam_maps(volume))
 
     @torch.inference_mode()
     def heat_maps_of(self, maps):
         """`heat_maps` from the `exam_maps` of a volume."""
-        parts, total = self.contributions(maps, self.classifier.weight[0])
-        return parts.cpu().numpy(), total.item() + self.classifier.bias[0].item()
+        parts = self.contributions(maps, self.classifier.weight[0])
+        return parts.cpu().numpy(), self.classify(self.pool(maps))[0, 0].item()
 
 
 class MultiPlaneMRNet(nn.Module):
@@ -407,12 +411,11 @@ class MultiPlaneMRNet(nn.Module):
         """
         sizes = [network.classifier.in_features for network in self.networks.values()]
         weights = dict(zip(self.networks, self.classifier.weight[0].split(sizes), strict=True))
-        found, logit = {}, self.classifier.bias[0].item()
-        for plane in maps:
-            parts, total = self.networks[plane].contributions(maps[plane], weights[plane])
-            found[plane] = parts.cpu().numpy()
-            logit += total.item()
-        return found, logit
+        networks = {plane: self.networks[plane] for plane in maps}
+        found = {p: net.contributions(maps[p], weights[p]) for p, net in networks.items()}
+        features = self.join({p: net.pool(maps[p]) for p, net in networks.items()})
+        logit = self.classify(features)[0, 0].item()
+        return {p: parts.cpu().numpy() for p, parts in found.items()}, logit
 
 
 class GatedAttention(nn.Module):

@@ -147,7 +147,8 @@ def predict_exam(exam, tasks, options):
     for models in tasks:
         volumes, unusable = read_planes(exam, models, read)
         logits = models.logits(volumes, options.device, options.precision, known)
-        answer = Answer(list(volumes), unusable, logits)
+        volumes, unusable, logits = models.leave_out_diverged(volumes, unusable, logits)
+        answer = Answer(list(volumes), unusable, logits, models.slice_warnings(volumes))
         rows.append(blank | make_row(exam, models, answer, options))
     return rows, sum(len(read[plane]) for body in known for plane in body.planes)
 
@@ -158,6 +159,7 @@ class Answer(NamedTuple):
     planes: list  # that they were given
     unusable: dict  # {plane: why not}, of planes that any of them takes
     logits: dict  # {column: [one of each network]}
+    warnings: tuple | list = ()  # of what was used all the same
 
 
 def make_row(exam, models, answer, options):
@@ -187,7 +189,7 @@ def make_row(exam, models, answer, options):
             notes += ["partial"] if unusable else []
             if decision.planes != used:
                 notes.append(f"decided from {' and '.join(decision.planes)}")
-    notes += exam.warnings
+    notes += [*exam.warnings, *answer.warnings]
     row["note"] = printable("; ".join(notes)) or None
     row["error"] = describe_unusable(unusable)
     row["trained_on"] = "; ".join(describe_dataset(found) for found in models.datasets) or None

@@ -63,7 +63,6 @@ from common.stacking import (
     of_both_classes,
     order_of,
     planes_of_exams,
-    reaches,
     save_stack,
     threshold_for,
 )
@@ -305,7 +304,7 @@ def evaluate_scores(labels, scores, thresholds, own):
     for name in scores["valid"]:
         known, p = answered(labels["valid"], scores["valid"][name])
         row = summary(known, p, thresholds[name])
-        called = reaches(p, own if name == STACK else thresholds[name])  # as predict.py decides
+        called = p >= (own if name == STACK else thresholds[name])  # as predict.py decides
         decided = operating_point(known, called.astype(float), 0.5)
         for key in RATES:
             row |= zip((key, f"{key}_low", f"{key}_high"), getattr(decided, key), strict=True)

@@ -37,7 +37,7 @@ from common.splits import fingerprints_of
 from dataloader import CHANNELS, INTENSITIES
 from model import POOLINGS, MRNet, MultiPlaneMRNet
 
-FORMAT = "mrnet-model-3"
+FORMAT = "mrnet-model-4"
 STATE_FORMAT = "mrnet-training-4"
 MAX_STATE = 2**32  # bytes of a training's state, which holds the weights several times
 # What torch.save writes into a file of tensors and plain values.
@@ -64,6 +64,7 @@ METADATA = {
     "arguments": dict,  # as Config names them
     "prevalence": float,  # mean label of the training exams
     "data": dict,  # fingerprints of the exams
+    "slices": dict,  # {plane: [fewest, most slices of a training exam]}
     "dataset": (dict, type(None)),  # content of dataset.json
     "metrics": dict,
 }
@@ -98,6 +99,7 @@ def metadata_of(config, split, epoch, task):
         "class_weights": list(split.train_set.class_weights[task]),
         "prevalence": float(np.nanmean(split.train_set.finding(task).labels)),
         "data": fingerprints_of(split.finding(task)),
+        "slices": split.train_set.slice_ranges,
     }
 
 
@@ -260,13 +262,18 @@ def load_with_digest(path, task=None, column=None):
         is_valid = is_metadata(metadata)
         model = build_model(metadata["architecture"], metadata["plane"].split("+"))
         model.load_state_dict(content["model"])
-        is_valid = is_valid and all(bool(torch.isfinite(w).all()) for w in model.parameters())
+        values = model.state_dict()  # buffers too, such as batch normalisation's running variance
+        broken = next((name for name in values if not torch.isfinite(values[name]).all()), None)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
         is_valid = False
     if not is_valid:
         raise InputError(f"{path}: incomplete, or of an earlier version; delete it and train again")
+    if broken:
+        raise InputError(
+            f"{path}: {broken} holds values that are not finite; delete it and train again"
+        )
     found = column_name(metadata["plane"], metadata["recipe"])
     if (task or metadata["task"], column or found) != (metadata["task"], found):
         raise InputError(
@@ -313,6 +320,8 @@ def is_metadata(content):
         and content["intensity"] in INTENSITIES
         and content["channels"] in CHANNELS
         and "valid" in content["data"]
+        and set(content["plane"].split("+")) == content["slices"].keys()
+        and all(0 < least <= most for least, most in content["slices"].values())
         and all(isinstance(exam_id, str) for exam_id in content["out_of_fold"])
         and (content["dataset"] is None or is_dataset(content["dataset"]))
     )

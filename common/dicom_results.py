@@ -441,7 +441,7 @@ def measured(finding, origin):
     parameters = [f"Decided from {fewer} alone"] if fewer else []
     if finding.unusable:  # what the reasons quote may name folders
         parameters.append(f"Scanned, but not usable: {', '.join(sorted(finding.unusable))}")
-    parameters += [f"Warning: {told_of(text)}" for text in origin.warnings]
+    parameters += [f"Warning: {told_of(text)}" for text in [*origin.warnings, *finding.warnings]]
     return sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=sr.TrackingIdentifier(
             uid=origin.uid("finding", task), identifier=f"{task}, {BURNT_IN.lower()}"

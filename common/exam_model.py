@@ -106,7 +106,10 @@ class ExamModel(nn.Module):
                 )
         exam = [preprocess(volume, self.intensity, self.channels) for volume in volumes]
         one = exam[0] if len(exam) == 1 else dict(zip(self.planes, exam, strict=True))
-        return self.network(one).squeeze()
+        logit = self.network(one).squeeze()
+        if not torch.compiler.is_exporting() and not torch.isfinite(logit):
+            raise ValueError(f"the network's logit is {logit.item()}: it diverged, train it again")
+        return logit
 
 
 def load_exam_model(path, task=None, plane=None):

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from common.description import describe_datasets
 from common.errors import InputError
 from common.explain_page import MIRRORED, as_text, decimals, fill, make_page, slice_picture
-from common.explanation import unusable_of
+from common.explanation import list_warnings, unusable_of
 from common.files import named_in_errors, read_text, write_bytes, write_text
 from common.labels import id_of, label_rows
 from common.planes import PLANES, SPLITS, in_order
@@ -90,7 +90,7 @@ def write_exam(exam, findings, model, out, folder):
         described,
         root="",  # `Rows.add` knows it
         dicom=False,
-        warnings=exam.warnings,
+        warnings=list_warnings(exam, findings),
         side=exam.side,
     )
 

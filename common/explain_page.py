@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 
 from common.description import describe_datasets
 from common.errors import printable
+from common.explanation import list_warnings
 from common.figures import OPACITY, heat_colours, overlay
 from common.planes import PLANES, in_order
 from common.provenance import made
@@ -71,7 +72,7 @@ def make_page(exam, findings):
     content = {
         "exam": as_text(exam.name),
         "input": exam.input,
-        "warnings": list(exam.warnings),
+        "warnings": list_warnings(exam, findings),
         "images": {
             plane: {
                 "height": volume.shape[1],

@@ -140,6 +140,7 @@ class Finding(NamedTuple):
     planes: dict  # {title: PlaneMaps} of `explain_planes`; empty where there is no answer
     decision: Decision | None
     unusable: dict  # {plane: why not}, of planes that were there
+    warnings: tuple = ()  # of what was used all the same
 
     @property
     def task(self):
@@ -164,6 +165,11 @@ def unusable_of(findings):
     return "; ".join(f"{plane}: {why}" for plane, why in reasons.items())
 
 
+def list_warnings(exam, findings):
+    """What is to be known of an exam's answers, each once: list of lines."""
+    return list(dict.fromkeys([*exam.warnings, *(w for f in findings for w in f.warnings)]))
+
+
 def explain_exam(exam, tasks, device, precision, partial=False):
     """The Finding of each task.
 
@@ -176,8 +182,11 @@ def explain_exam(exam, tasks, device, precision, partial=False):
     for models in tasks:
         volumes, unusable = read_planes(exam, models, read)
         explained, logits = explain_planes(models, volumes, device, precision, known)
+        volumes, unusable, logits = models.leave_out_diverged(volumes, unusable, logits)
+        explained = {t: one for t, one in explained.items() if not unusable.keys() & one.joined}
         decision = None
         if explained and models.stack and (partial or not unusable):
             decision = decide(models.stack, volumes, logits)
-        findings.append(Finding(models, explained, decision, unusable))
+        warnings = tuple(models.slice_warnings(volumes))
+        findings.append(Finding(models, explained, decision, unusable, warnings))
     return findings

@@ -259,21 +259,26 @@ def operating_point(labels, scores, threshold):
     )
 
 
-def choose_threshold(labels, scores, sensitivity=None):
-    """A threshold for operating_point, always one of the scores, so finite.
+def choose_threshold(labels, probabilities, sensitivity=None):
+    """A threshold for operating_point: a probability midway between two neighbouring ones that were
+    predicted, so that another run's rounding moves no exam to the other side; half of the lowest
+    where all are positive.
 
     **Never choose it on the exams it is reported on**: that makes both look better than they are.
 
     Args:
+        probabilities: (n,), 0 to 1.
         sensitivity: the highest threshold that reaches it, and so the best specificity that goes
             with it; None for the largest sensitivity + specificity (Youden, Cancer 1950), of equals
             the one with more sensitivity.
 
     Raises MetricError for bad arrays or arguments, OneClassError when the ROC is undefined.
     """
-    positive, scores = _checked(labels, scores, both_classes=True)
-    fpr, tpr, thresholds = roc_curve(positive, scores, drop_intermediate=False)
-    fpr, tpr, thresholds = fpr[1:], tpr[1:], thresholds[1:]  # the first is inf: nobody positive
+    positive, scores = _checked(labels, probabilities, both_classes=True, probability=True)
+    # Each distinct score from the highest down; before them is infinity, which calls none positive.
+    fpr, tpr, thresholds = (
+        values[1:] for values in roc_curve(positive, scores, drop_intermediate=False)
+    )
     if sensitivity is None:
         gain = tpr - fpr
         chosen = np.flatnonzero(np.isclose(gain, gain.max(), rtol=0, atol=1e-12))[-1]
@@ -281,7 +286,9 @@ def choose_threshold(labels, scores, sensitivity=None):
         chosen = np.flatnonzero(tpr >= sensitivity - 1e-12)[0]  # 19 of 20 is 0.95, rounded or not
     else:
         raise MetricError(f"a wanted sensitivity is in (0, 1], not {sensitivity}")
-    return float(thresholds[chosen])
+    score, below = [*thresholds, 0.0][chosen : chosen + 2]
+    middle = (score + below) / 2
+    return float(middle if middle > below else score)  # nothing lies between neighbouring floats
 
 
 def brier(labels, probabilities):

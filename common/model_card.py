@@ -20,7 +20,7 @@ from common.names import RESULTS, column_name, results_path
 from common.provenance import made
 from common.report import environment, facts_of, read_columns, subgroups_of, training_facts, unique
 from common.results import read_results
-from common.stacking import DIGITS, STACK, largest_combination, load_stack, reaches
+from common.stacking import DIGITS, STACK, largest_combination, load_stack
 
 
 class Subject(NamedTuple):
@@ -144,7 +144,7 @@ def worst_of(results, column):
     """{"missed": lowest probability of a miss, "alarm": highest of a false alarm}, None without."""
     scores, called = results.scores[column], results.called
     if column != STACK:
-        called = reaches(scores, results.rows[column]["threshold"])
+        called = scores >= results.rows[column]["threshold"]
     has_answer = ~np.isnan(scores)
     missed = scores[(results.labels == 1) & ~called & has_answer]
     alarms = scores[(results.labels == 0) & called]

@@ -142,6 +142,11 @@ class Predictor:
         with torch.inference_mode():
             for row in rows:
                 logits[row] = model.classify(known[exams.ids[row]]).item()
+                if not np.isfinite(logits[row]):
+                    raise InputError(
+                        f"{what}: the logit of {exams.paths[row]} is {logits[row, 0]}, the network "
+                        "diverged; train it again with a lower --lr"
+                    )
         return logits
 
 

@@ -15,7 +15,7 @@ from common.files import open_regular, read_text
 from common.labels import is_positive
 from common.names import RESULTS, predictions_path, results_path
 from common.planes import SPLITS
-from common.stacking import STACK, load_stack, order_of, reaches
+from common.stacking import STACK, load_stack, order_of
 
 NEEDED = {"data", "digests", "other_thresholds"}  # keys of the figures, beside those below
 
@@ -46,7 +46,7 @@ class Results(NamedTuple):
         lacks a plane has the threshold of the planes that it has."""
         whole, others = self.rows[STACK]["threshold"], self.content["other_thresholds"]
         thresholds = np.array([others.get(exam_id, whole) for exam_id in self.ids])
-        return reaches(self.scores[STACK], thresholds)
+        return self.scores[STACK] >= thresholds
 
     @property
     def selection(self):

@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -209,24 +208,6 @@ def of_both_classes(labels):
     return len(set(labels)) == 2
 
 
-@partial(np.vectorize, otypes=[float])
-def as_written(probability):
-    """Probabilities as files hold them. Not np.round, which can miss the last digit."""
-    return round(float(probability), DIGITS)
-
-
-def reaches(probabilities, thresholds):
-    """Whether probabilities reach a threshold, so that the answer is positive: bool.
-
-    Both as they are written: a threshold is often one exam's own probability, which another run
-    gives with another last bit. NaN reaches none.
-
-    Args:
-        probabilities, thresholds: numbers, or arrays (n,).
-    """
-    return as_written(probabilities) >= as_written(thresholds)
-
-
 def combine(stack, planes, logits):
     """Apply a stack to the planes that exist.
 
@@ -288,7 +269,7 @@ def decide(stack, planes, logits):
     except KeyError:
         return None
     (stacked,), threshold = combine(stack, used, columns)
-    label = "positive" if reaches(stacked, threshold) else "negative"
+    label = "positive" if stacked >= threshold else "negative"
     return Decision(float(stacked), threshold, label, used)
 
 

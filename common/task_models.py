@@ -7,6 +7,7 @@ logits = models.logits({"sagittal": volume}, torch.device("cpu"), "fp32", {})
 
 import glob
 import hashlib
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from common.volumes import check_side
 from dataloader import preprocess
 from model import BACKBONES
 
+WHOLE_SERIES = 5  # slices; networks that saw no shorter exam refuse a single slice
 ANY_PLANE = "|".join(sorted(ALL_PLANES, key=len, reverse=True))  # as a regular expression
 
 
@@ -44,6 +46,7 @@ class Network(NamedTuple):
     channels: str
     may_lack: bool  # it was trained with plane dropout, so a plane may be missing
     body_digest: str  # of the model
+    slices: dict  # {plane: [fewest, most slices of a training exam]}
 
     @property
     def bias(self):
@@ -134,11 +137,39 @@ class TaskModels(NamedTuple):
         return {planes: found[planes] for planes in order}
 
     def check_volume(self, path, volume, plane):
-        """Raise InputError where a plane's slices are smaller than one of its networks needs."""
+        """Raise InputError where a plane's slices are smaller than one of its networks needs, or
+        where a single slice is given to networks of whole series."""
         for networks in self.networks.values():
             backbone = networks[0].model.backbone
             if plane in networks[0].planes:
                 check_side(path, volume.shape, BACKBONES[backbone].smallest_side, backbone)
+        fewest, most = self.slice_range(plane)
+        if len(volume) == 1 and fewest >= WHOLE_SERIES:
+            raise InputError(
+                f"{path}: a single slice, and the {self.task} networks were trained on exams of "
+                f"{fewest} to {most}; give the whole series"
+            )
+
+    def slice_range(self, plane):
+        """The fewest and the most slices of a training exam in this plane."""
+        found = [
+            network.slices[plane]
+            for networks in self.networks.values()
+            for network in networks
+            if plane in network.planes
+        ]
+        return min(fewest for fewest, _ in found), max(most for _, most in found)
+
+    def slice_warnings(self, volumes):
+        """A line for each plane with less than half of the fewest or more than twice the most
+        slices of the training exams; volumes as `logits` takes them."""
+        warnings = []
+        for plane, volume in volumes.items():
+            fewest, most = self.slice_range(plane)
+            if not fewest / 2 <= len(volume) <= 2 * most:
+                slices = "1 slice" if len(volume) == 1 else f"{len(volume)} slices"
+                warnings.append(f"{plane} has {slices}, the training exams have {fewest} to {most}")
+        return warnings
 
     def logits(self, volumes, device, precision, known):
         """{column: [float, one for each network]} of the columns that can do with the planes.
@@ -152,6 +183,29 @@ class TaskModels(NamedTuple):
             for column, networks in self.networks.items()
             if networks[0].takes(volumes)
         }
+
+    def leave_out_diverged(self, volumes, unusable, logits):
+        """What is left of an exam without the networks whose logit is not finite.
+
+        Args:
+            volumes, unusable: as `exams.read_planes` returns them.
+            logits: as `logits` returns them.
+
+        Returns:
+            the three of them: each plane that such a network takes is unusable.
+        """
+        bad = {c: v for c, values in logits.items() for v in values if not math.isfinite(v)}
+        why = {
+            plane: f"the logit of a network of {column} is {value}; train it again"
+            for column, value in bad.items()
+            for plane in self.networks[column][0].planes
+            if plane in volumes
+        }
+        return (
+            {plane: volume for plane, volume in volumes.items() if plane not in why},
+            unusable | why,
+            {column: values for column, values in logits.items() if column not in bad},
+        )
 
 
 def saved_tasks(models_dir, recipes):
@@ -195,6 +249,7 @@ def as_network(model, metadata, device):
         metadata["channels"],
         metadata["plane_dropout"] > 0,
         digest,
+        metadata["slices"],
     )
 
 

@@ -59,10 +59,16 @@ def read_volume(path):
     """One volume from disk: uint8 array (s, H, W).
 
     Raises:
-        InputError: as `open_volume`, or values that are not whole numbers from 0 to 255.
+        InputError: as `open_volume`; values that are not whole numbers from 0 to 255; a blank
+            volume, whose values are all equal.
     """
     try:
         volume = open_volume(path)
+        if volume.min() == volume.max():
+            raise InputError(
+                f"{path}: blank, every voxel is {volume.min()}; convert the exam again or leave it "
+                "out of the CSV"
+            )
         if volume.dtype == np.uint8:
             return np.array(volume, order="C")
         grey = np.empty(volume.shape, np.uint8)

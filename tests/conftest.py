@@ -117,6 +117,7 @@ def metadata_of(task="acl", plane="axial", **more):
         "tuning": [],
         "prevalence": 0.4,
         "data": {"train": "0", "valid": "1"},
+        "slices": {one: [2, 40] for one in plane.split("+")},
         "dataset": None,
         "metrics": {},
         **more,

@@ -1,6 +1,7 @@
 """Saved models, AlexNet's features, and files that would run code."""
 
 import errno
+import math
 import os
 import pickle
 from contextlib import nullcontext
@@ -309,3 +310,16 @@ def test_what_a_resumed_run_must_agree_on():
     for other in ({"train": "a"}, {"train": "a", "valid": "c"}, prints | {"more": "d"}):
         with pytest.raises(InputError, match="other exams"):
             check_same(*same, (config, other))
+
+
+@pytest.mark.parametrize("name", ["classifier.bias", "pretrained_model.bn1.running_mean"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nothing_that_is_not_finite_is_loaded(tmp_path, name, value):
+    """Neither a parameter nor a buffer."""
+    model = MRNet(backbone="resnet18")
+    model.state_dict()[name][0] = value
+    metadata = metadata_of()
+    metadata["architecture"] |= {"backbone": "resnet18"}
+    save_model(tmp_path / "m.pt", model, metadata)
+    with pytest.raises(InputError, match=f"m.pt: {name} holds values that are not finite"):
+        load_model(tmp_path / "m.pt")

@@ -21,7 +21,6 @@ from common import cli, labels
 from common.description import MRNET, read_dataset, read_own_labels
 from common.errors import InputError
 from common.labels import LabelRow, label_rows, read_groups, read_labels, tasks
-from common.parts import part_argument
 from common.volumes import open_volume, read_volume, volume_path
 from data.common import EXAMS, OWN_LABELS, Register, merge_csv
 from dataloader import (
@@ -226,6 +225,13 @@ def test_truncated_volume_is_named(exams):
     assert "empty" not in str(caught.value) and "None" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [0, 7])
+def test_a_blank_volume_is_refused(tmp_path, value):
+    np.save(tmp_path / "1.npy", np.full((3, 64, 64), value, np.uint8))
+    with pytest.raises(InputError, match=f"1.npy: blank, every voxel is {value}"):
+        read_volume(tmp_path / "1.npy")
+
+
 @pytest.mark.parametrize("values", [[0.5], [-1.0], [256.0], [math.nan], [math.inf]])
 def test_values_that_are_no_grey_levels(exams, values):
     path = damaged(exams, "", np.full((3, 64, 64), values, np.float32))
@@ -395,9 +401,8 @@ def test_digits_of_other_scripts_are_no_ids(tmp_path, digit):
         Register(tmp_path)
     with pytest.raises(InputError, match="not a CSV of two columns with ids"):
         merge_csv(tmp_path / "train-acl.csv", {})
-    for read in (cli.positive_int, lambda text: part_argument(f"{text}/4")):
-        with pytest.raises(argparse.ArgumentTypeError):
-            read(digit)
+    with pytest.raises(argparse.ArgumentTypeError):
+        cli.positive_int(digit)
 
 
 def test_a_header_is_named(tmp_path):

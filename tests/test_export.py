@@ -83,7 +83,7 @@ def test_every_backbone_pooling_and_number_of_planes(tmp_path, backbone, pooling
     torch.manual_seed(0)
     architecture = {"backbone": backbone, "pooling": pooling, "dropout": 0, "share_backbone": False}
     model = build_model(architecture, list(planes)).eval()
-    network = Network(model, planes, "standardized", channels, False, "")
+    network = Network(model, planes, "standardized", channels, False, "", {})
     # Raises unless onnxruntime answers as torch does, at five sizes.
     export.to_onnx(ExamModel("acl", network).eval(), {}, tmp_path / "model.onnx")
 

@@ -401,40 +401,50 @@ def test_operating_point_by_hand():
 
 
 def test_youden_by_hand_takes_the_more_sensitive_of_equals():
-    # threshold 0.9: 1/2 - 0; 0.8: 1/2 - 1/2; 0.7: 1 - 1/2; 0.1: 0. Equal: 0.9 and 0.7
-    assert choose_threshold([1, 0, 1, 0], [0.9, 0.8, 0.7, 0.1]) == 0.7
+    # from 0.9 on: 1/2 - 0; 0.8: 1/2 - 1/2; 0.7: 1 - 1/2; 0.1: 0. Equal: 0.9 and 0.7
+    assert choose_threshold([1, 0, 1, 0], [0.9, 0.8, 0.7, 0.1]) == pytest.approx((0.7 + 0.1) / 2)
 
 
 def test_youden_tells_close_sums_apart():
     # n/P, and later 2n/P - (n+1)/N with P = 2n + 1, N = 2n + 3: less by 1/(PN), 2.5e-9
     n = 10_000
     labels = np.repeat([1, 0, 1, 0, 1], [n, n + 1, n, n + 2, 1])
-    assert choose_threshold(labels, -np.arange(len(labels))) == -(n - 1)
+    falling = 1 - np.arange(len(labels)) / len(labels)
+    assert choose_threshold(labels, falling) == pytest.approx(1 - (n - 0.5) / len(labels), abs=1e-9)
 
 
 def test_wanted_sensitivity_by_hand():
-    labels, scores = [1] * 20 + [0] * 20, np.r_[np.arange(21, 41), np.arange(1, 40, 2)]
-    # 19 of 20 positives score 22 and more, all of them 21 and more
-    assert choose_threshold(labels, scores, 0.95) == 22
-    assert choose_threshold(labels, scores, 0.951) == 21
-    assert choose_threshold(labels, scores, 1.0) == 21
+    labels, scores = [1] * 20 + [0] * 20, np.r_[np.arange(21, 41), np.arange(1, 40, 2)] / 100
+    # 19 of 20 positives score 0.22 and more, all of them 0.21 and more
+    assert choose_threshold(labels, scores, 0.95) == pytest.approx(0.215)
+    assert choose_threshold(labels, scores, 0.951) == pytest.approx(0.20)
+    assert choose_threshold(labels, scores, 1.0) == pytest.approx(0.20)
+
+
+def test_a_threshold_lies_below_the_lowest_score_and_above_a_neighbouring_float():
+    assert choose_threshold([1, 0], [0.4, 0.6], 1.0) == 0.2
+    assert choose_threshold([1, 0], [0.0, 0.6], 1.0) == 0.0
+    for score in (0.3, np.nextafter(0.3, 1)):  # the midpoint rounds up for one, down for the other
+        above = np.nextafter(score, 1)
+        assert choose_threshold([1, 0], [above, score]) == above
 
 
 @settings(deadline=None, max_examples=150)
 @given(exams(), st.sampled_from([1e-13, 0.5, 0.8, 0.95, 1.0]))
-def test_thresholds_are_scores_and_do_what_they_promise(case, wanted):
+def test_thresholds_lie_between_scores_and_do_what_they_promise(case, wanted):
     labels, scores = case
+    scores = rankdata(scores, method="dense") / (len(scores) + 1)  # ties stay
     fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
     youden = operating_point(labels, scores, choose_threshold(labels, scores))
-    assert youden.threshold in scores
+    assert youden.threshold not in scores
     assert youden.sensitivity.value + youden.specificity.value - 1 == pytest.approx(
         (tpr - fpr)[1:].max(), abs=1e-12
     )
     point = operating_point(labels, scores, choose_threshold(labels, scores, wanted))
-    assert point.threshold in scores and point.sensitivity.value >= wanted - 1e-12
-    higher = scores[scores > point.threshold]
-    if len(higher):
-        assert operating_point(labels, scores, higher.min()).sensitivity.value < wanted
+    assert point.threshold not in scores and point.sensitivity.value >= wanted - 1e-12
+    higher = np.unique(scores[scores > point.threshold])
+    if len(higher) > 1:
+        assert operating_point(labels, scores, higher[1]).sensitivity.value < wanted
 
 
 # --- probabilities

@@ -16,12 +16,13 @@ import torch
 from conftest import PLANES, assert_one_line_error, rows_of, run_process, run_script, write_exams
 
 from common.answering import Options
-from common.checkpoint import read_checkpoint, write_checkpoint
+from common.checkpoint import digest_of, load_model, read_checkpoint, save_model, write_checkpoint
 from common.errors import InputError
 from common.exams import Exam, FolderExams, exam_of_files, open_exams
 from common.files import as_cell, from_cell
 from common.task_models import Network, TaskModels
-from predict import Answer, check_output, make_row, models_of
+from model import MRNet
+from predict import Answer, make_row, models_of
 
 
 def predict(trained, *args):
@@ -178,6 +179,47 @@ def test_a_bad_exam_is_named_and_the_others_go_on(trained, valid, tmp_path, dama
     assert not (tmp_path / "proof").exists()
 
 
+@pytest.mark.parametrize("script", ["predict.py", "explain.py"])
+def test_a_network_whose_logit_is_not_finite_decides_nothing(trained, valid, tmp_path, script):
+    models = tmp_path / "models"
+    shutil.copytree(trained[0] / "models", models)
+    model, metadata = load_model(models / "acl-axial.pt")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 1e12
+    save_model(models / "acl-axial.pt", model, metadata)
+    stack = json.loads((models / "acl-stack.json").read_text())
+    stack["digests"]["acl-axial.pt"] = digest_of(models / "acl-axial.pt")
+    (models / "acl-stack.json").write_text(json.dumps(stack))
+    more = ["--jsonl", "--out", tmp_path / "rows"] if script == "predict.py" else ["--all"]
+    out = ["--out", tmp_path / "pages"] if script == "explain.py" else []
+    done = run_script(script, valid, "--models-dir", models, *more, *out)
+    assert done.returncode == 1 and "exams" in done.stderr.splitlines()[-1]
+    if script == "predict.py":
+        lines = (tmp_path / "rows").read_text().splitlines()
+        rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+        assert all(row["decision"] is row["axial"] is None and row["sagittal"] for row in rows)
+        assert "axial: the logit of a network of axial is nan" in rows[0]["error"]
+    else:
+        (row, *_) = map(json.loads, (tmp_path / "pages" / "exams.jsonl").read_text().splitlines())
+        assert "the logit of a network of axial is nan" in row["error"]
+        assert row["findings"]["acl"]["decision"] is None
+
+
+def test_slices_beyond_what_the_networks_saw():
+    network = Network(MRNet(), ("axial",), "raw", "grey", False, "", {"axial": [20, 30]})
+    models = TaskModels("acl", {"axial": [network]}, None, "", [None], 0.5)
+    volumes = {n: np.zeros((n, 64, 64), np.uint8) for n in (1, 9, 10, 60, 61)}
+    warned = {n: models.slice_warnings({"axial": volume}) for n, volume in volumes.items()}
+    assert warned[10] == warned[60] == []
+    assert warned[9] == ["axial has 9 slices, the training exams have 20 to 30"] and warned[61]
+    models.check_volume("x.npy", volumes[9], "axial")
+    with pytest.raises(InputError, match="x.npy: a single slice, .* 20 to 30; give the whole"):
+        models.check_volume("x.npy", volumes[1], "axial")
+    network = network._replace(slices={"axial": [4, 30]})
+    models._replace(networks={"axial": [network]}).check_volume("x.npy", volumes[1], "axial")
+
+
 def test_files_of_one_exam(trained, whole, tmp_path):
     row = rows_of(whole[0] / "all.csv")[0]
     for plane in PLANES:
@@ -225,7 +267,7 @@ def test_several_sets_of_joined_planes_and_the_planes_of_a_decision():
     """One column has the mean of all networks that join planes; a stack without a regression for
     the planes that an exam has says which it took."""
     planes = [("axial", "coronal"), ("axial", "sagittal")]
-    columns = {"+".join(p): [Network(None, p, "raw", "grey", False, "")] for p in planes}
+    columns = {"+".join(p): [Network(None, p, "raw", "grey", False, "", {})] for p in planes}
     combination = {"columns": ["axial+coronal"], "coefficients": [2.0], "intercept": -1.0,
                    "threshold": 0.3}  # fmt: skip
     stack = {"features": "probability", "combinations": {"axial+coronal": combination}}
@@ -325,10 +367,10 @@ def test_a_rows_model_is_that_of_its_own_networks():
     assert models_of([other, cyst], options)["a"] != models_of([acl, cyst], options)["a"]
 
 
-def test_rows_go_to_regular_files_only(tmp_path):
+def test_rows_go_to_regular_files_only(trained, tmp_path):
     for out in (Path("/dev/full"), tmp_path):
-        with pytest.raises(InputError, match=f"{out}: exists and is not a regular file"):
-            check_output(out, resume=False, overwrite=True, in_parts=False)
+        done = predict(trained, trained[0] / "data", "--out", out, "--overwrite")
+        assert_one_line_error(done, f"{out}: exists and is not a regular file")
 
 
 def test_names_of_many_exams_take_little_memory(tmp_path):

@@ -219,7 +219,7 @@ def test_networks_of_t1_planes_get_them_from_scans(tmp_path):
 
 def networks(t1_planes, planes=("coronal", "sagittal")):
     about = FROM_DICOM | {"name": "theirs", "t1_planes": t1_planes}
-    columns = {p: [Network(None, (p,), "raw", "grey", False, "")] for p in planes}
+    columns = {p: [Network(None, (p,), "raw", "grey", False, "", {})] for p in planes}
     return TaskModels("acl", columns, None, "", [about], 0.5)
 
 
