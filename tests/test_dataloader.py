@@ -249,7 +249,7 @@ def test_whole_numbers_of_other_types_are_taken(exams):
     [
         ("0,1\n1,2\n", "line 2"),
         ("0,1\n1,x\n", "line 2"),
-        ("0,1\n1,\n", "1 exams of one class only"),
+        ("0,1\n1,\n", "1 exam of one class only"),
         ("0,1\nx/../y,0\n", "line 2"),
         ("0,1\n0,1\n1,0\n", "line 2"),
         ("id,label\n0,1\n", "line 1"),
