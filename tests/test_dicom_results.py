@@ -421,7 +421,7 @@ def test_all_exams_go_on_where_dicom_is_missing(trained, scan, tmp_path):
     shutil.copytree(scan, inbox / "a")
     (inbox / "b").mkdir()
     voxels = np.random.default_rng(0).integers(0, 200, (64, 64, 12), dtype=np.int16)
-    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([0.6, 0.6, 4, 1])), inbox / "b/a.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([1.2, 1.2, 4, 1])), inbox / "b/a.nii.gz")
     args = ("explain.py", inbox, "--all", "--task", "acl", "--models-dir", models, "--precision",
             "fp32", "--allow-synthetic", "--out", tmp_path / "report")  # fmt: skip
     done = run_script(*args)
@@ -658,7 +658,7 @@ def test_what_has_no_study_in_one_line(trained, scan, tmp_path, monkeypatch):
     assert_one_line_error(done, "belong to no DICOM study", "--dicom")
     (tmp_path / "scan").mkdir()
     voxels = np.random.default_rng(0).integers(0, 200, (64, 64, 12), dtype=np.int16)
-    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([0.6, 0.6, 4, 1])), tmp_path / "scan/a.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([1.2, 1.2, 4, 1])), tmp_path / "scan/a.nii.gz")
     done = explain(tmp_path / "scan", work / "models", tmp_path)
     assert done.returncode == 2 and "NIfTI belongs to no DICOM study" in done.stderr
     assert len(done.stderr.splitlines()) == 1

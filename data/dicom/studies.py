@@ -314,15 +314,15 @@ def series_of(headers):
         return "localiser"
     if is_series:
         found.said = headers[0].said
-        found.fault = found.fault or twins_fault(headers)
+        found.fault = found.fault or twins_fault(headers, found)
     return found
 
 
-def twins_fault(headers):
-    """Why two images of one series' files cannot both be right, or ''."""
-    known = {}
+def twins_fault(headers, series):
+    """Why two files that a Series takes its slices from cannot both be right, or ''."""
+    known, taken = {}, {frame.file for frame in series.frames}
     for header in headers:
-        if header.frames and header.instance:
+        if header.instance and header.frames and header.frames[0].file in taken:
             file = header.frames[0].file
             if (twin := known.setdefault(header.instance, file)) is not file:
                 return f"{file}: another image than {twin} under one SOPInstanceUID; export again"
