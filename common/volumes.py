@@ -64,13 +64,8 @@ def read_volume(path):
     """
     try:
         volume = open_volume(path)
-        if volume.min() == volume.max():
-            raise InputError(
-                f"{path}: blank, every voxel is {volume.min()}; convert the exam again or leave it "
-                "out of the CSV"
-            )
         if volume.dtype == np.uint8:
-            return np.array(volume, order="C")
+            return refuse_blank(path, np.array(volume, order="C"))
         grey = np.empty(volume.shape, np.uint8)
         for image, out in zip(volume, grey, strict=True):
             if not ((image >= 0) & (image <= 255) & (image == np.round(image))).all():  # nor NaN
@@ -79,11 +74,21 @@ def read_volume(path):
                     "rescale them to whole grey levels 0 to 255 (uint8)"
                 )
             out[:] = image
-        return grey
+        return refuse_blank(path, grey)
     except OSError as error:
         if is_out_of_memory(error):
             raise MemoryError(str(path)) from None
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def refuse_blank(path, volume):
+    """The volume at `path`, uint8 (s, H, W); InputError where all of its values are equal."""
+    if volume.min() == volume.max():
+        raise InputError(
+            f"{path}: blank, every voxel is {volume.min()}; convert the exam again or leave it out "
+            "of the CSV"
+        )
+    return volume
 
 
 def check_side(path, shape, smallest, backbone):

@@ -366,7 +366,9 @@ def test_a_full_disk_stops_in_one_line_and_keeps_the_best(work, small_disk):
 def test_out_of_memory_in_one_line(tmp_path, launcher):
     work = tmp_path
     write_exams(work / "data")
-    np.save(work / "data" / "train" / "axial" / "0003.npy", np.zeros((900, 256, 256), np.uint8))
+    large = np.zeros((900, 256, 256), np.uint8)
+    large[:, 0] = 1
+    np.save(work / "data" / "train" / "axial" / "0003.npy", large)
     argv = arguments(work, "--epochs", 1, "--cache", "disk")
     assert launcher.run(work / "out.txt", argv, limit=600_000_000) == 1
     last = (work / "out.txt").read_text().splitlines()[-1]

@@ -421,7 +421,7 @@ def test_5_no_decision_without_a_plane_that_was_there(trained, tmp_path):
     assert "coronal" in row["error"] and row["missing"] == "coronal"
     done = predict(trained, tmp_path / "scans", "--out", tmp_path / "y.csv", "--partial")
     (row,) = rows_of(tmp_path / "y.csv")
-    assert done.returncode == 1 and row["decision"] and row["note"] == "partial"
+    assert done.returncode == 1 and row["decision"] and row["note"].startswith("partial")
     args = ("--task", "acl", "--models-dir", trained[0] / "models", "--out", tmp_path / "report",
             "--allow-synthetic")  # fmt: skip
     done = run_script("explain.py", tmp_path / "scans", *args)

@@ -582,6 +582,7 @@ def test_an_importer_that_crashes_is_started_again(tmp_path, bad, answered):
     script = tmp_path / "prepare.py"
     script.write_text(SERVER.replace("{bad!r}", repr(bad)))
     importer, found = Importer(script, "scans", tmp_path, []), {}
+    importer.read_listing()
     importer.request("a", None, False)
     for name, later in zip("abcdefg", "bcdefg-", strict=True):
         if later != "-":

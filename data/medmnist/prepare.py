@@ -89,7 +89,6 @@ def read_part(path, part):
 def slices_along(volume, axis, size):
     """uint8 (D, H, W) -> uint8 (s, size, size): slices along `axis` that hold anything."""
     slices = [image for image in np.moveaxis(volume, axis, 0) if image.any()]
-    slices = slices or [np.moveaxis(volume, axis, 0)[0]]  # an exam has one slice at least
     bilinear = Image.Resampling.BILINEAR
     return np.stack(
         [np.asarray(Image.fromarray(image).resize((size, size), bilinear)) for image in slices]
@@ -113,12 +112,17 @@ def main():
     )
     first = 0
     for split, (volumes, labels) in parts.items():
+        rows = {}
         for i, volume in enumerate(tqdm(volumes, split, unit="exam", disable=None), start=first):
+            if volume.min() == volume.max():
+                print(f"left out {split} exam {i}: blank, every voxel is {volume.min()}")
+                continue
+            rows[i] = labels[i - first]
             for axis, plane in enumerate(PLANES):
                 path = args.out / split / plane / f"{i:04d}.npy"
                 write_volume(path, slices_along(volume, axis, args.size))
-        write_csv(args.out / f"{split}-{args.task}.csv", enumerate(labels, start=first))
-        print(f"{split:5}  {len(labels):5d} exams, {labels.sum()} positive")
+        write_csv(args.out / f"{split}-{args.task}.csv", rows.items())
+        print(f"{split:5}  {len(rows):5d} exams, {sum(rows.values())} positive")
         first += len(volumes)
     print(f"written  {args.out}, task {args.task}")
 
