@@ -18,6 +18,7 @@ from common.errors import InputError
 from common.exam_model import StackModel
 from common.metrics import roc_auc, wilson_interval
 from common.names import stack_path
+from common.results import RATES, evaluate_scores
 from common.stacking import (
     combination_of,
     combinations_of,
@@ -35,9 +36,7 @@ from common.stacking import (
 from common.task_models import Network, load_task, saved_tasks
 from model import MRNet, MultiPlaneMRNet
 from train_logistic_regression import (
-    RATES,
     derived_caveats,
-    evaluate_scores,
     list_caveats,
     make_stack,
     names_untuned,
