@@ -48,10 +48,11 @@ from common.figures import reliability_figure, roc_figure
 from common.files import atomic, write_csv, write_text
 from common.labels import is_positive
 from common.logs import open_writer
-from common.metrics import BELOW_CHANCE, answered, auc_difference, operating_point, roc_auc, summary
+from common.metrics import BELOW_CHANCE, answered, roc_auc
 from common.names import PREDICTIONS, RESULTS, column_name, stack_name, stack_path, start_of_results
 from common.planes import SPLITS, in_order, planes_of
 from common.predictions import BaseModels, check_base_models, predict_columns
+from common.results import GAIN, RATES, evaluate_scores
 from common.stacking import (
     DIGITS,
     FEATURES,
@@ -68,8 +69,6 @@ from common.stacking import (
 )
 
 STAR = "*"  # beside each threshold: explained below the table
-GAIN = "stack against best plane"
-RATES = ("sensitivity", "specificity", "accuracy")
 
 
 def parse_arguments():
@@ -288,36 +287,6 @@ def threshold_source(tuning, untuned, decided, folds, repeat):
         "chosen on exams that the networks were trained on, so not to be trusted on new exams; "
         "--folds, or --protocol held-out, gives better ones"
     )
-
-
-def evaluate_scores(labels, scores, thresholds, own):
-    """Metrics of each plane and the stack on the validation exams, and the stack's gain.
-
-    Args:
-        labels: {split: float32 (n,)}.
-        scores, thresholds, own: as `make_stack` returns them.
-
-    Returns:
-        {name: dict of numbers} with the planes, the stack and "stack against best plane".
-    """
-    rows = {}
-    for name in scores["valid"]:
-        known, p = answered(labels["valid"], scores["valid"][name])
-        row = summary(known, p, thresholds[name])
-        called = p >= (own if name == STACK else thresholds[name])  # as predict.py decides
-        decided = operating_point(known, called.astype(float), 0.5)
-        for key in RATES:
-            row |= zip((key, f"{key}_low", f"{key}_high"), getattr(decided, key), strict=True)
-        row |= {key: getattr(decided, key) for key in ("tp", "fp", "tn", "fn")}
-        row["train_auc"] = roc_auc(*answered(labels["train"], scores["train"][name]))
-        half = operating_point(known, p, 0.5)
-        row |= {f"{key}_at_half": getattr(half, key).value for key in RATES}
-        rows[name] = row
-    columns = [name for name in rows if name != STACK]
-    best = max(columns, key=lambda column: rows[column]["train_auc"])
-    both = answered(labels["valid"], scores["valid"][STACK], scores["valid"][best])
-    gain = auc_difference(*both)
-    return rows | {GAIN: {"plane": best} | gain._asdict()}
 
 
 def print_report(title, labels, rows, training_auc, caveats):

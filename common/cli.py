@@ -291,6 +291,16 @@ def drop_closed_output():
             os.close(nowhere)
 
 
+def open_closed_output():
+    """Put the null device in the place of stdout and of stderr if they were closed from the start,
+    as by `>&-`; for the processes that are started from this one, too."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            os.set_inheritable(number, True)
+            setattr(sys, name, os.fdopen(number, "w"))
+
+
 def has_reader(number):
     """Whether a file descriptor is no pipe or terminal whose other end was closed."""
     poll = select.poll()
@@ -384,6 +394,7 @@ def exit_with_status(main):
     0 done; 1 the run failed for a reason outside the code; 2 bad input; 128 + n stopped by signal n
     (130 Ctrl-C). A defect of the code keeps its traceback.
     """
+    open_closed_output()
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:

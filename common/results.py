@@ -13,11 +13,46 @@ from common.datasets import exams_of_any, labelled_sets
 from common.errors import InputError, one_line
 from common.files import open_regular, read_text
 from common.labels import is_positive
+from common.metrics import answered, auc_difference, operating_point, roc_auc, summary
 from common.names import RESULTS, predictions_path, results_path
 from common.planes import SPLITS
 from common.stacking import STACK, load_stack, order_of
 
 NEEDED = {"data", "digests", "other_thresholds"}  # keys of the figures, beside those below
+
+
+GAIN = "stack against best plane"
+RATES = ("sensitivity", "specificity", "accuracy")
+
+
+def evaluate_scores(labels, scores, thresholds, own):
+    """Metrics of each plane and the stack on the validation exams, and the stack's gain.
+
+    Args:
+        labels: {split: float32 (n,)}.
+        scores, thresholds, own: as `train_logistic_regression.make_stack` returns them.
+
+    Returns:
+        {name: dict of numbers} with the planes, the stack and "stack against best plane".
+    """
+    rows = {}
+    for name in scores["valid"]:
+        known, p = answered(labels["valid"], scores["valid"][name])
+        row = summary(known, p, thresholds[name])
+        called = p >= (own if name == STACK else thresholds[name])  # as predict.py decides
+        decided = operating_point(known, called.astype(float), 0.5)
+        for key in RATES:
+            row |= zip((key, f"{key}_low", f"{key}_high"), getattr(decided, key), strict=True)
+        row |= {key: getattr(decided, key) for key in ("tp", "fp", "tn", "fn")}
+        row["train_auc"] = roc_auc(*answered(labels["train"], scores["train"][name]))
+        half = operating_point(known, p, 0.5)
+        row |= {f"{key}_at_half": getattr(half, key).value for key in RATES}
+        rows[name] = row
+    columns = [name for name in rows if name != STACK]
+    best = max(columns, key=lambda column: rows[column]["train_auc"])
+    both = answered(labels["valid"], scores["valid"][STACK], scores["valid"][best])
+    gain = auc_difference(*both)
+    return rows | {GAIN: {"plane": best} | gain._asdict()}
 
 
 class Results(NamedTuple):

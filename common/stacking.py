@@ -10,24 +10,22 @@ Out-of-fold stacking: Wolpert, "Stacked generalization", Neural Networks 5(2), 1
 """
 
 import itertools
-import json
-import math
 from contextlib import suppress
-from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
+from common.documents import Digest, FileName, Probability, as_json, check, parse_json
 from common.engine import sigmoid
-from common.errors import InputError
+from common.errors import InputError, one_line
 from common.files import read_text, write_text
 from common.metrics import choose_threshold
 from common.names import ARTICLE, stack_path
 from common.planes import ALL_PLANES, in_order
 
-FORMAT = "mrnet-stack-5"
+FORMAT = "mrnet-stack-6"
 FEATURES = ("probability", "logit")
 STACK = "stack"  # its column, beside those of planes
 DIGITS = 8  # of a probability, where it is written
@@ -212,7 +210,7 @@ def combine(stack, planes, logits):
     """Apply a stack to the planes that exist.
 
     Args:
-        stack: dict as `load_stack` returns it.
+        stack: a Stack.
         planes: of the exams, container of at least one.
         logits: {column: float64 (n, networks)}.
 
@@ -259,7 +257,7 @@ def decide(stack, planes, logits):
     """The Decision of a stack for one exam; None if it cannot do with these planes.
 
     Args:
-        stack: dict as `load_stack` returns it.
+        stack: a Stack.
         planes: of the exam, container of at least one.
         logits: {column: [float, one for each network]}.
     """
@@ -276,19 +274,44 @@ def decide(stack, planes, logits):
 # --- files ----------------------------------------------------------------------------------------
 
 
+class Combination(TypedDict):
+    """The regression of a set of planes."""
+
+    columns: list[str]
+    coefficients: list[float]  # of each column
+    intercept: float
+    threshold: Probability
+    tuned: NotRequired[bool]  # whether the tuning exams chose the threshold
+
+
+class Stack(TypedDict):
+    """What save_stack writes."""
+
+    format: Literal[FORMAT]
+    task: str
+    features: Literal[FEATURES]
+    combinations: dict[str, Combination]  # of each set of planes, such as "axial+sagittal"
+    base_models: dict[str, list[FileName]]  # of each column's networks
+    digests: dict[FileName, Digest]  # of these files
+    thresholds: str  # which predictions chose them
+    # How it was made; `predict.py` does not need it.
+    folds: NotRequired[int]
+    recipes: NotRequired[list[str]]
+    git: NotRequired[str]
+    versions: NotRequired[dict[str, str]]
+    machine: NotRequired[str]
+    arguments: NotRequired[dict]
+    protocol: NotRequired[str]
+    data: NotRequired[dict[str, str]]
+
+
 def save_stack(path, stack):
-    """Write a stack (plain dict) as JSON."""
-    write_text(path, json.dumps({"format": FORMAT, **stack}, indent=2) + "\n")
+    """Write a Stack, all but its format, as JSON."""
+    write_text(path, as_json({"format": FORMAT, **stack}, indent=2) + "\n")
 
 
 def load_stack(models_dir, task, recipes):
-    """A task's stack.
-
-    Returns:
-        dict with at least `task`; `features`, "probability" or "logit"; `base_models`, the file
-        names of each column's networks; `digests`, the SHA-256 of each of these files;
-        `thresholds`, which predictions chose them; and `combinations`, for each set of planes
-        ("axial+sagittal") its `columns`, `coefficients`, `intercept` and `threshold`.
+    """A task's Stack.
 
     Raises:
         InputError: missing, damaged, of another version, or not a stack of this task.
@@ -297,45 +320,50 @@ def load_stack(models_dir, task, recipes):
     again = f"train_logistic_regression.py --task {task}"
     again += f" --recipes {' '.join(recipes)}" if tuple(recipes) != (ARTICLE,) else ""
     try:
-        stack = json.loads(read_text(path))
-        is_valid = is_stack(stack) and stack["task"] == task
+        stack = parse_json(read_text(path))
+        check(Stack, stack)
+        check_stack(stack, task)
     except FileNotFoundError:
         raise InputError(f"{path}: no such stack; run `python {again}`") from None
-    except (OSError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError,
-            RecursionError):  # fmt: skip
-        is_valid = False
-    if not is_valid:
+    except (OSError, ValueError) as error:
         raise InputError(
-            f"{path}: damaged, of another version, or not a stack of {task}; run "
-            "train_logistic_regression.py again"
-        )
+            f"{path}: damaged, of another version, or not a stack of {task} ({one_line(error)}); "
+            "run train_logistic_regression.py again"
+        ) from None
     return stack
 
 
-def is_stack(content):
-    """Whether parsed JSON has all that `load_stack` promises; raises many kinds if not."""
-    return (
-        content["format"] == FORMAT
-        and content["features"] in FEATURES
-        and len(content["combinations"]) > 0
-        and all(map(is_combination_name, content["combinations"]))
-        and all(is_combination(c, content["base_models"]) for c in content["combinations"].values())
-        and isinstance(content["digests"], dict)
-        and isinstance(content["thresholds"], str)
-        and all(is_file_name(f) for files in content["base_models"].values() for f in files)
-    )
+def check_stack(stack, task):
+    """Refuse a Stack whose parts do not fit together. Raises ValueError."""
+    files = [name for names in stack["base_models"].values() for name in names]
+    columns = {column: planes_in(column) for column in stack["base_models"]}
+    for is_wrong, fault in (
+        (stack["task"] != task, f"task: it is of {stack['task']!r:.40}"),
+        (not stack["combinations"], "combinations: there are none"),
+        (not all(stack["base_models"].values()), "base_models: a column has no networks"),
+        (not all(columns.values()), "base_models: a column's name has no plane"),
+        (sorted(files) != sorted(stack["digests"]), "digests: not one of each of base_models"),
+    ):
+        if is_wrong:
+            raise ValueError(fault)
+    for name, one in stack["combinations"].items():
+        place = f"combinations.{name:.40}"
+        if not is_combination_name(name):
+            raise ValueError(f"{place}: not a set of planes")
+        if not 0 < len(set(one["columns"])) == len(one["columns"]) == len(one["coefficients"]):
+            raise ValueError(f"{place}: not one coefficient of each of some columns")
+        for column in one["columns"]:
+            if not columns.get(column, set()) & set(name.split("+")):
+                raise ValueError(
+                    f"{place}.columns: no networks of {column!r:.40} that take one of its planes"
+                )
 
 
-def is_combination(content, base_models):
-    """Whether a combination holds finite numbers, one coefficient for each of its columns."""
-    numbers = [*content["coefficients"], content["intercept"], content["threshold"]]
-    return (
-        len(numbers) == len(content["columns"]) + 2
-        and set(content["columns"]) <= base_models.keys()
-        and all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
-    )
-
-
-def is_file_name(name):
-    """Whether a network's file name stays in its folder."""
-    return isinstance(name, str) and Path(name).name == name and name.endswith(".pt")
+def planes_in(column):
+    """The planes that a column's networks take, by its name: set, empty for no column's."""
+    names = column.split("+")
+    # A recipe's name follows the last plane, whose own may have a sequence: "sagittal-t1-best".
+    parts = names[-1].split("-")
+    last = ["-".join(parts[:n]) for n in (2, 1) if "-".join(parts[:n]) in ALL_PLANES]
+    planes = [*names[:-1], *last[:1]]
+    return set(planes) if last and set(planes) <= set(ALL_PLANES) else set()

@@ -101,7 +101,7 @@ STACK = {
     "task": "acl",
     "features": "logit",
     "base_models": {plane: [f"acl-{plane}.pt"] for plane in ("axial", "coronal", "sagittal")},
-    "digests": {"acl-axial.pt": "00"},
+    "digests": {f"acl-{plane}.pt": "0f" * 32 for plane in ("axial", "coronal", "sagittal")},
     "thresholds": "chosen on 20 exams",
     "combinations": {
         planes: {

@@ -430,3 +430,19 @@ def test_a_damaged_state_is_named(work, monkeypatch, damage):
         torch.save(content, path)
     done = run_script("train.py", *arguments(work, "--resume"))
     assert_one_line_error(done, "acl-axial.state")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_output_that_is_closed_from_the_start_is_no_fault(tmp_path, closed):
+    code = "import os, sys; from common import cli; from common.errors import InputError\n"
+    code += (
+        "def main():\n sys.stdout.write('x'); sys.stderr.flush()\n os.system('echo y || touch bad')"
+    )
+    code += "\n raise InputError('wrong')\ncli.exit_with_status(main)"
+    command = f'PYTHONPATH={ROOT} {sys.executable} -c "$0" {closed}'
+    done = subprocess.run(
+        ["sh", "-c", command, code], capture_output=True, text=True, cwd=tmp_path, timeout=100
+    )
+    assert done.returncode == 2 and not any(tmp_path.iterdir())
+    assert "Traceback" not in done.stderr
+    assert ("error: wrong" in done.stderr) == (closed == ">&-")

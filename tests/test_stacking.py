@@ -19,6 +19,7 @@ from common.errors import InputError
 from common.exam_model import StackModel
 from common.metrics import roc_auc, wilson_interval
 from common.names import stack_path
+from common.results import GAIN, RATES, evaluate_scores
 from common.stacking import (
     combination_of,
     combinations_of,
@@ -36,11 +37,8 @@ from common.stacking import (
 from common.task_models import Network, load_task, saved_tasks
 from model import MRNet, MultiPlaneMRNet
 from train_logistic_regression import (
-    GAIN,
-    RATES,
     below_chance,
     derived_caveats,
-    evaluate_scores,
     list_caveats,
     make_stack,
     names_untuned,
@@ -79,7 +77,8 @@ def a_stack(**more):
     combinations = {planes: one_combination(planes) for planes in combinations_of(PLANES)}
     return {"task": "acl", "features": "probability", "combinations": combinations,
             "base_models": {plane: [f"acl-{plane}.pt"] for plane in PLANES},
-            "digests": {}, "thresholds": "chosen on 20 exams"} | more  # fmt: skip
+            "digests": {f"acl-{plane}.pt": "0" * 64 for plane in PLANES},
+            "thresholds": "chosen on 20 exams"} | more  # fmt: skip
 
 
 def test_every_set_of_planes():
@@ -346,7 +345,8 @@ def test_a_stack_is_read_as_it_was_written(tmp_path):
     joint = {"columns": ["axial+coronal", "axial-vgg16"], "coefficients": [1.0, 2.0],
              "intercept": 0.5, "threshold": 0.5}  # fmt: skip
     names = {"axial+coronal": ["acl-axial+coronal.pt"], "axial-vgg16": ["acl-axial-vgg16.pt"]}
-    other = a_stack(base_models=names, combinations={"axial+coronal": joint})
+    digests = {"acl-axial+coronal.pt": "1" * 64, "acl-axial-vgg16.pt": "2" * 64}
+    other = a_stack(base_models=names, digests=digests, combinations={"axial+coronal": joint})
     for stack in (other, a_stack()):
         save_stack(path, stack)
         assert load_stack(tmp_path, "acl", RECIPES) == {"format": stacking.FORMAT} | stack
@@ -354,31 +354,69 @@ def test_a_stack_is_read_as_it_was_written(tmp_path):
 
 
 def faulty_stacks():
-    for version in (1, 4, 99):
-        yield {"format": f"mrnet-stack-{version}"}
-    yield {"task": "meniscus"}
-    yield {"features": "other"}
-    yield {"combinations": {}}
-    yield {"base_models": {"other": []}}
-    for name in ("../acl-axial.pt", "acl-axial.zip", 7):
-        yield {"base_models": a_stack()["base_models"] | {"axial": [name]}}
-    yield {"digests": []}
-    yield {"thresholds": None}
-    bad = ({"coefficients": [1.0, 2.0]}, {"coefficients": ["1"]}, {"intercept": math.nan},
-           {"threshold": math.inf}, {"threshold": True}, {"coefficients": None},
-           {"columns": ["axial-other"]}, {"columns": []})  # fmt: skip
-    for change in bad:
+    for version in (1, 5, 99):
+        yield {"format": f"mrnet-stack-{version}"}, "format: 'mrnet-stack-6' is expected, not"
+    yield {"task": "meniscus"}, "task: it is of 'meniscus'"
+    yield {"features": "other"}, "features: 'probability' or 'logit' is expected, not 'other'"
+    yield {"combinations": {}}, "combinations: there are none"
+    yield {"combinations": []}, r"combinations: an object is expected, not \[\]"
+    yield {"combinations": {"knee": one_combination("axial")}}, "combinations.knee: not a set of p"
+    yield {"other": 1}, "other is not known here"
+    models, digests = a_stack()["base_models"], a_stack()["digests"]
+    for name in ("../acl-axial.pt", "acl-axial.zip", 7, "a/acl-axial.pt", ".."):
+        yield {"base_models": models | {"axial": [name]}}, "base_models.axial.0: a"
+    yield {"base_models": {}}, "digests: not one of each"
+    yield {"base_models": {plane: [] for plane in models}}, "base_models: a column has no n"
+    yield {"base_models": models | {"knee": ["acl-knee.pt"]}}, "base_models: a column.s name"
+    yield {"digests": []}, "digests: an object is expected"
+    yield {"digests": digests | {"acl-axial.pt": "zz"}}, "digests.acl-axial.pt: a SHA-256"
+    yield {"digests": {"acl-axial.pt": "0" * 64}}, "digests: not one of each of base_models"
+    yield {"digests": digests | {"../x.pt": "0" * 64}}, "digests, a key: a file name"
+    yield {"thresholds": None}, "thresholds: a text is expected, not None"
+    for change, words in (
+        ({"coefficients": [1.0, 2.0]}, ": not one coefficient of each of some columns"),
+        ({"coefficients": ["1"]}, ".coefficients.0: a number is expected, not '1'"),
+        ({"coefficients": None}, ".coefficients: a list is expected"),
+        ({"intercept": 10**400}, ".intercept: a number is expected, not 1000"),
+        ({"threshold": True}, ".threshold: a number is expected, not True"),
+        ({"threshold": 1.5}, ".threshold: a number from 0 to 1 is expected, not 1.5"),
+        ({"threshold": -0.1}, ".threshold: a number from 0 to 1"),
+        ({"columns": ["axial-other"]}, ".columns: no networks of 'axial-other'"),
+        ({"columns": ["coronal"]}, ".columns: no networks of 'coronal' that take one of its p"),
+        ({"columns": []}, ": not one coefficient of each"),
+        ({"columns": [], "coefficients": []}, ": not one coefficient of each"),
+        ({"columns": ["axial"] * 2, "coefficients": [1.0] * 2}, ": not one coefficient of each"),
+    ):
         combinations = a_stack()["combinations"]
         combinations["axial"] |= change
-        yield {"combinations": combinations}
+        yield {"combinations": combinations}, f"combinations.axial{words}"
 
 
-@pytest.mark.parametrize("change", list(faulty_stacks()))
-def test_a_damaged_stack_is_named(tmp_path, change):
+def refuse_stack(tmp_path, text, words):
     path = stack_path(tmp_path, "acl", RECIPES)
-    path.write_text(json.dumps({"format": stacking.FORMAT} | a_stack() | change))
-    with pytest.raises(InputError, match=f"{path}: damaged, of another version, or not a stack"):
+    path.write_text(text)
+    start = f"{path}: damaged, of another version, or not a stack"
+    with pytest.raises(InputError, match=rf"{start}.*\({words}.*\); run train_logis"):
         load_stack(tmp_path, "acl", RECIPES)
+
+
+@pytest.mark.parametrize("change, words", list(faulty_stacks()))
+def test_a_damaged_stack_is_named(tmp_path, change, words):
+    text = json.dumps({"format": stacking.FORMAT} | a_stack() | change)
+    refuse_stack(tmp_path, text, words)
+
+
+def test_a_stack_that_is_no_plain_json(tmp_path):
+    text = json.dumps({"format": stacking.FORMAT} | a_stack())
+    assert text.count('"threshold": 0.4') == 7
+    for number in ("NaN", "Infinity", "-Infinity", "1e999"):
+        changed = text.replace('"threshold": 0.4', f'"threshold": {number}', 1)
+        refuse_stack(tmp_path, changed, f"{number} is not a finite number")
+    twice = text.replace('"threshold": 0.4', '"threshold": 0.4, "threshold": 0.5', 1)
+    refuse_stack(tmp_path, twice, "'threshold' is there twice")
+    for other in ("[1]", "7", "null"):
+        refuse_stack(tmp_path, other, "the whole: an object is expected")
+    refuse_stack(tmp_path, "[" * 100_000, "nested too deeply")
 
 
 def test_no_stack_says_what_makes_one(tmp_path):
@@ -447,7 +485,7 @@ def test_a_task_with_a_stack_has_the_stacks_networks(tmp_path):
     models = load_task(tmp_path, "acl", RECIPES)
     assert list(models.networks) == ["axial"] and len(models.networks["axial"]) == 2
     assert models.stack["digests"] == digests and models.datasets == [None]
-    save_stack(stack_path(tmp_path, "acl", RECIPES), stack | {"note": "other"})
+    save_stack(stack_path(tmp_path, "acl", RECIPES), stack | {"thresholds": "other"})
     assert load_task(tmp_path, "acl", RECIPES).digest != models.digest
     write_models(tmp_path, names[1])
     with pytest.raises(InputError, match="fold2of2.pt: trained again after the stack was fitted"):
