@@ -131,17 +131,13 @@ def train_epoch(step, exams, what="train", stop_requested=(), accumulate=1):
 
 
 @torch.inference_mode()
-def predict(model, exams, device, precision, what="predict", views=None):
-    """Logits of all exams, in their order: float32 (n, tasks).
-
-    Args:
-        views: of each exam, as `exams.draw` returns them; by default the whole exam as it is.
-    """
+def predict(model, exams, device, precision, what="predict"):
+    """Logits of all exams, whole and as they are, in their order: float32 (n, tasks)."""
     model.eval()
     logits = torch.zeros(exams.labels.shape, device=device)
     for i in progress(range(len(exams)), what):
         with autocast(device, precision):
-            logits[i] = model(exams.exam(i, device, views[i] if views else None))[0]
+            logits[i] = model(exams.exam(i, device))[0]
     return logits.cpu().numpy()
 
 
