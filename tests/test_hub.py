@@ -26,6 +26,7 @@ with torch.inference_mode():
 """
 
 
+@pytest.mark.whole
 def test_hub_gives_the_probabilities_that_the_stack_was_fitted_on(trained, tmp_path):
     work, _ = trained
     with open(work / "models/acl-predictions.csv") as file:

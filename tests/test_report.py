@@ -231,6 +231,7 @@ def test_a_folder_gets_the_report(work, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", "claim.md"}
 
 
+@pytest.mark.whole
 def test_a_checklist_that_was_edited_is_kept(work, tmp_path):
     found = [read_results(work / "models/acl-results.json")]
     out, checklist = tmp_path / "report.html", tmp_path / "claim.md"
@@ -302,6 +303,7 @@ def test_a_run_of_last_epochs_is_not_said_to_be_selected(work, tmp_path):
     assert "optimistic: the same exams stopped the training." in card
 
 
+@pytest.mark.whole
 def test_recipes_and_findings_that_differ_are_told_apart(work, tmp_path):
     results = read_results(work / "models/acl-results.json")
 

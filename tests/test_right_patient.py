@@ -82,6 +82,7 @@ def test_1_a_study_that_arrives_later_takes_nobodys_row(trained, tmp_path):
     assert out.read_bytes() == fresh.read_bytes()
 
 
+@pytest.mark.whole
 def test_1_a_name_does_not_depend_on_what_lies_beside_it(trained, tmp_path):
     for number in (1, 2, 3):
         write_study(tmp_path / "inbox", number, "one")
@@ -478,6 +479,7 @@ def test_6_the_importer_counts_what_a_full_disk_left_out(tmp_path, full_disk):
 # --- 7: what the networks were trained on ---------------------------------------------------------
 
 
+@pytest.mark.whole
 def test_7_networks_that_saw_synthetic_knees_refuse_patients(trained, tmp_path):
     write_study(tmp_path / "scans", 1, "one")
     models = ("--models-dir", trained[0] / "models")
@@ -557,6 +559,7 @@ def test_8_a_threshold_that_cannot_be_trusted_says_so(trained):
     assert "trained on" in results["thresholds"]
 
 
+@pytest.mark.whole
 def test_8_folds_say_what_their_thresholds_are_applied_to(exams):
     for plane in PLANES:
         assert train(exams, "--folds", "2", "--epochs", "1", plane=plane).returncode == 0

@@ -1007,6 +1007,7 @@ def test_studies_that_share_a_scanner_or_a_report_are_one_group():
     assert len({groups["a"], groups["d"], groups["e"]}) == 3
 
 
+@pytest.mark.whole
 def test_both_knees_of_a_patient_are_one_group(tmp_path):
     """Studies 0 and 1 are one patient's; a number that all others share names nobody."""
     series, rows = [], []

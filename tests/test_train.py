@@ -361,6 +361,7 @@ def trained_on(exams, folder, *more):
     )  # fmt: skip
 
 
+@pytest.mark.whole
 def test_settings_reach_the_step_and_the_average_is_evaluated_and_saved(
     shared_exams, tmp_path, monkeypatch
 ):
