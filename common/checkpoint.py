@@ -11,14 +11,16 @@ import io
 import os
 import pickle
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
+from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
 
 from common.config import THE_ARTICLES, Config
 from common.description import is_dataset
+from common.documents import Probability, check
 from common.errors import InputError, is_out_of_memory, one_line
 from common.files import held, remove_leftovers, write_bytes
 from common.names import column_name, state_path
@@ -31,27 +33,43 @@ FORMAT = "mrnet-model-3"
 STATE_FORMAT = "mrnet-training-4"
 # What a network is built from, and must be saved with its weights.
 ARCHITECTURE = ("backbone", "pooling", "dropout", "share_backbone")
-# What the metadata of every saved model has; `metadata_of` and train.py's provenance are more.
-METADATA = {
-    "task": str,
-    "plane": str,
-    "recipe": str,
-    "architecture": dict,  # as `build_model` takes it
-    "intensity": str,
-    "channels": str,
-    "plane_dropout": (int, float),
-    "protocol": str,
-    "seed": int,
-    "fold": int,
-    "epoch": int,
-    "out_of_fold": list,  # ids of training exams that it was not trained on
-    "tuning": list,  # ids of training exams that were kept to select the epoch
-    "arguments": dict,  # as Config names them
-    "prevalence": float,  # mean label of the training exams
-    "data": dict,  # fingerprints of the exams
-    "dataset": (dict, type(None)),  # content of dataset.json
-    "metrics": dict,
-}
+
+
+class Architecture(TypedDict):
+    """As `build_model` takes it."""
+
+    backbone: str
+    pooling: str
+    dropout: float
+    share_backbone: bool
+
+
+class Metadata(TypedDict):
+    """What the metadata of every saved model has at least."""
+
+    task: str
+    plane: str
+    recipe: str
+    architecture: Architecture
+    intensity: Literal[tuple(INTENSITIES)]
+    channels: Literal[tuple(CHANNELS)]
+    plane_dropout: float
+    protocol: str
+    seed: int
+    fold: int
+    epoch: int
+    out_of_fold: list[str]  # ids of training exams that it was not trained on
+    tuning: list[str]  # ids of training exams that were kept to select the epoch
+    arguments: Config  # as a dict
+    prevalence: Probability  # mean label of the training exams
+    data: dict[str, str]  # fingerprints of the exams
+    dataset: dict | None  # content of dataset.json
+    metrics: dict
+    history: NotRequired[list[dict]]  # of each epoch
+    git: NotRequired[str]
+    machine: NotRequired[str]
+    precision: NotRequired[str]
+    pretrained: NotRequired[bool]
 
 
 def metadata_of(config, split, epoch, task):
@@ -190,7 +208,7 @@ def save_model(path, model, metadata, finding=0):
 
     Args:
         model: MRNet or MultiPlaneMRNet.
-        metadata: dict of plain values, at least METADATA.
+        metadata: dict of plain values, at least Metadata.
         finding: which of the network's findings; the classifiers of the others are left out.
     """
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
@@ -208,7 +226,7 @@ def load_model(path, task=None, column=None):
 
     Returns:
         MRNet or MultiPlaneMRNet in evaluation mode on the CPU, and its metadata, a dict with at
-        least METADATA.
+        least Metadata.
 
     Raises:
         InputError: missing, damaged, of another version, or of another task or plane.
@@ -223,16 +241,17 @@ def load_with_digest(path, task=None, column=None):
     try:
         metadata = content["metadata"]
         metadata["arguments"] = recorded(metadata["arguments"])
-        is_valid = is_metadata(metadata)
+        check_metadata(metadata)
         model = build_model(metadata["architecture"], metadata["plane"].split("+"))
         model.load_state_dict(content["model"])
-        is_valid = is_valid and all(bool(torch.isfinite(w).all()) for w in model.parameters())
+        if not all(bool(torch.isfinite(w).all()) for w in model.parameters()):
+            raise ValueError("a weight is not a finite number")
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
-        is_valid = False
-    if not is_valid:
-        raise InputError(f"{path}: incomplete model file; delete it and train again")
+        raise InputError(
+            f"{path}: incomplete model file ({one_line(error)}); delete it and train again"
+        ) from None
     found = column_name(metadata["plane"], metadata["recipe"])
     if (task or metadata["task"], column or found) != (metadata["task"], found):
         raise InputError(
@@ -270,18 +289,17 @@ def build_model(architecture, planes, features=None, tasks=1):
     return MultiPlaneMRNet(networks, architecture["dropout"])
 
 
-def is_metadata(content):
-    """Whether a model's description is complete. Raises KeyError or TypeError, too."""
-    return (
-        all(isinstance(content[name], kind) for name, kind in METADATA.items())
-        and set(content["plane"].split("+")) <= set(ALL_PLANES)
-        and {field.name for field in fields(Config)} <= content["arguments"].keys()
-        and content["intensity"] in INTENSITIES
-        and content["channels"] in CHANNELS
-        and "valid" in content["data"]
-        and all(isinstance(exam_id, str) for exam_id in content["out_of_fold"])
-        and (content["dataset"] is None or is_dataset(content["dataset"]))
-    )
+def check_metadata(content):
+    """Refuse a model's description that is incomplete or has values of a wrong type. Raises
+    ValueError, KeyError or TypeError."""
+    check(Metadata, content, "metadata", is_open=True)
+    planes = content["plane"].split("+")
+    if not set(planes) <= set(ALL_PLANES):
+        raise ValueError(f"metadata.plane: {content['plane']!r:.40} is none")
+    if "valid" not in content["data"]:
+        raise ValueError("metadata.data.valid is missing")
+    if content["dataset"] is not None and not is_dataset(content["dataset"]):
+        raise ValueError("metadata.dataset: one of its values is of the wrong type")
 
 
 def recorded(config):

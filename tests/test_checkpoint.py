@@ -274,3 +274,26 @@ def test_what_a_resumed_run_must_agree_on():
     for other in ({"train": "a"}, {"train": "a", "valid": "c"}, prints | {"more": "d"}):
         with pytest.raises(InputError, match="other exams"):
             check_same(*same, (config, other))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"seed": "0"}, "metadata.seed: a whole number"),
+        ({"epoch": True}, "metadata.epoch: a whole number"),
+        ({"prevalence": float("nan")}, "metadata.prevalence: a number"),
+        ({"tuning": [3]}, "metadata.tuning.0: a text"),
+        ({"data": {"valid": 1}}, "metadata.data.valid: a text"),
+        ({"arguments": METADATA["arguments"] | {"folds": "x"}}, "metadata.arguments.folds: a wh"),
+        (
+            {"architecture": METADATA["architecture"] | {"dropout": "x"}},
+            "architecture.dropout: a n",
+        ),
+        ({"history": "none"}, "metadata.history: a list"),
+        ({"machine": ["x"]}, "metadata.machine: a text"),
+    ],
+)
+def test_metadata_of_a_wrong_type_are_named(tmp_path, change, words):
+    save_model(tmp_path / "m.pt", MRNet(), METADATA | change)
+    with pytest.raises(InputError, match=rf"m.pt: incomplete model file \(.*{words}"):
+        load_model(tmp_path / "m.pt")

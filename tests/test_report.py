@@ -399,7 +399,7 @@ def edit_predictions(old, new):
         (edit_results(lambda c: c.update(extra=1)), "extra is not known here"),
         (edit_results(lambda c: c.update(caveats="none")), "caveats: a list is expected"),
         (edit_results(lambda c: c["valid"]["axial"].update(auc=0.123)), "valid.axial.auc: 0.123"),
-        (edit_results(lambda c: c["valid"]["stack"].update(tp=0, fn=99)), "valid.stack.fn: 99, and"),
+        (edit_results(lambda c: c["valid"]["stack"].update(fn=99)), "valid.stack.fn: 99, a"),
         (edit_results(lambda c: c["valid"]["stack"].update(threshold=0.4)), "not the stack's"),
         (edit_predictions("^valid,(.*),[^,]+$", r"valid,\1,abc"), "'abc' is not from 0 to 1"),
         (edit_predictions("^valid,(.*),[^,]+$", r"valid,\1,nan"), "'nan' is not from 0 to 1"),
