@@ -2,9 +2,9 @@
 and which labels are the set's own: own-labels.csv."""
 
 import csv
-import json
 from pathlib import Path
 
+from common.documents import parse_json
 from common.errors import InputError, one_line
 from data.common import ORIENTATION, OWN_LABELS
 
@@ -58,7 +58,7 @@ def read_dataset(root_dir):
     """
     path = Path(root_dir) / "dataset.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         if not is_dataset(content):
             raise ValueError("one of its values is of the wrong type")
     except FileNotFoundError:

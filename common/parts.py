@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from common.documents import parse_json
 from common.errors import InputError
 from common.files import atomic, from_cell, write_text
 
@@ -93,7 +94,7 @@ class Rows:
     def __init__(self, path):
         self.path = path
         try:
-            about = json.loads(beside(path).read_text(encoding="utf-8"))
+            about = parse_json(beside(path).read_text(encoding="utf-8"))
             self.part = Part(int(about["number"]), int(about["of"]))
             self.count, self.list = int(about["exams"]), str(about["list"])
             with open(path, encoding="utf-8") as file:
@@ -116,7 +117,7 @@ class Rows:
                 head, cells = csv.reader([self.head, line])
                 row = dict(zip(head, map(from_cell, cells), strict=True))
             else:
-                row = json.loads(line)
+                row = parse_json(line)
             return tuple(row[name] or "" for name in FIELDS)
         except (ValueError, LookupError, TypeError, csv.Error):
             raise InputError(

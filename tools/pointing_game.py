@@ -7,7 +7,6 @@ Counts for how many exams the strongest voxel of the heat map, of all slices, li
 within 15 mm of its extent in 3-D. It needs the places of the lesions, so it is for the phantom.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 
 from common import cli
 from common.devices import pick_device, pick_precision
+from common.documents import parse_json
 from common.errors import InputError, one_line
 from common.explanation import explain_planes
 from common.labels import is_positive, read_labels
@@ -45,7 +45,7 @@ def read_lesions(data_dir):
     """lesions.json as data/phantom/prepare.py writes it: {exam id: entry}."""
     path = data_dir / "lesions.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: cannot be read ({one_line(error)}); give a phantom's folder, such as "

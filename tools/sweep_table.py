@@ -19,7 +19,6 @@ that of one core with nothing beside it (user + system time), "–" where no net
 memory is the largest resident size.
 """
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +28,7 @@ from scipy.special import expit, logit
 from tabulate import tabulate
 
 from common import cli
+from common.documents import parse_json
 from common.errors import InputError
 from common.figures import cost_figure
 from common.files import atomic
@@ -63,7 +63,7 @@ def read_result(path):
         InputError: there is none, it is damaged, or an earlier version's.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         is_known = content["format"] == FORMAT
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give a folder that tools/sweep.py wrote") from None
