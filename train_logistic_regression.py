@@ -27,7 +27,6 @@ Wolpert, "Stacked generalization", Neural Networks 5(2), 1992.
 
 import argparse
 import glob
-import json
 import statistics
 from collections import Counter
 from datetime import datetime
@@ -38,11 +37,12 @@ import numpy as np
 from tabulate import tabulate
 
 from common import cli, engine
-from common.checkpoint import load_model
+from common.checkpoint import digest_of, load_model
 from common.config import SELECTED, selection_of
 from common.datasets import all_tasks, exams_of_any, labelled_sets
 from common.description import read_own_labels
 from common.devices import pick_device, pick_precision
+from common.documents import as_json
 from common.errors import InputError
 from common.figures import reliability_figure, roc_figure
 from common.files import atomic, write_csv, write_text
@@ -52,7 +52,7 @@ from common.metrics import BELOW_CHANCE, answered, roc_auc
 from common.names import PREDICTIONS, RESULTS, column_name, stack_name, stack_path, start_of_results
 from common.planes import SPLITS, in_order, planes_of
 from common.predictions import BaseModels, check_base_models, predict_columns
-from common.results import GAIN, RATES, evaluate_scores
+from common.results import FORMAT, GAIN, RATES, evaluate_scores
 from common.stacking import (
     DIGITS,
     FEATURES,
@@ -559,8 +559,9 @@ def write_results(base_models, logs_dir, results, exams, scores):
     name = stack_name(recipes)
     start = start_of_results(models_dir, task, recipes)
     table, predictions = (f"{start}{end}" for end in (RESULTS, PREDICTIONS))
-    write_text(table, json.dumps(results, indent=2) + "\n")
     write_csv(predictions, prediction_rows(exams, scores))
+    content = {"format": FORMAT} | results | {"predictions": digest_of(predictions)}
+    write_text(table, as_json(content, indent=2) + "\n")
     log_dir = logs_dir / task / name / f"{datetime.now():%Y%m%d-%H%M%S}"
     labels = {split: labels_of(exams[split]) for split in SPLITS}
     save_figures(start, log_dir, task, labels, scores)

@@ -14,13 +14,15 @@ import pickletools
 import re
 import zipfile
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
+from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
 
 from common.config import Config
 from common.description import is_dataset
+from common.documents import Probability, check
 from common.errors import InputError, is_out_of_memory, one_line
 from common.files import (
     MAX_BYTES,
@@ -46,28 +48,44 @@ BUILDS_TENSORS = re.compile(
 )
 # What a network is built from, and must be saved with its weights.
 ARCHITECTURE = ("backbone", "pooling", "dropout", "share_backbone")
-# What the metadata of every saved model has; `metadata_of` and train.py's provenance are more.
-METADATA = {
-    "task": str,
-    "plane": str,
-    "recipe": str,
-    "architecture": dict,  # as `build_model` takes it
-    "intensity": str,
-    "channels": str,
-    "plane_dropout": (int, float),
-    "protocol": str,
-    "seed": int,
-    "fold": int,
-    "epoch": int,
-    "out_of_fold": list,  # ids of training exams that it was not trained on
-    "tuning": list,  # ids of training exams that were kept to select the epoch
-    "arguments": dict,  # as Config names them
-    "prevalence": float,  # mean label of the training exams
-    "data": dict,  # fingerprints of the exams
-    "slices": dict,  # {plane: [fewest, most slices of a training exam]}
-    "dataset": (dict, type(None)),  # content of dataset.json
-    "metrics": dict,
-}
+
+
+class Architecture(TypedDict):
+    """As `build_model` takes it."""
+
+    backbone: str
+    pooling: str
+    dropout: float
+    share_backbone: bool
+
+
+class Metadata(TypedDict):
+    """What the metadata of every saved model has at least."""
+
+    task: str
+    plane: str
+    recipe: str
+    architecture: Architecture
+    intensity: Literal[tuple(INTENSITIES)]
+    channels: Literal[tuple(CHANNELS)]
+    plane_dropout: float
+    protocol: str
+    seed: int
+    fold: int
+    epoch: int
+    out_of_fold: list[str]  # ids of training exams that it was not trained on
+    tuning: list[str]  # ids of training exams that were kept to select the epoch
+    arguments: Config  # as a dict
+    prevalence: Probability  # mean label of the training exams
+    data: dict[str, str]  # fingerprints of the exams
+    slices: dict[str, list[int]]  # {plane: [fewest, most slices of a training exam]}
+    dataset: dict | None  # content of dataset.json
+    metrics: dict
+    history: NotRequired[list[dict]]  # of each epoch
+    git: NotRequired[str]
+    machine: NotRequired[str]
+    precision: NotRequired[str]
+    pretrained: NotRequired[bool]
 
 
 def metadata_of(config, split, epoch, task):
@@ -227,7 +245,7 @@ def save_model(path, model, metadata, finding=0):
 
     Args:
         model: MRNet or MultiPlaneMRNet.
-        metadata: dict of plain values, at least METADATA.
+        metadata: dict of plain values, at least Metadata.
         finding: which of the network's findings; the classifiers of the others are left out.
     """
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
@@ -245,7 +263,7 @@ def load_model(path, task=None, column=None):
 
     Returns:
         MRNet or MultiPlaneMRNet in evaluation mode on the CPU, and its metadata, a dict with at
-        least METADATA.
+        least Metadata.
 
     Raises:
         InputError: missing, damaged, of another version, or of another task or plane.
@@ -259,21 +277,19 @@ def load_with_digest(path, task=None, column=None):
     content, digest = read_with_digest(path, FORMAT)
     try:
         metadata = content["metadata"]
-        is_valid = is_metadata(metadata)
+        check_metadata(metadata)
         model = build_model(metadata["architecture"], metadata["plane"].split("+"))
         model.load_state_dict(content["model"])
-        values = model.state_dict()  # buffers too, such as batch normalisation's running variance
-        broken = next((name for name in values if not torch.isfinite(values[name]).all()), None)
+        for name, value in model.state_dict().items():  # buffers too, such as a running variance
+            if not torch.isfinite(value).all():
+                raise ValueError(f"{name} holds values that are not finite")
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
-        is_valid = False
-    if not is_valid:
-        raise InputError(f"{path}: incomplete, or of an earlier version; delete it and train again")
-    if broken:
         raise InputError(
-            f"{path}: {broken} holds values that are not finite; delete it and train again"
-        )
+            f"{path}: incomplete, or of an earlier version ({one_line(error)}); delete it and "
+            "train again"
+        ) from None
     found = column_name(metadata["plane"], metadata["recipe"])
     if (task or metadata["task"], column or found) != (metadata["task"], found):
         raise InputError(
@@ -311,17 +327,19 @@ def build_model(architecture, planes, features=None, tasks=1):
     return MultiPlaneMRNet(networks, architecture["dropout"])
 
 
-def is_metadata(content):
-    """Whether a model's description is complete. Raises KeyError or TypeError, too."""
-    return (
-        all(isinstance(content[name], kind) for name, kind in METADATA.items())
-        and set(content["plane"].split("+")) <= set(ALL_PLANES)
-        and {field.name for field in fields(Config)} <= content["arguments"].keys()
-        and content["intensity"] in INTENSITIES
-        and content["channels"] in CHANNELS
-        and "valid" in content["data"]
-        and set(content["plane"].split("+")) == content["slices"].keys()
-        and all(0 < least <= most for least, most in content["slices"].values())
-        and all(isinstance(exam_id, str) for exam_id in content["out_of_fold"])
-        and (content["dataset"] is None or is_dataset(content["dataset"]))
-    )
+def check_metadata(content):
+    """Refuse a model's description that is incomplete or has values of a wrong type. Raises
+    ValueError, KeyError or TypeError."""
+    check(Metadata, content, "metadata", is_open=True)
+    planes = content["plane"].split("+")
+    if not set(planes) <= set(ALL_PLANES):
+        raise ValueError(f"metadata.plane: {content['plane']!r:.40} is none")
+    if "valid" not in content["data"]:
+        raise ValueError("metadata.data.valid is missing")
+    ranges = content["slices"]
+    if ranges.keys() != set(planes) or not all(
+        len(one) == 2 and 0 < one[0] <= one[1] for one in ranges.values()
+    ):
+        raise ValueError("metadata.slices: not a range of each plane")
+    if content["dataset"] is not None and not is_dataset(content["dataset"]):
+        raise ValueError("metadata.dataset: one of its values is of the wrong type")

@@ -2,9 +2,9 @@
 and which labels are the set's own: own-labels.csv."""
 
 import csv
-import json
 from pathlib import Path
 
+from common.documents import parse_json
 from common.errors import InputError, one_line
 from common.files import open_regular, read_text
 from common.labels import exam_number
@@ -62,7 +62,7 @@ def read_dataset(root_dir):
     """
     path = Path(root_dir) / "dataset.json"
     try:
-        content = json.loads(read_text(path), object_pairs_hook=as_unique_dict)
+        content = parse_json(read_text(path))
         if not is_dataset(content):
             raise ValueError("one of its values is of the wrong type")
     except FileNotFoundError:
@@ -72,14 +72,6 @@ def read_dataset(root_dir):
             f"{path}: not a description of a data set ({one_line(error)}); create it again, see "
             "data/README.md, or move it away"
         ) from None
-    return content
-
-
-def as_unique_dict(pairs):
-    """A JSON object as dict. Raises ValueError where it has a key twice."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        raise ValueError("a key twice")
     return content
 
 

@@ -30,7 +30,7 @@ class Rule(NamedTuple):
 
 Probability = Annotated[float, Rule(lambda p: 0 <= p <= 1, "a number from 0 to 1")]
 Count = Annotated[int, Rule(lambda n: n >= 0, "a whole number of at least 0")]
-Path = Annotated[str, Rule(lambda text: text and "\0" not in text, "a path")]
+FilePath = Annotated[str, Rule(lambda text: text and "\0" not in text, "a path")]
 Digest = Annotated[
     str, Rule(re.compile(r"[0-9a-f]{64}").fullmatch, "a SHA-256 in hexadecimal digits")
 ]

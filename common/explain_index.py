@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from common.description import describe_datasets
+from common.documents import parse_json
 from common.errors import InputError
 from common.explain_page import MIRRORED, as_text, decimals, fill, make_page, slice_picture
 from common.explanation import list_warnings, unusable_of
@@ -181,7 +182,7 @@ class Rows:
             if not line.endswith("\n"):
                 break
             try:
-                row = Row(**json.loads(line))
+                row = Row(**parse_json(line))
                 if row.tasks != self.names:
                     raise self.refusal(f"holds exams explained for {', '.join(row.tasks)}")
                 if row.root != self.root:  # its exams may have the same numbers

@@ -1,28 +1,64 @@
 """What train_logistic_regression.py and train.py wrote about a finding, read back."""
 
 import csv
-import json
+import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
 from common.checkpoint import digest_of, load_model
 from common.config import selection_of
 from common.datasets import exams_of_any, labelled_sets
+from common.documents import Count, Digest, FileName, FilePath, Probability, check, parse_json
 from common.errors import InputError, one_line
 from common.files import open_regular, read_text
 from common.labels import is_positive
 from common.metrics import answered, auc_difference, operating_point, roc_auc, summary
 from common.names import RESULTS, predictions_path, results_path
 from common.planes import SPLITS
-from common.stacking import STACK, load_stack, order_of
+from common.stacking import DIGITS, STACK, largest_combination, load_stack, order_of
 
-NEEDED = {"data", "digests", "other_thresholds"}  # keys of the figures, beside those below
+FORMAT = "mrnet-results-1"
+FIELDS = ("split", "id", "label")  # of a predictions.csv, before the columns
+ROUNDING = 10.0**-DIGITS  # at most, of a probability in a predictions.csv
 
 
 GAIN = "stack against best plane"
 RATES = ("sensitivity", "specificity", "accuracy")
+INTERVALS = [f"{key}{end}" for key in ("auc", *RATES) for end in ("", "_low", "_high")]
+Row = TypedDict(
+    "Row",
+    dict.fromkeys(("n", "positives", "tp", "fp", "tn", "fn"), Count)
+    | dict.fromkeys((*INTERVALS, *(f"{key}_at_half" for key in RATES)), Probability)
+    | dict.fromkeys(("threshold", "average_precision", "brier", "ece", "train_auc"), Probability),
+)
+Gain = TypedDict("Gain", {"plane": str, **dict.fromkeys(("value", "low", "high", "p"), float)})
+Arguments = TypedDict("Arguments", {"data_dir": FilePath, **dict.fromkeys(
+    ("task", "planes", "recipes", "features", "folds", "repeat", "seed", "sensitivity",
+     "models_dir", "logs_dir", "device", "precision"), Any)})  # fmt: skip
+
+
+class Content(TypedDict):
+    """What train_logistic_regression.py writes as <task>-results.json."""
+
+    format: Literal[FORMAT]
+    task: str
+    recipes: list[str]
+    valid: dict[str, Row | Gain]  # as `evaluate_scores`
+    caveats: list[str]
+    other_thresholds: dict[str, Probability]  # {id: threshold} of exams that lack a plane
+    folds: int
+    git: str
+    versions: dict[str, str]
+    machine: str
+    arguments: Arguments
+    protocol: str
+    thresholds: str  # which predictions chose them
+    data: dict[str, str]  # {split: fingerprint of its exams}
+    digests: dict[FileName, Digest]  # of the networks
+    predictions: Digest  # of the predictions.csv beside it
+    stack_auc_of_seeds: NotRequired[list[Probability]]
 
 
 def evaluate_scores(labels, scores, thresholds, own):
@@ -60,7 +96,7 @@ class Results(NamedTuple):
 
     folder: Path  # of the models
     task: str
-    content: dict  # of <task>-results.json
+    content: Content
     ids: list  # of the validation exams, without leading zeros
     labels: np.ndarray  # float64 (n,) 0 or 1
     train_ids: list  # of the training exams that the stack was fitted on
@@ -132,34 +168,52 @@ def find_results(sources):
     return found
 
 
+def read_content(path):
+    """The Content of a <task>-results.json.
+
+    Raises:
+        InputError: damaged, or of another version.
+    """
+    path = Path(path)
+    try:
+        content = parse_json(read_text(path))
+        check(Content, content)
+        check(Row, content["valid"].get(STACK), f"valid.{STACK}")
+        check(Gain, content["valid"].get(GAIN), f"valid.{GAIN}")
+        if path != results_path(path.parent, content["task"], content["recipes"]):
+            raise ValueError("task or recipes: not those of its file name")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: damaged, or of another version ({one_line(error)}); run "
+            "train_logistic_regression.py again"
+        ) from None
+    return content
+
+
 def read_results(path):
     """The Results of a <task>-results.json and of the files beside it.
 
     Raises:
-        InputError: damaged, or a file beside it is missing, damaged or of another run, a network
-            among them.
+        InputError: damaged, edited, or a file beside it is missing, damaged or of another run, a
+            network among them.
     """
-    path = Path(path)
-    try:
-        content = json.loads(read_text(path))
-        task, recipes = content["task"], content["recipes"]
-        count, _ = content["valid"][STACK]["n"], content["arguments"]["data_dir"]
-        if path != results_path(path.parent, task, recipes) or not content.keys() >= NEEDED:
-            raise ValueError
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise InputError(
-            f"{path}: damaged, or of another version; run train_logistic_regression.py again"
-        ) from None
+    path, again = Path(path), "run train_logistic_regression.py again"
+    content = read_content(path)
+    task, recipes = content["task"], content["recipes"]
     predictions = predictions_path(path.parent, task, recipes)
     ids, labels, scores = read_predictions(predictions)
-    if len(ids) != count:
-        raise InputError(
-            f"{predictions}: not of {path.name}; run train_logistic_regression.py again"
-        )
+    train_ids, train_labels, train_scores = read_predictions(predictions, "train")
+    if digest_of(predictions) != content["predictions"]:
+        raise InputError(f"{predictions}: edited, or not of {path.name}; {again}")
     stack = load_stack(path.parent, task, recipes)
-    if content["digests"] != stack["digests"]:
-        again = "run train_logistic_regression.py again"
+    if any(content[key] != stack.get(key) for key in ("digests", "data", "thresholds")):
         raise InputError(f"{path}: not of the stack beside it; {again}")
+    both = {"train": train_labels, "valid": labels}, {"train": train_scores, "valid": scores}
+    try:
+        check_figures(content, stack, ids, *both)
+    except ValueError as error:
+        why = one_line(error)
+        raise InputError(f"{path}: not of {predictions.name} ({why}); {again}") from None
     networks = [
         (column, load_model(path.with_name(name), task, column)[1])
         for column, names in stack["base_models"].items()
@@ -171,8 +225,64 @@ def read_results(path):
                 f"{path.with_name(name)}: trained again after the stack was fitted; run "
                 f"train_logistic_regression.py --task {task} again"
             )
-    train = read_predictions(predictions, "train")
+    train = train_ids, train_labels, train_scores
     return Results(path.parent, task, content, ids, labels, *train, scores, stack, networks)
+
+
+def check_figures(content, stack, ids, labels, scores):
+    """Refuse figures that the predictions do not give.
+
+    Each is computed from the probabilities as they were written, and from those that are moved by
+    what rounding may have changed, all for and all against the labels.
+
+    Args:
+        content: Content.
+        ids: of the validation exams.
+        labels: {split: float64 (n,)}.
+        scores: {split: {column, and "stack": float64 (n,)}}.
+
+    Raises:
+        ValueError: with the first figure that is wrong.
+    """
+    written, others = content["valid"], content["other_thresholds"]
+    if written.keys() - {GAIN} != scores["valid"].keys():
+        raise ValueError("valid: other columns")
+    thresholds = {name: written[name]["threshold"] for name in scores["valid"]}
+    fitted = stack["combinations"]
+    if thresholds[STACK] != fitted[largest_combination(fitted)]["threshold"]:
+        raise ValueError(f"valid.{STACK}.threshold: not the stack's")
+    if not set(others.values()) <= {one["threshold"] for one in fitted.values()}:
+        raise ValueError("other_thresholds: not the stack's")
+    if not others.keys() <= set(ids):
+        raise ValueError("other_thresholds: of other exams")
+    own = np.array([others.get(exam_id, thresholds[STACK]) for exam_id in ids])
+    found = []
+    for shift in (0, -ROUNDING, ROUNDING):
+        moved = {
+            split: {
+                name: np.clip(values + shift * (2 * labels[split] - 1), 0, 1)
+                for name, values in columns.items()
+            }
+            for split, columns in scores.items()
+        }
+        found.append(evaluate_scores(labels, moved, thresholds, own))
+    planes = [one[GAIN].pop("plane") for one in found]
+    if written[GAIN]["plane"] not in planes:
+        raise ValueError(f"valid.{GAIN}.plane: not the best")
+    for name in scores["valid"]:
+        check_row(f"valid.{name}", written[name], [one[name] for one in found])
+    if set(planes) == {written[GAIN]["plane"]}:
+        check_row(f"valid.{GAIN}", written[GAIN], [one[GAIN] for one in found])
+
+
+def check_row(place, written, found):
+    """Refuse a row's figures that are far from all of those that were found, by more than these
+    differ. Raises ValueError."""
+    for key in found[0]:
+        values = [one[key] for one in found]
+        slack = max(values) - min(values) + 1e-6
+        if not min(values) - slack <= written[key] <= max(values) + slack:
+            raise ValueError(f"{place}.{key}: {written[key]}, and not {values[0]:.8g}")
 
 
 def read_predictions(path, split="valid"):
@@ -187,18 +297,34 @@ def read_predictions(path, split="valid"):
     """
     try:
         with open_regular(path, "r", newline="", encoding="utf-8") as file:
-            rows = sorted(
-                (row for row in csv.DictReader(file) if row["split"] == split),
-                key=lambda row: row["id"],
-            )
-        labels = is_positive(np.array([float(row["label"]) for row in rows])).astype(float)
-        names = [name for name in rows[0] if name not in ("split", "id", "label")]
-        scores = {name: np.array([float(row[name] or "nan") for row in rows]) for name in names}
-        is_whole = np.isfinite(scores[STACK]).all() or split != "valid"
-        if not is_whole or np.isinf(list(scores.values())).any():
-            raise ValueError
-    except (OSError, LookupError, TypeError, ValueError, csv.Error):
+            reader = csv.DictReader(file, strict=True)
+            names = [name for name in reader.fieldnames or () if name not in FIELDS]
+            rows = [
+                (row["id"], [probability_in(row, name) for name in ("label", *names)])
+                for row in reader
+                if row["split"] == split
+            ]
+        ids, values = zip(*sorted(rows), strict=True)
+        labels, *columns = np.array(values).T
+        scores = dict(zip(names, columns, strict=True))
+        if len(set(ids)) < len(ids) or not all(map(str.isdecimal, ids)):
+            raise ValueError("an id that is there twice, or is no number")
+        if np.isnan(labels).any() or (split == "valid" and np.isnan(scores[STACK]).any()):
+            raise ValueError("an exam without a label or without the stack's probability")
+    except (OSError, LookupError, TypeError, ValueError, csv.Error) as error:
         raise InputError(
-            f"{path}: no predictions of {split} exams; train_logistic_regression.py writes them"
+            f"{path}: no predictions of {split} exams ({one_line(error)}); "
+            "train_logistic_regression.py writes them"
         ) from None
-    return [row["id"] for row in rows], labels, scores
+    return list(ids), is_positive(labels).astype(float), scores
+
+
+def probability_in(row, name):
+    """A cell as a number from 0 to 1, NaN if it is empty. Raises ValueError."""
+    try:
+        value = float(row[name] or "nan")
+    except ValueError:
+        value = math.inf
+    if row[name] and not 0 <= value <= 1:  # nor if it says nan
+        raise ValueError(f"exam {row['id']!r:.40}, {name}: {row[name]!r:.40} is not from 0 to 1")
+    return value

@@ -321,5 +321,28 @@ def test_nothing_that_is_not_finite_is_loaded(tmp_path, name, value):
     metadata = metadata_of()
     metadata["architecture"] |= {"backbone": "resnet18"}
     save_model(tmp_path / "m.pt", model, metadata)
-    with pytest.raises(InputError, match=f"m.pt: {name} holds values that are not finite"):
+    with pytest.raises(InputError, match=f"m.pt: .*{name} holds values that are not finite"):
+        load_model(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"seed": "0"}, "metadata.seed: a whole number"),
+        ({"epoch": True}, "metadata.epoch: a whole number"),
+        ({"prevalence": float("nan")}, "metadata.prevalence: a number"),
+        ({"tuning": [3]}, "metadata.tuning.0: a text"),
+        ({"data": {"valid": 1}}, "metadata.data.valid: a text"),
+        ({"arguments": METADATA["arguments"] | {"folds": "x"}}, "metadata.arguments.folds: a wh"),
+        (
+            {"architecture": METADATA["architecture"] | {"dropout": "x"}},
+            "architecture.dropout: a n",
+        ),
+        ({"history": "none"}, "metadata.history: a list"),
+        ({"machine": ["x"]}, "metadata.machine: a text"),
+    ],
+)
+def test_metadata_of_a_wrong_type_are_named(tmp_path, change, words):
+    save_model(tmp_path / "m.pt", MRNet(), METADATA | change)
+    with pytest.raises(InputError, match=rf"m.pt: incomplete, or of an .*\(.*{words}"):
         load_model(tmp_path / "m.pt")

@@ -463,13 +463,14 @@ def test_description_of_a_data_set(tmp_path, change):
         path.write_text(json.dumps(content))
         assert read_dataset(tmp_path) == content
     path.write_text('{"synthetic": true, ' + json.dumps(DESCRIPTION)[1:])
-    with pytest.raises(InputError, match="a key twice"):
+    with pytest.raises(InputError, match="synthetic.* is there twice"):
         read_dataset(tmp_path)
     path.write_text(json.dumps(DESCRIPTION | change))
     with pytest.raises(InputError, match="dataset.json: not a description of a data set.*type"):
         read_dataset(tmp_path)
     del content["version"]
-    for text in (json.dumps(content), "{", "[1]", '"x"', "[" * 100_000):
+    twice = json.dumps(DESCRIPTION).replace('"name"', '"name": "x", "name"')
+    for text in (twice, json.dumps(content), "{", "[1]", '"x"', "[" * 100_000):
         path.write_text(text)
         with pytest.raises(InputError, match="dataset.json.*see data/README.md, or move it away"):
             read_dataset(tmp_path)

@@ -12,6 +12,7 @@ SCRIPTS = {"train", "train_logistic_regression", "predict", "explain", "reproduc
 LAYERS = [  # each imports from itself and from those before it only
     {
         "common.errors",
+        "common.documents",
         "common.files",
         "common.kernels",
         "common.labels",

@@ -12,6 +12,7 @@ import torch
 from conftest import assert_one_line_error, run_script
 
 from common import report
+from common.checkpoint import digest_of
 from common.config import read_recipe
 from common.errors import InputError
 from common.model_card import Subject, worst_of, write_card
@@ -376,13 +377,76 @@ def test_networks_that_were_trained_again_are_not_reported_with_old_figures(work
     with pytest.raises(InputError, match="acl-axial.pt: trained again after the stack was fitted"):
         read_results(models / "acl-results.json")
     shutil.copy(work / "models/acl-axial.pt", models / "acl-axial.pt")
-    stack["digests"]["acl-axial.pt"] = "0"
+    stack["digests"]["acl-axial.pt"] = "0" * 64
     (models / "acl-stack.json").write_text(json.dumps(stack))
     with pytest.raises(InputError, match="acl-results.json: not of the stack beside it"):
         read_results(models / "acl-results.json")
     del content["digests"]
     (models / "acl-results.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="acl-results.json: damaged, or of another version"):
+        read_results(models / "acl-results.json")
+
+
+def edit_results(change):
+    def edit(folder):
+        path = folder / "acl-results.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return edit
+
+
+def edit_predictions(old, new):
+    def edit(folder):
+        path, results = folder / "acl-predictions.csv", folder / "acl-results.json"
+        path.write_text(re.sub(old, new, path.read_text(), count=1, flags=re.M))
+        content = json.loads(results.read_text())
+        content["predictions"] = digest_of(path)
+        results.write_text(json.dumps(content))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "edit, words",
+    [
+        (edit_results(lambda c: c["valid"]["axial"].update(auc="x")), "valid.axial.auc: a number"),
+        (edit_results(lambda c: c["valid"]["stack"].pop("fn")), "valid.stack.fn is missing"),
+        (edit_results(lambda c: c.update(valid=[])), "valid: an object is expected"),
+        (edit_results(lambda c: c["valid"]["axial"].update(ece=float("nan"))), "NaN is not a fin"),
+        (edit_results(lambda c: c["arguments"].update(data_dir=7)), "arguments.data_dir: a text"),
+        (edit_results(lambda c: c["digests"].update({"../x.pt": "0" * 64})), "digests, a key"),
+        (edit_results(lambda c: c.update(extra=1)), "extra is not known here"),
+        (edit_results(lambda c: c.update(caveats="none")), "caveats: a list is expected"),
+        (edit_results(lambda c: c["valid"]["axial"].update(auc=0.123)), "valid.axial.auc: 0.123"),
+        (edit_results(lambda c: c["valid"]["stack"].update(fn=99)), "valid.stack.fn: 99, a"),
+        (edit_results(lambda c: c["valid"]["stack"].update(threshold=0.4)), "not the stack's"),
+        (edit_predictions("^valid,(.*),[^,]+$", r"valid,\1,abc"), "'abc' is not from 0 to 1"),
+        (edit_predictions("^valid,(.*),[^,]+$", r"valid,\1,nan"), "'nan' is not from 0 to 1"),
+        (edit_predictions("^valid,(.*),[^,]+$", r"valid,\1,0.00000001"), "valid.stack."),
+        (edit_predictions("^(valid,.*),1,", r"\1,0,"), "valid.axial.positives"),
+        (edit_predictions("^valid,[0-9]+,", "valid,x,"), "or is no number"),
+    ],
+)  # fmt: skip
+def test_damaged_and_edited_results_are_refused_in_one_line(work, tmp_path, edit, words):
+    models = shutil.copytree(work / "models", tmp_path / "models")
+    edit(models)
+    done = run_script("tools/report.py", models, "--out", tmp_path / "report.html")
+    assert_one_line_error(done, str(models), words)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_predictions_that_were_edited_are_refused(work, tmp_path):
+    """Two positive exams change places, which changes no figure."""
+    models = shutil.copytree(work / "models", tmp_path / "models")
+    text = (models / "acl-predictions.csv").read_text()
+    first, second = re.findall("^valid,([0-9]+),1,", text, re.M)[:2]
+    text = text.replace(f"valid,{first},", "valid,x,").replace(
+        f"valid,{second},", f"valid,{first},"
+    )
+    (models / "acl-predictions.csv").write_text(text.replace("valid,x,", f"valid,{second},"))
+    with pytest.raises(InputError, match="acl-predictions.csv: edited, or not of acl-results.json"):
         read_results(models / "acl-results.json")
 
 

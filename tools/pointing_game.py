@@ -7,7 +7,6 @@ Counts for how many exams the strongest voxel of the heat map, of all slices, li
 within 15 mm of its extent in 3-D. It needs the places of the lesions, so it is for the phantom.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its o
 
 from common import cli
 from common.devices import pick_device, pick_precision
+from common.documents import parse_json
 from common.errors import InputError, one_line
 from common.explanation import explain_planes
 from common.files import read_text
@@ -49,7 +49,7 @@ def read_lesions(data_dir):
     """lesions.json as data/phantom/prepare.py writes it: {exam id: entry}."""
     path = data_dir / "lesions.json"
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: cannot be read ({one_line(error)}); give a phantom's folder, such as "

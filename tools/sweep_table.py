@@ -19,7 +19,6 @@ that of one core with nothing beside it (user + system time), "–" where no net
 memory is the largest resident size.
 """
 
-import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -32,6 +31,7 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
 from common import cli
+from common.documents import parse_json
 from common.errors import InputError
 from common.figures import cost_figure
 from common.files import atomic, read_text
@@ -66,7 +66,7 @@ def read_result(path):
         InputError: there is none, it is damaged, or an earlier version's.
     """
     try:
-        content = json.loads(read_text(path))
+        content = parse_json(read_text(path))
         is_known = content["format"] == FORMAT
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give a folder that tools/sweep.py wrote") from None
