@@ -100,7 +100,7 @@ def test_the_folder_is_checked_with_it(work, tmp_path):
     assert "no faults" in run_script("tools/check.py", data).stdout
     (data / "valid" / T1 / "0013.npy").unlink()
     done = run_script("tools/check.py", data)
-    assert f"{T1} of exam 13 lack" in done.stdout and f"\n{T1}" in done.stdout
+    assert f"exam 13: {T1} is missing (found: axial" in done.stdout and f"\n{T1}" in done.stdout
     assert planes_of(data) == [*PLANES, T1] and planes_of(tmp_path) == [*PLANES]
 
 

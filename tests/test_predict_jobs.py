@@ -137,9 +137,9 @@ def test_jobs_with_bad_input_start_no_process(trained, tmp_path, monkeypatch):
         assert done.returncode == 2 and "--threads and --jobs-per-gpu are for" in done.stderr
     done = predict(work, tmp_path / "none", tmp_path / "x.csv", "--jobs", 2)
     assert_one_line_error(done, "none: no such file")
-    for out in (tmp_path / "none/x.csv", tmp_path):
+    for out, why in ((tmp_path / "none/x.csv", "cannot be written"), (tmp_path, "exists and is")):
         done = predict(work, work / "data", out, "--overwrite", "--jobs", 2)
-        assert_one_line_error(done, f"{out}: cannot be written")
+        assert_one_line_error(done, f"{out}: {why}")
     (tmp_path / "y.csv").touch()
     done = predict(work, work / "data", tmp_path / "y.csv", "--jobs", 2)
     assert_one_line_error(done, "y.csv: exists; --resume")
@@ -203,7 +203,7 @@ class Running:
     @property
     def workers(self):
         """The processes that predict."""
-        return [one for one in self.descendants if "spawn_main" in " ".join(one.cmdline())]
+        return [one for one in self.descendants if is_worker(one)]
 
     def end(self, status):
         """Check that it ends with `status`, and all its processes with it. Returns its stderr."""
@@ -220,6 +220,13 @@ class Running:
         done = run_script("predict.py", *self.words, "--resume", "--jobs", 2)
         assert done.returncode == 0, done.stderr
         assert self.out.read_bytes() == one
+
+
+def is_worker(process):
+    try:
+        return "spawn_main" in " ".join(process.cmdline())
+    except psutil.Error:  # it has ended
+        return False
 
 
 @pytest.mark.whole
