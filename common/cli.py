@@ -192,9 +192,8 @@ def parse_number(text, kind, is_valid, expected):
 
 
 def positive_int(text):
-    return parse_number(
-        text, int, lambda v: 1 <= v < 2**31, "a whole number of at least 1, below 2^31"
-    )
+    expected = "a whole number of at least 1 and below 2^31"
+    return parse_number(text, int, lambda v: 1 <= v < 2**31, expected)
 
 
 def process_count(text):
@@ -203,9 +202,7 @@ def process_count(text):
 
 
 def count(text):
-    return parse_number(
-        text, int, lambda v: 0 <= v < 2**31, "a whole number of at least 0, below 2^31"
-    )
+    return parse_number(text, int, lambda v: 0 <= v < 2**31, "a whole number from 0 to below 2^31")
 
 
 def part(text):

@@ -363,6 +363,7 @@ def test_a_full_disk_stops_in_one_line_and_keeps_the_best(work, small_disk):
     assert_same_training(model_of(work), model_of(work, "whole"))
 
 
+@pytest.mark.whole
 def test_out_of_memory_in_one_line(tmp_path, launcher):
     work = tmp_path
     write_exams(work / "data")

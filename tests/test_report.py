@@ -245,6 +245,7 @@ def test_a_checklist_that_was_edited_is_kept(work, tmp_path):
         assert "kept" in line and checklist.read_text() == text and out.exists()
 
 
+@pytest.mark.whole
 def test_groups_in_both_splits_are_said_in_report_card_and_checklist(work, tmp_path):
     results = read_results(work / "models/acl-results.json")
     data = shutil.copytree(work / "data", tmp_path / "data")

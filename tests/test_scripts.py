@@ -139,6 +139,7 @@ def test_stack_is_scikit_learns_on_the_written_predictions(trained):
         assert (work / "models" / f"acl-{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.whole
 def test_same_seed_same_numbers_to_the_last_digit(trained):
     work, said = trained
     files = (
@@ -284,6 +285,7 @@ def test_resume_refuses_other_arguments(exams, monkeypatch):
     assert_one_line_error(train(exams, "--resume", "--lr", "1e-5"), "--lr 0.0001")
 
 
+@pytest.mark.whole
 def test_held_out_protocol_keeps_the_validation_exams_for_the_end(tmp_path):
     exams = write_exams(tmp_path / "data", train=36)
     done = train(exams, "--protocol", "held-out")

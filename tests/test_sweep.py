@@ -294,6 +294,7 @@ def test_a_job_says_its_status_and_time(tmp_path):
     assert (tmp_path / "3.txt").read_text().startswith("\n$ python -c ")
 
 
+@pytest.mark.whole
 def test_jobs_do_not_outlive_whoever_takes_their_results(tmp_path):
     quick = Job("quick", ("-c", "pass"), tmp_path / "quick.txt")
     code = f"import time; time.sleep(5); open({str(tmp_path / 'late')!r}, 'w')"
