@@ -159,7 +159,7 @@ class Answer(NamedTuple):
     planes: list  # that they were given
     unusable: dict  # {plane: why not}, of planes that any of them takes
     logits: dict  # {column: [one of each network]}
-    warnings: tuple | list = ()  # of what was used all the same
+    warnings: list | tuple = ()  # lines on what was used although it is unusual
 
 
 def make_row(exam, models, answer, options):

@@ -333,7 +333,7 @@ def check_metadata(content):
     check(Metadata, content, "metadata", is_open=True)
     planes = content["plane"].split("+")
     if not set(planes) <= set(ALL_PLANES):
-        raise ValueError(f"metadata.plane: {content['plane']!r:.40} is none")
+        raise ValueError(f"metadata.plane: no such plane as {content['plane']!r:.40}")
     if "valid" not in content["data"]:
         raise ValueError("metadata.data.valid is missing")
     ranges = content["slices"]

@@ -140,7 +140,7 @@ class Finding(NamedTuple):
     planes: dict  # {title: PlaneMaps} of `explain_planes`; empty where there is no answer
     decision: Decision | None
     unusable: dict  # {plane: why not}, of planes that were there
-    warnings: tuple = ()  # of what was used all the same
+    warnings: tuple = ()  # lines on what was used although it is unusual
 
     @property
     def task(self):

@@ -16,7 +16,7 @@ import torch
 
 from common.checkpoint import body_digest, digest_of, load_with_digest
 from common.devices import autocast
-from common.errors import InputError
+from common.errors import InputError, counted
 from common.names import ARTICLE, column_name, model_path, stack_name, stack_path
 from common.planes import ALL_PLANES, in_order
 from common.stacking import is_combination_name, load_stack, order_of
@@ -167,7 +167,7 @@ class TaskModels(NamedTuple):
         for plane, volume in volumes.items():
             fewest, most = self.slice_range(plane)
             if not fewest / 2 <= len(volume) <= 2 * most:
-                slices = "1 slice" if len(volume) == 1 else f"{len(volume)} slices"
+                slices = counted(len(volume), "slice")
                 warnings.append(f"{plane} has {slices}, the training exams have {fewest} to {most}")
         return warnings
 
