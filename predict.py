@@ -22,7 +22,6 @@ networks' data sets; model and input, hashes of networks and of the exam.
 """
 
 import csv
-import json
 import re
 import sys
 import time
@@ -40,7 +39,8 @@ from common.answering import Options, load_once, load_tasks, model_of, open_fit_
 from common.cluster import Machines
 from common.description import describe_dataset, describe_datasets
 from common.devices import pick_device, pick_precision
-from common.errors import InputError, RunError, one_line, printable
+from common.documents import as_json, parse_json
+from common.errors import InputError, RunError, counted, one_line, printable
 from common.exams import check_there, is_rsna, read_planes
 from common.files import (
     alone_at,
@@ -208,7 +208,7 @@ def describe_unusable(unusable):
 def as_text(row, jsonl):
     """A row of `make_row` as a line of CSV or JSON."""
     if jsonl:
-        return json.dumps(row) + "\n"
+        return as_json(row) + "\n"
     cells = ("+".join(v) if isinstance(v, list) else v for v in row.values())
     return csv_line(f"{v:.{DIGITS}f}" if isinstance(v, float) else v for v in cells)
 
@@ -259,7 +259,7 @@ def saved_exams(path, columns, hashes, jsonl):
                     if line != header:
                         raise ValueError
                     continue
-                row = json.loads(line) if jsonl else as_row(line.decode(), columns)
+                row = parse_json(line) if jsonl else as_row(line.decode(), columns)
                 if list(row) != list(columns):
                     raise ValueError
                 key = row["source"] or "", row["exam"]
@@ -292,7 +292,7 @@ def check_start(line, header, columns, jsonl):
         found = re.findall(rb'[{,] ?"([a-z0-9_-]+)": ', line)
         if not (line.startswith(start) or start.startswith(line)) or found != names[: len(found)]:
             raise ValueError
-        if line.endswith(b"}") and list(json.loads(line)) != list(columns):
+        if line.endswith(b"}") and list(parse_json(line)) != list(columns):
             raise ValueError
 
 
@@ -411,7 +411,7 @@ def write_rows(exams, predict, out, saved, header, as_line):
             if to_stdout:
                 raise
             why = f"{error}; " if str(error) else ""
-            message = f"{why}{len(saved)} exams are in {out}. {cli.resume_with()}"
+            message = f"{why}{counted(len(saved), 'exam')} saved in {out}. {cli.resume_with()}"
             raise type(error)(message) from None
         seconds = time.perf_counter() - began
     if resume:

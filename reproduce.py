@@ -15,7 +15,6 @@ models/reproduce/results.json, results.md, means.json (mean AUC over the finding
 """
 
 import argparse
-import json
 import signal
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from common.cluster import Machines
 from common.config import THE_ARTICLES, read_recipe
 from common.datasets import all_tasks, trainable_planes
 from common.description import read_own_labels
+from common.documents import as_json
 from common.errors import Interrupted, RunError, counted
 from common.files import held, write_text
 from common.jobs import ROOT, Job, bytes_of_a_job, failures
@@ -169,7 +169,7 @@ def run(args):
             ("results.json", {results.task: results.content for results in found}),
             ("means.json", means),
         ):
-            write_text(args.models_dir / name, json.dumps(content, indent=2) + "\n")
+            write_text(args.models_dir / name, as_json(content, indent=2) + "\n")
         write_text(args.models_dir / "results.md", table)
         written = args.models_dir / "results.json"
         print(f"\n{table}\nwritten    {written}, means.json, results.md", flush=True)

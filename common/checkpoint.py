@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from common.config import Config
-from common.description import is_dataset
+from common.description import Dataset
 from common.documents import Probability, check
 from common.errors import InputError, is_out_of_memory, one_line
 from common.files import (
@@ -341,5 +341,5 @@ def check_metadata(content):
         len(one) == 2 and 0 < one[0] <= one[1] for one in ranges.values()
     ):
         raise ValueError("metadata.slices: not a range of each plane")
-    if content["dataset"] is not None and not is_dataset(content["dataset"]):
-        raise ValueError("metadata.dataset: one of its values is of the wrong type")
+    if content["dataset"] is not None:
+        check(Dataset, content["dataset"], "metadata.dataset", is_open=True)

@@ -3,8 +3,9 @@ and which labels are the set's own: own-labels.csv."""
 
 import csv
 from pathlib import Path
+from typing import Literal, NotRequired, TypedDict
 
-from common.documents import parse_json
+from common.documents import check, parse_json
 from common.errors import InputError, one_line
 from common.files import open_regular, read_text
 from common.labels import exam_number
@@ -39,13 +40,17 @@ def is_mrnet(root):
     return True
 
 
-def is_dataset(content):
-    """Whether a dict has all that `read_dataset` promises. Raises KeyError or TypeError, too."""
-    kinds = {"name": str, "version": str, "synthetic": bool, "orientation": (dict, type(None))}
-    if not all(isinstance(content[name], kind) for name, kind in kinds.items()):
-        return False
-    t1_planes = content.get("t1_planes") or []
-    return isinstance(t1_planes, list) and set(t1_planes) <= ORIENTATION.keys()
+class Dataset(TypedDict):
+    """What a dataset.json says, perhaps among more; a model that learned from it repeats it."""
+
+    name: str
+    version: str
+    synthetic: bool
+    orientation: dict[str, str] | None  # {plane: where slices, rows and columns grow to}
+    t1_planes: NotRequired[list[Literal[tuple(ORIENTATION)]] | None]  # the others: fluid-sensitive
+    mirrored: NotRequired[bool | None]  # right knees are
+    field_of_view: NotRequired[float | None]  # in mm
+    square: NotRequired[Literal["pad", "crop"] | None]
 
 
 def read_dataset(root_dir):
@@ -53,21 +58,17 @@ def read_dataset(root_dir):
     they are MRNet's, else None.
 
     Returns:
-        dict with at least `name` (str), `version` (str), `synthetic` (bool) and `orientation`:
-        {plane: three letters, where slices, rows and columns grow to}, or None if not known;
-        perhaps `t1_planes`, those of T1 series, where the others are of fluid-sensitive ones.
+        Dataset
 
     Raises:
-        InputError: the file is damaged or lacks one of these.
+        InputError: the file is damaged or lacks a key of Dataset.
     """
     path = Path(root_dir) / "dataset.json"
     try:
-        content = parse_json(read_text(path))
-        if not is_dataset(content):
-            raise ValueError("one of its values is of the wrong type")
+        check(Dataset, content := parse_json(read_text(path)), is_open=True)
     except FileNotFoundError:
         return dict(MRNET) if is_mrnet(path.parent) else None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: not a description of a data set ({one_line(error)}); create it again, see "
             "data/README.md, or move it away"

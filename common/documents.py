@@ -12,6 +12,7 @@ from typing import (
     Literal,
     NamedTuple,
     NotRequired,
+    Union,
     get_args,
     get_origin,
     get_type_hints,
@@ -88,7 +89,7 @@ def check(kind, value, place="", is_open=False):
         rule = parts[1]
         if not rule.is_kept(value):
             raise mismatch(place, rule.expected, value)
-    elif origin is UnionType:
+    elif origin in (UnionType, Union):
         check_any(parts, value, place, is_open)
     elif origin is Literal:
         if not any(type(value) is type(one) and value == one for one in parts):

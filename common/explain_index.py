@@ -8,19 +8,18 @@ What is kept of an exam in memory is its line of exams.jsonl.
 """
 
 import io
-import json
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 from urllib.parse import quote
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from common.description import describe_datasets
-from common.documents import parse_json
-from common.errors import InputError
+from common.documents import Count, Probability, as_json, check, parse_json
+from common.errors import InputError, one_line
 from common.explain_page import MIRRORED, as_text, decimals, fill, make_page, slice_picture
 from common.explanation import list_warnings, unusable_of
 from common.files import named_in_errors, read_text, write_bytes, write_text
@@ -33,6 +32,18 @@ ROWS, INDEX = "exams.jsonl", "index.html"
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 128, 80  # px of each plane in the index
 
 
+class FindingRow(TypedDict):
+    """What the index says of a finding of an exam."""
+
+    probability: Probability
+    threshold: Probability | None
+    digits: Count  # after the point, as both are shown
+    decision: str | None
+    decided_from: str  # planes, where they are fewer than those shown
+    planes: dict[str, Probability]
+    picture: str  # relative to the index
+
+
 class Row(NamedTuple):
     """What the index says of an exam: plain values, a line of exams.jsonl."""
 
@@ -42,11 +53,11 @@ class Row(NamedTuple):
     model: str  # hash of networks, stacks and options
     page: str | None  # relative to the index
     error: str | None  # what could not be used
-    tasks: list  # that it was explained for
-    findings: dict  # {task: as `describe` returns it}, of those with an answer
+    tasks: list[str]  # that it was explained for
+    findings: dict[str, FindingRow]  # of the tasks with an answer
     root: str  # hash of where the exams are
     dicom: bool  # its results were written as DICOM, too
-    warnings: tuple | list  # of what was used all the same
+    warnings: list[str]  # of what was used all the same
     side: str  # of the knee: L, R or "" where it is not known
 
     @property
@@ -182,13 +193,14 @@ class Rows:
             if not line.endswith("\n"):
                 break
             try:
-                row = Row(**parse_json(line))
+                check(Row, content := parse_json(line))
+                row = Row(**content)
                 if row.tasks != self.names:
                     raise self.refusal(f"holds exams explained for {', '.join(row.tasks)}")
                 if row.root != self.root:  # its exams may have the same numbers
                     raise self.refusal("holds exams of another folder, or this one has moved")
-            except (ValueError, TypeError, AttributeError, RecursionError):
-                why = f"{ROWS} was not written by this command, or by an earlier version of it"
+            except ValueError as error:
+                why = f"{ROWS} is damaged, or an earlier version's ({one_line(error)})"
                 raise self.refusal(why) from None
             yield row
 
@@ -218,7 +230,7 @@ class Rows:
 
 
 def as_line(row):
-    return json.dumps(row._asdict()) + "\n"
+    return as_json(row._asdict()) + "\n"
 
 
 # --- the index ------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import json
 import os
 import re
 from pathlib import Path
@@ -17,6 +16,7 @@ from matplotlib.font_manager import FontProperties
 from PIL import Image, ImageDraw
 
 from common.description import describe_datasets
+from common.documents import as_json
 from common.errors import printable
 from common.explanation import list_warnings
 from common.figures import OPACITY, heat_colours, overlay
@@ -147,7 +147,7 @@ def as_text(name):
 def fill(page, title, content):
     """A page with {{title}}, {{notice}} and {{data}}, which becomes `content` as JSON."""
     # "<" would let a name end the script element that the JSON stands in.
-    data = json.dumps(content).replace("<", "\\u003c")
+    data = as_json(content).replace("<", "\\u003c")
     values = {"title": html.escape(title), "notice": NOTICE, "data": data}
     # In one pass: an exam may be called {{data}}.
     return re.sub(r"\{\{(title|notice|data)\}\}", lambda match: values[match[1]], page)

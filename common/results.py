@@ -309,7 +309,8 @@ def read_predictions(path, split="valid"):
         scores = dict(zip(names, columns, strict=True))
         if len(set(ids)) < len(ids) or not all(map(str.isdecimal, ids)):
             raise ValueError("an id that is there twice, or is no number")
-        if np.isnan(labels).any() or (split == "valid" and np.isnan(scores[STACK]).any()):
+        stack = scores[STACK]
+        if np.isnan(labels).any() or (split == "valid" and np.isnan(stack).any()):
             raise ValueError("an exam without a label or without the stack's probability")
     except (OSError, LookupError, TypeError, ValueError, csv.Error) as error:
         raise InputError(

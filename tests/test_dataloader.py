@@ -453,7 +453,8 @@ DESCRIPTION = {"name": "n", "version": "1", "synthetic": False, "orientation": {
 @pytest.mark.parametrize(
     "change",
     [{"name": 3}, {"version": 1}, {"synthetic": "no"}, {"synthetic": 0}, {"orientation": "IPL"},
-     {"name": None}, {"t1_planes": "coronal"}, {"t1_planes": ["knee"]}],
+     {"name": None}, {"t1_planes": "coronal"}, {"t1_planes": ["knee"]}, {"mirrored": "no"},
+     {"orientation": {"axial": 3}}, {"field_of_view": "160"}, {"square": "stretch"}],
 )  # fmt: skip
 def test_description_of_a_data_set(tmp_path, change):
     assert read_dataset(tmp_path) is None
@@ -466,7 +467,7 @@ def test_description_of_a_data_set(tmp_path, change):
     with pytest.raises(InputError, match="synthetic.* is there twice"):
         read_dataset(tmp_path)
     path.write_text(json.dumps(DESCRIPTION | change))
-    with pytest.raises(InputError, match="dataset.json: not a description of a data set.*type"):
+    with pytest.raises(InputError, match="dataset.json: not a description of a data set.*expected"):
         read_dataset(tmp_path)
     del content["version"]
     twice = json.dumps(DESCRIPTION).replace('"name"', '"name": "x", "name"')

@@ -229,6 +229,10 @@ def test_rows_of_an_earlier_version_are_refused(tmp_path):
     (tmp_path / "exams.jsonl").write_text(json.dumps(content) + "\n")
     with pytest.raises(InputError, match="earlier version.*--overwrite"):
         Rows(tmp_path, [], "model", "root", False)
+    content |= {"root": "root", "findings": {"acl": {"probability": 7}}}
+    (tmp_path / "exams.jsonl").write_text(json.dumps(content) + "\n")
+    with pytest.raises(InputError, match="damaged.*findings.acl.probability: a number from 0 to 1"):
+        Rows(tmp_path, [], "model", "root", False)
 
 
 def test_a_root_called_train_holds_training_exams(tmp_path):

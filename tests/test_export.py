@@ -3,6 +3,7 @@
 import ast
 import csv
 import json
+import math
 import re
 import shutil
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from common.checkpoint import build_model
 from common.description import MRNET
+from common.documents import parse_json
 from common.errors import InputError
 from common.exam_model import ExamModel, preparation_of
 from common.model_card import Subject, subject_of_stack, write_card
@@ -127,13 +129,15 @@ HOSTILE = '<script>alert(1)</script> "]: {x}\n---\n| #'
 def test_a_card_of_a_lone_network_with_a_hostile_name(trained, tmp_path):
     saved = torch.load(trained[0] / "models/acl-axial.pt", weights_only=True)
     saved["metadata"]["dataset"] |= {"name": HOSTILE, "licence": HOSTILE}
+    saved["metadata"]["metrics"]["train"]["auc"] = math.nan  # of exams of one class
     torch.save(saved, tmp_path / "acl-axial.pt")
     done = export_to(tmp_path / "out", tmp_path / "acl-axial.pt", "safetensors")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out" / "README.md").read_text()
     card = ModelCard(text)
     assert card.data.license_name == HOSTILE and "model-index" not in card.data.to_dict()
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["threshold"] is None
+    config = parse_json((tmp_path / "out" / "config.json").read_text())  # which refuses NaN
+    assert config["threshold"] is None and config["metrics"]["train"]["auc"] is None
     assert "<script>" not in card.text and "Not measured: no stack with this network" in card.text
 
 

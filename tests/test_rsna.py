@@ -26,6 +26,7 @@ from common.description import read_own_labels
 from common.errors import InputError
 from common.exams import Exam, open_exams, warnings_in
 from common.importer import Importer
+from common.results import FORMAT, GAIN, Arguments, Gain, Row
 from common.submission import Sample, read_sample, task_of
 from common.task_models import TaskModels
 from data.common import Report, exam_name, write_volume
@@ -856,6 +857,19 @@ def test_the_sets_own_labels_may_weigh_more(own, tmp_path):
     assert set(text.split()) == {f"{number},0.25" for number in exams.ids}
 
 
+def write_results(models, task, folds):
+    """A <task>-results.json of a stack, whose figures are all 0."""
+    valid = {"stack": dict.fromkeys(Row.__annotations__, 0)}
+    valid[GAIN] = dict.fromkeys(Gain.__annotations__, 0) | {"plane": "axial"}
+    arguments = dict.fromkeys(Arguments.__annotations__) | {"data_dir": "data"}
+    content = dict.fromkeys(("git", "machine", "protocol", "thresholds"), "") | {
+        "format": FORMAT, "task": task, "recipes": ["article"], "valid": valid, "caveats": [],
+        "other_thresholds": {}, "folds": folds, "versions": {}, "arguments": arguments,
+        "data": {}, "digests": {}, "predictions": "0" * 64,
+    }  # fmt: skip
+    (models / f"{task}-results.json").write_text(json.dumps(content))
+
+
 def test_pseudo_labels_are_out_of_fold_and_know_their_studies(own, tmp_path):
     out, models = tmp_path / "out", tmp_path / "models"
     assert prepare(own, out).returncode == 0
@@ -868,7 +882,7 @@ def test_pseudo_labels_are_out_of_fold_and_know_their_studies(own, tmp_path):
     lines.append(f"train,{numbers[exam_name(uid_of(5))]},0,0.9,")  # other folds lack its planes
     lines.append(f"valid,{numbers[exam_name(uid_of(5))]},0,0.9,0.99")
     (models / "acl-predictions.csv").write_text("\n".join(lines))
-    (models / "acl-results.json").write_text('{"folds": 5}')
+    write_results(models, "acl", folds=5)
     command = ("tools/pseudo_labels.py", own / "train.csv", "--data-dir", out, "--models-dir",
                models, "--out", tmp_path / "teacher.csv")  # fmt: skip
     done = run_script(*command)
@@ -900,14 +914,16 @@ def test_pseudo_labels_are_out_of_fold_and_know_their_studies(own, tmp_path):
     done = run_script(*command, "--rows", tmp_path / "rows.csv", "--models-dir", other)
     assert_one_line_error(done, other, "no stack of any finding")
     other.mkdir()
-    for name in ("results.json", "predictions.csv"):
-        shutil.copy(models / f"acl-{name}", other / f"mcl-{name}")
+    shutil.copy(models / "acl-predictions.csv", other / "mcl-predictions.csv")
+    write_results(other, "mcl", folds=5)
     done = run_script(*command, "--rows", tmp_path / "rows.csv", "--models-dir", other)
     assert done.returncode == 0 and "ACL               no stack" in done.stdout, done.stderr
     labels = read_labels(tmp_path / "teacher.csv").values
     assert np.isnan([one["ACL"] for one in labels.values()]).all()
-    (models / "acl-results.json").write_text('{"folds": 1}')
+    write_results(models, "acl", folds=1)
     assert_one_line_error(run_script(*command), "without folds", "--folds 5")
+    (models / "acl-results.json").write_text('{"folds": "5"}')
+    assert_one_line_error(run_script(*command), "acl-results.json: damaged", "format is missing")
 
 
 ALPHABET = b"01.,;\"'\n\r \0x-eE"

@@ -88,6 +88,7 @@ def test_recipes_are_those_of_the_finalists(name):
         (HEAD + "[recipes.a]\n", "lacks [recipes.article]"),
         (HEAD + '[recipes.article]\nlike = "article"\n', "no recipe above article"),
         (HEAD + "[recipes.article]\nlearning = 1\n", "unknown learning"),
+        (HEAD + "[recipes.article]\nhead-lr = 1\nhead_lr = 2\n", "twice, with - and with _"),
         (HEAD.replace("folds = 2", "folds = 1") + RECIPES, "at least 2 folds"),
         (HEAD + "views = 4\n" + RECIPES + "[stacks]\n", "unknown or wrong: views, stacks"),
         (HEAD.replace('"axial"', '"axial+axial"') + RECIPES, "planes = ['axial+axial']"),
@@ -258,7 +259,7 @@ def test_failures_are_named_and_the_others_go_on(tmp_path, without_networks):
     setting = Setting(tmp_path, tmp_path, "cpu", "fp32")
     results = {name: Results(tmp_path, sweep, name) for name in sweep.recipes}
     with pytest.raises(RunError, match="2 of 4 networks failed, the last, faster, axial, seed 0, "):
-        train_networks(sweep, setting, FakeRunner(status=1), results, {})
+        train_networks(sweep, setting, FakeRunner(status=1), results, {"precision": "fp32"})
     assert [one["fold"] for one in Results(tmp_path, sweep, "faster").networks] == [1]
 
 
@@ -268,14 +269,25 @@ def test_the_time_of_an_interrupted_training_is_not_known(tmp_path, without_netw
     (tmp_path / left).touch()  # by a sweep that was killed
     setting = Setting(tmp_path, tmp_path, "cpu", "fp32")
     results = {"article": Results(tmp_path, sweep, "article")}
-    train_networks(sweep, setting, FakeRunner(), results, {})
+    train_networks(sweep, setting, FakeRunner(), results, {"precision": "fp32"})
     again = Results(tmp_path, sweep, "article").networks
     assert [(one["seconds"], one["cpu_seconds"]) for one in again] == [(None, None), (10.0, 9.0)]
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "{}", "3", '{"folds": 2, "networks": {}}', '{"format": "mrnet-sweep-1"}'],
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        "3",
+        '{"folds": 2, "networks": {}}',
+        '{"format": "mrnet-sweep-1"}',
+        '{"format": "mrnet-sweep-2", "task": "acl", "folds": 2, "protocol": "article", '
+        '"recipe": {}, "networks": [{"planes": "axial"}], "labels": {"acl": {"1": 2}}, '
+        '"grouped": {}, "exams": {}}',
+    ],
 )
 @pytest.mark.parametrize("name", ["article.json", "sweep.json"])
 def test_damaged_or_earlier_results_are_refused(tmp_path, name, text):
@@ -326,9 +338,11 @@ def write_results(folder, gains, seeds=1, folds=2, n=400, planes=("axial",)):
                 networks.append({
                     "planes": plane, "seed": number // folds, "fold": number % folds + 1,
                     "logits": {"acl": {str(i): logits[i] for i in ids}}, "precision": "fp32",
-                    "cpu_seconds": 10.0 if name == "article" else 5.0, "peak_memory": 1e9,
+                    "seconds": 10.0, "cpu_seconds": 10.0 if name == "article" else 5.0,
+                    "peak_memory": 10**9,
                 })  # fmt: skip
-        content = {"format": FORMAT, "networks": networks}
+        content = {"format": FORMAT, "task": "acl", "folds": folds, "protocol": "held-out",
+                   "recipe": {}, "networks": networks}  # fmt: skip
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
 

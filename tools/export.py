@@ -19,7 +19,7 @@ Needs `pip install -r requirements-export.txt`.
 """
 
 import importlib.util
-import json
+import math
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its o
 
 from common import cli
 from common.checkpoint import load_model
+from common.documents import as_json
 from common.errors import InputError, RunError
 from common.exam_model import load_exam_model, load_stack_model, preparation_of
 from common.files import atomic, write_text
@@ -84,7 +85,7 @@ def properties_of(subject):
     values = preparation_of([metadata for _, metadata in subject.networks])
     if subject.threshold is not None:
         values["threshold"] = subject.threshold  # to the last bit
-    return {"task": subject.task} | {name: json.dumps(value) for name, value in values.items()}
+    return {"task": subject.task} | {name: as_json(value) for name, value in values.items()}
 
 
 def to_onnx(model, properties, out):
@@ -138,6 +139,10 @@ def to_safetensors(path, threshold, out):
     network, metadata = load_model(path)
     config = {name: metadata.get(name) for name in ("task", "plane", "recipe", "architecture",
               "intensity", "channels", "dataset", "metrics", "protocol", "git")}  # fmt: skip
+    config["metrics"] = {  # JSON has no NaN, the AUC of exams of one class
+        exams: {name: value if math.isfinite(value) else None for name, value in found.items()}
+        for exams, found in config["metrics"].items()
+    }
     config["threshold"] = threshold
     config["preparation"] = preparation_of([metadata])
     config["preprocessing"] = {
@@ -151,7 +156,7 @@ def to_safetensors(path, threshold, out):
         # A backbone that planes share stands in the file once for each of them.
         weights = {name: one.clone().contiguous() for name, one in network.state_dict().items()}
         save_file(weights, temporary, metadata={"format": "pt"})
-    write_text(out.with_name("config.json"), json.dumps(config, indent=2) + "\n")
+    write_text(out.with_name("config.json"), as_json(config, indent=2) + "\n")
 
 
 def run(args):

@@ -15,7 +15,6 @@ knee set, whose studies' UIDs are turned into the exams' names.
 """
 
 import csv
-import json
 import math
 import sys
 from collections import defaultdict
@@ -25,9 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its o
 
 from common import cli
 from common.errors import InputError
-from common.files import open_regular, read_text, write_csv
+from common.files import open_regular, write_csv
 from common.labels import exam_number, label_rows
 from common.names import predictions_path, results_path
+from common.results import read_content, read_predictions
+from common.stacking import STACK
 from common.submission import task_of
 from data.common import Register, exam_name
 from data.rsna.tables import FINDINGS, STUDY, read_table
@@ -63,22 +64,13 @@ def out_of_fold(models_dir, task, recipes):
     path = predictions_path(models_dir, task, recipes)
     if not results.is_file():
         return {}
-    try:
-        folds = json.loads(read_text(results))["folds"]
-        with open_regular(path, "r", newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
-        found = {
-            exam_number(row["id"]): float(row["stack"]) if row["stack"] else None for row in rows
-        }
-    except (OSError, ValueError, LookupError, TypeError, csv.Error):
-        raise InputError(
-            f"{path}: damaged; run train_logistic_regression.py --task {task} again"
-        ) from None
-    if folds < 2:
+    if read_content(results)["folds"] < 2:
         raise InputError(
             f"{results}: networks without folds were trained on these exams; train with --folds 5"
         )
-    return found
+    ids, _, scores = read_predictions(path, "train")
+    answers = (None if math.isnan(p) else p for p in scores[STACK].tolist())
+    return dict(zip(map(exam_number, ids), answers, strict=True))
 
 
 def answers_in(path):

@@ -18,7 +18,6 @@ versions; the networks themselves are deleted. Then it prints tools/sweep_table.
 """
 
 import itertools
-import json
 import sys
 import tomllib
 from collections import Counter
@@ -37,13 +36,14 @@ from common.cluster import Machines
 from common.config import THE_ARTICLES
 from common.datasets import labelled_sets
 from common.devices import pick_device, pick_precision
+from common.documents import as_json
 from common.errors import InputError, RunError, one_line
 from common.files import held, read_text, remove_leftovers, write_text
 from common.jobs import ROOT, Job, bytes_of_a_job, failures
 from common.labels import is_positive
 from common.names import ARTICLE, Run, column_name, list_runs, model_path, state_path
 from common.stacking import is_combination_name
-from tools.sweep_table import FORMAT, print_table, read_result
+from tools.sweep_table import FORMAT, RecipeResults, SweepExams, print_table, read_result
 
 SETTINGS = {"task": str, "planes": list, "folds": int, "seeds": int, "protocol": str}
 
@@ -121,6 +121,8 @@ def read_sweep(path):
     of_all, recipes, planes = settings.pop("planes"), {}, {}
     for name, table in tables.items():
         values = {key.replace("_", "-"): value for key, value in table.items()}
+        if len(values) < len(table):
+            raise InputError(f"{path}: recipe {name}: an option twice, with - and with _; keep one")
         like, of_this = values.pop("like", None), values.pop("planes", of_all)
         if like and like not in recipes:
             raise InputError(f'{path}: like = "{like}": no recipe above {name} is called so')
@@ -158,7 +160,9 @@ class Results:
         # Not the number of seeds: more may be added later, each has folds of its own.
         head = {"format": FORMAT, "task": sweep.task, "folds": sweep.folds,
                 "protocol": sweep.protocol, "recipe": sweep.recipes[name]}  # fmt: skip
-        self.content = read_result(self.path) if self.path.is_file() else head | {"networks": []}
+        self.content = head | {"networks": []}
+        if self.path.is_file():
+            self.content = read_result(self.path, RecipeResults)
         self.networks = self.content["networks"]
         if other := [key for key, value in head.items() if self.content[key] != value]:
             raise InputError(
@@ -175,7 +179,7 @@ class Results:
         """Record what a Network has predicted, a dict of plain values."""
         place = {"planes": network.planes, "seed": network.run.seed, "fold": network.run.fold}
         self.networks.append(place | found)
-        write_text(self.path, json.dumps(self.content) + "\n")
+        write_text(self.path, as_json(self.content) + "\n")
 
 
 @cache
@@ -205,7 +209,7 @@ def record_exams(path, sweep, data_dir, has_networks):
         content["grouped"][task] = sum(n for n in Counter(groups).values() if n > 1)
         content["exams"][f"{task} {planes}"] = exams.fingerprint()
     if has_networks and path.is_file():
-        before = read_result(path)
+        before = read_result(path, SweepExams)
         content["exams"] = before["exams"] | content["exams"]
         same = before["exams"].items() <= content["exams"].items()
         if not same or content["labels"] != before["labels"]:
@@ -213,7 +217,7 @@ def record_exams(path, sweep, data_dir, has_networks):
                 f"{path}: networks there were trained on other exams or labels than {data_dir} "
                 "has; give another --out, or the data as before"
             )
-    write_text(path, json.dumps(content) + "\n")
+    write_text(path, as_json(content) + "\n")
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -251,7 +255,7 @@ def run(args):
         for stem in ("sweep", *sweep.recipes):
             remove_leftovers(out / f"{stem}.json")
         for recipe, values in sweep.recipes.items():
-            lines = [f"{key} = {json.dumps(value)}\n" for key, value in values.items()]
+            lines = [f"{key} = {as_json(value)}\n" for key, value in values.items()]
             write_text(models_dir / "recipes" / f"{recipe}.toml", "".join(lines))
         results = {recipe: Results(out, sweep, recipe) for recipe in sweep.recipes}
         has_networks = any(one.networks for one in results.values())

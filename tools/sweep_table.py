@@ -22,7 +22,7 @@ memory is the largest resident size.
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 from scipy.special import expit, logit
@@ -31,8 +31,8 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
 from common import cli
-from common.documents import parse_json
-from common.errors import InputError
+from common.documents import Count, Rule, check, parse_json
+from common.errors import InputError, one_line
 from common.figures import cost_figure
 from common.files import atomic, read_text
 from common.metrics import Difference, brier, holm, mean_auc_difference, roc_auc
@@ -40,6 +40,39 @@ from common.names import ARTICLE
 from common.stacking import STACK, cross_fitted
 
 FORMAT = "mrnet-sweep-2"  # of a sweep's files
+
+
+class NetworkResult(TypedDict):
+    """What one network has predicted, and what it took."""
+
+    planes: str
+    seed: Count
+    fold: Annotated[int, Rule(lambda fold: fold >= 1, "a whole number of at least 1")]
+    logits: dict[str, dict[str, float]]  # {finding: {id: logit}} of exams it was not trained on
+    seconds: float | None  # None where an interrupted run had begun it
+    cpu_seconds: float | None
+    peak_memory: Count  # bytes
+    precision: str
+
+
+class RecipeResults(TypedDict):
+    """NAME.json of a sweep."""
+
+    format: Literal[FORMAT]
+    task: str
+    folds: Count
+    protocol: str
+    recipe: dict[str, Any]
+    networks: list[NetworkResult]
+
+
+class SweepExams(TypedDict):
+    """sweep.json of a sweep."""
+
+    format: Literal[FORMAT]
+    labels: dict[str, dict[str, Literal[0, 1]]]  # {finding: {id: label}}
+    grouped: dict[str, Count]  # {finding: number of exams that share a group}
+    exams: dict[str, str]  # {finding and planes: hash of ids, labels and voxels}
 
 
 def parse_arguments():
@@ -59,24 +92,21 @@ def parse_arguments():
 # --- what a sweep wrote ---------------------------------------------------------------------------
 
 
-def read_result(path):
-    """The content of one of a sweep's files.
+def read_result(path, kind):
+    """The content of one of a sweep's files, SweepExams or RecipeResults (`kind`).
 
     Raises:
         InputError: there is none, it is damaged, or an earlier version's.
     """
     try:
-        content = parse_json(read_text(path))
-        is_known = content["format"] == FORMAT
+        check(kind, content := parse_json(read_text(path)), is_open=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give a folder that tools/sweep.py wrote") from None
-    except (OSError, ValueError, LookupError, TypeError):
-        is_known = False
-    if not is_known:
+    except (OSError, ValueError) as error:
         raise InputError(
-            f"{path}: damaged, or not of format {FORMAT}; restore it, or move it away and run "
-            "tools/sweep.py again"
-        )
+            f"{path}: damaged, or not of format {FORMAT} ({one_line(error)}); restore it, or move "
+            "it away and run tools/sweep.py again"
+        ) from None
     return content
 
 
@@ -86,9 +116,9 @@ def read_results(folder):
     Raises:
         InputError: not such a folder.
     """
-    exams = read_result(folder / "sweep.json")
+    exams = read_result(folder / "sweep.json", SweepExams)
     paths = sorted(path for path in folder.glob("*.json") if path.name != "sweep.json")
-    return exams, {path.stem: read_result(path)["networks"] for path in paths}
+    return exams, {path.stem: read_result(path, RecipeResults)["networks"] for path in paths}
 
 
 # --- rows -----------------------------------------------------------------------------------------
