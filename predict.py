@@ -52,6 +52,7 @@ from common.files import (
     open_regular,
     unwritable,
 )
+from common.jobs import bytes_of_a_job
 from common.machine import usable_cores
 from common.planes import PLANES, in_order
 from common.stacking import DIGITS, decide
@@ -454,7 +455,7 @@ def run(args):
         raise InputError(f"{args.out}: exists; --resume continues it, --overwrite replaces it")
     predict, at_once = partial(predict_each, tasks=tasks, options=options), 1
     if side_by_side:
-        runner = Machines.of(vars(args)).pick(device.type, args.jobs)
+        runner = Machines.of(vars(args)).pick(device.type, args.jobs, bytes_of_a_job())
         networks = args.models_dir, tuple(hashes), tuple(args.recipes), device.type
         about = {"saved_networks": networks, "options": options, "hashes": hashes}
         predict = partial(runner.map, partial(predict_beside_others, **about))

@@ -20,7 +20,6 @@ from common.jobs import (
     ROOT,
     Done,
     Jobs,
-    bytes_of_a_job,
     finish,
     in_order,
     most_at_once,
@@ -161,13 +160,13 @@ class Machines(NamedTuple):
         """Machines of {name: value} as argparse has them, others among them."""
         return cls(*(values[name] for name in cls._fields))
 
-    def pick(self, device, count, bytes_each=None):
+    def pick(self, device, count, bytes_each):
         """Jobs, of this machine or of a cluster.
 
         Args:
             device: "auto", "cpu" or "cuda".
             count: jobs that there are.
-            bytes_each: memory that each takes on a CPU; by default a training of the article's.
+            bytes_each: memory that each takes on a CPU.
 
         Raises:
             InputError: as RayJobs, or --jobs with a cluster.
@@ -178,7 +177,7 @@ class Machines(NamedTuple):
             per_gpu = 0 if device == "cpu" else self.jobs_per_gpu
             return RayJobs(self.threads or 1, per_gpu)
         if pick_device(device).type == "cpu":
-            at_once = self.jobs or most_at_once(count, bytes_each or bytes_of_a_job())
+            at_once = self.jobs or most_at_once(count, bytes_each)
             return Jobs(at_once, self.threads or 0)
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = named.split(",") if named else list(map(str, range(torch.cuda.device_count())))
