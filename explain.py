@@ -109,7 +109,7 @@ def parse_arguments():
         metavar="FOLDER",
         help="of an exam from DICOM: also write its heat maps as a series of the same study, and "
         "its probabilities as a structured report, to FOLDER/<exam>. They hold the patient's name "
-        "and number, as the study does (pip install -r requirements-dicom.txt)",
+        "and number, as the study does (pip install -r requirements-dicom-results.txt)",
     )
     cli.add_exam_arguments(parser)
     machine = parser.add_argument_group("machine")
@@ -211,7 +211,7 @@ def dicom_results():
         from common import dicom_results
     except ImportError as error:
         raise InputError(
-            f"--dicom: {error.name} is missing; pip install -r requirements-dicom.txt"
+            f"--dicom: {error.name} is missing; pip install -r requirements-dicom-results.txt"
         ) from None
     return dicom_results
 

@@ -666,4 +666,4 @@ def test_what_has_no_study_in_one_line(trained, scan, tmp_path, monkeypatch):
     monkeypatch.delattr("common.dicom_results", raising=False)
     monkeypatch.setitem(sys.modules, "highdicom", None)
     done = explain(scan, work / "models", tmp_path / "missing")
-    assert_one_line_error(done, "highdicom", "requirements-dicom.txt")
+    assert_one_line_error(done, "highdicom", "requirements-dicom-results.txt")
