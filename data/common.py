@@ -57,7 +57,8 @@ def write_volume(path, volume):
     """Array -> .npy file, without pickle."""
     data = io.BytesIO()  # written directly to a file, NumPy hides why a write failed
     np.save(data, volume, allow_pickle=False)
-    write_bytes(path, data.getbuffer())
+    with data.getbuffer() as view:
+        write_bytes(path, view)
 
 
 @contextmanager

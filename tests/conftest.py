@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -232,10 +231,10 @@ def run_script(script, *args):
     status = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
             if script.startswith("data/"):
-                runpy.run_path(sys.argv[0], run_name="__main__")
+                status = module.main()
             else:
-                module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
                 cli.exit_with_status(lambda: module.run(module.parse_arguments()))
     except SystemExit as end:
         status = end.code or 0

@@ -34,8 +34,8 @@ def run_importer(work, out, report, what="exams"):
         message = f"{error.name} is missing; pip install -r requirements-dicom.txt"
     except BrokenProcessPool:
         status = 1
-        message = f"a worker was ended from outside, perhaps for want of memory; written {what} "
-        message += "are whole: the same command goes on, with fewer --workers"
+        message = "a worker process ended before its work was done; if memory was short, give "
+        message += f"fewer --workers: written {what} are whole, the same command goes on"
     except OSError as error:
         status = 1
         message = f"{error.filename or out}: {error.strerror}; written {what} are whole"

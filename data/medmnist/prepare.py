@@ -95,7 +95,7 @@ def slices_along(volume, axis, size):
     )
 
 
-def main():
+def run():
     args = parse_arguments()
     for path in filter(Path.exists, (args.out / split for split in ("train", "valid"))):
         if not args.overwrite:
@@ -127,11 +127,16 @@ def main():
     print(f"written  {args.out}, task {args.task}")
 
 
-if __name__ == "__main__":
+def main():
     try:
-        main()
+        run()
     except InputError as error:
         print(f"prepare.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except OSError as error:
-        sys.exit(f"prepare.py: failed: {error.filename}: {error.strerror}")
+        return f"prepare.py: failed: {error.filename}: {error.strerror}"
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -26,6 +26,7 @@ import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -162,14 +163,14 @@ def make_exams(make, jobs, workers):
     """
     columns = range(len(jobs)), *zip(*jobs, strict=True)
     bar = partial(tqdm, total=len(jobs), unit="exam", desc="knees", disable=not sys.stderr.isatty())
-    if workers == 1:
-        yield from bar(map(make, *columns))
-        return
-    with ProcessPoolExecutor(workers, initializer=quiet_interrupt) as pool:
+    # Also with one worker: a process without torch draws the same to the last digit. Spawned, as
+    # on every system.
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, quiet_interrupt) as pool:
         yield from bar(pool.map(make, *columns))
 
 
-def main():
+def run():
     parser, args = parse_arguments()
     rng = np.random.default_rng(args.seed)
     splits = {"train": draw_labels(rng, args.exams), "valid": draw_labels(rng, args.valid)}
@@ -198,11 +199,16 @@ def main():
     print(f"written to {args.out}; where the lesions are: {LESIONS}")
 
 
-if __name__ == "__main__":
+def main():
     try:
-        main()
+        run()
     except KeyboardInterrupt:
         print("prepare.py: interrupted; not complete, run it again", file=sys.stderr)
-        sys.exit(130)
+        return 130
     except OSError as error:
-        sys.exit(f"prepare.py: {error}")
+        return f"prepare.py: {error}"
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

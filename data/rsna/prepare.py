@@ -30,6 +30,7 @@ import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -435,7 +436,8 @@ def main(argv=None):
     if args.serve:
         work = partial(serve_studies, args.root, args.out, choice, report)
         return run_importer(work, args.out, report, "studies")
-    with ProcessPoolExecutor(args.workers, initializer=quiet_worker) as pool:
+    spawn = get_context("spawn")  # the same on every system
+    with ProcessPoolExecutor(args.workers, spawn, quiet_worker) as pool:
         return run_importer(partial(run, args, choice, report, pool), args.out, report, "studies")
 
 
