@@ -94,9 +94,9 @@ def add_machine_arguments(parser):
     """--device and --precision, the same for every script that runs a network."""
     parser.add_argument(
         "--device",
-        choices=("auto", "cpu", "cuda"),
+        choices=("auto", "cpu", "cuda", "mps"),
         default="auto",
-        help="auto: a GPU if there is one",
+        help="auto: a GPU if there is one, NVIDIA's (cuda) or Apple's (mps)",
     )
     parser.add_argument(
         "--precision",
@@ -127,7 +127,8 @@ def add_parallel_arguments(parser, what, by_default):
     add = parser.add_argument_group("side by side").add_argument
     jobs = f"{what} side by side; by default {by_default}; not with --cluster"
     add("--jobs", type=process_count, help=jobs)
-    threads = "of each process; by default the cores are shared out, and on a cluster one"
+    threads = "of each process; by default OMP_NUM_THREADS, or the cores are shared out; on a "
+    threads += "cluster one"
     add("--threads", type=process_count, help=threads)
     each = f"{what} side by side on each GPU"
     add("--jobs-per-gpu", type=process_count, default=1, metavar="N", help=each)
@@ -300,6 +301,8 @@ def open_closed_output():
 
 def has_reader(number):
     """Whether a file descriptor is no pipe or terminal whose other end was closed."""
+    if not hasattr(select, "poll"):  # on Windows nothing tells before a write fails
+        return True
     poll = select.poll()
     poll.register(number, select.POLLOUT)
     ended = select.POLLERR | select.POLLHUP | select.POLLNVAL

@@ -237,7 +237,7 @@ def try_here(job, threads, flag):
     """Run a job's process: Done. When the flag is set, it gets a SIGTERM and saves its state."""
     began, asked = time.perf_counter(), False
     process = start(job, threads)
-    while (done := finish(job, process, began, os.WNOHANG)) is None:
+    while (done := finish(job, process, began, is_waited_for=False)) is None:
         time.sleep(POLL_SECONDS)
         if not asked and is_set(flag):
             send_signal(process, signal.SIGTERM)

@@ -1,11 +1,14 @@
 """Where networks run: device, precision, where volumes are cached."""
 
+import os
 import platform
+import sys
 
 import torch
 
 from common.errors import InputError
-from model import GPU_SHARE
+from common.machine import available_memory
+from model import GPU_SHARE, MOST_ACTIVATIONS
 
 PRECISIONS = ("auto", "fp32", "bf16")
 CACHES = ("auto", "device", "disk")
@@ -16,22 +19,39 @@ DEVICE_ROOM = 2e9  # least bytes to leave free beside volumes: a training step o
 
 
 def pick_device(name):
-    """ "auto", "cpu" or "cuda" -> torch.device; makes a GPU's convolutions exact and repeatable.
+    """ "auto", "cpu", "cuda" or "mps" -> torch.device; makes a GPU's convolutions exact and
+    repeatable.
 
     Raises:
         InputError: no such device.
     """
+    is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no CUDA device here; use --device cpu (or auto)")
+        name = next((gpu for gpu in is_there if is_there[gpu]), "cpu")
+    if not is_there.get(name, True):
+        raise InputError(
+            f"--device {name}: no {name.upper()} device here; use --device cpu (or auto)"
+        )
+    if name == "mps":
+        let_mps_fall_back()
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32; who wants speed has bf16
     torch.backends.cudnn.deterministic = True  # to the last digit, in the same time
     return torch.device(name)
 
 
+def let_mps_fall_back():
+    """Have operations that Apple's GPU lacks run on the CPU, of which torch warns: started again,
+    as torch reads this setting when it is loaded."""
+    if "PYTORCH_ENABLE_MPS_FALLBACK" not in os.environ:
+        os.environ["PYTORCH_ENABLE_MPS_FALLBACK"] = "1"
+        print("device     mps; what it lacks runs on the CPU", flush=True)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def has_bf16(device):
     """Whether the device multiplies bfloat16 natively; elsewhere autocast is slower than fp32."""
+    if device.type == "mps":
+        return False  # never tried there
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -89,6 +109,8 @@ def cache_volumes(data_sets, where, device, progress=iter):
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         room = free - max(DEVICE_ROOM, 1.5 * GPU_SHARE * total)
+    elif device.type == "mps":  # the machine's own memory
+        room = available_memory() - max(DEVICE_ROOM, 4 * MOST_ACTIVATIONS)
     if where == "auto" or device.type == "cpu":
         where = "device" if needed <= room else "disk"
     if where == "device":

@@ -68,14 +68,16 @@ class Jobs:
 
     Args:
         at_once: how many.
-        threads: of torch in each; 0 shares the machine's cores out.
+        threads: of torch in each; 0 takes OMP_NUM_THREADS, or shares the machine's cores out.
         gpus: names of the GPUs, as CUDA_VISIBLE_DEVICES has them, to which the jobs are shared out
             evenly; empty where they take none.
     """
 
     def __init__(self, at_once, threads=0, gpus=()):
         self.at_once = at_once
-        self.threads = threads or max(1, usable_cores() // at_once)
+        asked = os.environ.get("OMP_NUM_THREADS", "")
+        self.threads = threads or (int(asked) if asked.isdecimal() else 0)
+        self.threads = self.threads or max(1, usable_cores() // at_once)
         self.running, self.stopped_by = {}, 0  # {process: Job}; number of a signal
         # The GPU of each of those that run side by side; None for any.
         self.places = [gpus[k % len(gpus)] if gpus else None for k in range(at_once)]
@@ -176,6 +178,8 @@ class Jobs:
         def submit(item):
             # Processes start here, and inherit the mask: Ctrl-C and a closed terminal end them
             # through their owner.
+            if not hasattr(signal, "pthread_sigmask"):  # Windows
+                return pool.submit(function, item)
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
             try:
                 return pool.submit(function, item)
@@ -186,8 +190,8 @@ class Jobs:
             yield from in_order(submit, items, 2 * self.at_once)
         except BrokenProcessPool:
             raise RunError(
-                "one of the processes was ended from outside, perhaps for want of memory (fewer "
-                "--jobs take less)"
+                "one of the processes ended before its work was done; if memory was short, give "
+                "fewer --jobs"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -200,6 +204,7 @@ def prepare_process(threads, gpus):
         threads: of torch.
         gpus: queue of the GPUs, one for each process: the only one that it may see; None for any.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where no mask could be inherited
     gpu = gpus.get()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -259,7 +264,7 @@ def with_one_retry(attempt, is_stopped):
     again = attempt()
     return again._replace(
         seconds=done.seconds + again.seconds,
-        cpu_seconds=done.cpu_seconds + again.cpu_seconds,
+        cpu_seconds=None if again.cpu_seconds is None else done.cpu_seconds + again.cpu_seconds,
         peak_memory=max(done.peak_memory, again.peak_memory),
     )
 
@@ -296,17 +301,22 @@ def send_signal(process, number):
     """Send a signal to a job's process, which may have ended. Popen.send_signal would then reap it,
     and `finish` find no child."""
     if process.returncode is None:
-        with suppress(ProcessLookupError):
+        with suppress(OSError):
             os.kill(process.pid, number)
 
 
-def finish(job, process, began, options=0):
-    """Wait for the end of a job's process: Done; with os.WNOHANG None where it has not ended.
+def finish(job, process, began, is_waited_for=True):
+    """Wait for the end of a job's process: Done; or None where it has not ended and is not waited
+    for.
 
     Args:
         began: time.perf_counter() at its start.
     """
-    pid, status, usage = os.wait4(process.pid, options)
+    if not hasattr(os, "wait4"):  # Windows, where its time and memory are not known
+        if process.poll() is None and not is_waited_for:
+            return None
+        return Done(job, process.wait(), time.perf_counter() - began, None, 0)
+    pid, status, usage = os.wait4(process.pid, 0 if is_waited_for else os.WNOHANG)
     if pid == 0:
         return None
     process.returncode = os.waitstatus_to_exitcode(status)

@@ -297,9 +297,10 @@ def train_networks(sweep, setting, runner, results, provenance):
         if done.status:
             failed += [] if runner.stopped_by else [done.job]
             continue
-        is_known = network not in begun
-        time = {"seconds": round(done.seconds, 1) if is_known else None,
-                "cpu_seconds": round(done.cpu_seconds, 1) if is_known else None,
+        is_whole = network not in begun
+        has_time = is_whole and done.cpu_seconds is not None
+        time = {"seconds": round(done.seconds, 1) if is_whole else None,
+                "cpu_seconds": round(done.cpu_seconds, 1) if has_time else None,
                 "peak_memory": done.peak_memory}  # fmt: skip
         found = predict_out_of_fold(tasks, network, setting)
         results[network.recipe].add(network, found | time | provenance)
