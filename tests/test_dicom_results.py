@@ -13,7 +13,6 @@ import pydicom
 import pytest
 import torch
 from conftest import PLANES, assert_one_line_error, run_script
-from highdicom import sr
 from hospital import SLICES, STEP, write_series, write_study
 from PIL import Image, ImageDraw
 from scipy.ndimage import map_coordinates
@@ -21,7 +20,7 @@ from scipy.spatial.transform import Rotation
 from test_dicom import BIRTH, NAME, PATIENT_ID
 from test_explain import maps_of, write_dicom
 
-from common import dicom_results, provenance
+from common import provenance
 from common.answering import Options
 from common.exams import Exam
 from common.explain_index import describe as describe_finding
@@ -36,6 +35,10 @@ from data.dicom.series import Series, ways_to_cut
 from data.dicom.slices import cut, plane_of
 from data.dicom.studies import Choice, find_exams, volumes_of
 from data.rsna.tables import FINDINGS
+
+needs = "pip install -r requirements-dicom-results.txt"
+sr = pytest.importorskip("highdicom.sr", reason=needs)
+from common import dicom_results  # noqa: E402
 
 # --- where pixels lie, in closed form -------------------------------------------------------------
 

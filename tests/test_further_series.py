@@ -142,6 +142,7 @@ def test_left_and_right_are_where_its_plane_has_them():
 @pytest.mark.parametrize("plane", ["sagittal", T1, "coronal", "coronal-t1"])
 def test_a_mirrored_knee_is_mirrored_back_in_its_own_plane(plane, monkeypatch):
     """Slices of sagittal series change their order, pictures of the others their columns."""
+    pytest.importorskip("highdicom", reason="pip install -r requirements-dicom-results.txt")
     from common import dicom_results
 
     volume = np.arange(3, dtype=np.uint8)[:, None, None] * 10 + np.zeros((1, 256, 256), np.uint8)
