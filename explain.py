@@ -32,7 +32,7 @@ from common import cli
 from common.answering import Options, load_tasks, model_of, open_fit_exams
 from common.description import describe_datasets
 from common.devices import pick_device, pick_precision
-from common.errors import InputError, RunError, printable
+from common.errors import InputError, RunError, count_unusable, counted, printable
 from common.exams import FolderExams
 from common.explain_index import (
     INDEX,
@@ -289,21 +289,22 @@ def explain_all(exams, root, tasks, output, options):
                 tqdm.write(f"error: {printable(name)}: {printable(row.error)}", file=sys.stderr)
             exams.remove(exam)
     except KeyboardInterrupt:
-        words = f"{len(rows.rows)} exams are in {out / INDEX}; the same command goes on"
+        count = counted(len(rows.rows), "exam")
+        words = f"{count} explained, in {out / INDEX}; the same command goes on"
         raise KeyboardInterrupt(words) from None
     finally:
         done = rows.finish(exams)
         about = labels, len(exams) - len(done), shows_training(exams)
         write_text(out / INDEX, make_index(done, tasks, *about))
-    words = f"{explained} exams explained"
+    words = f"{counted(explained, 'exam')} explained"
     words += f", {new - explained} not" if new > explained else ""
     words += f", {len(done) - new} were there" if len(done) > new else ""
     seconds = time.perf_counter() - began
     print(f"index      {out / INDEX}  {words}, {seconds:.1f} s\n{NOTICE}")
     if exams.fault:
-        raise RunError(f"{exams.fault}; {failed} exams without an answer")
-    if failed or exams.failed:
-        raise RunError(f"{failed} exams and {exams.failed} files could not be used, named above")
+        raise RunError(f"{exams.fault}; {counted(failed, 'exam')} without an answer")
+    if unusable := count_unusable(failed, exams.failed):
+        raise RunError(unusable)
 
 
 @cli.unwind_on_signals()
@@ -330,7 +331,7 @@ def run(args):
             exam = exams.load(pick_exam(exams, args.exam, args.exams[0]))
             explain_one(exam, tasks, output, options)
             if exams.failed and len(exams) == 1:
-                raise RunError(f"{exams.failed} files could not be used, named above")
+                raise RunError(count_unusable(0, exams.failed))
 
 
 if __name__ == "__main__":

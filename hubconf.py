@@ -8,7 +8,7 @@ A clone does as well: torch.hub.load("path/to/clone", "mrnet", source="local", w
 """
 
 dependencies = [
-    "torch", "torchvision", "numpy", "scipy", "sklearn", "PIL", "filelock", "tqdm",
+    "torch", "torchvision", "numpy", "scipy", "sklearn", "PIL", "filelock", "psutil", "tqdm",
 ]  # fmt: skip
 
 

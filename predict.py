@@ -40,7 +40,7 @@ from common.cluster import Machines
 from common.description import describe_dataset, describe_datasets
 from common.devices import pick_device, pick_precision
 from common.documents import as_json, parse_json
-from common.errors import InputError, RunError, counted, one_line, printable
+from common.errors import InputError, RunError, count_unusable, counted, one_line, printable
 from common.exams import check_there, is_rsna, read_planes
 from common.files import (
     alone_at,
@@ -423,11 +423,8 @@ def write_rows(exams, predict, out, saved, header, as_line):
 def why_not_all(exams, counts):
     """What could not be used, one line; "" where all could; `counts` as `predict_all`."""
     if exams.fault:
-        return f"{exams.fault}; {counts['failed']} exams without an answer, see `error`"
-    if counts["failed"] or exams.failed:
-        files = f"{counts['failed']} exams and {exams.failed} files"
-        return f"{files} could not be used, named above"
-    return ""
+        return f"{exams.fault}; {counted(counts['failed'], 'exam')} without an answer, see `error`"
+    return count_unusable(counts["failed"], exams.failed)
 
 
 @cli.unwind_on_signals()
@@ -494,7 +491,7 @@ def run(args):
 def summary_line(counts, seconds):
     """What was done, and how fast; `counts` as `predict_all` returns it."""
     kept = f", {counts['kept']} were there" if counts["kept"] else ""
-    line = f"{counts['predicted']} exams{kept}"
+    line = f"{counted(counts['predicted'], 'exam')}{kept}"
     if counts["slices"]:
         line += f", {counts['slices']} slices in {seconds:.1f} s: "
         line += f"{counts['predicted'] / seconds:.1f} exams/s, "

@@ -184,8 +184,7 @@ def write_checkpoint(path, content):
     # Serialised in memory first: on a full disk torch.save fails with a RuntimeError of its own.
     serialised = io.BytesIO()
     torch.save(content, serialised)
-    with serialised.getbuffer() as view:
-        write_bytes(path, view)
+    write_bytes(path, serialised.getvalue())
 
 
 @contextmanager

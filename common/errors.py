@@ -47,8 +47,16 @@ def is_out_of_memory(error):
 
 
 def counted(number, noun):
-    """A number and what it counts: "1 fault", "2 faults"."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
+    """A number and what it counts: "1 fault", "2 faults", "2 studies"."""
+    plural = f"{noun[:-1]}ies" if noun == "study" else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"
+
+
+def count_unusable(exams, files):
+    """What could not be used, in words, of numbers of exams and of files; "" for nothing."""
+    counts = {"exam": exams, "file": files}
+    words = [counted(count, noun) for noun, count in counts.items() if count]
+    return f"{' and '.join(words)} could not be used, named above" if words else ""
 
 
 def printable(text):

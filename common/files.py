@@ -193,7 +193,7 @@ def flush_folder(folder):
 
 
 def write_bytes(path, data, mode=None):
-    """Write a file atomically; `data` is bytes or a buffer, `mode` as in `atomic`."""
+    """Write a file atomically; `data` is bytes, `mode` as in `atomic`."""
     with atomic(path, mode) as temporary:
         temporary.write_bytes(data)
 

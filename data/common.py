@@ -57,8 +57,7 @@ def write_volume(path, volume):
     """Array -> .npy file, without pickle."""
     data = io.BytesIO()  # written directly to a file, NumPy hides why a write failed
     np.save(data, volume, allow_pickle=False)
-    with data.getbuffer() as view:
-        write_bytes(path, view)
+    write_bytes(path, data.getvalue())
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from common.config import Config
 
 ROOT = Path(__file__).parent.parent
 PLANES = ("axial", "coronal", "sagittal")
+needs_make = pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 FILES = sorted(  # of the project's code
     path for folder in (".", "common", "tools", "data") for path in ROOT.glob(f"{folder}/*.py")
 ) + sorted(ROOT.glob("data/*/*.py"))

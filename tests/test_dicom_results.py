@@ -442,7 +442,7 @@ def test_all_exams_go_on_where_dicom_is_missing(trained, scan, tmp_path):
     assert not (folder / "acl-axial-of-axial+coronal").exists()
     # The study has its results, the other is tried again.
     done = run_script(*args, "--dicom", tmp_path / "dicom")
-    assert done.returncode == 1 and "1 exams explained, 1 were there" in done.stdout
+    assert done.returncode == 1 and "1 exam explained, 1 were there" in done.stdout
 
 
 FP32 = Options(torch.device("cpu"), "fp32", False)

@@ -289,6 +289,7 @@ def test_small_figures_in_a_browser(browser, mirrored, tmp_path):
 
 
 def test_nothing_of_earlier_results_stays_where_there_is_no_answer(mirrored, tmp_path, monkeypatch):
+    pytest.importorskip("highdicom", reason="pip install -r requirements-dicom-results.txt")
     folder = tmp_path / "dicom" / "abc"
     (folder / "acl-axial").mkdir(parents=True)
     for name in ("report-acl.dcm", "acl-axial/0001.dcm", "report-cyst.dcm"):

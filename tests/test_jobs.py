@@ -66,8 +66,8 @@ def test_jobs_end_with_a_driver_that_is_killed(tmp_path):
     running = subprocess.Popen([sys.executable, "-c", driver], cwd=ROOT)
     while not (tmp_path / "began").exists():
         time.sleep(0.05)
-    tasks = Path(f"/proc/{running.pid}/task").iterdir()
-    (child,) = (int(pid) for task in tasks for pid in (task / "children").read_text().split())
+    children = psutil.Process(running.pid).children(recursive=True)
+    (child,) = (one.pid for one in children if code in one.cmdline())
     running.send_signal(signal.SIGKILL)
     running.wait()
     for _ in range(100):

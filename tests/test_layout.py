@@ -6,7 +6,7 @@ import sys
 from graphlib import TopologicalSorter
 
 import pytest
-from conftest import FILES, ROOT, imports_of, module_of
+from conftest import FILES, ROOT, imports_of, module_of, needs_make
 
 SCRIPTS = {"train", "train_logistic_regression", "predict", "explain", "reproduce"}
 LAYERS = [  # each imports from itself and from those before it only
@@ -129,6 +129,7 @@ def test_tools_run_from_any_folder(tmp_path):
             assert lines[first - 2].startswith("sys.path.insert(0, str(Path(__file__).parents[1]))")
 
 
+@needs_make
 def test_make_alone_lists_its_targets():
     done = subprocess.run(["make", "-C", ROOT], capture_output=True, text=True)
     assert "make demo  " in done.stdout and "train.py --task" not in done.stdout

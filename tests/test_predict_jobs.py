@@ -123,7 +123,7 @@ def test_jobs_name_what_cannot_be_used(trained, archive, tmp_path):
     done = predict(trained[0], exams, out, "--jobs", 2)
     assert done.returncode == 1
     first, last = done.stderr.splitlines()
-    assert first.startswith("error: 00201: ") and "00201.npy" in first and "1 exams" in last
+    assert first.startswith("error: 00201: ") and "00201.npy" in first and "1 exam could" in last
     assert predict(trained[0], exams, one).returncode == 1
     assert out.read_bytes() == one.read_bytes()
 
@@ -244,7 +244,7 @@ def test_a_signal_keeps_the_rows_and_ends_all_processes(trained, archive, tmp_pa
         running.wait_for_rows()
         running.process.send_signal(number)
     (line,) = running.end(128 + number).splitlines()
-    assert "exams are in" in line and "Resume with: python predict.py" in line
+    assert "saved in" in line and "Resume with: python predict.py" in line
     running.check(archive[1])
 
 
@@ -269,7 +269,7 @@ def test_a_process_that_is_killed_leaves_no_converted_exams_of_patients(trained,
     assert 1 <= len(running.workers) <= 2
     running.workers[0].kill()
     line = running.end(1).splitlines()[-1]
-    assert "ended from outside" in line and "exams are in" in line and "--resume" in line
+    assert "ended before its work" in line and "saved in" in line and "--resume" in line
     assert not list(running.temporary.glob("mrnet-*/"))
     running.check(one.read_bytes())
 

@@ -4,6 +4,7 @@ import fcntl
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -440,7 +441,7 @@ def test_output_that_is_closed_from_the_start_is_no_fault(tmp_path, closed):
         "def main():\n sys.stdout.write('x'); sys.stderr.flush()\n os.system('echo y || touch bad')"
     )
     code += "\n raise InputError('wrong')\ncli.exit_with_status(main)"
-    command = f'PYTHONPATH={ROOT} {sys.executable} -c "$0" {closed}'
+    command = f'PYTHONPATH={shlex.quote(str(ROOT))} {shlex.quote(sys.executable)} -c "$0" {closed}'
     done = subprocess.run(
         ["sh", "-c", command, code], capture_output=True, text=True, cwd=tmp_path, timeout=100
     )

@@ -20,6 +20,7 @@ from conftest import (
     ROOT,
     assert_one_line_error,
     finding_of,
+    needs_make,
     rows_of,
     run_process,
     run_script,
@@ -822,6 +823,7 @@ def test_14_closing_the_terminal_ends_the_training(tmp_path):
     assert list((tmp_path / "models").glob("acl-*.state"))
 
 
+@needs_make
 def test_14_make_clean_keeps_trained_models(tmp_path):
     for name in ("Makefile", "models", "logs"):
         if (ROOT / name).is_file():
@@ -833,6 +835,7 @@ def test_14_make_clean_keeps_trained_models(tmp_path):
     assert (tmp_path / "models" / "acl-axial.pt").read_text() == "precious"
 
 
+@needs_make
 def test_14_lint_checks_the_formatting():
     lint = subprocess.run(
         ["make", "--dry-run", "lint", "VENV="], cwd=ROOT, capture_output=True, text=True

@@ -190,7 +190,7 @@ def test_it_goes_on_where_it_was(tree, tmp_path):
     for path in out.glob("*/*/0002.npy"):
         path.unlink()
     done = prepare(tree, out)
-    assert done.returncode == 0 and "1 studies converted" in done.stdout
+    assert done.returncode == 0 and "1 study converted" in done.stdout
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -348,7 +348,7 @@ def test_uids_with_spaces_and_studies_that_are_lost_are_said(own, tmp_path):
     write_rows(own / "train_series.csv", head, rows)
     shutil.rmtree(own / "train_series" / uid_of(5))
     done = prepare(own, tmp_path / "out", "--no-mirror")
-    assert f"1 studies of the CSV are not there, the first: {uid_of(5)}" in done.stderr
+    assert f"in the CSV and not there: 1 study, the first {uid_of(5)}" in done.stderr
     assert_problem(done, tmp_path, f"study {uid_of(5)}: in the CSVs, but not in train_series")
     assert len(volumes(tmp_path / "out")) == 15
     write_problems(tmp_path / "out" / "problems.txt", ["study 3: damaged"], afresh=False)
@@ -422,7 +422,7 @@ def test_a_study_that_was_half_written_is_written_again(tree, tmp_path, monkeypa
         common.write_bytes(out / common.UNFINISHED / number, b"")
     assert path.exists() == (ends == "killed") and importer.Register(out).rows
     done = prepare(tree, out)
-    assert done.returncode == 0 and "1 studies converted" in done.stdout
+    assert done.returncode == 0 and "1 study converted" in done.stdout
     assert (f"exam {number} was left unfinished" in done.stdout) == (ends == "killed")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == whole
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
 
-from common.errors import InputError  # noqa: E402
+from common.errors import InputError, counted  # noqa: E402
 from common.files import open_regular, write_csv  # noqa: E402
 from data.common import (  # noqa: E402
     Register,
@@ -203,7 +203,9 @@ def run(args, choice, report):
         )
         return 1
     if not done:
-        raise InputError(f"{args.source}: no exam could be used, {report.failures} failures")
+        raise InputError(
+            f"{args.source}: no exam could be used, {counted(report.failures, 'failure')}"
+        )
     return 1 if report.failures else 0
 
 

@@ -39,7 +39,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
 
 from common.description import read_dataset  # noqa: E402
-from common.errors import InputError  # noqa: E402
+from common.errors import InputError, counted  # noqa: E402
 from common.files import read_text, write_csv, write_text  # noqa: E402
 from common.machine import usable_cores  # noqa: E402
 from data.common import (  # noqa: E402
@@ -392,7 +392,7 @@ def tell(report, summary, counts, out, began):
         if count and name not in ("studies", "slices"):
             report.log(f"{name}: {count}")
     report.log(
-        f"{n} studies converted, {summary.counts['slices']} slices in {seconds:.1f} s "
+        f"{counted(n, 'study')} converted, {summary.counts['slices']} slices in {seconds:.1f} s "
         f"({n / seconds:.2f} studies/s); {usable} of {asked} studies have a plane -> {out}"
     )
     if summary.doubts:

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from common.errors import InputError
+from common.errors import InputError, counted
 from common.files import open_regular
 from data.common import TARGET, exam_name
 from data.dicom.files import File, read_dicom, reading
@@ -82,11 +82,12 @@ def find_studies(root, listed, report):
         raise InputError(f"{root}: no studies in it; unpack the set there")
     lost = [uid for uid in listed if uid not in folders]
     if lost:
-        report.fault(f"{root}: {len(lost)} studies of the CSV are not there, the first: {lost[0]}")
+        count = counted(len(lost), "study")
+        report.fault(f"{root}: in the CSV and not there: {count}, the first {lost[0]}")
     unlisted = [uid for uid in folders if uid not in listed]
     if unlisted:
         report.warn(
-            f"{root}: {len(unlisted)} studies are not in the series CSV; their geometry and "
+            f"{root}: not in the series CSV: {counted(len(unlisted), 'study')}; their geometry and "
             f"headers tell the planes. The first: {unlisted[0]}"
         )
     studies = []
