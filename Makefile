@@ -50,7 +50,7 @@ bench: $(VENV:%=%/installed)
 
 # On a machine with a GPU: is it right, how fast is it?
 bench-gpu: $(VENV:%=%/installed-dev)
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_gpu.py -m ""
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/scripts/test_gpu.py -m ""
 	$(PY) -m tools.benchmark --device cuda --exams 96 --valid 10
 	$(PY) -m tools.benchmark --device cuda --backbones --runs 3 --exams 12 --valid 2
 

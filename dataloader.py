@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from common.description import read_dataset
-from common.labels import (
+from mrnet.layout.description import read_dataset
+from mrnet.layout.labels import (
     UNKNOWN,
     OneClassOnly,
     compare_groups,
@@ -31,7 +31,7 @@ from common.labels import (
     read_groups,
     read_rows,
 )
-from common.volumes import check_side, open_volume, read_volume, volume_path
+from mrnet.layout.volumes import check_side, open_volume, read_volume, volume_path
 
 MEAN, STD = 58.09, 49.73  # grey levels of MRNet's volumes; Stanford's released loader
 CHANNELS = ("grey", "neighbours")  # of the network's input
@@ -425,100 +425,3 @@ def class_ratio(labels):
 def label_text(labels):
     """The labels of one exam (tasks,) for a fingerprint: "1", "0.7", "0;nan;1"."""
     return ";".join(f"{label:g}" for label in labels)
-
-
-class MultiPlaneDataset(MRDataset):
-    """The exams of several planes together: everything by plane, {plane: ...}, where MRDataset has
-    it of one.
-
-    Args:
-        plane: list of planes; an exam may lack some of them.
-        transform: {plane: transform}, or None.
-
-    Attributes:
-        plane_dropout: probability of leaving a plane out of a training step; one always stays.
-        taken: the planes that are evaluated; None for all of `plane`.
-    """
-
-    plane_dropout, taken = 0.0, None
-
-    def find(self, exam_id):
-        paths = {p: volume_path(self.root, self.split, p, exam_id) for p in self.plane}
-        there = {plane: path for plane, path in paths.items() if path.exists()}
-        return there or paths  # of which the first is then named as missing
-
-    def has_volume(self, exam_id):
-        return any(path.exists() for path in self.find(exam_id).values())
-
-    def read_shape(self, path):
-        return {plane: open_volume(one).shape for plane, one in path.items()}
-
-    def read(self, path):
-        return {plane: torch.from_numpy(read_volume(one)) for plane, one in path.items()}
-
-    def digest(self, volume):
-        return "+".join(super(MultiPlaneDataset, self).digest(one) for one in volume.values())
-
-    def check_sides(self, smallest, backbone):
-        for paths, shapes in zip(self.paths, self.shapes, strict=True):
-            for plane, path in paths.items():
-                check_side(path, shapes[plane], smallest, backbone)
-
-    @property
-    def slice_counts(self):
-        return [sum(shape[0] for shape in shapes.values()) for shapes in self.shapes]
-
-    @property
-    def slice_ranges(self):
-        counts = {p: [shapes[p][0] for shapes in self.shapes if p in shapes] for p in self.plane}
-        return {plane: [min(found), max(found)] for plane, found in counts.items() if found}
-
-    @property
-    def nbytes(self):
-        return sum(math.prod(shape) for shapes in self.shapes for shape in shapes.values())
-
-    def cache(self, device, progress=iter):
-        for i, _ in enumerate(progress(self.paths)):
-            self.cached[i] = {p: volume.to(device) for p, volume in self.volume(i).items()}
-
-    def draw(self, rows, device=None):
-        """Random views of some exams, each plane with its own: list of {plane: View}."""
-        drawn = {
-            plane: transform.draw(len(rows))
-            for plane, transform in (self.transform or {}).items()
-            if transform is not None
-        }
-        slices = [
-            {p: self.draw_slices(self.shapes[i][p][0]) for p in self.draw_planes([*self.shapes[i]])}
-            for i in rows
-        ]
-        views = [{} for _ in rows]
-        for plane in self.plane:
-            here = [k for k in range(len(rows)) if plane in slices[k]]
-            transform = (self.transform or {}).get(plane)
-            own = [drawn[plane][k] if plane in drawn else None for k in here]
-            moved = views_on(device, transform, own, [slices[k][plane] for k in here])
-            for k, view in zip(here, moved, strict=True):
-                views[k][plane] = view
-        return views
-
-    def draw_planes(self, planes):
-        """The planes of an exam less those that plane dropout takes; one stays."""
-        if self.plane_dropout == 0:
-            return planes
-        u = torch.rand(len(planes))
-        kept = [p for p, one in zip(planes, u.tolist(), strict=True) if one >= self.plane_dropout]
-        return kept or [planes[int(u.argmax())]]
-
-    def prepare(self, volume, device=None, view=None):
-        """{plane: float32 (s, 1 or 3, H, W)}; planes that `view` leaves out are left out."""
-        if view is None:
-            view = dict.fromkeys(p for p in volume if p in (self.taken or self.plane))
-        return {
-            plane: self.prepare_plane(
-                volume[plane].to(device, non_blocking=True),
-                (self.transform or {}).get(plane),
-                view[plane],
-            )
-            for plane in view
-        }

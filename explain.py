@@ -28,13 +28,21 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from common import cli
-from common.answering import Options, load_tasks, model_of, open_fit_exams
-from common.description import describe_datasets
-from common.devices import pick_device, pick_precision
-from common.errors import InputError, RunError, count_unusable, counted, printable
-from common.exams import FolderExams
-from common.explain_index import (
+from mrnet.errors import InputError, RunError, count_unusable, counted, printable
+from mrnet.files import alone_at, read_text, write_text
+from mrnet.inference.answering import (
+    Options,
+    add_exam_arguments,
+    load_tasks,
+    model_of,
+    open_fit_exams,
+)
+from mrnet.inference.exams import FolderExams
+from mrnet.inference.explanation import explain_exam, unusable_of
+from mrnet.layout.description import describe_datasets
+from mrnet.layout.labels import id_of
+from mrnet.layout.planes import SPLITS
+from mrnet.reports.explain_index import (
     INDEX,
     Rows,
     labels_beside,
@@ -44,7 +52,7 @@ from common.explain_index import (
     shows_training,
     write_exam,
 )
-from common.explain_page import (
+from mrnet.reports.explain_page import (
     FRAME_SECONDS,
     NOTICE,
     animation,
@@ -53,10 +61,8 @@ from common.explain_page import (
     make_page,
     mirroring,
 )
-from common.explanation import explain_exam, unusable_of
-from common.files import alone_at, read_text, write_text
-from common.labels import id_of
-from common.planes import SPLITS
+from mrnet.runtime import cli
+from mrnet.runtime.devices import pick_device, pick_precision
 
 
 class Output(NamedTuple):
@@ -111,7 +117,7 @@ def parse_arguments():
         "its probabilities as a structured report, to FOLDER/<exam>. They hold the patient's name "
         "and number, as the study does (pip install -r requirements-dicom-results.txt)",
     )
-    cli.add_exam_arguments(parser)
+    add_exam_arguments(parser)
     machine = parser.add_argument_group("machine")
     cli.add_machine_arguments(machine)
     return parser.parse_args()
@@ -208,7 +214,7 @@ def dicom_results():
         InputError: a package is missing.
     """
     try:
-        from common import dicom_results
+        from mrnet.reports import dicom_results
     except ImportError as error:
         raise InputError(
             f"--dicom: {error.name} is missing; pip install -r requirements-dicom-results.txt"

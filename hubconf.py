@@ -7,9 +7,7 @@
 A clone does as well: torch.hub.load("path/to/clone", "mrnet", source="local", weights=...).
 """
 
-dependencies = [
-    "torch", "torchvision", "numpy", "scipy", "sklearn", "PIL", "filelock", "psutil", "tqdm",
-]  # fmt: skip
+dependencies = ["torch", "torchvision", "numpy", "scipy", "sklearn", "filelock"]
 
 
 def mrnet(weights, task=None, plane=None):
@@ -21,14 +19,15 @@ def mrnet(weights, task=None, plane=None):
         task, plane: refuse a model of another finding or plane; planes joined by + for several.
 
     Returns:
-        torch.nn.Module in evaluation mode on the CPU, common.exam_model.ExamModel: it takes the
-        slices of each of its `planes`, uint8 (s, H, W), and returns a probability, float32 (). Its
-        `network` is the bare MRNet, which returns logits. Its `preparation` is a dict of what must
-        be done to a scan before, as the training exams were prepared; nothing inside does or checks
-        it: "orientation", "contrast", "mirrored" (right knees to left ones; in one that is not,
-        medial and lateral are exchanged), "field_of_view" (mm), "square", "side" (px) and "window"
-        (percentiles that become 0 and 255). {} where the training data did not record it.
+        torch.nn.Module in evaluation mode on the CPU, mrnet.inference.exam_model.ExamModel: it
+        takes the slices of each of its `planes`, uint8 (s, H, W), and returns a probability,
+        float32 (). Its `network` is the bare MRNet, which returns logits. Its `preparation` is a
+        dict of what must be done to a scan before, as the training exams were prepared; nothing
+        inside does or checks it: "orientation", "contrast", "mirrored" (right knees to left ones;
+        in one that is not, medial and lateral are exchanged), "field_of_view" (mm), "square",
+        "side" (px) and "window" (percentiles that become 0 and 255). {} where the training data did
+        not record it.
     """
-    from common.exam_model import load_exam_model
+    from mrnet.inference.exam_model import load_exam_model
 
     return load_exam_model(weights, task, plane)

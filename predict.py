@@ -34,15 +34,10 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from common import cli, engine
-from common.answering import Options, load_once, load_tasks, model_of, open_fit_exams
-from common.cluster import Machines
-from common.description import describe_dataset, describe_datasets
-from common.devices import pick_device, pick_precision
-from common.documents import as_json, parse_json
-from common.errors import InputError, RunError, count_unusable, counted, one_line, printable
-from common.exams import check_there, is_rsna, read_planes
-from common.files import (
+from mrnet.documents import as_json, parse_json
+from mrnet.errors import InputError, RunError, count_unusable, counted, one_line, printable
+from mrnet.evaluation.metrics import sigmoid
+from mrnet.files import (
     alone_at,
     atomic,
     csv_line,
@@ -52,12 +47,25 @@ from common.files import (
     open_regular,
     unwritable,
 )
-from common.jobs import bytes_of_a_job
-from common.machine import usable_cores
-from common.planes import PLANES, in_order
-from common.stacking import DIGITS, decide
-from common.submission import JOINT, refreshed, sample_for, submit
-from common.task_models import saved_tasks
+from mrnet.inference.answering import (
+    Options,
+    add_exam_arguments,
+    load_once,
+    load_tasks,
+    model_of,
+    open_fit_exams,
+)
+from mrnet.inference.exams import check_there, is_rsna, read_planes
+from mrnet.inference.submission import JOINT, refreshed, sample_for, submit
+from mrnet.inference.task_models import saved_tasks
+from mrnet.layout.description import describe_dataset, describe_datasets
+from mrnet.layout.planes import PLANES, in_order
+from mrnet.runtime import cli
+from mrnet.runtime.cluster import Machines
+from mrnet.runtime.devices import pick_device, pick_precision
+from mrnet.runtime.machine import usable_cores
+from mrnet.stacking.stacking import DIGITS, decide
+from mrnet.training.memory import bytes_of_a_job
 
 BEFORE = ("exam", "source", "task")  # columns, then one for each plane
 AFTER = (JOINT, "stack", "threshold", "decision", "planes", "missing")
@@ -79,7 +87,7 @@ def parse_arguments():
         "--task", action="append", help="may be repeated; without it, every task with a saved model"
     )
 
-    cli.add_exam_arguments(parser)
+    add_exam_arguments(parser)
     add_file_arguments(parser)
 
     machine = parser.add_argument_group("machine")
@@ -172,7 +180,7 @@ def make_row(exam, models, answer, options):
     for planes, columns in models.by_planes.items():
         name = planes[0] if len(planes) == 1 else JOINT
         said[name] = said.get(name, []) + [v for c in columns for v in answer.logits.get(c, ())]
-    row |= {k: round(float(engine.sigmoid(v).mean()), DIGITS) for k, v in said.items() if v}
+    row |= {k: round(float(sigmoid(v).mean()), DIGITS) for k, v in said.items() if v}
     row["planes"] = used
     row["missing"] = [p for p in in_order({*PLANES, *models.planes}) if p not in used]
     notes = [f"no {plane} model" for plane in exam.paths if plane not in models.planes]

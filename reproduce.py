@@ -20,19 +20,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import cli
-from common.checkpoint import check_writable
-from common.cluster import Machines
-from common.config import THE_ARTICLES, read_recipe
-from common.datasets import all_tasks, trainable_planes
-from common.description import read_own_labels
-from common.documents import as_json
-from common.errors import Interrupted, RunError, counted
-from common.files import held, write_text
-from common.jobs import ROOT, Job, bytes_of_a_job, failures
-from common.names import ARTICLE, results_path
-from common.report import read_all, write_report
-from common.table import markdown
+from mrnet.documents import as_json
+from mrnet.errors import Interrupted, RunError, counted
+from mrnet.files import ROOT, check_writable, held, write_text
+from mrnet.layout.description import read_own_labels
+from mrnet.layout.names import ARTICLE, results_path
+from mrnet.reports.report import read_all, write_report
+from mrnet.reports.table import markdown
+from mrnet.runtime import cli
+from mrnet.runtime.cluster import Machines
+from mrnet.runtime.jobs import Job, failures
+from mrnet.training.config import THE_ARTICLES, read_recipe
+from mrnet.training.datasets import all_tasks, trainable_planes
+from mrnet.training.memory import bytes_of_a_job
 
 
 def parse_arguments():

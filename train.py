@@ -16,10 +16,10 @@ The default recipe is the article's ("How to train an MRI classifier with PyTorc
 weight decay 0.1, one exam per step, class-weighted binary cross-entropy, rotation, shift and flip,
 learning rate times 0.3 after the fourth epoch without a better validation loss, stop after 5.
 docs/differences.md lists where the article's code differs and why, docs/improvements.md what its
-list of improvements became; common/splits.py describes protocols and folds.
+list of improvements became; mrnet/training/splits.py describes protocols and folds.
 
 run -> train_network (one network) -> train_epochs (its epochs) -> train_model and evaluate_model
-(one pass over the exams) -> common/engine.py (the loop, the loss, the optimizer's step).
+(one pass over the exams) -> mrnet/training/engine.py (the loop, the loss, the optimizer's step).
 """
 
 import argparse
@@ -33,27 +33,42 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import cli, engine
-from common.augmentation import AUGMENTATIONS, SLICES_OF_STRONG
-from common.checkpoint import (
+from dataloader import CHANNELS, INTENSITIES, grey_levels
+from model import POOLINGS
+from mrnet.errors import Interrupted, RunError, counted
+from mrnet.evaluation.metrics import BELOW_CHANCE, auc_interval, metrics_of, sigmoid
+from mrnet.files import check_writable
+from mrnet.layout.arguments import plane_name
+from mrnet.layout.labels import is_positive
+from mrnet.layout.names import ARTICLE, column_name, folds_path, model_path, state_path
+from mrnet.layout.planes import PLANES, in_order
+from mrnet.networks.backbones import BACKBONES
+from mrnet.networks.weights import imagenet_features
+from mrnet.runtime import cli
+from mrnet.runtime.devices import pick_device, pick_precision
+from mrnet.stacking.predictions import Predictor
+from mrnet.training import engine
+from mrnet.training.augmentation import AUGMENTATIONS, SLICES_OF_STRONG
+from mrnet.training.checkpoint import (
     ARCHITECTURE,
     build_model,
-    check_writable,
     load_model,
     lock,
     metadata_of,
     save_model,
 )
-from common.config import THE_ARTICLES, Config, read_recipe, selection_note
-from common.datasets import all_tasks, load_exams
-from common.devices import CACHES, cache_volumes, pick_device, pick_precision
-from common.errors import Interrupted, RunError, counted
-from common.graphs import GraphedStep, use_graphs
-from common.labels import is_positive
-from common.logs import Epoch, TrainingLog, heads_of_epochs, history_of, new_log_dir
-from common.metrics import BELOW_CHANCE, auc_interval
-from common.names import ARTICLE, column_name, folds_path, model_path, state_path
-from common.optimization import (
+from mrnet.training.config import (
+    THE_ARTICLES,
+    Config,
+    parse_with_recipe,
+    print_recipe,
+    read_recipe,
+    selection_note,
+)
+from mrnet.training.datasets import CACHES, all_tasks, cache_volumes, load_exams
+from mrnet.training.graphs import GraphedStep, use_graphs
+from mrnet.training.logs import Epoch, TrainingLog, heads_of_epochs, history_of, new_log_dir
+from mrnet.training.optimization import (
     OPTIMIZERS,
     SCHEDULERS,
     average_advice,
@@ -62,13 +77,8 @@ from common.optimization import (
     make_scheduler,
     steps_with_optimizer,
 )
-from common.planes import PLANES, in_order
-from common.predictions import Predictor
-from common.splits import PROTOCOLS, fingerprints_of, numbered, plan_splits, write_folds
-from common.train_state import SELECTIONS, TrainState, is_finished, restore_state
-from common.weights import imagenet_features
-from dataloader import CHANNELS, INTENSITIES, grey_levels
-from model import BACKBONES, POOLINGS
+from mrnet.training.splits import PROTOCOLS, fingerprints_of, numbered, plan_splits, write_folds
+from mrnet.training.train_state import SELECTIONS, TrainState, is_finished, restore_state
 
 
 def parse_arguments():
@@ -80,7 +90,7 @@ def parse_arguments():
     add("--task", required=True, nargs="+", help=task)
     plane = "axial, coronal, sagittal or a further series' folder such as sagittal-t1; for ACL the "
     plane += "article found sagittal best. Several: one network that joins their features"
-    add("--plane", required=True, nargs="+", type=cli.plane_name, metavar="PLANE", help=plane)
+    add("--plane", required=True, nargs="+", type=plane_name, metavar="PLANE", help=plane)
     add("--data-dir", type=Path, default=Path("data"), help="folder in MRNet's layout")
     raw = "raw gives the network 0-255 as the article did; it learns worse"
     add("--intensity", choices=INTENSITIES, help=raw)
@@ -168,7 +178,7 @@ def parse_arguments():
     add("--resume", action="store_true", help=resume)
     parser.set_defaults(**{f.name: f.default for f in fields(Config) if f.name in THE_ARTICLES})
     parser.set_defaults(seed=0, protocol="article", folds=1, repeat=1)
-    return cli.parse_with_recipe(parser, read_recipe, ["--task", "acl", "--plane", PLANES[0]])
+    return parse_with_recipe(parser, read_recipe, ["--task", "acl", "--plane", PLANES[0]])
 
 
 class Files(NamedTuple):
@@ -191,7 +201,7 @@ def run(args):
     provenance = cli.print_start_up(vars(args), device, precision)
     config = Config(**{field.name: getattr(args, field.name) for field in fields(Config)})
     config.check()
-    cli.print_recipe(config)
+    print_recipe(config)
     files = Files(args.models_dir, args.logs_dir, args.log_every, args.resume)
     train_set, valid_set = load_exams(config, args.data_dir)
     cached = cache_volumes(
@@ -344,7 +354,7 @@ def train_model(state, step, exams, what, stop_requested=(), accumulate=1):
     if len(losses) < len(order):
         return (labels, logits, losses), None
     state.epoch += 1
-    return (labels, logits, losses), engine.metrics_of(exams.tasks, labels, logits, losses)
+    return (labels, logits, losses), metrics_of(exams.tasks, labels, logits, losses)
 
 
 def evaluate_model(model, exams, config, what="evaluate", predict=None):
@@ -371,7 +381,7 @@ def evaluate_model(model, exams, config, what="evaluate", predict=None):
             f"the logit of {exams.paths[bad[0]]} is {logits[bad[0]].sum()}: the network diverged; "
             "lower --lr. The models of earlier epochs are kept"
         )
-    return engine.metrics_of(exams.tasks, exams.labels, logits, losses), logits
+    return metrics_of(exams.tasks, exams.labels, logits, losses), logits
 
 
 def start_state(config, split):
@@ -418,7 +428,7 @@ def report_best_models(config, split, paths, history, log):
         save_model(path, model, metadata)
         labels, epoch = is_positive(exams.labels[:, 0]).astype(np.float32), metadata["epoch"]
         title = f"{task}, {config.plane}, epoch {epoch}"
-        log.add_result(title, labels, engine.sigmoid(logits[:, 0]), metadata, asdict(config))
+        log.add_result(title, labels, sigmoid(logits[:, 0]), metadata, asdict(config))
         log.add_heat_maps(model, exams, epoch, device)
         low, high = auc_interval(labels, logits[:, 0])[1:]
         note = selection_note(asdict(config), split.selected_on == "tune")

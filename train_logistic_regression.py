@@ -36,24 +36,29 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
-from common import cli, engine
-from common.checkpoint import digest_of, load_model
-from common.config import SELECTED, selection_of
-from common.datasets import all_tasks, exams_of_any, labelled_sets
-from common.description import read_own_labels
-from common.devices import pick_device, pick_precision
-from common.documents import as_json
-from common.errors import InputError
-from common.figures import reliability_figure, roc_figure
-from common.files import atomic, write_csv, write_text
-from common.labels import is_positive
-from common.logs import open_writer
-from common.metrics import BELOW_CHANCE, answered, roc_auc
-from common.names import PREDICTIONS, RESULTS, column_name, stack_name, stack_path, start_of_results
-from common.planes import SPLITS, in_order, planes_of
-from common.predictions import BaseModels, check_base_models, predict_columns
-from common.results import FORMAT, GAIN, RATES, evaluate_scores
-from common.stacking import (
+from mrnet.documents import as_json
+from mrnet.errors import InputError
+from mrnet.evaluation.figures import reliability_figure, roc_figure
+from mrnet.evaluation.metrics import BELOW_CHANCE, answered, roc_auc, sigmoid
+from mrnet.files import atomic, write_csv, write_text
+from mrnet.layout.arguments import add_recipes_argument, plane_name
+from mrnet.layout.description import read_own_labels
+from mrnet.layout.labels import is_positive
+from mrnet.layout.names import (
+    PREDICTIONS,
+    RESULTS,
+    column_name,
+    stack_name,
+    stack_path,
+    start_of_results,
+)
+from mrnet.layout.planes import SPLITS, in_order, planes_of
+from mrnet.networks.saved import digest_of
+from mrnet.runtime import cli
+from mrnet.runtime.devices import pick_device, pick_precision
+from mrnet.stacking.predictions import BaseModels, check_base_models, predict_columns
+from mrnet.stacking.results import FORMAT, GAIN, RATES, evaluate_scores
+from mrnet.stacking.stacking import (
     DIGITS,
     FEATURES,
     STACK,
@@ -67,6 +72,10 @@ from common.stacking import (
     save_stack,
     threshold_for,
 )
+from mrnet.training.checkpoint import load_model
+from mrnet.training.config import SELECTED, selection_of
+from mrnet.training.datasets import all_tasks, exams_of_any, labelled_sets
+from mrnet.training.logs import open_writer
 
 STAR = "*"  # beside each threshold: explained below the table
 
@@ -88,7 +97,7 @@ def parse_arguments():
         help="what train.py had as --plane, joined by + where it was several; default: axial, "
         "coronal, sagittal and every further plane of the data folder",
     )
-    cli.add_recipes_argument(parser)
+    add_recipes_argument(parser)
     parser.add_argument(
         "--data-dir",
         type=Path,
@@ -149,7 +158,7 @@ def trained_on(models_dir, tasks, recipes):
 
 def planes_argument(text):
     """Value of an option: planes joined by +, in their order whatever the given one."""
-    planes = [cli.plane_name(plane) for plane in text.split("+")]
+    planes = [plane_name(plane) for plane in text.split("+")]
     if len(set(planes)) < len(planes):
         raise argparse.ArgumentTypeError(f"{text!r} has a plane twice")
     return "+".join(in_order(planes))
@@ -177,9 +186,7 @@ def make_stack(task, kind, logits, labels, tuning, sensitivity=None):
     scores, thresholds = {}, {}
     for split in SPLITS:
         whole = {column: next(iter(found.values())) for column, found in logits[split].items()}
-        scores[split] = {
-            column: engine.sigmoid(values).mean(axis=1) for column, values in whole.items()
-        }
+        scores[split] = {column: sigmoid(values).mean(axis=1) for column, values in whole.items()}
         scores[split][STACK], own = combine_all(stack, logits[split])
         refuse_unanswered(task, split, logits[split], scores[split][STACK])
     for column in logits["train"]:

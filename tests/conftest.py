@@ -21,16 +21,16 @@ import pytest
 import torch
 from filelock import FileLock
 
-from common import cli
-from common.checkpoint import ARCHITECTURE
-from common.config import Config
+from mrnet.runtime import cli
+from mrnet.training.checkpoint import ARCHITECTURE
+from mrnet.training.config import Config
 
 ROOT = Path(__file__).parent.parent
 PLANES = ("axial", "coronal", "sagittal")
 needs_make = pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 FILES = sorted(  # of the project's code
-    path for folder in (".", "common", "tools", "data") for path in ROOT.glob(f"{folder}/*.py")
-) + sorted(ROOT.glob("data/*/*.py"))
+    path for folder in (".", "mrnet", "tools", "data") for path in ROOT.glob(f"{folder}/*.py")
+) + sorted([*ROOT.glob("mrnet/*/*.py"), *ROOT.glob("data/*/*.py")])
 # Importers keep a key of the user's there; no test may touch the real one.
 os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="mrnet-tests-")
 

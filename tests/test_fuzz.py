@@ -25,16 +25,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom.data import get_testdata_file
 
-from common import stacking
-from common.checkpoint import FORMAT, STATE_FORMAT, load_model, read_checkpoint
-from common.description import read_dataset
-from common.errors import InputError
-from common.files import csv_line
-from common.labels import read_groups, read_labels
-from common.stacking import combinations_of, load_stack
-from common.volumes import read_volume
-from data.common import Register
 from model import MRNet
+from mrnet.errors import InputError
+from mrnet.files import csv_line
+from mrnet.layout.description import read_dataset
+from mrnet.layout.labels import read_groups, read_labels
+from mrnet.layout.volumes import read_volume
+from mrnet.networks.saved import FORMAT, STATE_FORMAT, read_checkpoint
+from mrnet.scans.register import Register
+from mrnet.stacking import stacking
+from mrnet.stacking.stacking import combinations_of, load_stack
+from mrnet.training.checkpoint import load_model
 from tools import pointing_game
 
 
@@ -244,7 +245,7 @@ REFUSALS = (InputError, kneemri.InputError)
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
 @pytest.mark.parametrize(
     "kind", sorted(READERS.keys() - {"dicom"})
-)  # one of many: tests/test_headers.py
+)  # one of many: tests/scans/test_headers.py
 def test_only_regular_files_are_read(tmp_path, kind, make):
     """A pipe without a writer would be waited for; a device has no end."""
     path = tmp_path / f"file{SUFFIX.get(kind, '')}"

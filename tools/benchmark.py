@@ -31,18 +31,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
-from common import cli, engine
-from common.config import Config
-from common.datasets import trainable_planes
-from common.devices import cache_volumes, device_name, has_bf16, pick_device, pick_precision
-from common.errors import InputError
-from common.files import write_csv
-from common.graphs import GraphedStep
-from common.labels import trainable
-from common.optimization import make_optimizer
-from common.planes import PLANES
 from dataloader import Augmentation, MRDataset
-from model import BACKBONES, GreyConv2d, MRNet, convolutional_part, torchvision_network
+from model import MRNet
+from mrnet.errors import InputError
+from mrnet.files import write_csv
+from mrnet.layout.labels import trainable
+from mrnet.layout.planes import PLANES
+from mrnet.networks.backbones import BACKBONES, GreyConv2d, convolutional_part, torchvision_network
+from mrnet.runtime import cli
+from mrnet.runtime.devices import device_name, has_bf16, pick_device, pick_precision
+from mrnet.training import engine
+from mrnet.training.config import Config
+from mrnet.training.datasets import cache_volumes, trainable_planes
+from mrnet.training.graphs import GraphedStep
+from mrnet.training.optimization import make_optimizer
 from tools.article_loop import ArticlesLoop, torchs_defaults
 
 SIDE = 256

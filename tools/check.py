@@ -22,13 +22,13 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
-from common import cli
-from common.description import read_dataset
-from common.errors import InputError, counted
-from common.labels import GROUPS, compare_groups, is_positive, label_rows, read_groups, tasks
-from common.machine import usable_cores
-from common.planes import ALL_PLANES, PLANES, SPLITS, describe_missing, in_order
-from common.volumes import read_volume, volume_path
+from mrnet.errors import InputError, counted
+from mrnet.layout.description import read_dataset
+from mrnet.layout.labels import GROUPS, compare_groups, is_positive, label_rows, read_groups, tasks
+from mrnet.layout.planes import ALL_PLANES, PLANES, SPLITS, describe_missing, in_order
+from mrnet.layout.volumes import read_volume, volume_path
+from mrnet.runtime import cli
+from mrnet.runtime.machine import usable_cores
 
 
 class Volume(NamedTuple):

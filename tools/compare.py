@@ -14,10 +14,10 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
-from common import cli
-from common.errors import InputError
-from common.metrics import answered, auc_difference, brier, roc_auc
-from common.results import read_predictions
+from mrnet.errors import InputError
+from mrnet.evaluation.metrics import answered, auc_difference, brier, roc_auc
+from mrnet.runtime import cli
+from mrnet.stacking.results import read_predictions
 
 
 def parse_arguments():

@@ -13,7 +13,7 @@ onnxruntime answers about random exams of five sizes and is compared with torch.
 weights as torch has them; the configuration says how grey levels are scaled.
 ONNX's metadata_props (a JSON value each, but the task) and config.json hold the task; the
 threshold, where figures of the very model chose one; and what must be done to a scan first, as
-common/exam_model.py's `preparation_of` describes it, where the training data recorded it:
+mrnet/inference/exam_model.py's `preparation_of` describes it, where the training data recorded it:
 orientation, contrast, mirrored (right knees), field_of_view, square, side, window.
 Needs `pip install -r requirements-export.txt`.
 """
@@ -29,17 +29,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
-from common import cli
-from common.checkpoint import load_model
-from common.documents import as_json
-from common.errors import InputError, RunError
-from common.exam_model import load_exam_model, load_stack_model, preparation_of
-from common.files import atomic, write_text
-from common.model_card import subject_of_network, subject_of_stack, write_card
-from common.names import ARTICLE, stack_name
-from common.volumes import SMALLEST_SIDE
 from dataloader import MEAN, STD
-from model import BACKBONES
+from mrnet.documents import as_json
+from mrnet.errors import InputError, RunError
+from mrnet.files import atomic, write_text
+from mrnet.inference.exam_model import load_exam_model, load_stack_model, preparation_of
+from mrnet.layout.names import ARTICLE, stack_name
+from mrnet.layout.volumes import SMALLEST_SIDE
+from mrnet.networks.backbones import BACKBONES
+from mrnet.reports.model_card import subject_of_network, subject_of_stack, write_card
+from mrnet.runtime import cli
+from mrnet.training.checkpoint import load_model
 
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}
 SIZES = ((1, 96, 96), (5, 96, 112), (17, 200, 144), (30, 256, 256), (44, 128, 128))  # s, H, W

@@ -16,18 +16,19 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
-from common import cli
-from common.devices import pick_device, pick_precision
-from common.documents import parse_json
-from common.errors import InputError, one_line
-from common.explanation import explain_planes
-from common.files import read_text
-from common.labels import is_positive, read_labels
-from common.metrics import wilson_interval
-from common.stacking import decide
-from common.task_models import load_task, saved_tasks
-from common.volumes import read_volume, volume_path
-from model import BACKBONES
+from mrnet.documents import parse_json
+from mrnet.errors import InputError, one_line
+from mrnet.evaluation.metrics import wilson_interval
+from mrnet.files import read_text
+from mrnet.inference.explanation import explain_planes
+from mrnet.inference.task_models import load_task, saved_tasks
+from mrnet.layout.arguments import add_recipes_argument
+from mrnet.layout.labels import is_positive, read_labels
+from mrnet.layout.volumes import read_volume, volume_path
+from mrnet.networks.backbones import BACKBONES
+from mrnet.runtime import cli
+from mrnet.runtime.devices import pick_device, pick_precision
+from mrnet.stacking.stacking import decide
 
 TOLERANCE = 15.0  # mm from the lesion's extent: less than half a cell of the map (19 mm) more
 LIMB_SIGNAL = 0.1  # of the brightest tissue; the phantom's fat has 0.2, its air 0.05
@@ -40,7 +41,7 @@ def parse_arguments():
     parser.add_argument(
         "--models-dir", type=Path, default=Path("models"), help="where train.py wrote"
     )
-    cli.add_recipes_argument(parser)
+    add_recipes_argument(parser)
     cli.add_machine_arguments(parser)
     return parser.parse_args()
 

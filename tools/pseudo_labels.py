@@ -22,16 +22,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
-from common import cli
-from common.errors import InputError
-from common.files import open_regular, write_csv
-from common.labels import exam_number, label_rows
-from common.names import predictions_path, results_path
-from common.results import read_content, read_predictions
-from common.stacking import STACK
-from common.submission import task_of
-from data.common import Register, exam_name
-from data.rsna.tables import FINDINGS, STUDY, read_table
+from mrnet.errors import InputError
+from mrnet.files import open_regular, write_csv
+from mrnet.inference.submission import task_of
+from mrnet.layout.arguments import add_recipes_argument
+from mrnet.layout.labels import exam_number, label_rows
+from mrnet.layout.names import exam_name, predictions_path, results_path
+from mrnet.runtime import cli
+from mrnet.scans.register import Register
+from mrnet.scans.rsna_tables import FINDINGS, STUDY, read_table
+from mrnet.stacking.results import read_content, read_predictions
+from mrnet.stacking.stacking import STACK
 
 DIGITS = 4  # of a probability
 
@@ -45,7 +46,7 @@ def parse_arguments():
     parser.add_argument(
         "--models-dir", type=Path, default=Path("models/reproduce"), help="networks with folds"
     )
-    cli.add_recipes_argument(parser)
+    add_recipes_argument(parser)
     rows = "CSV that predict.py wrote of --data-dir with these networks: labels for the training "
     rows += "studies that have none"
     parser.add_argument("--rows", type=Path, metavar="CSV", help=rows)

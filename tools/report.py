@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
-from common import cli
-from common.report import read_all, write_report
+from mrnet.reports.report import read_all, write_report
+from mrnet.runtime import cli
 
 
 def parse_arguments():

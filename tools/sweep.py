@@ -30,19 +30,21 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
-from common import cli, engine
-from common.checkpoint import check_writable, load_model
-from common.cluster import Machines
-from common.config import THE_ARTICLES
-from common.datasets import labelled_sets
-from common.devices import pick_device, pick_precision
-from common.documents import as_json
-from common.errors import InputError, RunError, one_line
-from common.files import held, read_text, remove_leftovers, write_text
-from common.jobs import ROOT, Job, bytes_of_a_job, failures
-from common.labels import is_positive
-from common.names import ARTICLE, Run, column_name, list_runs, model_path, state_path
-from common.stacking import is_combination_name
+from mrnet.documents import as_json
+from mrnet.errors import InputError, RunError, one_line
+from mrnet.files import ROOT, check_writable, held, read_text, remove_leftovers, write_text
+from mrnet.layout.labels import is_positive
+from mrnet.layout.names import ARTICLE, Run, column_name, list_runs, model_path, state_path
+from mrnet.runtime import cli
+from mrnet.runtime.cluster import Machines
+from mrnet.runtime.devices import pick_device, pick_precision
+from mrnet.runtime.jobs import Job, failures
+from mrnet.stacking.stacking import is_combination_name
+from mrnet.training import engine
+from mrnet.training.checkpoint import load_model
+from mrnet.training.config import THE_ARTICLES
+from mrnet.training.datasets import labelled_sets
+from mrnet.training.memory import bytes_of_a_job
 from tools.sweep_table import FORMAT, RecipeResults, SweepExams, print_table, read_result
 
 SETTINGS = {"task": str, "planes": list, "folds": int, "seeds": int, "protocol": str}

@@ -30,14 +30,14 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
-from common import cli
-from common.documents import Count, Rule, check, parse_json
-from common.errors import InputError, one_line
-from common.figures import cost_figure
-from common.files import atomic, read_text
-from common.metrics import Difference, brier, holm, mean_auc_difference, roc_auc
-from common.names import ARTICLE
-from common.stacking import STACK, cross_fitted
+from mrnet.documents import Count, Rule, check, parse_json
+from mrnet.errors import InputError, one_line
+from mrnet.evaluation.figures import cost_figure
+from mrnet.evaluation.metrics import Difference, brier, holm, mean_auc_difference, roc_auc
+from mrnet.files import atomic, read_text
+from mrnet.layout.names import ARTICLE
+from mrnet.runtime import cli
+from mrnet.stacking.stacking import STACK, cross_fitted
 
 FORMAT = "mrnet-sweep-2"  # of a sweep's files
 

@@ -26,22 +26,20 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
 
-from common.errors import InputError, counted  # noqa: E402
-from common.files import open_regular, write_csv  # noqa: E402
-from data.common import (  # noqa: E402
+from mrnet.errors import InputError, counted  # noqa: E402
+from mrnet.files import open_regular, write_csv  # noqa: E402
+from mrnet.scans.command import Report, add_preparation, make_parser  # noqa: E402
+from mrnet.scans.origin import describe  # noqa: E402
+from mrnet.scans.register import (  # noqa: E402
     Register,
-    Report,
-    add_preparation,
     keyed_hash,
-    make_parser,
     merge_csv,
     patient_key,
     write_dataset,
     write_planes,
 )
-from data.dicom.origin import describe  # noqa: E402
-from data.dicom.serve import run_importer, serve  # noqa: E402
-from data.dicom.studies import Choice, digest_of, find_exams, volumes_of  # noqa: E402
+from mrnet.scans.serve import run_importer, serve  # noqa: E402
+from mrnet.scans.studies import Choice, digest_of, find_exams, volumes_of  # noqa: E402
 
 VERSION = "4"  # of what is written from the same files; raise it with every change of the pixels
 CONVENTION = """

@@ -12,7 +12,7 @@ archives so that SOURCE holds metadata.csv and vol01 .. vol10 with their .pck fi
 Writes OUT/{train,valid,test}/sagittal/0000.npy, uint8 (s, 256, 256), numbered as in metadata.csv,
 OUT/<split>-{acl,acl-complete}.csv, and OUT/<split>-groups.csv with a number for each exam, which
 may have several volumes. A .pck is a pickle, which may hold code: it is read by
-common/pickles.py, which builds arrays and calls nothing.
+mrnet/networks/pickles.py, which builds arrays and calls nothing.
 """
 
 import argparse
@@ -29,10 +29,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
 
-from common.errors import InputError  # noqa: E402
-from common.files import open_regular, read_bytes, write_csv  # noqa: E402
-from common.pickles import ArrayUnpickler, PickledArray  # noqa: E402
-from data.common import Report, make_parser, to_square, window, write_dataset, write_volume  # noqa: E402
+from mrnet.errors import InputError  # noqa: E402
+from mrnet.files import open_regular, read_bytes, write_csv  # noqa: E402
+from mrnet.layout.volumes import write_volume  # noqa: E402
+from mrnet.networks.pickles import ArrayUnpickler, PickledArray  # noqa: E402
+from mrnet.scans.command import Report, make_parser  # noqa: E402
+from mrnet.scans.pixels import to_square, window  # noqa: E402
+from mrnet.scans.register import write_dataset  # noqa: E402
 
 GROUPS = "groups"
 TASKS = {"acl": 0, "acl-complete": 1}  # positive above this aclDiagnosis (0, 1 partial, 2 complete)

@@ -23,10 +23,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
 
-from common.errors import InputError  # noqa: E402
-from common.files import MAX_BYTES, open_regular, open_zip, write_csv  # noqa: E402
-from common.volumes import SMALLEST_SIDE  # noqa: E402
-from data.common import make_parser, write_dataset, write_volume  # noqa: E402
+from mrnet.errors import InputError  # noqa: E402
+from mrnet.files import MAX_BYTES, open_regular, open_zip, write_csv  # noqa: E402
+from mrnet.layout.volumes import (
+    SMALLEST_SIDE,  # noqa: E402
+    write_volume,  # noqa: E402
+)
+from mrnet.scans.command import make_parser  # noqa: E402
+from mrnet.scans.register import write_dataset  # noqa: E402
 
 PLANES = ("axial", "coronal", "sagittal")  # along axis 0, 1, 2 of a volume
 MAX_SIDE = 512  # voxels; the sets have 28 or 64

@@ -34,14 +34,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
 
-from common.errors import InputError  # noqa: E402
-from common.files import write_csv, write_text  # noqa: E402
-from common.machine import usable_cores  # noqa: E402
-from data.common import ORIENTATION, TARGET, make_parser, write_dataset, write_volume  # noqa: E402
 from data.phantom.exam import draw_exam  # noqa: E402
 from data.phantom.lesions import PREVALENCE, draw_labels  # noqa: E402
 from data.phantom.rsna import NEEDS, TRUTH, make_study, write_tables  # noqa: E402
 from data.phantom.scanner import Cut, place, scan  # noqa: E402
+from mrnet.errors import InputError  # noqa: E402
+from mrnet.files import write_csv, write_text  # noqa: E402
+from mrnet.layout.planes import ORIENTATION, TARGET  # noqa: E402
+from mrnet.layout.volumes import write_volume  # noqa: E402
+from mrnet.runtime.machine import usable_cores  # noqa: E402
+from mrnet.scans.command import make_parser  # noqa: E402
+from mrnet.scans.register import write_dataset  # noqa: E402
 
 LESIONS = "lesions.json"
 VERSION = "5"  # of the knees that are drawn; raise it with every change of the pixels

@@ -19,11 +19,11 @@ from typing import NamedTuple
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from common.files import write_csv
-from data.common import TARGET
 from data.phantom.exam import draw_exam
 from data.phantom.scanner import Cut, scan
-from data.rsna.tables import FAT, FINDINGS, FLUID, PLANE, REPORT, SERIES, STUDY
+from mrnet.files import write_csv
+from mrnet.layout.planes import TARGET
+from mrnet.scans.rsna_tables import FAT, FINDINGS, FLUID, PLANE, REPORT, SERIES, STUDY
 
 TRUTH = "truth.csv"
 NEEDS = ("pydicom", "openjpeg", "imagecodecs")  # modules

@@ -9,8 +9,8 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from data.common import TARGET
 from data.phantom.knee import HALF
+from mrnet.layout.planes import TARGET
 
 FIELD_OF_VIEW = 160.0  # mm; a slice's side
 COVER = {"axial": (-50, 60), "coronal": (-56, 46), "sagittal": (-46, 46)}  # mm along z, y, x

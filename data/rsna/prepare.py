@@ -38,25 +38,26 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it finds its own folder
 
-from common.description import read_dataset  # noqa: E402
-from common.errors import InputError, counted  # noqa: E402
-from common.files import read_text, write_csv, write_text  # noqa: E402
-from common.machine import usable_cores  # noqa: E402
-from data.common import (  # noqa: E402
-    OWN_LABELS,
-    Register,
-    Report,
-    add_preparation,
-    make_parser,
-    merge_csv,
-    write_dataset,
-    write_planes,
+from mrnet.errors import InputError, counted  # noqa: E402
+from mrnet.files import read_text, write_csv, write_text  # noqa: E402
+from mrnet.layout.description import read_dataset  # noqa: E402
+from mrnet.layout.labels import OWN_LABELS  # noqa: E402
+from mrnet.runtime.machine import usable_cores  # noqa: E402
+from mrnet.scans.command import Report, add_preparation, make_parser  # noqa: E402
+from mrnet.scans.origin import describe  # noqa: E402
+from mrnet.scans.register import Register, merge_csv, write_dataset, write_planes  # noqa: E402
+from mrnet.scans.rsna import convert, digest_of, find_studies, identity_of  # noqa: E402
+from mrnet.scans.rsna_tables import (  # noqa: E402
+    FAT,
+    FINDINGS,
+    FLUID,
+    PLANE,
+    combine_labels,
+    read_labels,
+    read_series,
 )
-from data.dicom.origin import describe  # noqa: E402
-from data.dicom.serve import run_importer, serve  # noqa: E402
-from data.dicom.studies import Choice, Volumes  # noqa: E402
-from data.rsna.studies import convert, digest_of, find_studies, identity_of  # noqa: E402
-from data.rsna.tables import FAT, FINDINGS, FLUID, PLANE, combine_labels, read_labels, read_series  # noqa: E402
+from mrnet.scans.serve import run_importer, serve  # noqa: E402
+from mrnet.scans.studies import Choice, Volumes  # noqa: E402
 
 VERSION = "4"  # of what is written from the same files; raise it with every change of the pixels
 THE_SET = {
@@ -356,7 +357,7 @@ def write_tables(out, labels, groups, valid, numbers):
 
 def write_own(path, is_own, numbers):
     """Write which labels are the set's own, rows of exam's number and task: figures on them and on
-    derived ones are never mixed (common/table.py)."""
+    derived ones are never mixed (mrnet/reports/table.py)."""
     rows = [
         (number, task)
         for uid, number in numbers.items()
