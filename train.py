@@ -18,8 +18,8 @@ learning rate times 0.3 after the fourth epoch without a better validation loss,
 docs/differences.md lists where the article's code differs and why, docs/improvements.md what its
 list of improvements became; mrnet/training/splits.py describes protocols and folds.
 
-run -> train_network (one network) -> train_epochs (its epochs) -> train_model and evaluate_model
-(one pass over the exams) -> mrnet/training/engine.py (the loop, the loss, the optimizer's step).
+run -> train_network (one network) -> train_epochs (its epochs) -> train_model (one pass over the
+training exams, training_step for each) and evaluate_model (one over those that select the epoch).
 """
 
 import argparse
@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from dataloader import CHANNELS, INTENSITIES, grey_levels
 from model import POOLINGS
@@ -45,9 +46,8 @@ from mrnet.layout.planes import PLANES, in_order
 from mrnet.networks.backbones import BACKBONES
 from mrnet.networks.weights import imagenet_features
 from mrnet.runtime import cli
-from mrnet.runtime.devices import pick_device, pick_precision
+from mrnet.runtime.devices import autocast, pick_device, pick_precision
 from mrnet.stacking.predictions import Predictor
-from mrnet.training import engine
 from mrnet.training.augmentation import AUGMENTATIONS, SLICES_OF_STRONG
 from mrnet.training.checkpoint import (
     ARCHITECTURE,
@@ -66,7 +66,7 @@ from mrnet.training.config import (
     selection_note,
 )
 from mrnet.training.datasets import CACHES, all_tasks, cache_volumes, load_exams
-from mrnet.training.graphs import GraphedStep, use_graphs
+from mrnet.training.graphs import as_graphs, use_graphs
 from mrnet.training.logs import Epoch, TrainingLog, heads_of_epochs, history_of, new_log_dir
 from mrnet.training.optimization import (
     OPTIMIZERS,
@@ -298,20 +298,15 @@ def train_epochs(config, split, state, stop_requested):
     Yields:
         an Epoch after each; it ends within one if a stop was requested.
     """
-    after = [state.scheduler.step] if steps_with_optimizer(state.scheduler) else []
-    if state.average:
-        after.append(partial(state.average.update_parameters, state.model))
-    auxiliary = config.plane_weight if len(config.planes) > 1 else 0.0
-    kind = GraphedStep if config.cuda_graphs else engine.TrainingStep
-    step = kind(state.model, state.optimizer, config.precision, config.clip, auxiliary, after)
+    step = partial(training_step, state.model, state.optimizer, config)
+    if config.cuda_graphs:
+        step = as_graphs(step, state.model, config)
     print(heads_of_epochs(split.selected_on, config.tasks), flush=True)
     while state.epoch < config.epochs and state.bad_epochs < config.patience:
         began, lr = time.perf_counter(), state.lr
         what = f"epoch {state.epoch + 1}/{config.epochs}"
         torch.manual_seed(split.random_seed(state.epoch + 1))
-        steps, train = train_model(
-            state, step, split.train_set, what, stop_requested, config.accumulate
-        )
+        steps, train = train_model(state, step, split.train_set, config, what, stop_requested)
         if train is None:
             return
         speed = len(split.train_set) / (time.perf_counter() - began)
@@ -323,26 +318,52 @@ def train_epochs(config, split, state, stop_requested):
             return
 
 
-def train_model(state, step, exams, what, stop_requested=(), accumulate=1):
-    """One epoch of training (the article's `train_model`).
+def train_model(state, step, exams, config, what="train", stop_requested=()):
+    """One epoch of training (the article's `train_model`): one exam after another, in random order.
 
-    The loop is `engine.train_epoch`; forward, loss, backward and update: `engine.TrainingStep`.
+    Random numbers come from torch's default generator: seed it before each epoch, and the epoch is
+    the same wherever the training was resumed.
 
     Args:
         state: TrainState; its `epoch` is updated.
-        step: engine.TrainingStep.
+        step: `training_step` without its first three arguments.
         exams: MRDataset.
         what: title of the progress bar.
-        accumulate: exams in a step.
+        stop_requested: list that is filled from outside to stop after the current step.
 
     Returns:
-        labels, logits, weighted losses of the steps, float32 (n, tasks) each, and {finding:
-        {"loss", "auc"}}; None for the latter if a stop was requested before the end.
+        labels, logits, weighted losses of the exams in their order, float32 (n, tasks) each, and
+        {finding: {"loss", "auc"}}; None for the latter if a stop was requested before the end.
 
     Raises:
         RunError: the loss is infinite or not a number.
     """
-    order, logits, losses = engine.train_epoch(step, exams, what, stop_requested, accumulate)
+    state.model.train()
+    device = torch.device(config.device)
+    order = torch.randperm(len(exams)).tolist()
+    views = exams.draw(order, device)  # a random rotation, shift and flip for each exam
+    targets = torch.from_numpy(exams.targets[order]).to(device)
+    weights = torch.from_numpy(exams.weights[order]).to(device)
+    logits, losses = torch.empty_like(targets), torch.empty_like(targets)
+    for k, i in enumerate(cli.progress(order, what)):
+        row = slice(k, k + 1)
+        first = k - k % config.accumulate  # of the exams of this step of the optimizer
+        exams_in_step = min(config.accumulate, len(order) - first)
+        is_last = k + 1 == first + exams_in_step
+        volume = exams.volume(i)  # uint8 (s, H, W)
+        logits[row], losses[row] = step(
+            exams, volume, views[k], targets[row], weights[row], exams_in_step, is_last
+        )
+        if is_last:
+            if steps_with_optimizer(state.scheduler):
+                state.scheduler.step()
+            if state.average:
+                state.average.update_parameters(state.model)
+            if stop_requested:
+                break
+    done, order = k + 1, np.array(order)
+    labels, logits, losses = exams.labels[order[:done]], logits[:done].cpu(), losses[:done].cpu()
+    logits, losses = logits.numpy(), losses.numpy()
     bad = np.flatnonzero(~np.isfinite(losses).all(axis=1))
     if len(bad):
         raise RunError(
@@ -350,18 +371,62 @@ def train_model(state, step, exams, what, stop_requested=(), accumulate=1):
             f"{exams.paths[order[bad[0]]]}; look at that exam, or lower --lr. "
             "The models of earlier epochs are kept"
         )
-    labels = exams.labels[order[: len(losses)]]
-    if len(losses) < len(order):
+    if done < len(order):
         return (labels, logits, losses), None
     state.epoch += 1
     return (labels, logits, losses), metrics_of(exams.tasks, labels, logits, losses)
 
 
-def evaluate_model(model, exams, config, what="evaluate", predict=None):
+def training_step(
+    model, optimizer, config, exams, volume, view, target, weight, exams_in_step=1, is_last=True
+):
+    """One exam: augmentation, forward, class-weighted loss, backward; after the last exam of a step
+    the update. A GPU replays it as a graph (`as_graphs`).
+
+    With one exam a step it is the article's. The losses of several are summed and divided by their
+    number, not by their weights: as one batch under torch's mean reduction.
+
+    Args:
+        model: MRNet, or MultiPlaneMRNet.
+        exams: MRDataset.
+        volume: as `exams.volume` returns it, uint8 (s, H, W).
+        view: View, of `exams.draw`.
+        target, weight: float32 (1, tasks), on the device.
+
+    Returns:
+        logits and weighted losses, float32 (1, tasks) on the device: nothing here waits for it.
+    """
+    exam = exams.prepare(volume, target.device, view)  # float32 (s, 1, H, W), augmented
+    has_auxiliary = len(config.planes) > 1 and config.plane_weight > 0
+    with autocast(target.device, config.precision):
+        # With several planes each has a logit of its own beside the joint one: (1 + planes, tasks).
+        logits = model.all_logits(exam) if has_auxiliary else model(exam)
+    del exam  # backward, where memory peaks, does not need it
+    losses = F.binary_cross_entropy_with_logits(
+        logits, target.expand_as(logits), weight.expand_as(logits), reduction="none"
+    )
+    loss = losses[:1].mean()
+    if has_auxiliary:
+        loss = loss + config.plane_weight * losses[1:].mean()
+    (loss / exams_in_step).backward()
+    if is_last:
+        if config.clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        # A graph adds to gradients that stay where they are.
+        optimizer.zero_grad(set_to_none=not config.cuda_graphs)
+    return logits[:1].detach(), losses[:1].detach()
+
+
+@torch.inference_mode()
+def evaluate_model(model, exams, config, what="evaluate"):
     """Predict some exams without augmentation (the article's `evaluate_model`).
 
     Args:
-        predict: Predictor, which remembers what networks share; None predicts anew.
+        model: MRNet or MultiPlaneMRNet.
+        exams: MRDataset.
+        config: Config.
+        what: title of the progress bar.
 
     Returns:
         {finding: {"loss": mean weighted loss, "auc"}}, and logits float32 (n, tasks).
@@ -369,19 +434,30 @@ def evaluate_model(model, exams, config, what="evaluate", predict=None):
     Raises:
         RunError: a prediction is infinite or not a number.
     """
-    if predict is None:
-        device = torch.device(config.device)
-        logits = engine.predict(model, exams, device, config.precision, what)
-    else:
-        logits = predict(model, exams, what).astype(np.float32)
-    losses = engine.exam_losses(exams.targets, exams.weights, logits)
+    model.eval()
+    device = torch.device(config.device)
+    logits = torch.zeros(exams.labels.shape, device=device)
+    for i in cli.progress(range(len(exams)), what):
+        with autocast(device, config.precision):
+            logits[i] = model(exams.exam(i, device))[0]
+    return measure(exams, logits.cpu()), logits.cpu().numpy()
+
+
+def measure(exams, logits):
+    """{finding: {"loss", "auc"}} of predictions, a tensor float32 (n, tasks).
+
+    Raises:
+        RunError: one is infinite or not a number.
+    """
+    targets, weights = torch.from_numpy(exams.targets), torch.from_numpy(exams.weights)
+    losses = F.binary_cross_entropy_with_logits(logits, targets, weights, reduction="none").numpy()
     bad = np.flatnonzero(~np.isfinite(losses).all(axis=1))
     if len(bad):
         raise RunError(
             f"the logit of {exams.paths[bad[0]]} is {logits[bad[0]].sum()}: the network diverged; "
             "lower --lr. The models of earlier epochs are kept"
         )
-    return metrics_of(exams.tasks, exams.labels, logits, losses), logits
+    return metrics_of(exams.tasks, exams.labels, logits.numpy(), losses)
 
 
 def start_state(config, split):
@@ -421,8 +497,8 @@ def report_best_models(config, split, paths, history, log):
         model.to(device)
         exams = split.valid_set.finding(task)
         exams.taken = list(config.planes)
-        metrics, logits = evaluate_model(model, exams, config, predict=predict)
-        metadata["metrics"]["valid"] = valid = metrics[task]
+        logits = predict(model, exams, "evaluate").astype(np.float32)
+        metadata["metrics"]["valid"] = valid = measure(exams, torch.from_numpy(logits))[task]
         # Epochs may have been added since that epoch.
         metadata |= {"arguments": asdict(config), "history": history_of(task, history)}
         save_model(path, model, metadata)

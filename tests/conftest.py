@@ -24,6 +24,7 @@ from filelock import FileLock
 from mrnet.runtime import cli
 from mrnet.training.checkpoint import ARCHITECTURE
 from mrnet.training.config import Config
+from train import evaluate_model
 
 ROOT = Path(__file__).parent.parent
 PLANES = ("axial", "coronal", "sagittal")
@@ -139,6 +140,12 @@ def run_process(script, *args, timeout=300):
     """Run a script of the project as a process of its own, text output."""
     command = [sys.executable, str(ROOT / script), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+def predict_exams(model, exams, device, precision):
+    """Logits of exams, float32 (n, tasks), as train.py predicts them."""
+    config = Config(exams.tasks[0], "axial", device=device.type, precision=precision)
+    return evaluate_model(model, exams, config)[1]
 
 
 QUICK = ("--no-pretrained", "--epochs", "2", "--lr", "1e-4", "--log-every", "5")

@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its own folder only
 
+import train
 from dataloader import Augmentation, MRDataset
 from model import MRNet
 from mrnet.errors import InputError
@@ -40,11 +41,11 @@ from mrnet.layout.planes import PLANES
 from mrnet.networks.backbones import BACKBONES, GreyConv2d, convolutional_part, torchvision_network
 from mrnet.runtime import cli
 from mrnet.runtime.devices import device_name, has_bf16, pick_device, pick_precision
-from mrnet.training import engine
 from mrnet.training.config import Config
 from mrnet.training.datasets import cache_volumes, trainable_planes
-from mrnet.training.graphs import GraphedStep
-from mrnet.training.optimization import make_optimizer
+from mrnet.training.graphs import as_graphs
+from mrnet.training.optimization import make_optimizer, make_scheduler
+from mrnet.training.train_state import TrainState
 from tools.article_loop import ArticlesLoop, torchs_defaults
 
 SIDE = 256
@@ -160,19 +161,23 @@ class Ours:
         self.device = device
         recipe = {"precision": pick_precision("auto", device)} | recipe
         graphs = graphs and self.train_set.cached[0] is not None
-        self.config = Config("acl", self.train_set.plane, cuda_graphs=graphs, **recipe)
+        more = {"cuda_graphs": graphs, "device": device.type} | recipe
+        self.config = Config("acl", self.train_set.plane, **more)
         self.train_set.transform = Augmentation()
         self.train_set.slices = (self.config.slices, self.config.slices)
         self.model = make_network(tasks=self.train_set.targets.shape[1]).to(device)
-        kind = GraphedStep if graphs else engine.TrainingStep
         optimizer = make_optimizer(self.model, self.config)
-        self.step = kind(self.model, optimizer, self.config.precision)
+        scheduler = make_scheduler(self.config, optimizer, len(self.train_set))
+        self.state = TrainState(self.model, optimizer, scheduler, self.train_set.tasks)
+        self.step = partial(train.training_step, self.model, optimizer, self.config)
+        if graphs:
+            self.step = as_graphs(self.step, self.model, self.config)
 
     def train(self):
-        engine.train_epoch(self.step, self.train_set)
+        train.train_model(self.state, self.step, self.train_set, self.config)
 
     def evaluate(self):
-        engine.predict(self.model, self.valid_set, self.device, self.config.precision)
+        train.evaluate_model(self.model, self.valid_set, self.config)
 
 
 class PlainLoop:
@@ -295,22 +300,22 @@ def epoch_table(times, slices):
         slices: of the training and of the validation exams.
     """
     rows = []
-    for name, (train, evaluation) in times.items():
-        a_slice = 1e3 * train / slices[0]
+    for name, (training, evaluation) in times.items():
+        a_slice = 1e3 * training / slices[0]
         row = {
             "variant": name,
             "train ms/slice": np.median(a_slice),
             "min": a_slice.min(),
             "max": a_slice.max(),
             "evaluate ms/slice": 1e3 * np.median(evaluation) / slices[1],
-            "epoch s": np.median(train + evaluation),
+            "epoch s": np.median(training + evaluation),
         }
         # Ratios round by round: a machine that slows down slows both sides.
         if OURS in times:
-            row["training by ours"] = np.median(train / times[OURS][0])
+            row["training by ours"] = np.median(training / times[OURS][0])
         if ARTICLE in times:
             article = times[ARTICLE].sum(axis=0)
-            row["faster than article"] = np.median(article / (train + evaluation))
+            row["faster than article"] = np.median(article / (training + evaluation))
         rows.append(row)
     return rows
 
@@ -353,8 +358,8 @@ def measure_growth(device, runs):
         with tempfile.TemporaryDirectory() as folder:
             write_exams(Path(folder), {"train": n, "valid": 2}, lambda _, s=s: s)
             loop = Ours(load_exams(folder, (n, 2), device), device)
-        train, _ = measure({f"{n} exams of {s} slices": loop}, device, runs)
-        took = 1e3 * np.median(train)
+        times = measure({f"{n} exams of {s} slices": loop}, device, runs)
+        took = 1e3 * np.median(next(iter(times.values()))[0])
         rows.append(
             {"slices": s, "exams": n, "ms per exam": took / n, "ms per slice": took / n / s}
         )

@@ -39,8 +39,8 @@ from mrnet.runtime import cli
 from mrnet.runtime.cluster import Machines
 from mrnet.runtime.devices import pick_device, pick_precision
 from mrnet.runtime.jobs import Job, failures
+from mrnet.stacking.predictions import Predictor
 from mrnet.stacking.stacking import is_combination_name
-from mrnet.training import engine
 from mrnet.training.checkpoint import load_model
 from mrnet.training.config import THE_ARTICLES
 from mrnet.training.datasets import labelled_sets
@@ -342,7 +342,8 @@ def predict_out_of_fold(tasks, network, setting):
         exams = training_exams(setting.data_dir, task, network.planes)
         exams = exams.subset(exams.rows_of(metadata["out_of_fold"]))
         exams.intensity, exams.channels = metadata["intensity"], metadata["channels"]
-        logits = engine.predict(model.to(device), exams, device, setting.precision, path.stem)
+        exams.taken = network.planes.split("+")
+        logits = Predictor(device, setting.precision)(model.to(device), exams, path.stem)
         rounded = [round(logit, 4) for logit in logits[:, 0].tolist()]
         found["logits"][task] = dict(zip(exams.ids, rounded, strict=True))
         found["epochs"][task] = metadata["epoch"]

@@ -147,7 +147,7 @@ class MaxPoolReLU(nn.MaxPool2d):
     def forward(self, x):
         """(s, c, H, W) -> (s, c, h, w)."""
         if x.is_cuda:
-            from mrnet.networks.kernels import max_pool_relu
+            from mrnet.networks.gpu import max_pool_relu
 
             return max_pool_relu(x)
         return F.relu(super().forward(x))

@@ -10,8 +10,9 @@ import torch
 from mrnet.errors import InputError
 from mrnet.layout.names import list_runs, model_path, unfinished_states
 from mrnet.networks.saved import Body, body_digest
+from mrnet.runtime.cli import progress
+from mrnet.runtime.devices import autocast
 from mrnet.stacking.stacking import combinations_of
-from mrnet.training import engine
 from mrnet.training.checkpoint import load_with_digest
 from mrnet.training.datasets import MultiPlaneDataset
 
@@ -122,7 +123,7 @@ class Predictor:
         self.features = {}  # {(split, Body): {exam id: float32 (1, channels)}}
 
     def __call__(self, model, exams, what):
-        """`engine.predict` of the exams that have all planes that are taken of them, or that a
+        """Logits of the exams that have all planes that are taken of them, or that a
         network of all its planes is asked about: float64 (n, 1), NaN for the others.
 
         Args:
@@ -137,7 +138,7 @@ class Predictor:
         missing = [row for row in rows if exams.ids[row] not in known]
         if missing:
             part = exams if len(missing) == len(exams) else exams.subset(missing)
-            found = engine.exam_features(model, part, self.device, self.precision, what)
+            found = exam_features(model, part, self.device, self.precision, what)
             known.update(zip(part.ids, found, strict=True))
         with torch.inference_mode():
             for row in rows:
@@ -148,6 +149,17 @@ class Predictor:
                         "diverged; train it again with a lower --lr"
                     )
         return logits
+
+
+@torch.inference_mode()
+def exam_features(model, exams, device, precision, what):
+    """What the classifier of a network is given of each exam: list of float32 (1, channels)."""
+    model.eval()
+    found = []
+    for i in progress(range(len(exams)), what):
+        with autocast(device, precision):
+            found.append(model.exam_features(exams.exam(i, device)))
+    return found
 
 
 def predict_column(base_models, column, seed, sets, predict):

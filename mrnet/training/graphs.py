@@ -1,11 +1,12 @@
-"""Training steps as CUDA graphs: a GPU that would wait for Python does not."""
-
-from contextlib import contextmanager
+"""When training steps are CUDA graphs, and how: a GPU that would wait for Python does not."""
 
 import torch
 
+from dataloader import View
 from mrnet.errors import InputError
-from mrnet.training.engine import TrainingStep
+from mrnet.networks.gpu import Graphed
+
+EAGER_STEPS = 3  # of the optimizer, before the first capture
 
 
 def use_graphs(asked, config, device, cached):
@@ -32,80 +33,27 @@ def use_graphs(asked, config, device, cached):
     return on_gpu and not other and asked is not False
 
 
-class GraphedStep(TrainingStep):
-    """A TrainingStep that replays CUDA graphs, for volumes on a GPU.
+def as_graphs(step, model, config):
+    """A training step that replays CUDA graphs, each from the raw volume and the drawn view to the
+    update of the weights; exams that go through the network in chunks are eager.
 
-    An eager step of a small network waits for the launch of some hundred kernels; replaying a graph
-    is one launch. One graph for each shape of an exam holds augmentation, forward and backward, one
-    more the update; exams that go through the network in chunks are eager. The optimizer must be
-    capturable, its learning rate in a tensor.
+    Args:
+        step: train.py's `training_step` without its first three arguments, whose optimizer is
+            capturable and has its learning rate in a tensor.
+        model: MRNet; its gradients are made here, as graphs add to those that are there.
     """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
 
-    EAGER = 3  # steps before the first capture: the optimizer's state and the libraries' must exist
-    MOST = 96  # graphs; an archive may have hundreds of slice counts, and the rest are eager
-    FREES_GRADIENTS = False  # graphs add to gradients that stay where they are
+    def work(exams, exams_in_step, is_last, volume, drawn, rows, target, weight):
+        return step(exams, volume, View(drawn, rows), target, weight, exams_in_step, is_last)
 
-    def __init__(self, *args, **settings):
-        super().__init__(*args, **settings)
-        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        self.graphs, self.eager_left = {}, self.EAGER
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
+    graphed = Graphed(work, warm_up=EAGER_STEPS * config.accumulate)
 
-    def backward(self, exams, volume, view, target, weight, exams_in_step):
-        def work(volume, drawn, rows, target, weight):
-            seen = view._replace(drawn=drawn, rows=rows)
-            return eager(exams, volume, seen, target, weight, exams_in_step)
+    def graphed_step(exams, volume, view, target, weight, exams_in_step=1, is_last=True):
+        call = graphed.eager if model.chunks(volume.shape, volume.device) > 1 else graphed
+        return call((exams, exams_in_step, is_last), (volume, *view, target, weight))
 
-        eager, given = super().backward, (volume, *view, target, weight)
-        if self.model.chunks(volume.shape, self.device) > 1 or self.eager_left:
-            with self.on_capture_stream():
-                return work(*given)
-        key = (id(exams), exams_in_step, *(None if one is None else one.shape for one in given))
-        return self.replay(key, work, given)
-
-    def update(self):
-        if self.eager_left:
-            self.eager_left -= 1
-            with self.on_capture_stream():
-                super().update()
-        else:
-            self.replay("update", super().update)
-
-    @contextmanager
-    def on_capture_stream(self):
-        """On the stream that graphs are captured on: no work of another may be part of one."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            yield
-        torch.cuda.current_stream().wait_stream(self.stream)
-
-    def replay(self, key, work, given=()):
-        """work(*given) as a graph, captured where `key` is new.
-
-        Args:
-            given: tensors, or None, of the same shapes wherever the key is the same.
-
-        Returns:
-            what it returned when it was captured, with this call's values until the next.
-        """
-        if key not in self.graphs:
-            if len(self.graphs) >= self.MOST:
-                with self.on_capture_stream():
-                    return work(*given)
-            self.graphs[key] = self.capture(work, given)
-        graph, buffers, results = self.graphs[key]
-        for buffer, value in zip(buffers, given, strict=True):
-            if buffer is not None:
-                buffer.copy_(value, non_blocking=True)
-        graph.replay()
-        return results
-
-    def capture(self, work, given):
-        """A graph of `work`, the buffers that it reads, and what holds its results."""
-        buffers = [None if value is None else torch.empty_like(value) for value in given]
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            results = work(*buffers)
-        return graph, buffers, results
+    graphed_step.graphs = graphed.graphs
+    return graphed_step

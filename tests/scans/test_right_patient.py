@@ -21,6 +21,7 @@ from conftest import (
     assert_one_line_error,
     finding_of,
     needs_make,
+    predict_exams,
     rows_of,
     run_process,
     run_script,
@@ -45,10 +46,10 @@ from mrnet.scans.register import Register
 from mrnet.scans.series import Patient
 from mrnet.scans.studies import Choice, Exam, Study, find_exams, volumes_of
 from mrnet.scans.words import sides_in
-from mrnet.training import engine
 from mrnet.training.checkpoint import load_model
 from mrnet.training.memory import bytes_of_a_job
 from mrnet.training.splits import split_exams
+from train import evaluate_model, train_model
 
 
 def predict(trained, *args):
@@ -587,7 +588,7 @@ def test_9_logits_stay_as_they_are(trained, tmp_path):
         content["model"]["classifier.bias"] += 30
         write_checkpoint(path, content)
         data = MRDataset(exams, "acl", plane)
-        found = engine.predict(load_model(path)[0], data, devices.pick_device("cpu"), "fp32")
+        found = predict_exams(load_model(path)[0], data, devices.pick_device("cpu"), "fp32")
         x[plane] = found[:, 0]
     assert max(np.abs(values).max() for values in x.values()) > 37
     done = stack(exams, "--features", "logit")
@@ -621,7 +622,7 @@ def test_9_the_page_is_true_for_several_networks(exams):
         for path in models:
             model, metadata = load_model(path)
             if metadata["plane"] == one["plane"]:
-                found = engine.predict(model, data.subset(row), devices.pick_device("cpu"), "fp32")
+                found = predict_exams(model, data.subset(row), devices.pick_device("cpu"), "fp32")
                 logits.append(found.item())
         assert one["networks"] == len(logits) == 2
         assert one["logit"] == pytest.approx(np.mean(logits), abs=1e-5)
@@ -757,13 +758,13 @@ class Stream:
 
 
 def test_13_the_head_of_the_table_is_there_before_the_first_epoch(exams, monkeypatch):
-    stream, seen, real = Stream(), [], engine.train_epoch
+    stream, seen, real = Stream(), [], train_model
 
     def epoch(*args):
         seen.append(stream.seen)
         return real(*args)
 
-    monkeypatch.setattr(engine, "train_epoch", epoch)
+    monkeypatch.setattr("train.train_model", epoch)
     monkeypatch.setattr("contextlib.redirect_stdout", lambda _: redirect(stream))
     assert train(exams, "--epochs", "1").returncode == 0
     assert "train loss" in seen[0].splitlines()[-1]
@@ -892,7 +893,7 @@ def logits_of(exams, fold):
     """The training exams, their logits by the axial network of one fold, and its held-out rows."""
     model, metadata = load_model(exams.parent / "models" / f"acl-axial-fold{fold}of2.pt")
     data = MRDataset(exams, "acl", "axial")
-    logits = engine.predict(model, data, devices.pick_device("cpu"), "fp32")[:, 0]
+    logits = predict_exams(model, data, devices.pick_device("cpu"), "fp32")[:, 0]
     return data, logits, data.rows_of(metadata["out_of_fold"])
 
 
@@ -923,8 +924,12 @@ def test_15b_out_of_fold_predictions_are_each_exams_own_networks(memorised):
 
 def test_15c_training_stops_after_epochs_without_a_better_loss(exams, monkeypatch):
     losses = iter([1.0, 0.8, 0.9, 0.7, 0.75, 0.7, 0.71, 0.1, 0.1, 0.1])
-    real = engine.exam_losses
-    monkeypatch.setattr(engine, "exam_losses", lambda *args: 0 * real(*args) + next(losses))
+
+    def evaluate(model, exams, config, what):
+        metrics, logits = evaluate_model(model, exams, config, what)
+        return {"acl": metrics["acl"] | {"loss": next(losses)}}, logits
+
+    monkeypatch.setattr("train.evaluate_model", evaluate)
     done = train(exams, "--epochs", "10", "--patience", "3")
     assert done.returncode == 0, done.stderr
     epochs = re.findall(r"^ +(\d+)  ", done.stdout, re.M)

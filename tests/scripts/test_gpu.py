@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,15 +13,16 @@ from conftest import assert_one_line_error, run_script, write_exams
 from dataloader import MRDataset
 from model import POOLINGS, MRNet, MultiPlaneMRNet
 from mrnet.errors import InputError
-from mrnet.networks import kernels
+from mrnet.networks import gpu
 from mrnet.networks.backbones import BACKBONES, GreyConv2d, im2col_convolution
 from mrnet.runtime import devices
-from mrnet.training import engine
 from mrnet.training.augmentation import make_augmentation
 from mrnet.training.config import Config
 from mrnet.training.datasets import MultiPlaneDataset, cache_volumes
-from mrnet.training.graphs import GraphedStep, use_graphs
+from mrnet.training.graphs import as_graphs, use_graphs
 from mrnet.training.optimization import make_average, make_optimizer, make_scheduler
+from mrnet.training.train_state import TrainState
+from train import train_model, training_step
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -106,7 +108,7 @@ def test_the_pooling_kernel_is_torchs():
     for dtype, shape in itertools.product((torch.float32, torch.bfloat16), SIZES):
         x = torch.randint(-4, 5, shape, device=CUDA).to(dtype)  # many are equal
         x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-        wanted, ours = F.relu(F.max_pool2d(x, 3, 2)), kernels.PoolingFunction.apply(x)
+        wanted, ours = F.relu(F.max_pool2d(x, 3, 2)), gpu.PoolingFunction.apply(x)
         assert torch.equal(ours, wanted)
         gradient = torch.randn_like(wanted)
         (a,), (b,) = (torch.autograd.grad(y, x, gradient) for y in (ours, wanted))
@@ -152,10 +154,10 @@ RECIPES = {
 }  # fmt: skip
 
 
-def trained(exams, name, kind, precision="fp32", epochs=2, device=CUDA):
-    """Losses of each step, the weights after some epochs, and the step."""
-    graphs = issubclass(kind, GraphedStep)
-    config = Config("acl", "axial", lr=1e-4, epochs=epochs, cuda_graphs=graphs, **RECIPES[name])
+def trained(exams, name, graphs, precision="fp32", epochs=2, device=CUDA):
+    """Losses of each exam, the weights after some epochs, the step and its Config."""
+    config = Config("acl", "axial", lr=1e-4, epochs=epochs, cuda_graphs=graphs, precision=precision,
+                    device=device.type, **RECIPES[name])  # fmt: skip
     torch.manual_seed(0)
     devices.pick_device(device.type)
     exams.channels, exams.slices = config.channels, (config.slices, config.slices)
@@ -163,46 +165,44 @@ def trained(exams, name, kind, precision="fp32", epochs=2, device=CUDA):
     model = MRNet(pooling=config.pooling).to(device)
     optimizer, average = make_optimizer(model, config), make_average(model, config.average_weights)
     scheduler = make_scheduler(config, optimizer, -(-len(exams) // config.accumulate))
-    after = [scheduler.step] if config.lr_scheduler != "plateau" else []
-    after += [lambda: average.update_parameters(model)] if average else []
-    step = kind(model, optimizer, precision, config.clip, 0.0, after)
-    losses = []
+    state = TrainState(model, optimizer, scheduler, exams.tasks, average)
+    step, losses = partial(training_step, model, optimizer, config), []
+    if graphs:
+        step = as_graphs(step, model, config)
     for epoch in range(epochs):
         torch.manual_seed(epoch)
-        losses.append(engine.train_epoch(step, exams, accumulate=config.accumulate)[2])
-    network = average.module if average else model
-    return np.concatenate(losses), torch.cat([p.flatten() for p in network.parameters()]), step
+        losses.append(train_model(state, step, exams, config)[0][2])
+    weights = torch.cat([p.flatten() for p in state.evaluated.parameters()])
+    return np.concatenate(losses), weights, step
 
 
-class Replayed(GraphedStep):
-    """Graphs without CUDA: a replay computes from the buffers, as a graph would."""
+def capture_without_cuda(self, work, tensors):
+    """A graph whose replay computes from the buffers, as one of CUDA would."""
+    buffers = [None if value is None else torch.empty_like(value) for value in tensors]
+    results = [torch.full((1, 1), torch.nan) for _ in range(2)]
 
-    on_capture_stream = contextlib.nullcontext
+    class Graph:
+        def replay(_):
+            for result, value in zip(results, work(*buffers), strict=True):
+                result.copy_(value)
 
-    def capture(self, work, given):
-        buffers = [None if value is None else torch.empty_like(value) for value in given]
-        results = [torch.full((1, 1), torch.nan) for _ in range(2)]
-
-        class Graph:
-            def replay(_):
-                for result, value in zip(results, work(*buffers) or (), strict=False):
-                    result.copy_(value)
-
-        return Graph(), buffers, results
+    return Graph(), buffers, results
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_a_graph_reads_is_what_an_eager_step_reads(shared_exams, monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(gpu.Graphed, "on_capture_stream", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(gpu.Graphed, "capture", capture_without_cuda)
     exams = MRDataset(shared_exams, "acl", "axial")
-    wanted, weights, _ = trained(exams, name, engine.TrainingStep, device=CPU)
-    losses, ours, step = trained(exams, name, Replayed, device=CPU)
+    wanted, weights, _ = trained(exams, name, graphs=False, device=CPU)
+    losses, ours, step = trained(exams, name, graphs=True, device=CPU)
     assert len(step.graphs) > 2
     np.testing.assert_allclose(losses, wanted, rtol=1e-5)
     assert distance(ours, weights) < 1e-6
-    monkeypatch.setattr(GraphedStep, "MOST", 1)  # the rest of the steps are eager
-    losses, _, step = trained(exams, name, Replayed, device=CPU)
+    monkeypatch.setattr(gpu.Graphed, "MOST", 1)  # the rest of the steps are eager
+    losses, _, step = trained(exams, name, graphs=True, device=CPU)
     assert len(step.graphs) == 1
     np.testing.assert_allclose(losses, wanted, rtol=1e-5)
 
@@ -212,8 +212,8 @@ def test_what_a_graph_reads_is_what_an_eager_step_reads(shared_exams, monkeypatc
 def test_graphs_equal_eager_steps(shared_exams, name):
     exams = MRDataset(shared_exams, "acl", "axial")
     cache_volumes([exams], "device", CUDA)
-    wanted, weights, _ = trained(exams, name, engine.TrainingStep)
-    losses, ours, step = trained(exams, name, GraphedStep)
+    wanted, weights, _ = trained(exams, name, graphs=False)
+    losses, ours, step = trained(exams, name, graphs=True)
     assert len(step.graphs) > 2
     np.testing.assert_allclose(losses, wanted, rtol=1e-3, atol=1e-4)
     assert distance(ours, weights) < 1e-4
@@ -229,27 +229,29 @@ def test_a_graph_of_every_size_is_captured(tmp_path):
         np.save(path, np.random.default_rng(i).integers(0, 255, (3, side, side), np.uint8))
     exams = MRDataset(tmp_path / "data", "acl", "axial")
     cache_volumes([exams], "device", CUDA)
-    wanted = trained(exams, "article", engine.TrainingStep)[0]
-    losses, _, step = trained(exams, "article", GraphedStep)
+    wanted = trained(exams, "article", graphs=False)[0]
+    losses, _, step = trained(exams, "article", graphs=True)
     assert len(step.graphs) > 7
     np.testing.assert_allclose(losses, wanted, rtol=1e-3, atol=1e-4)
 
 
 @needs_cuda
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("kind", [engine.TrainingStep, GraphedStep])
-def test_no_step_waits_for_the_gpu(shared_exams, name, kind):
+@pytest.mark.parametrize("graphs", [False, True])
+def test_no_step_waits_for_the_gpu(shared_exams, name, graphs):
     exams = MRDataset(shared_exams, "acl", "axial")
     cache_volumes([exams], "device", CUDA)
-    step = trained(exams, name, kind, "bf16")[2]  # everything is captured
+    step = trained(exams, name, graphs, "bf16")[2]  # everything is captured
     rows = list(range(RECIPES[name].get("accumulate", 1)))
-    views = exams.draw(rows, CUDA)
-    target = torch.ones(len(rows), 1, device=CUDA)
+    views, model = exams.draw(rows, CUDA), MRNet().to(CUDA).eval()
+    target = torch.ones(1, 1, device=CUDA)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(exams, rows, views, target, target)
+        for k in rows:
+            is_last = k + 1 == len(rows)
+            step(exams, exams.volume(k), views[k], target, target, len(rows), is_last)
         with torch.inference_mode(), devices.autocast(CUDA, "bf16"):
-            step.model(exams.exam(0, CUDA))
+            model(exams.exam(0, CUDA))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -261,9 +263,12 @@ def test_dropout_differs_from_replay_to_replay(shared_exams):
     model = MRNet(dropout=0.5).to(CUDA).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.0, device=CUDA), fused=True,
                                  capturable=True)  # fmt: skip
-    step, one = GraphedStep(model, optimizer, "fp32"), torch.ones(1, 1, device=CUDA)
-    logits = [step(exams, [0], exams.draw([0], CUDA), one, one)[0].item() for _ in range(20)]
-    assert len(step.graphs) == 2 and len(set(logits[5:])) > 10
+    config = Config("acl", "axial", device="cuda", cuda_graphs=True)
+    step = as_graphs(partial(training_step, model, optimizer, config), model, config)
+    one, volume = torch.ones(1, 1, device=CUDA), exams.volume(0)
+    views = [exams.draw([0], CUDA)[0] for _ in range(20)]
+    logits = [step(exams, volume, view, one, one)[0].item() for view in views]
+    assert len(step.graphs) == 1 and len(set(logits[5:])) > 10
 
 
 @needs_cuda

@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 from dataclasses import fields
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from conftest import (
     assert_one_line_error,
     files,
     finding_of,
+    predict_exams,
     run_script,
     train_quickly,
     write_exams,
@@ -33,8 +35,8 @@ from mrnet.errors import InputError
 from mrnet.evaluation.metrics import metrics_of
 from mrnet.files import held
 from mrnet.networks.backbones import BACKBONES
+from mrnet.stacking import predictions
 from mrnet.training import config as configuration
-from mrnet.training import engine
 from mrnet.training.augmentation import StrongAugmentation, make_augmentation
 from mrnet.training.checkpoint import load_model
 from mrnet.training.config import Config, read_recipe, selection_note, selection_of
@@ -259,7 +261,7 @@ def test_soft_and_unknown_labels(tmp_path):
     p = torch.sigmoid(logits).numpy()
     wanted = -(weight * soft * np.log(p) + (1 - soft) * np.log(1 - p))
     target, weights = (torch.from_numpy(x[:, 1]).double() for x in (exams.targets, exams.weights))
-    losses = engine.weighted_losses(logits, target, weights)
+    losses = F.binary_cross_entropy_with_logits(logits, target, weights, reduction="none")
     np.testing.assert_allclose(losses.numpy(), wanted, rtol=1e-5)
     volume, target, weight = exams[1]
     assert target.shape == weight.shape == (3,) and target[2] == weight[2] == 0
@@ -293,12 +295,16 @@ def test_folds_of_several_findings_hold_both_classes_of_each():
 # --- the step -------------------------------------------------------------------------------------
 
 
-def gradient_of(step, exams, rows):
+def gradient_of(model, exams, rows, **settings):
     """The gradient that a step on some exams takes, without the update."""
-    found = []
-    step.optimizer.step = lambda: found.extend(p.grad for p in step.model.parameters())
-    targets, weights = (torch.from_numpy(x[rows]) for x in (exams.targets, exams.weights))
-    step(exams, rows, exams.draw(rows), targets, weights)
+    found, optimizer = [], torch.optim.SGD(model.parameters())
+    optimizer.step = lambda: found.extend(p.grad for p in model.parameters())
+    planes = exams.plane if isinstance(exams.plane, str) else "+".join(exams.plane)
+    step = partial(train.training_step, model, optimizer, Config("acl", planes, **settings), exams)
+    for k, i in enumerate(rows):
+        target, weight = (torch.from_numpy(of[[i]]) for of in (exams.targets, exams.weights))
+        is_last = k + 1 == len(rows)
+        step(exams.volume(i), exams.draw([i])[0], target, weight, len(rows), is_last)
     return torch.cat([gradient.flatten() for gradient in found])
 
 
@@ -307,8 +313,7 @@ def test_accumulated_exams_are_one_batch_under_mean_reduction(tmp_path, n):
     exams = MRDataset(write_findings(tmp_path / "data"), ["acl", "soft", "some"], "axial")
     torch.manual_seed(0)
     model, rows = MRNet(tasks=3), [1, 5, 3][:n]
-    found = gradient_of(engine.TrainingStep(model, torch.optim.SGD(model.parameters()), "fp32"),
-                        exams, rows)  # fmt: skip
+    found = gradient_of(model, exams, rows)
     model.zero_grad()
     logits = torch.cat([model(exams.exam(i)) for i in rows])
     targets, weights = (torch.from_numpy(x[rows]) for x in (exams.targets, exams.weights))
@@ -376,21 +381,23 @@ def test_a_short_last_step_counts_its_own_exams(tmp_path):
     exams, sizes = MRDataset(write_exams(tmp_path / "data"), "acl", "axial"), []
     model = MRNet()
 
-    class Step(engine.TrainingStep):
-        def __call__(self, exams, rows, *rest):
-            sizes.append(len(rows))
-            return super().__call__(exams, rows, *rest)
+    def step(*args):
+        sizes.append(args[-2:])
+        return train.training_step(model, optimizer, setting, *args)
 
-    step = Step(model, torch.optim.SGD(model.parameters(), lr=1e-5), "fp32")
-    order, logits, losses = engine.train_epoch(step, exams, accumulate=5)
-    assert sizes == [5, 5, 2] and logits.shape == losses.shape == (12, 1)
+    setting = Config("acl", "axial", accumulate=5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+    state = TrainState(model, optimizer, None, exams.tasks)
+    (_, logits, losses), _ = train.train_model(state, step, exams, setting)
+    five, two = [(5, False)] * 4 + [(5, True)], [(2, False), (2, True)]
+    assert sizes == five + five + two and logits.shape == losses.shape == (12, 1)
 
 
 def test_clipping_and_the_auxiliary_loss(tmp_path):
     exams = MultiPlaneDataset(write_exams(tmp_path / "data"), "acl", ["axial", "coronal"])
     state = train.start_state(config(plane="axial+coronal", dropout=0.0), whole(exams))
-    model, optimizer = state.model, torch.optim.SGD(state.model.parameters())
-    found = gradient_of(engine.TrainingStep(model, optimizer, "fp32", plane_weight=0.3), exams, [3])
+    model = state.model
+    found = gradient_of(model, exams, [3], plane_weight=0.3)
     model.zero_grad()
     target, weight = torch.from_numpy(exams.targets[[3]]), torch.from_numpy(exams.weights[[3]])
     losses = [F.binary_cross_entropy_with_logits(logit[None], target, weight)
@@ -398,9 +405,7 @@ def test_clipping_and_the_auxiliary_loss(tmp_path):
     (losses[0] + 0.3 * (losses[1] + losses[2]) / 2).backward()
     wanted = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert (found - wanted).norm() <= 1e-6 * wanted.norm()
-    clipped = gradient_of(
-        engine.TrainingStep(model, optimizer, "fp32", clip=1e-3, plane_weight=0.3), exams, [3]
-    )
+    clipped = gradient_of(model, exams, [3], clip=1e-3, plane_weight=0.3)
     torch.testing.assert_close(clipped, wanted * 1e-3 / wanted.norm(), rtol=1e-3, atol=1e-9)
 
 
@@ -506,15 +511,17 @@ def test_an_average_too_slow_for_its_steps_is_said(decay, exams, accumulate, wor
 
 def stop_at_step(monkeypatch, number):
     """Send SIGTERM in a step of the optimizer; returns a list that grows with each step."""
-    real, steps = engine.TrainingStep.__call__, []
+    real, steps = train.training_step, []
 
-    def step(self, *args):
-        steps.append(1)
-        if len(steps) == number:
-            signal.raise_signal(signal.SIGTERM)
-        return real(self, *args)
+    def step(*args):
+        *_, is_last = args
+        if is_last:
+            steps.append(1)
+            if len(steps) == number:
+                signal.raise_signal(signal.SIGTERM)
+        return real(*args)
 
-    monkeypatch.setattr(engine.TrainingStep, "__call__", step)
+    monkeypatch.setattr(train, "training_step", step)
     return steps
 
 
@@ -597,13 +604,13 @@ def test_the_models_of_several_findings_are_the_one_network(tmp_path, monkeypatc
 def test_findings_of_one_epoch_are_reported_in_one_pass(tmp_path, monkeypatch):
     write_findings(tmp_path / "data")
     passes = []
-    real = engine.exam_features
+    real = predictions.exam_features
 
     def count(model, exams, *args):
         passes.append(exams.ids)
         return real(model, exams, *args)
 
-    monkeypatch.setattr(engine, "exam_features", count)
+    monkeypatch.setattr(predictions, "exam_features", count)
     words = ("--plane", "axial", "--lr", "1e-4", "--select", "last", "--channels", "neighbours")
     done = train_quickly(tmp_path, "--task", "acl", "soft", *words)
     sets = [MRDataset(tmp_path / "data", task, "axial", train=False) for task in ("acl", "soft")]
@@ -611,7 +618,7 @@ def test_findings_of_one_epoch_are_reported_in_one_pass(tmp_path, monkeypatch):
     for exams in sets:
         model, metadata = load_model(tmp_path / "models" / f"{exams.tasks[0]}-axial.pt")
         exams.channels = "neighbours"
-        logits = engine.predict(model, exams, torch.device("cpu"), "fp32")
+        logits = predict_exams(model, exams, torch.device("cpu"), "fp32")
         auc = metrics_of(exams.tasks, exams.labels, logits, logits)[exams.tasks[0]]["auc"]
         assert metadata["metrics"]["valid"]["auc"] == pytest.approx(auc)
         assert f"{exams.tasks[0]}, validation AUC {auc:.4f}" in done.stdout

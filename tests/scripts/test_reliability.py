@@ -26,10 +26,10 @@ from conftest import (
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import train
 from mrnet.networks.saved import STATE_FORMAT, read_checkpoint
 from mrnet.runtime import cli
 from mrnet.runtime.jobs import Job, Jobs
-from mrnet.training import engine
 from mrnet.training.checkpoint import load_model
 
 RECIPE = ("--task", "acl", "--plane", "axial", "--no-pretrained", "--lr", "1e-4", "--log-every",
@@ -177,7 +177,7 @@ def test_a_signal_ends_the_training_after_its_step(work, monkeypatch, number, st
     """Sent to the process in the seventh of twelve steps of the second epoch."""
     dropout = ("--epochs", 3, "--dropout", 0.3)  # its random numbers are drawn within an epoch
     assert run_script("train.py", *arguments(work, *dropout, models="whole")).returncode == 0
-    steps, real = [], engine.TrainingStep.__call__
+    steps, real = [], train.training_step
 
     def step(*args):
         steps.append(1)
@@ -185,7 +185,7 @@ def test_a_signal_ends_the_training_after_its_step(work, monkeypatch, number, st
             os.kill(os.getpid(), number)
         return real(*args)
 
-    monkeypatch.setattr(engine.TrainingStep, "__call__", step)
+    monkeypatch.setattr(train, "training_step", step)
     done = run_script("train.py", *arguments(work, *dropout))
     assert done.returncode == status and len(steps) == 19
     assert "--dropout 0.3 --resume" in done.stderr.splitlines()[-1]
@@ -400,7 +400,7 @@ def test_logs_that_cannot_be_written(work):
 
 @pytest.mark.parametrize("everything", [False, True])
 def test_data_that_disappear_while_training(work, monkeypatch, everything):
-    steps, real = [], engine.TrainingStep.__call__
+    steps, real = [], train.training_step
 
     def step(*args):
         steps.append(1)
@@ -409,7 +409,7 @@ def test_data_that_disappear_while_training(work, monkeypatch, everything):
             shutil.rmtree(folder) if everything else (folder / "0005.npy").unlink()
         return real(*args)
 
-    monkeypatch.setattr(engine.TrainingStep, "__call__", step)
+    monkeypatch.setattr(train, "training_step", step)
     done = run_script("train.py", *arguments(work, "--epochs", 3, "--cache", "disk"))
     assert_one_line_error(done, ".npy", "no such volume")
     assert load_model(work / "models" / "acl-axial.pt")[1]["epoch"] == 1
@@ -421,7 +421,7 @@ def test_a_damaged_state_is_named(work, monkeypatch, damage):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "predict", interrupt)
+        patch.setattr(train, "evaluate_model", interrupt)
         assert run_script("train.py", *arguments(work)).returncode == 130
     path = work / "models" / "acl-axial.state"
     if damage == "truncated":

@@ -26,8 +26,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dataloader import MRDataset
 from mrnet.stacking.results import read_predictions, read_results
 from mrnet.stacking.stacking import load_stack
-from mrnet.training import engine
 from mrnet.training.checkpoint import load_model
+from train import evaluate_model
 
 COMMANDS = [
     path.relative_to(ROOT)
@@ -241,7 +241,7 @@ def saved(exams, suffix="", models="models"):
 def test_resumed_is_uninterrupted_to_the_last_digit(exams, monkeypatch):
     elsewhere = ("--models-dir", exams.parent / "whole", "--epochs", "4")
     assert train(exams, *elsewhere).returncode == 0
-    calls, real = [], engine.predict
+    calls, real = [], evaluate_model
 
     def interrupted(*args):
         calls.append(1)
@@ -249,7 +249,7 @@ def test_resumed_is_uninterrupted_to_the_last_digit(exams, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(engine, "predict", interrupted)
+    monkeypatch.setattr("train.evaluate_model", interrupted)
     stopped = train(exams, "--epochs", "4")
     assert stopped.returncode == 130 and "--resume" in stopped.stderr
     done = train(exams, "--epochs", "4", "--resume")
@@ -280,7 +280,10 @@ def test_an_unfinished_plane_is_not_stacked(trained, tmp_path):
 
 
 def test_resume_refuses_other_arguments(exams, monkeypatch):
-    monkeypatch.setattr(engine, "predict", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.evaluate_model", interrupted)
     assert train(exams).returncode == 130
     assert_one_line_error(train(exams, "--resume", "--lr", "1e-5"), "--lr 0.0001")
 

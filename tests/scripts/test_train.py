@@ -4,6 +4,7 @@ import csv
 import shutil
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,6 @@ from dataloader import Augmentation, MRDataset
 from model import MRNet
 from mrnet.errors import RunError
 from mrnet.networks.saved import read_checkpoint
-from mrnet.training import engine
 from mrnet.training.checkpoint import load_model, lock
 from mrnet.training.config import Config
 from mrnet.training.datasets import load_exams
@@ -161,7 +161,7 @@ def test_fetching_features_does_not_change_the_initial_classifier(split, monkeyp
 
 
 def step_of(state):
-    return engine.TrainingStep(state.model, state.optimizer, "fp32")
+    return partial(train.training_step, state.model, state.optimizer, config())
 
 
 def test_one_epoch_of_training(split):
@@ -170,7 +170,7 @@ def test_one_epoch_of_training(split):
     order = torch.randperm(12).numpy()
     torch.manual_seed(5)
     (labels, logits, losses), metrics = train.train_model(
-        state, step_of(state), split.train_set, "epoch"
+        state, step_of(state), split.train_set, config(), "epoch"
     )
     np.testing.assert_array_equal(labels, split.train_set.labels[order])
     metrics, labels, logits = metrics["acl"], labels[:, 0], logits[:, 0]
@@ -186,13 +186,11 @@ def test_one_epoch_of_training(split):
 def test_an_epoch_that_is_stopped_has_no_metrics_and_does_not_count(split):
     state, stop = train.start_state(config(lr=1e-4), split), []
 
-    class Stopping(engine.TrainingStep):
-        def __call__(self, *args):
-            stop.append(2)
-            return super().__call__(*args)
+    def stopping(*args):
+        stop.append(2)
+        return step_of(state)(*args)
 
-    step = Stopping(state.model, state.optimizer, "fp32")
-    results, metrics = train.train_model(state, step, split.train_set, "epoch", stop)
+    results, metrics = train.train_model(state, stopping, split.train_set, config(), "epoch", stop)
     assert metrics is None and [len(one) for one in results] == [1, 1, 1] and state.epoch == 0
 
 
@@ -205,7 +203,7 @@ def test_a_loss_that_is_not_finite_names_epoch_and_exam(split):
     first = split.train_set.paths[torch.randperm(12)[0]]
     torch.manual_seed(5)
     with pytest.raises(RunError, match=rf"became nan in epoch 5 at {first}; .*--lr.*are kept"):
-        train.train_model(state, step_of(state), split.train_set, "epoch")
+        train.train_model(state, step_of(state), split.train_set, config(), "epoch")
 
 
 def test_evaluation(split):
@@ -369,26 +367,26 @@ def test_settings_reach_the_step_and_the_average_is_evaluated_and_saved(
     """Two epochs of three steps: 12 exams, 5 in a step."""
     steps, rates, average = [], [], {}
 
-    class Step(engine.TrainingStep):
-        def __init__(self, *args):
-            super().__init__(*args)
-            steps.append(self)
-
-        def update(self):
-            rates.append(self.optimizer.param_groups[0]["lr"])
-            super().update()
-            for name, now in self.model.named_parameters():
+    def step(model, optimizer, config, *args):
+        steps.append((config.clip, config.plane_weight))
+        rate = optimizer.param_groups[0]["lr"]
+        found = real(model, optimizer, config, *args)
+        if args[-1]:  # the last exam of a step
+            rates.append(rate)
+            for name, now in model.named_parameters():
                 before = average.get(name, now.detach())  # the first is copied
                 average[name] = 0.6 * before + 0.4 * now.detach()
+        return found
 
-    monkeypatch.setattr(engine, "TrainingStep", Step)
+    real = train.training_step
+    monkeypatch.setattr(train, "training_step", step)
     done = trained_on(
         shared_exams, tmp_path, "--plane", "axial", "coronal", "--epochs", "2", "--lr", "1e-4",
         "--lr-scheduler", "cosine", "--accumulate", "5", "--clip", "0.7", "--plane-weight", "0.3",
         "--average-weights", "0.6", "--select", "last",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert [(step.clip, step.plane_weight) for step in steps] == [(0.7, 0.3)]
+    assert steps == [(0.7, 0.3)] * 24
     cosine = 1e-4 * (1 + np.cos(np.pi * np.arange(6) / 6)) / 2
     np.testing.assert_allclose(rates, cosine, rtol=1e-9)
     model, metadata = load_model(tmp_path / "models" / "acl-axial+coronal.pt")
@@ -459,7 +457,7 @@ def test_what_an_interrupted_training_leaves_and_how_it_goes_on(
 ):
     path = tmp_path / "models" / "acl-axial.pt"
     constant = ("--lr", "1e-30")  # the first epoch stays the best
-    calls, real = [], engine.predict
+    calls, real = [], train.evaluate_model
 
     def interrupted(*args):
         calls.append(1)
@@ -468,7 +466,7 @@ def test_what_an_interrupted_training_leaves_and_how_it_goes_on(
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "predict", interrupted)
+        patch.setattr(train, "evaluate_model", interrupted)
         assert trained_on(shared_exams, tmp_path, *constant, "--epochs", "2").returncode == 130
     assert path.with_suffix(".state").is_file()
     assert load_model(path)[1]["arguments"]["epochs"] == 2
@@ -488,7 +486,7 @@ def test_a_resumed_training_does_not_sign_the_model_of_another(exams, tmp_path, 
     since: its state has another name, its model has not."""
     for half in ("train", "valid"):
         shutil.copy(exams / f"{half}-acl.csv", exams / f"{half}-cyst.csv")
-    path, real, calls = tmp_path / "models" / "acl-axial.pt", engine.predict, []
+    path, real, calls = tmp_path / "models" / "acl-axial.pt", train.evaluate_model, []
 
     def interrupted(*args):
         calls.append(1)
@@ -498,7 +496,7 @@ def test_a_resumed_training_does_not_sign_the_model_of_another(exams, tmp_path, 
 
     both = ("--task", "acl", "cyst", "--epochs", "2")
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "predict", interrupted)
+        patch.setattr(train, "evaluate_model", interrupted)
         assert trained_on(exams, tmp_path, *both).returncode == 130
     assert trained_on(exams, tmp_path, "--seed", "7", "--epochs", "1").returncode == 0
     others = path.read_bytes()
@@ -513,14 +511,12 @@ def test_cuda_graphs_get_their_settings(split, monkeypatch):
     (group,) = state.optimizer.param_groups
     assert group["capturable"] is True and torch.is_tensor(group["lr"])
     assert state.lr == pytest.approx(3e-4)
-    steps = []
+    asked = []
 
-    class Step(engine.TrainingStep):
-        def __init__(self, *args):
-            super().__init__(*args)
-            steps.append(self)
+    def graphs(step, model, config):
+        asked.append(config)
+        return step
 
-    monkeypatch.setattr(train, "GraphedStep", Step)
+    monkeypatch.setattr(train, "as_graphs", graphs)
     state = train.start_state(config(), split)
-    assert len(list(train.train_epochs(wanted, split, state, []))) == len(steps) == 1
-    assert steps[0].precision == "fp32"
+    assert len(list(train.train_epochs(wanted, split, state, []))) == 1 and asked == [wanted]

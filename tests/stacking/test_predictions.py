@@ -12,6 +12,7 @@ from conftest import (
     assert_one_line_error,
     files,
     metadata_of,
+    predict_exams,
     run_script,
     train_quickly,
     write_exams,
@@ -22,8 +23,8 @@ from dataloader import MRDataset
 from model import MRNet, MultiPlaneMRNet
 from mrnet.inference.task_models import as_network
 from mrnet.networks.saved import body_digest
+from mrnet.stacking import predictions
 from mrnet.stacking.predictions import Predictor
-from mrnet.training import engine
 from mrnet.training.checkpoint import load_model, load_with_digest, save_model
 from mrnet.training.datasets import MultiPlaneDataset
 
@@ -64,11 +65,11 @@ def test_an_exam_goes_through_a_shared_body_once(tmp_path, passes, pooling):
     torch.manual_seed(0)
     first, second, third = findings_of(MRNet(pooling=pooling, tasks=3), tmp_path)
     exams = exams_of(write_exams(tmp_path / "data"))
-    wanted = [engine.predict(model, exams, CPU, "bf16") for model in (first, second, third)]
+    wanted = [predict_exams(model, exams, CPU, "bf16") for model in (first, second, third)]
     passes.clear()
-    predict = Predictor(CPU, "bf16")
+    predict_once = Predictor(CPU, "bf16")
     for model, logits in zip((first, second, third), wanted, strict=True):
-        assert np.array_equal(predict(model, exams, "predict"), logits)
+        assert np.array_equal(predict_once(model, exams, "predict"), logits)
     assert len(passes) == len(exams)
     assert len({logits.tobytes() for logits in wanted}) == 3
 
@@ -76,14 +77,14 @@ def test_an_exam_goes_through_a_shared_body_once(tmp_path, passes, pooling):
 def test_what_an_exams_features_depend_on_is_told_apart(tmp_path, passes):
     write_findings(tmp_path / "data")
     (model, other) = findings_of(MRNet(tasks=2), tmp_path)
-    predict, exams = Predictor(CPU, "fp32"), exams_of(tmp_path / "data")
-    predict(model, exams, "predict")
+    predict_once, exams = Predictor(CPU, "fp32"), exams_of(tmp_path / "data")
+    predict_once(model, exams, "predict")
     passes.clear()
 
     def found(model, exams):
         passes.clear()
         assert np.array_equal(
-            predict(model, exams, "predict"), engine.predict(model, exams, CPU, "fp32")
+            predict_once(model, exams, "predict"), predict_exams(model, exams, CPU, "fp32")
         )
         return len(passes) - len(exams)  # those of the second are not shared
 
@@ -194,7 +195,7 @@ def test_a_network_that_is_trained_again_while_it_is_stacked(tmp_path, monkeypat
     """The stack is of the network that was asked; of none while another training goes on."""
     write_exams(tmp_path / "data")
     train_quickly(tmp_path, "--task", "acl", "--plane", "axial")
-    path, real = tmp_path / "models" / "acl-axial.pt", engine.exam_features
+    path, real = tmp_path / "models" / "acl-axial.pt", predictions.exam_features
     model, metadata, asked = load_with_digest(path)
 
     def meanwhile(*args):
@@ -203,7 +204,7 @@ def test_a_network_that_is_trained_again_while_it_is_stacked(tmp_path, monkeypat
             path.with_suffix(".state").touch()
         return real(*args)
 
-    monkeypatch.setattr(engine, "exam_features", meanwhile)
+    monkeypatch.setattr(predictions, "exam_features", meanwhile)
     words = ("train_logistic_regression.py", *files(tmp_path), "--planes", "axial")
     done = run_script(*words)
     stack = tmp_path / "models" / "acl-stack.json"

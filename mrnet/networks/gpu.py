@@ -1,11 +1,14 @@
-"""GPU kernels where torch's own are slow: the maximum of 3 x 3 windows with ReLU, in Triton.
+"""What a GPU needs to be fast: functions as CUDA graphs, and a kernel where torch's own is slow.
 
-Triton comes with torch's CUDA packages for Linux and needs a C compiler and Python's headers; where
-it cannot be used, torch's own operations do the same.
+The kernel is the maximum of 3 x 3 windows with ReLU, in Triton. It comes with torch's CUDA packages
+for Linux and needs a C compiler and Python's headers; where it cannot be used, torch's own
+operations do the same.
 """
 
 import functools
 import sys
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -122,3 +125,72 @@ if triton is not None:
             hit = inside & (tl.load(places + at, mask=inside, other=-1) == place)
             total += tl.load(gradient + at, mask=hit, other=0.0).to(tl.float32)
         tl.store(result + i, total.to(result.dtype.element_ty), mask=i < n)
+
+
+class Graphed:
+    """A function that replays CUDA graphs, for one whose work on a GPU is shorter than its launch.
+
+    An eager step of a small network waits for the launch of some hundred kernels; replaying a graph
+    is one launch. There is a graph for each combination of constants and of tensors' shapes; the
+    function's arguments must lie on the GPU, and it must wait for nothing there.
+
+    Args:
+        function: of constants, then of tensors, either of which may be None; it returns tensors.
+        warm_up: eager calls before the first capture: the optimizer's state and the libraries' must
+            exist by then.
+    """
+
+    MOST = 96  # graphs; an archive may have hundreds of slice counts, and the rest are eager
+
+    def __init__(self, function, warm_up):
+        self.function, self.eager_left = function, warm_up
+        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self.graphs = {}
+
+    def __call__(self, constants, tensors):
+        """function(*constants, *tensors).
+
+        Args:
+            constants: tuple of what is the same wherever it is equal or the same object.
+
+        Returns:
+            what the function returned when it was captured, with this call's values until the next.
+        """
+        key = (*map(id_of, constants), *(None if one is None else one.shape for one in tensors))
+        if key not in self.graphs:
+            if self.eager_left or len(self.graphs) >= self.MOST:
+                self.eager_left = max(0, self.eager_left - 1)
+                return self.eager(constants, tensors)
+            self.graphs[key] = self.capture(partial(self.function, *constants), tensors)
+        graph, buffers, results = self.graphs[key]
+        for buffer, value in zip(buffers, tensors, strict=True):
+            if buffer is not None:
+                buffer.copy_(value, non_blocking=True)
+        graph.replay()
+        return results
+
+    def eager(self, constants, tensors):
+        """The same without a graph."""
+        with self.on_capture_stream():
+            return self.function(*constants, *tensors)
+
+    @contextmanager
+    def on_capture_stream(self):
+        """On the stream that graphs are captured on: no work of another may be part of one."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def capture(self, work, tensors):
+        """A graph of `work`, the buffers that it reads, and what holds its results."""
+        buffers = [None if value is None else torch.empty_like(value) for value in tensors]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            results = work(*buffers)
+        return graph, buffers, results
+
+
+def id_of(constant):
+    """What a constant is told from others by: a number by its value, an object by itself."""
+    return constant if isinstance(constant, int | float | bool | str) else id(constant)

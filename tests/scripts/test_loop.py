@@ -1,11 +1,12 @@
 """The loops: a step is Adam's, caches change no result and precisions little, seeds decide."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_exams
+from conftest import predict_exams, write_exams
 from sklearn.metrics import roc_auc_score
 
 from dataloader import Augmentation, MRDataset
@@ -13,17 +14,28 @@ from model import MRNet
 from mrnet.errors import InputError
 from mrnet.evaluation.metrics import metrics_of
 from mrnet.runtime import devices
-from mrnet.training import engine
+from mrnet.training.config import Config
 from mrnet.training.datasets import DEVICE_ROOM, cache_volumes
+from mrnet.training.train_state import TrainState
+from train import train_model, training_step
 
 CPU = torch.device("cpu")
+CONFIG = Config("acl", "axial")
 
 
 def one_epoch(exams, seed=0):
     torch.manual_seed(seed)
     model = MRNet()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-5, weight_decay=0.1)
-    return model, engine.train_epoch(engine.TrainingStep(model, optimizer, "fp32"), exams)
+    state = TrainState(model, optimizer, None, exams.tasks)
+    step, seen = partial(training_step, model, optimizer, CONFIG), []
+
+    def watched(exams, volume, *rest):
+        seen.append(next(i for i in range(len(exams)) if torch.equal(exams.volume(i), volume)))
+        return step(exams, volume, *rest)
+
+    (_, logits, losses), _ = train_model(state, watched, exams, CONFIG)
+    return model, (np.array(seen), logits, losses)
 
 
 def test_an_epoch_is_adam_on_the_weighted_loss_written_out(shared_exams):
@@ -81,7 +93,7 @@ def test_same_seed_same_numbers_other_seed_others(shared_exams):
 def test_bf16_is_close_to_fp32(shared_exams):
     exams = MRDataset(shared_exams, "acl", "axial")
     model = MRNet()
-    fp32, bf16 = (engine.predict(model, exams, CPU, p) for p in ("fp32", "bf16"))
+    fp32, bf16 = (predict_exams(model, exams, CPU, p) for p in ("fp32", "bf16"))
     assert fp32.dtype == np.float32 and len(fp32) == len(exams)
     np.testing.assert_allclose(bf16, fp32, atol=5e-3)
 
@@ -96,8 +108,8 @@ def test_bf16_where_there_is_none(monkeypatch):
 def test_predictions_do_not_depend_on_the_other_exams(tmp_path):
     exams = MRDataset(write_exams(tmp_path / "data"), "acl", "axial")
     model = MRNet()
-    whole = engine.predict(model, exams, CPU, "fp32")
-    part = engine.predict(model, copy.copy(exams).subset([4, 2]), CPU, "fp32")
+    whole = predict_exams(model, exams, CPU, "fp32")
+    part = predict_exams(model, copy.copy(exams).subset([4, 2]), CPU, "fp32")
     np.testing.assert_array_equal(part, whole[[4, 2]])
 
 
