@@ -7,6 +7,9 @@
 A clone does as well: torch.hub.load("path/to/clone", "mrnet", source="local", weights=...).
 """
 
+import sys
+from pathlib import Path
+
 dependencies = ["torch", "torchvision", "numpy", "scipy", "sklearn", "filelock"]
 
 
@@ -28,6 +31,19 @@ def mrnet(weights, task=None, plane=None):
         "side" (px) and "window" (percentiles that become 0 and 255). {} where the training data did
         not record it.
     """
+    refuse_other_modules()
     from mrnet.inference.exam_model import load_exam_model
 
     return load_exam_model(weights, task, plane)
+
+
+def refuse_other_modules():
+    """Raise ImportError where another project's module with a name of ours is loaded already:
+    Python would take that one."""
+    for name in ("model", "dataloader", "mrnet"):
+        path = getattr(sys.modules.get(name), "__file__", None)
+        if path and not Path(path).resolve().is_relative_to(Path(__file__).resolve().parent):
+            raise ImportError(
+                f"a module called {name} is loaded already, from {path}; load this network in a "
+                "process of its own"
+            )

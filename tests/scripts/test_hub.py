@@ -51,6 +51,18 @@ def test_the_dependencies_are_all_that_it_imports():
     assert sorted(others - sys.stdlib_module_names - optional) == sorted(hubconf.dependencies)
 
 
+def test_another_projects_module_of_the_same_name_is_not_used(tmp_path):
+    (tmp_path / "model.py").write_text("MRNet = None")
+    code = (
+        f"import model, torch; torch.hub.load({str(ROOT)!r}, 'mrnet', source='local', weights='')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    line = done.stderr.splitlines()[-1]
+    assert f"a module called model is loaded already, from {tmp_path / 'model.py'}" in line
+
+
 def test_other_models_are_refused(trained):
     path = trained[0] / "models/acl-axial.pt"
     for wrong in ({"task": "meniscus"}, {"plane": "sagittal"}, {"plane": "axial+coronal"}):
