@@ -21,7 +21,7 @@ from mrnet.errors import InputError
 from mrnet.inference.explanation import explain_networks
 from mrnet.inference.task_models import Network
 from mrnet.networks import weights
-from mrnet.networks.backbones import BACKBONES, make_features
+from mrnet.networks.backbones import BACKBONES, cut, make_features
 from mrnet.networks.receptive_fields import regrid
 from mrnet.training.checkpoint import load_model
 from mrnet.training.optimization import make_average
@@ -62,7 +62,7 @@ def pooled_by_torchvision(network, x):
 def test_features_are_those_of_torchvisions_own_forward(name):
     network, x = torchvisions(name), torch.randn(2, 3, 96, 96)
     ours = MRNet(backbone=name).eval()
-    ours.pretrained_model.load_state_dict(model.cut(torchvisions(name)).state_dict())
+    ours.pretrained_model.load_state_dict(cut(torchvisions(name)).state_dict())
     features = ours.slice_features(ours.feature_maps(x))
     assert features.shape == (2, BACKBONES[name].channels)
     wanted = pooled_by_torchvision(network, x)

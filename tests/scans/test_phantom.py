@@ -200,15 +200,15 @@ def test_pose_goes_there_and_back():
 
 
 @pytest.mark.whole
+def interrupt(*args, **more):
+    raise KeyboardInterrupt
+
+
 def test_an_interrupted_run_leaves_no_csv(knees, tmp_path, monkeypatch):
     make(tmp_path, "--workers", 1, exams=5)
-
-    def interrupt(*args, **more):
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(prepare, "make_exam", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        make(tmp_path, "--workers", 1, exams=5)
+    words = ("--exams", 5, "--valid", 5, "--size", 64, "--workers", 1, "--out", tmp_path)
+    assert run_script(SCRIPT, *words).returncode == 130
     assert not list(tmp_path.glob("*.csv"))
     monkeypatch.undo()
     make(tmp_path, "--workers", 1, exams=5)  # and the next run may go on in that folder
