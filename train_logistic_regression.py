@@ -28,7 +28,6 @@ Wolpert, "Stacked generalization", Neural Networks 5(2), 1992.
 import argparse
 import glob
 import statistics
-from collections import Counter
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -39,11 +38,10 @@ from tabulate import tabulate
 from mrnet.documents import as_json
 from mrnet.errors import InputError
 from mrnet.evaluation.figures import reliability_figure, roc_figure
-from mrnet.evaluation.metrics import BELOW_CHANCE, answered, roc_auc, sigmoid
+from mrnet.evaluation.metrics import answered, roc_auc
 from mrnet.files import atomic, write_csv, write_text
 from mrnet.layout.arguments import add_recipes_argument, plane_name
 from mrnet.layout.description import read_own_labels
-from mrnet.layout.labels import is_positive
 from mrnet.layout.names import (
     PREDICTIONS,
     RESULTS,
@@ -56,28 +54,28 @@ from mrnet.layout.planes import SPLITS, in_order, planes_of
 from mrnet.networks.saved import digest_of
 from mrnet.runtime import cli
 from mrnet.runtime.devices import pick_device, pick_precision
+from mrnet.stacking.caveats import (
+    STAR,
+    below_chance,
+    derived_caveats,
+    list_caveats,
+    threshold_source,
+)
+from mrnet.stacking.fitting import (
+    folds_of,
+    join_seeds,
+    labels_of,
+    make_stack,
+    names_untuned,
+    tuning_mask,
+)
 from mrnet.stacking.predictions import BaseModels, check_base_models, predict_columns
 from mrnet.stacking.results import FORMAT, GAIN, RATES, evaluate_scores
-from mrnet.stacking.stacking import (
-    DIGITS,
-    FEATURES,
-    STACK,
-    combine_all,
-    cross_fitted,
-    fit_combinations,
-    largest_combination,
-    of_both_classes,
-    order_of,
-    planes_of_exams,
-    save_stack,
-    threshold_for,
-)
+from mrnet.stacking.stacking import DIGITS, FEATURES, STACK, cross_fitted, order_of, save_stack
 from mrnet.training.checkpoint import load_model
-from mrnet.training.config import SELECTED, selection_of
+from mrnet.training.config import selection_of
 from mrnet.training.datasets import all_tasks, exams_of_any, labelled_sets
 from mrnet.training.logs import open_writer
-
-STAR = "*"  # beside each threshold: explained below the table
 
 
 def parse_arguments():
@@ -164,136 +162,106 @@ def planes_argument(text):
     return "+".join(in_order(planes))
 
 
-def make_stack(task, kind, logits, labels, tuning, sensitivity=None):
-    """Fit and apply one stack.
+def run(args):
+    """Predict, fit, report and write everything, of one finding after the other."""
+    device = pick_device(args.device)
+    precision = pick_precision(args.precision, device)
+    wanted = sorted(set(args.planes), key=order_of)
+    columns = {column_name(planes, r): planes for r in args.recipes for planes in wanted}
+    tasks = all_tasks(args.data_dir) if args.task == ["all"] else dict.fromkeys(args.task)
+    findings = [
+        BaseModels(args.models_dir, task, columns, args.folds, args.repeat, args.seed)
+        for task in tasks
+    ]
+    sets = {one.task: labelled_sets(args.data_dir, one.task, wanted) for one in findings}
+    exams = {task: exams_of_any(found, args.data_dir, task) for task, found in sets.items()}
+    for one in findings:
+        check_base_models(one, args.data_dir)
+    read_own_labels(args.data_dir)  # a damaged file is refused before the networks are asked
+    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    about = {"folds": args.folds, "recipes": args.recipes}
+    about |= cli.print_start_up(vars(args), device, precision)
+    # Predict with the networks; then fit, evaluate and report finding by finding.
+    found = predict_columns(findings, sets, exams, device, precision)
+    for one in findings:
+        task = one.task
+        fit = partial(make_stack, task, args.features, sensitivity=args.sensitivity)
+        ours = about | {"arguments": arguments | {"task": task}}
+        stack_finding(one, exams[task], found[task], fit, ours, args.logs_dir)
+
+
+def stack_finding(base_models, exams, found, fit, about, logs_dir):
+    """Fit a finding's stack, evaluate it, report it: in print and in files.
 
     Args:
-        kind: one of FEATURES.
-        logits: {split: {column: {planes: float64 (n, networks)}}}, as ColumnLogits has them.
-        labels: {split: float32 (n,)}.
-        tuning, sensitivity: as `stacking.fit_combinations` takes them.
-
-    Returns:
-        the stack as `stacking.save_stack` takes it, {split: {name: probabilities}} with the
-        columns and the stack, {name: threshold}, and the stack's threshold of each validation exam,
-        (m,): another where it lacks a plane.
-
-    Raises:
-        InputError: `refuse_unanswered`.
-    """
-    combinations = fit_combinations(kind, logits["train"], labels["train"], tuning, sensitivity)
-    stack = {"task": task, "features": kind, "combinations": combinations}
-    scores, thresholds = {}, {}
-    for split in SPLITS:
-        whole = {column: next(iter(found.values())) for column, found in logits[split].items()}
-        scores[split] = {column: sigmoid(values).mean(axis=1) for column, values in whole.items()}
-        scores[split][STACK], own = combine_all(stack, logits[split])
-        refuse_unanswered(task, split, logits[split], scores[split][STACK])
-    for column in logits["train"]:
-        found = answered(labels["train"], scores["train"][column], np.where(tuning, 1.0, 0.0))
-        known, p, ours = found
-        thresholds[column] = threshold_for(known, p, ours > 0, sensitivity)
-    thresholds[STACK] = combinations[largest_combination(combinations)]["threshold"]
-    return stack, scores, thresholds, own
-
-
-def refuse_unanswered(task, split, logits, stacked):
-    """Raise InputError for exams with planes that no regression could be fitted for, which a table
-    of all exams must not leave out.
-
-    Args:
-        logits: {column: {planes: float64 (n, networks)}}.
-        stacked: float64 (n,), NaN for such exams.
-    """
-    if len(planes := np.unique(planes_of_exams(logits)[np.isnan(stacked)])):
-        raise InputError(
-            f"{task}: {np.isnan(stacked).sum()} {split} exams have only {' or '.join(planes)}, and "
-            "the training exams that have these planes are of one class, so they cannot be "
-            f"stacked; leave them out of {split}-{task}.csv"
-        )
-
-
-def tuning_mask(train_set, found):
-    """The training exams that thresholds are chosen on: bool (n,), all False where there are none.
-
-    Those that were kept to select the epoch of the only network of each column: no network was
-    trained on them, and what is applied later is these very networks.
-
-    Args:
+        exams: {split: MRDataset}.
         found: {column: [ColumnLogits, one per seed]}.
+        fit: function of logits, labels and tuning, `make_stack` with the rest of its arguments.
+        about: dict, written beside the figures: "folds", "recipes", "arguments" and more.
     """
-    tuning = np.zeros(len(train_set), bool)
-    if max(len(ones) for ones in found.values()) > 1:
-        return tuning
-    found = [one for ones in found.values() for one in ones]
-    rows = train_set.rows_of(set().union(*(one.tuning for one in found)))
-    for one in found:  # each has all of those exams that it has planes of
-        logits = next(iter(one.train.values()))[rows, 0]
-        if np.isfinite(logits).sum() != len(train_set.rows_of(one.tuning)):
-            return tuning
-    tuning[rows] = True
-    return tuning
-
-
-def folds_of(train_set, found):
-    """The fold of each training exam, int (n,): that of the first seed where there are several.
-
-    Args:
-        found: {column: [ColumnLogits, one per seed]}; an exam that lacks a plane is in those of its
-            other planes only.
-    """
-    known = {}
-    for first, *_ in found.values():
-        known = first.folds | known
-    return np.array([known[exam_id] for exam_id in train_set.ids])
-
-
-def names_untuned(combinations, scores, labels, tuning):
-    """Columns and sets of planes whose thresholds the tuning exams could not choose, because those
-    that have these planes are of one class.
-
-    Args:
-        combinations: as `stacking.fit_combinations` returns them.
-        scores: {column: probabilities (n,)} of the training exams, NaN where planes are missing.
-        labels: float32 (n,).
-        tuning: bool (n,).
-    """
-    chosen = {
-        column: of_both_classes(labels[tuning & ~np.isnan(values)])
-        for column, values in scores.items()
-        if column != STACK
+    labels = {split: labels_of(exams[split]) for split in SPLITS}
+    trainings = [a for ones in found.values() for one in ones for a in one.trainings]
+    # One optimistic network makes the stack optimistic.
+    optimistic = [one for one in trainings if one["protocol"] == "article"]
+    protocol = (optimistic or trainings)[0]["protocol"]
+    fit = partial(fit, labels=labels)
+    # Fit.
+    folds, repeat = base_models.folds, base_models.repeat
+    aucs = seeds_aucs(found, exams, fit) if repeat > 1 else None
+    tuning = tuning_mask(exams["train"], found)
+    logits = join_seeds(found)
+    stack, scores, thresholds, own = fit(logits=logits, tuning=tuning)
+    task, kind = base_models.task, stack["features"]
+    if folds > 1:  # the regression too was fitted on others, as each plane's network was
+        known = folds_of(exams["train"], found)
+        scores["train"][STACK] = cross_fitted(kind, logits["train"], labels["train"], known)
+    untuned = names_untuned(stack["combinations"], scores["train"], labels["train"], tuning)
+    chosen = threshold_source(tuning, untuned, selection_of(trainings), folds, repeat)
+    # Evaluate.
+    rows = evaluate_scores(labels, scores, thresholds, own)
+    report = about | {
+        "protocol": protocol,
+        "thresholds": chosen,
+        "data": {split: exams[split].fingerprint() for split in SPLITS},
     }
-    chosen |= {planes: one["tuned"] for planes, one in combinations.items()}
-    return [name for name, is_tuned in chosen.items() if not is_tuned]
+    groups, derived = exams["valid"].groups, [*derived_caveats(exams), *below_chance(rows)]
+    decided = selection_of(optimistic)
+    caveats = list_caveats(decided, folds, chosen, scores["valid"], groups, derived)
+    # Report.
+    title = f"{task}: protocol {protocol}, folds {folds}, stacked on {kind}"
+    training_auc = "out-of-fold AUC" if folds > 1 else "train AUC"
+    print_report(title, labels, rows, training_auc, caveats)
+    whole, ids = thresholds[STACK], exams["valid"].ids
+    others = {i: t for i, t in zip(ids, own.tolist(), strict=True) if t != whole}
+    results = {"task": task, "valid": rows, "caveats": caveats, "other_thresholds": others} | report
+    if aucs is not None:
+        results["stack_auc_of_seeds"] = aucs
+    names = {c: [path.name for path in base_models.all_paths(c)] for c in base_models.columns}
+    digests = {n: d for ones in found.values() for one in ones for n, d in one.digests.items()}
+    check_base_models(base_models, exams["train"].root)  # as when it began, minutes ago
+    stack |= report | {"base_models": names, "digests": digests}
+    save_stack(stack_path(base_models.models_dir, task, report["recipes"]), stack)
+    write_results(base_models, logs_dir, results | {"digests": digests}, exams, scores)
 
 
-def threshold_source(tuning, untuned, decided, folds, repeat):
-    """Which predictions the thresholds were chosen on, and what that means for new exams.
+def seeds_aucs(found, exams, fit):
+    """Validation AUC of a stack for each seed alone; prints them with mean and SD.
 
     Args:
-        tuning: bool (n,), the training exams that were meant to choose them.
-        untuned: `names_untuned`.
-        decided: by these exams in the trainings, as `selection_of` says it.
+        exams: {split: MRDataset}.
+        fit: function of logits and tuning, `make_stack` with the rest of its arguments.
     """
-    if tuning.any():
-        but = (
-            f"; but of {', '.join(untuned)}, whose tuning exams are of one class, on all training "
-            "exams with these planes, so not to be trusted on new exams"
-        )
-        return (
-            f"chosen on {int(tuning.sum())} training exams that no network was trained on"
-            f"{f'; they {decided}' if decided else ''}{but if untuned else ''}"
-        )
-    if folds > 1:
-        return (
-            "chosen on out-of-fold predictions of single networks and applied to means "
-            f"of {folds * repeat}, which vary less: on new exams sensitivity and "
-            "specificity may differ from those aimed at"
-        )
-    return (
-        "chosen on exams that the networks were trained on, so not to be trusted on new exams; "
-        "--folds, or --protocol held-out, gives better ones"
-    )
+    aucs = []
+    for k in range(len(next(iter(found.values())))):
+        seed = {column: [ones[k]] for column, ones in found.items()}
+        _, scores, *_ = fit(logits=join_seeds(seed), tuning=tuning_mask(exams["train"], seed))
+        labels = labels_of(exams["valid"])
+        aucs.append(roc_auc(labels, scores["valid"][STACK]))
+    print(f"stack of each seed, validation AUC: {', '.join(f'{auc:.4f}' for auc in aucs)}")
+    mean, sd = statistics.mean(aucs), statistics.stdev(aucs)
+    print(f"{len(aucs)} seeds: mean {mean:.4f}, SD {sd:.4f}")
+    print("the table below is their ensemble: each plane's networks averaged, then stacked")
+    return aucs
 
 
 def print_report(title, labels, rows, training_auc, caveats):
@@ -328,74 +296,30 @@ def print_report(title, labels, rows, training_auc, caveats):
     print(*caveats, sep="\n")
 
 
-def list_caveats(decided, folds, thresholds, scores, groups, derived=()):
-    """What limits the table's figures, one line each.
+def write_results(base_models, logs_dir, results, exams, scores):
+    """Write results, predictions and figures, and print where they are.
 
     Args:
-        decided: by the validation exams in the trainings, as `selection_of` says it.
-        thresholds: `threshold_source`.
-        scores: {column: probabilities (n,)} of the validation exams.
-        groups: of the validation exams, list.
-        derived: more lines, of `derived_caveats` and `below_chance`.
-    """
-    caveats = [f"{STAR} thresholds: {thresholds}"]
-    lacking = np.isnan(list(scores.values())).any(axis=0)
-    if lacking.any():
-        caveats.append(
-            f"{lacking.sum()} of {len(lacking)} validation exams lack a plane: a plane's figures "
-            "are of the exams that have it, the stack's of all"
-        )
-    sizes = Counter(groups)
-    if in_company := sum(size for size in sizes.values() if size > 1):
-        caveats.append(
-            f"{in_company} of the {len(groups)} validation exams share a group (a patient, a "
-            "scanner) with another (valid-groups.csv): intervals take exams as independent and are "
-            "too narrow"
-        )
-    caveats += derived
-    if decided == SELECTED:
-        caveats.append("OPTIMISTIC: the epochs were selected on the validation exams reported here")
-    elif decided:
-        caveats.append(f"OPTIMISTIC: the validation exams reported here {decided}")
-    if folds == 1:
-        caveats.append(
-            "the stack was fitted on exams that the networks were trained on (the article)"
-        )
-    return caveats
-
-
-def below_chance(rows):
-    """A line on the planes, and the stack, that are worse than chance; none where there are none.
-
-    Args:
-        rows: as `evaluate_scores` returns them.
-    """
-    names = [name for name in rows if name != GAIN and rows[name]["auc_high"] < 0.5]
-    if names:
-        yield f"WARNING: {', '.join(names)}: {BELOW_CHANCE}"
-
-
-def derived_caveats(exams):
-    """Lines on labels of one finding that are not the set's own; none where all are alike.
-
-    Args:
+        results: plain dict.
         exams: {split: MRDataset}.
-
-    Raises:
-        InputError: `read_own_labels`.
+        scores: as `make_stack` returns them.
     """
-    for split, name in (("valid", "validation"), ("train", "training")):
-        (task,), own = exams[split].tasks, read_own_labels(exams[split].root)
-        count = len(exams[split].ids)
-        derived = 0 if own is None else len(set(exams[split].ids) - own.get(task, set()))
-        if derived:
-            which = "an AUC on both kinds says nothing about either"
-            if derived == count:
-                which = "agreement with them is measured, not truth"
-            yield (
-                f"{derived} of the {count} {name} labels are derived, not the set's own "
-                f"(own-labels.csv): {which}"
-            )
+    models_dir, task, recipes = base_models.models_dir, base_models.task, results["recipes"]
+    name = stack_name(recipes)
+    start = start_of_results(models_dir, task, recipes)
+    table, predictions = (f"{start}{end}" for end in (RESULTS, PREDICTIONS))
+    write_csv(predictions, prediction_rows(exams, scores))
+    content = {"format": FORMAT} | results | {"predictions": digest_of(predictions)}
+    write_text(table, as_json(content, indent=2) + "\n")
+    log_dir = logs_dir / task / name / f"{datetime.now():%Y%m%d-%H%M%S}"
+    labels = {split: labels_of(exams[split]) for split in SPLITS}
+    save_figures(start, log_dir, task, labels, scores)
+    stack = stack_path(models_dir, task, recipes)
+    print(
+        f"\nstack        {stack}\nresults      {table}\n"
+        f"predictions  {predictions}\n"
+        f"figures      {start}-roc.png, -reliability.png\nlogs         {log_dir}"
+    )
 
 
 def prediction_rows(sets, scores):
@@ -428,156 +352,6 @@ def save_figures(start, log_dir, task, labels, scores):
         for name, values in scores["valid"].items():
             auc = roc_auc(*answered(labels["valid"], values))
             writer.add_scalar(f"valid-auc/{name}", auc)
-
-
-def join_seeds(found):
-    """Put the logits of several seeds side by side.
-
-    Args:
-        found: {column: [ColumnLogits, one per seed]}.
-
-    Returns:
-        {split: {column: {planes: float64 (n, networks)}}}
-    """
-    return {
-        split: {
-            column: {
-                planes: np.concatenate([getattr(one, split)[planes] for one in ones], axis=1)
-                for planes in getattr(ones[0], split)
-            }
-            for column, ones in found.items()
-        }
-        for split in SPLITS
-    }
-
-
-def seeds_aucs(found, exams, fit):
-    """Validation AUC of a stack for each seed alone; prints them with mean and SD.
-
-    Args:
-        exams: {split: MRDataset}.
-        fit: function of logits and tuning, `make_stack` with the rest of its arguments.
-    """
-    aucs = []
-    for k in range(len(next(iter(found.values())))):
-        seed = {column: [ones[k]] for column, ones in found.items()}
-        _, scores, *_ = fit(logits=join_seeds(seed), tuning=tuning_mask(exams["train"], seed))
-        labels = labels_of(exams["valid"])
-        aucs.append(roc_auc(labels, scores["valid"][STACK]))
-    print(f"stack of each seed, validation AUC: {', '.join(f'{auc:.4f}' for auc in aucs)}")
-    mean, sd = statistics.mean(aucs), statistics.stdev(aucs)
-    print(f"{len(aucs)} seeds: mean {mean:.4f}, SD {sd:.4f}")
-    print("the table below is their ensemble: each plane's networks averaged, then stacked")
-    return aucs
-
-
-def labels_of(exams):
-    """Labels of the only finding, 0 or 1: float32 (n,)."""
-    return is_positive(exams.labels[:, 0]).astype(np.float32)
-
-
-def run(args):
-    """Predict, fit, report and write everything, of one finding after the other."""
-    device = pick_device(args.device)
-    precision = pick_precision(args.precision, device)
-    wanted = sorted(set(args.planes), key=order_of)
-    columns = {column_name(planes, r): planes for r in args.recipes for planes in wanted}
-    tasks = all_tasks(args.data_dir) if args.task == ["all"] else dict.fromkeys(args.task)
-    findings = [
-        BaseModels(args.models_dir, task, columns, args.folds, args.repeat, args.seed)
-        for task in tasks
-    ]
-    sets = {one.task: labelled_sets(args.data_dir, one.task, wanted) for one in findings}
-    exams = {task: exams_of_any(found, args.data_dir, task) for task, found in sets.items()}
-    for one in findings:
-        check_base_models(one, args.data_dir)
-    read_own_labels(args.data_dir)  # a damaged file is refused before the networks are asked
-    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    about = {"folds": args.folds, "recipes": args.recipes}
-    about |= cli.print_start_up(vars(args), device, precision)
-    found = predict_columns(findings, sets, exams, device, precision)
-    for one in findings:
-        task = one.task
-        fit = partial(make_stack, task, args.features, sensitivity=args.sensitivity)
-        ours = about | {"arguments": arguments | {"task": task}}
-        stack_finding(one, exams[task], found[task], fit, ours, args.logs_dir)
-
-
-def stack_finding(base_models, exams, found, fit, about, logs_dir):
-    """Fit a finding's stack, print what it is worth and write it.
-
-    Args:
-        exams: {split: MRDataset}.
-        found: {column: [ColumnLogits, one per seed]}.
-        fit: function of logits, labels and tuning, `make_stack` with the rest of its arguments.
-        about: dict, written beside the figures: "folds", "recipes", "arguments" and more.
-    """
-    labels = {split: labels_of(exams[split]) for split in SPLITS}
-    trainings = [a for ones in found.values() for one in ones for a in one.trainings]
-    # One optimistic network makes the stack optimistic.
-    optimistic = [one for one in trainings if one["protocol"] == "article"]
-    protocol = (optimistic or trainings)[0]["protocol"]
-    fit = partial(fit, labels=labels)
-    folds, repeat = base_models.folds, base_models.repeat
-    aucs = seeds_aucs(found, exams, fit) if repeat > 1 else None
-    tuning = tuning_mask(exams["train"], found)
-    logits = join_seeds(found)
-    stack, scores, thresholds, own = fit(logits=logits, tuning=tuning)
-    task, kind = base_models.task, stack["features"]
-    if folds > 1:  # the regression too was fitted on others, as each plane's network was
-        known = folds_of(exams["train"], found)
-        scores["train"][STACK] = cross_fitted(kind, logits["train"], labels["train"], known)
-    untuned = names_untuned(stack["combinations"], scores["train"], labels["train"], tuning)
-    chosen = threshold_source(tuning, untuned, selection_of(trainings), folds, repeat)
-    rows = evaluate_scores(labels, scores, thresholds, own)
-    report = about | {
-        "protocol": protocol,
-        "thresholds": chosen,
-        "data": {split: exams[split].fingerprint() for split in SPLITS},
-    }
-    groups, derived = exams["valid"].groups, [*derived_caveats(exams), *below_chance(rows)]
-    decided = selection_of(optimistic)
-    caveats = list_caveats(decided, folds, chosen, scores["valid"], groups, derived)
-    title = f"{task}: protocol {protocol}, folds {folds}, stacked on {kind}"
-    training_auc = "out-of-fold AUC" if folds > 1 else "train AUC"
-    print_report(title, labels, rows, training_auc, caveats)
-    whole, ids = thresholds[STACK], exams["valid"].ids
-    others = {i: t for i, t in zip(ids, own.tolist(), strict=True) if t != whole}
-    results = {"task": task, "valid": rows, "caveats": caveats, "other_thresholds": others} | report
-    if aucs is not None:
-        results["stack_auc_of_seeds"] = aucs
-    names = {c: [path.name for path in base_models.all_paths(c)] for c in base_models.columns}
-    digests = {n: d for ones in found.values() for one in ones for n, d in one.digests.items()}
-    check_base_models(base_models, exams["train"].root)  # as when it began, minutes ago
-    stack |= report | {"base_models": names, "digests": digests}
-    save_stack(stack_path(base_models.models_dir, task, report["recipes"]), stack)
-    write_results(base_models, logs_dir, results | {"digests": digests}, exams, scores)
-
-
-def write_results(base_models, logs_dir, results, exams, scores):
-    """Write results, predictions and figures, and print where they are.
-
-    Args:
-        results: plain dict.
-        exams: {split: MRDataset}.
-        scores: as `make_stack` returns them.
-    """
-    models_dir, task, recipes = base_models.models_dir, base_models.task, results["recipes"]
-    name = stack_name(recipes)
-    start = start_of_results(models_dir, task, recipes)
-    table, predictions = (f"{start}{end}" for end in (RESULTS, PREDICTIONS))
-    write_csv(predictions, prediction_rows(exams, scores))
-    content = {"format": FORMAT} | results | {"predictions": digest_of(predictions)}
-    write_text(table, as_json(content, indent=2) + "\n")
-    log_dir = logs_dir / task / name / f"{datetime.now():%Y%m%d-%H%M%S}"
-    labels = {split: labels_of(exams[split]) for split in SPLITS}
-    save_figures(start, log_dir, task, labels, scores)
-    stack = stack_path(models_dir, task, recipes)
-    print(
-        f"\nstack        {stack}\nresults      {table}\n"
-        f"predictions  {predictions}\n"
-        f"figures      {start}-roc.png, -reliability.png\nlogs         {log_dir}"
-    )
 
 
 if __name__ == "__main__":

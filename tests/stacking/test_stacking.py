@@ -21,6 +21,8 @@ from mrnet.inference.task_models import Network, load_task, saved_tasks
 from mrnet.layout.names import stack_path
 from mrnet.networks.saved import digest_of
 from mrnet.stacking import stacking
+from mrnet.stacking.caveats import below_chance, derived_caveats, list_caveats, threshold_source
+from mrnet.stacking.fitting import make_stack, names_untuned
 from mrnet.stacking.results import GAIN, RATES, evaluate_scores
 from mrnet.stacking.stacking import (
     combination_of,
@@ -37,15 +39,7 @@ from mrnet.stacking.stacking import (
     threshold_for,
 )
 from mrnet.training.checkpoint import save_model
-from train_logistic_regression import (
-    below_chance,
-    derived_caveats,
-    list_caveats,
-    make_stack,
-    names_untuned,
-    threshold_source,
-    trained_on,
-)
+from train_logistic_regression import trained_on
 
 RECIPES = ["article"]
 
