@@ -198,14 +198,15 @@ class MRDataset(Dataset):
             `draw` and `apply` it must have; None to evaluate.
         intensity: "standardized" (each volume stretched to 0..255, then MRNet's mean and SD) or
             "raw" (0..255, as in the article).
+        channels: in CHANNELS, of the network's input.
+        slices: (least, most) part of the slices in a training step, drawn anew for each.
+        is_weighted: positives weigh negatives/positives in the loss, else as much as negatives.
 
     Attributes:
         labels: float32 (n, tasks), 0 to 1 or UNKNOWN.
         label_weights: float32 (n, tasks), those of the CSV, else 1.
         targets, weights: float32 (n, tasks), what the loss takes: labels and class weights; weight
             and target 0 where the label is unknown.
-        channels: in CHANNELS, of the network's input.
-        slices: (least, most) part of the slices in a training step, drawn anew for each.
         known: {task: ids of the exams whose label is not empty, in the order of its CSV}.
         unknown: {task: number of exams whose label is empty}.
         without_group: one line on exams without a group where others have one, or "".
@@ -220,12 +221,15 @@ class MRDataset(Dataset):
         InputError: for anything wrong in the folder, one line with the file and how to fix it.
     """
 
-    channels, slices = "grey", (1.0, 1.0)
+    SETTINGS = ("transform", "intensity", "channels", "slices", "taken")
 
-    def __init__(self, root_dir, task, plane, train=True, transform=None, intensity="standardized"):
+    def __init__(self, root_dir, task, plane, train=True, transform=None, intensity="standardized",
+                 channels="grey", slices=(1.0, 1.0), is_weighted=True):  # fmt: skip
         self.root, self.split = Path(root_dir), "train" if train else "valid"
         self.tasks, self.plane = (task,) if isinstance(task, str) else tuple(task), plane
         self.transform, self.intensity = transform, intensity
+        self.channels, self.slices = channels, slices
+        self.taken = [plane] if isinstance(plane, str) else list(plane)
         tables = [read_rows(root_dir, task, self.split) for task in self.tasks]
         known = [known_labels(table) for table in tables]
         self.known = dict(zip(self.tasks, map(list, known), strict=True))
@@ -247,7 +251,8 @@ class MRDataset(Dataset):
         self.label_weights = np.array(rows, np.float32)
         if not train:
             known = [known_labels(read_rows(root_dir, task, "train")) for task in self.tasks]
-        self.set_class_weights([class_ratio([*labels.values()]) for labels in known])
+        ratios = [class_ratio([*labels.values()]) for labels in known]
+        self.set_class_weights(ratios if is_weighted else 1.0)
         self.paths = [self.find(exam_id) for exam_id in self.ids]
         self.shapes = [self.read_shape(path) for path in self.paths]
         self.cached = [None] * len(self.paths)
@@ -270,7 +275,7 @@ class MRDataset(Dataset):
 
     def set_class_weights(self, positive):
         """Weight of the loss of positives, for each finding or one for all, that of negatives being
-        1; at first negatives/positives, counted on the training labels for both splits.
+        1: negatives/positives, counted on the training labels for both splits, or 1.
 
         A label between 0 and 1 is that part of a positive and the rest of a negative exam.
         """
@@ -375,6 +380,15 @@ class MRDataset(Dataset):
         """Read all volumes once and keep them as uint8 on `device` ("cpu" is the RAM)."""
         for i, _ in enumerate(progress(self.paths)):
             self.cached[i] = self.volume(i).to(device)
+
+    def prepared(self, **settings):
+        """The same exams, of the same memory, with other SETTINGS."""
+        other = copy.copy(self)
+        for name, value in settings.items():
+            if name not in self.SETTINGS:
+                raise TypeError(f"no setting {name}")
+            setattr(other, name, value)
+        return other
 
     def rows_of(self, ids):
         """Rows of exams by id; ids that are not here are left out."""

@@ -496,7 +496,6 @@ def report_best_models(config, split, paths, history, log):
         model, metadata = load_model(path)
         model.to(device)
         exams = split.valid_set.finding(task)
-        exams.taken = list(config.planes)
         logits = predict(model, exams, "evaluate").astype(np.float32)
         metadata["metrics"]["valid"] = valid = measure(exams, torch.from_numpy(logits))[task]
         # Epochs may have been added since that epoch.

@@ -157,14 +157,13 @@ class Ours:
     """
 
     def __init__(self, sets, device, make_network=MRNet, graphs=True, **recipe):
-        self.train_set, self.valid_set = copy.copy(sets[0]), sets[1]
-        self.device = device
+        self.valid_set = sets[1]
         recipe = {"precision": pick_precision("auto", device)} | recipe
-        graphs = graphs and self.train_set.cached[0] is not None
+        graphs = graphs and sets[0].cached[0] is not None
         more = {"cuda_graphs": graphs, "device": device.type} | recipe
-        self.config = Config("acl", self.train_set.plane, **more)
-        self.train_set.transform = Augmentation()
-        self.train_set.slices = (self.config.slices, self.config.slices)
+        self.config = Config("acl", sets[0].plane, **more)
+        slices = (self.config.slices, self.config.slices)
+        self.train_set = sets[0].prepared(transform=Augmentation(), slices=slices)
         self.model = make_network(tasks=self.train_set.targets.shape[1]).to(device)
         optimizer = make_optimizer(self.model, self.config)
         scheduler = make_scheduler(self.config, optimizer, len(self.train_set))

@@ -341,8 +341,7 @@ def predict_out_of_fold(tasks, network, setting):
         model, metadata = load_model(path, task, column_name(network.planes, network.recipe))
         exams = training_exams(setting.data_dir, task, network.planes)
         exams = exams.subset(exams.rows_of(metadata["out_of_fold"]))
-        exams.intensity, exams.channels = metadata["intensity"], metadata["channels"]
-        exams.taken = network.planes.split("+")
+        exams = exams.prepared(intensity=metadata["intensity"], channels=metadata["channels"])
         logits = Predictor(device, setting.precision)(model.to(device), exams, path.stem)
         rounded = [round(logit, 4) for logit in logits[:, 0].tolist()]
         found["logits"][task] = dict(zip(exams.ids, rounded, strict=True))

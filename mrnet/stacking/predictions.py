@@ -127,7 +127,7 @@ class Predictor:
         network of all its planes is asked about: float64 (n, 1), NaN for the others.
 
         Args:
-            exams: MRDataset whose `taken` is set.
+            exams: MRDataset.
         """
         logits = np.full((len(exams), 1), np.nan)
         rows = range(len(exams))
@@ -180,17 +180,15 @@ def predict_column(base_models, column, seed, sets, predict):
         model, metadata, digests[path.name] = load_with_digest(path, base_models.task, column)
         expected = {"seed": seed, "fold": run.fold, "folds": folds}
         check_network(path, metadata, sets, expected)
-        for exams in sets.values():
-            exams.intensity = metadata["intensity"]
-            exams.channels = metadata["channels"]
+        settings = {name: metadata[name] for name in ("intensity", "channels")}
         out = metadata["out_of_fold"] if folds > 1 else sets["train"].ids
         rows, model = sets["train"].rows_of(out), model.to(predict.device)
         for planes in sets_of_planes(metadata):
-            for exams in sets.values():
-                exams.taken = planes.split("+")
+            settings["taken"] = planes.split("+")
+            ours = {split: exams.prepared(**settings) for split, exams in sets.items()}
             logits = train.setdefault(planes, np.full((len(sets["train"]), 1), np.nan))
-            logits[rows] = predict(model, sets["train"].subset(rows), path.stem)
-            valid.setdefault(planes, []).append(predict(model, sets["valid"], path.stem))
+            logits[rows] = predict(model, ours["train"].subset(rows), path.stem)
+            valid.setdefault(planes, []).append(predict(model, ours["valid"], path.stem))
         fold_of |= dict.fromkeys(out, run.fold) if folds > 1 else {}
         trainings.append(metadata["arguments"])
         tuning = metadata["tuning"] if folds == 1 else []

@@ -8,7 +8,7 @@ import torch
 
 from dataloader import MRDataset, views_on
 from mrnet.errors import InputError, counted
-from mrnet.layout.description import describe_dataset
+from mrnet.layout.description import describe_dataset, read_dataset
 from mrnet.layout.labels import is_positive, trainable
 from mrnet.layout.planes import SPLITS, describe_missing, in_order, planes_of, view_of
 from mrnet.layout.volumes import check_side, open_volume, read_volume, volume_path
@@ -48,12 +48,7 @@ def trainable_planes(data_dir):
 def load_exams(config, data_dir):
     """The training and the validation exams, two MRDatasets; prints what they are."""
     sets = [make_exams(config, data_dir, train) for train in (True, False)]
-    least, most = (SLICES_OF_STRONG if config.augment == "strong" else 1.0), config.slices
     for exams in sets:
-        exams.channels, exams.slices = config.channels, (least * most, most)
-        exams.plane_dropout = config.plane_dropout
-        if not config.class_weights:
-            exams.set_class_weights(1.0)
         smallest = BACKBONES[config.backbone].smallest_side
         exams.check_sides(smallest, config.backbone)
         if len(config.planes) > 1 and config.plane_dropout == 0:
@@ -79,18 +74,21 @@ def refuse_missing(exams):
 
 def make_exams(config, data_dir, train):
     """The exams of one split as the configuration asks for."""
-    kind, planes = MRDataset, config.planes[0]
-    if len(config.planes) > 1:
-        kind, planes = MultiPlaneDataset, list(config.planes)
-    exams = kind(data_dir, config.tasks, planes, train, None, config.intensity)
+    least, most = (SLICES_OF_STRONG if config.augment == "strong" else 1.0), config.slices
+    settings = {"intensity": config.intensity, "channels": config.channels,
+                "slices": (least * most, most), "is_weighted": config.class_weights}  # fmt: skip
+    transforms = None
     if train:
-        orientation = (exams.description or {}).get("orientation") or {}
+        orientation = (read_dataset(data_dir) or {}).get("orientation") or {}
         transforms = {
             plane: make_augmentation(config.augment, plane, orientation.get(view_of(plane)))
             for plane in config.planes
         }
-        exams.transform = transforms if len(config.planes) > 1 else transforms[config.plane]
-    return exams
+    if len(config.planes) > 1:
+        settings |= {"transform": transforms, "plane_dropout": config.plane_dropout}
+        return MultiPlaneDataset(data_dir, config.tasks, config.planes, train, **settings)
+    settings["transform"] = transforms and transforms[config.plane]
+    return MRDataset(data_dir, config.tasks, config.plane, train, **settings)
 
 
 def print_exams(train_set, valid_set):
@@ -190,12 +188,15 @@ class MultiPlaneDataset(MRDataset):
         plane: list of planes; an exam may lack some of them.
         transform: {plane: transform}, or None.
 
-    Attributes:
         plane_dropout: probability of leaving a plane out of a training step; one always stays.
-        taken: the planes that are evaluated; None for all of `plane`.
+
+    Attributes:
+        taken: the planes that are evaluated, at first all of `plane`.
     """
 
-    plane_dropout, taken = 0.0, None
+    def __init__(self, root_dir, task, plane, train=True, *, plane_dropout=0.0, **settings):
+        super().__init__(root_dir, task, list(plane), train, **settings)
+        self.plane_dropout = plane_dropout
 
     def find(self, exam_id):
         paths = {p: volume_path(self.root, self.split, p, exam_id) for p in self.plane}
@@ -268,7 +269,7 @@ class MultiPlaneDataset(MRDataset):
     def prepare(self, volume, device=None, view=None):
         """{plane: float32 (s, 1 or 3, H, W)}; planes that `view` leaves out are left out."""
         if view is None:
-            view = dict.fromkeys(p for p in volume if p in (self.taken or self.plane))
+            view = dict.fromkeys(p for p in volume if p in self.taken)
         return {
             plane: self.prepare_plane(
                 volume[plane].to(device, non_blocking=True),
