@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # started as a script, it fi
 
 from mrnet.errors import InputError, counted  # noqa: E402
 from mrnet.files import open_regular, write_csv  # noqa: E402
-from mrnet.scans.command import Report, add_preparation, make_parser  # noqa: E402
+from mrnet.runtime import cli  # noqa: E402
+from mrnet.scans.command import Report, add_preparation  # noqa: E402
 from mrnet.scans.origin import describe  # noqa: E402
 from mrnet.scans.register import (  # noqa: E402
     Register,
@@ -252,7 +253,7 @@ def serve_exams(source, out, choice, report):
 
 
 def parse(argv):
-    parser = make_parser(__doc__, CONVENTION)
+    parser = cli.make_parser(__doc__ + CONVENTION)
     parser.add_argument("source", type=Path, help="folder, zip file, or one .dcm or .nii file")
     parser.add_argument("out", type=Path, help="data folder to write to")
     group = parser.add_argument_group("choice of series")

@@ -33,7 +33,8 @@ from mrnet.errors import InputError  # noqa: E402
 from mrnet.files import open_regular, read_bytes, write_csv  # noqa: E402
 from mrnet.layout.volumes import write_volume  # noqa: E402
 from mrnet.networks.pickles import ArrayUnpickler, PickledArray  # noqa: E402
-from mrnet.scans.command import Report, make_parser  # noqa: E402
+from mrnet.runtime import cli  # noqa: E402
+from mrnet.scans.command import Report  # noqa: E402
 from mrnet.scans.pixels import to_square, window  # noqa: E402
 from mrnet.scans.register import write_dataset  # noqa: E402
 
@@ -206,7 +207,7 @@ def run(args, report):
 
 
 def parse(argv):
-    parser = make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     parser.add_argument("source", type=Path, help="folder with metadata.csv and vol01 .. vol10")
     parser.add_argument("out", type=Path, help="data folder to write to")
     group = parser.add_argument_group("split")

@@ -29,7 +29,7 @@ from mrnet.layout.volumes import (
     SMALLEST_SIDE,  # noqa: E402
     write_volume,  # noqa: E402
 )
-from mrnet.scans.command import make_parser  # noqa: E402
+from mrnet.runtime import cli  # noqa: E402
 from mrnet.scans.register import write_dataset  # noqa: E402
 
 PLANES = ("axial", "coronal", "sagittal")  # along axis 0, 1, 2 of a volume
@@ -37,7 +37,7 @@ MAX_SIDE = 512  # voxels; the sets have 28 or 64
 
 
 def parse_arguments():
-    parser = make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     parser.add_argument("source", type=Path, help="a 3-D set's .npz, as downloaded")
     parser.add_argument("out", type=Path, help="data folder to write to")
     parser.add_argument("--task", help="name of the task; default: the file's, without mnist3d")

@@ -18,7 +18,6 @@ exams says anything about patients. With --as rsna it writes DICOM and CSVs in t
 knee set of 2026 instead (data/phantom/rsna.py).
 """
 
-import argparse
 import importlib.util
 import json
 import shutil
@@ -42,8 +41,8 @@ from mrnet.errors import InputError  # noqa: E402
 from mrnet.files import write_csv, write_text  # noqa: E402
 from mrnet.layout.planes import ORIENTATION, TARGET  # noqa: E402
 from mrnet.layout.volumes import write_volume  # noqa: E402
+from mrnet.runtime import cli  # noqa: E402
 from mrnet.runtime.machine import usable_cores  # noqa: E402
-from mrnet.scans.command import make_parser  # noqa: E402
 from mrnet.scans.register import write_dataset  # noqa: E402
 
 LESIONS = "lesions.json"
@@ -74,13 +73,8 @@ def make_exam(exam_id, split, labels, seed, size, out):
     return str(exam_id), {"side": side, "split": split, "planes": planes, "lesions": lesions}
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")  # one line
-
-
 def parse_arguments():
-    parser = make_parser(__doc__, kind=Parser)
+    parser = cli.make_parser(__doc__)
     exams = parser.add_argument_group("exams")
     exams.add_argument("--exams", type=int, default=200, help="to train on; MRNet has 1130")
     exams.add_argument("--valid", type=int, default=60, help="to validate on; MRNet has 120")

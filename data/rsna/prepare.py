@@ -42,8 +42,9 @@ from mrnet.errors import InputError, counted  # noqa: E402
 from mrnet.files import read_text, write_csv, write_text  # noqa: E402
 from mrnet.layout.description import read_dataset  # noqa: E402
 from mrnet.layout.labels import OWN_LABELS  # noqa: E402
+from mrnet.runtime import cli  # noqa: E402
 from mrnet.runtime.machine import usable_cores  # noqa: E402
-from mrnet.scans.command import Report, add_preparation, make_parser  # noqa: E402
+from mrnet.scans.command import Report, add_preparation  # noqa: E402
 from mrnet.scans.origin import describe  # noqa: E402
 from mrnet.scans.register import Register, merge_csv, write_dataset, write_planes  # noqa: E402
 from mrnet.scans.rsna import convert, digest_of, find_studies, identity_of  # noqa: E402
@@ -72,7 +73,7 @@ OF_A_PATIENT = 20  # studies; a PatientID that more share is a word such as "ano
 
 
 def parse(argv):
-    parser = make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     parser.add_argument("root", type=Path, help="folder of train.csv and train_series/")
     parser.add_argument("out", type=Path, help="data folder to write to")
     group = parser.add_argument_group("labels")

@@ -11,12 +11,12 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from mrnet.errors import InputError, Interrupted, RunError, is_out_of_memory, printable
-from mrnet.runtime.devices import PRECISIONS, device_name
 from mrnet.runtime.provenance import git_sha, versions
+
+PRECISIONS = ("auto", "fp32", "bf16")
 
 # --- arguments ------------------------------------------------------------------------------------
 
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         if self.source:
             raise InputError(f"recipe {self.source}: {message}; correct it")
-        super().error(message)
+        self.exit(2, f"{self.prog}: error: {message}\n")  # argparse prints its usage, too
 
 
 def script_name():
@@ -152,6 +152,8 @@ def print_start_up(arguments, device, precision):
     Returns:
         dict of plain values: "git", the commit as `git_sha`, "versions" and "machine".
     """
+    from mrnet.runtime.devices import device_name  # with torch, which importers do without
+
     about = {"git": git_sha(), "versions": versions(), "machine": device_name(device)}
     print(f"device     {device} ({about['machine']}), {precision}")
     print("versions   " + " ".join(f"{name} {n}" for name, n in about["versions"].items()))
@@ -333,7 +335,7 @@ def status_of(error):
             return 128 + error.number, f"interrupted. {error}".strip()
         case KeyboardInterrupt():
             return 130, f"interrupted. {error}".strip()
-        case torch.OutOfMemoryError():
+        case RuntimeError() if type(error).__name__ == "OutOfMemoryError":  # torch's
             return 1, "failed: out of device memory; try --cache disk, --no-cuda-graphs, bf16"
         case BrokenPipeError():  # the reader of our output has ended, as `| head` does
             drop_closed_output()

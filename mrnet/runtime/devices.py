@@ -8,8 +8,6 @@ import torch
 
 from mrnet.errors import InputError
 
-PRECISIONS = ("auto", "fp32", "bf16")
-
 
 def pick_device(name):
     """ "auto", "cpu", "cuda" or "mps" -> torch.device; makes a GPU's convolutions exact and

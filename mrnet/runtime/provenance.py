@@ -8,8 +8,6 @@ import subprocess
 from datetime import datetime
 from pathlib import Path
 
-import torch
-
 from mrnet.files import ROOT
 
 SOURCES = ("*.py", "mrnet/**/*.py", "data/*/*.py")  # of all that pixels depend on
@@ -55,6 +53,8 @@ def made():
 
 def versions():
     """Versions of what the numbers depend on: {name: version}."""
+    import torch
+
     names = ("torchvision", "numpy", "scikit-learn")
     return {
         "python": platform.python_version(),

@@ -49,21 +49,6 @@ def millimetres(text):
     return value
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults shown, the epilog's lines kept."""
-
-
-def make_parser(docstring, more="", kind=argparse.ArgumentParser):
-    """An importer's parser: its help begins with the docstring's first line and ends with the rest.
-
-    Args:
-        more: text after that.
-        kind: class of the parser.
-    """
-    description, _, epilog = docstring.partition("\n\n")
-    return kind(description=description, epilog=epilog + more, formatter_class=Formatter)
-
-
 class Report:
     """Prints messages without breaking the progress bar, and counts failures.
 
