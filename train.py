@@ -34,21 +34,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dataloader import CHANNELS, INTENSITIES, grey_levels
-from model import POOLINGS
+from dataloader import grey_levels
 from mrnet.errors import Interrupted, RunError, counted
 from mrnet.evaluation.metrics import BELOW_CHANCE, auc_interval, metrics_of, sigmoid
 from mrnet.files import check_writable
 from mrnet.layout.arguments import plane_name
 from mrnet.layout.labels import is_positive
-from mrnet.layout.names import ARTICLE, column_name, folds_path, model_path, state_path
+from mrnet.layout.names import column_name, folds_path, model_path, state_path
 from mrnet.layout.planes import PLANES, in_order
-from mrnet.networks.backbones import BACKBONES
 from mrnet.networks.weights import imagenet_features
 from mrnet.runtime import cli
 from mrnet.runtime.devices import autocast, pick_device, pick_precision
 from mrnet.stacking.predictions import Predictor
-from mrnet.training.augmentation import AUGMENTATIONS, SLICES_OF_STRONG
 from mrnet.training.checkpoint import (
     ARCHITECTURE,
     build_model,
@@ -58,8 +55,9 @@ from mrnet.training.checkpoint import (
     save_model,
 )
 from mrnet.training.config import (
-    THE_ARTICLES,
+    GROUPS,
     Config,
+    add_options,
     parse_with_recipe,
     print_recipe,
     read_recipe,
@@ -69,115 +67,51 @@ from mrnet.training.datasets import CACHES, all_tasks, cache_volumes, load_exams
 from mrnet.training.graphs import as_graphs, use_graphs
 from mrnet.training.logs import Epoch, TrainingLog, heads_of_epochs, history_of, new_log_dir
 from mrnet.training.optimization import (
-    OPTIMIZERS,
-    SCHEDULERS,
     average_advice,
     make_average,
     make_optimizer,
     make_scheduler,
     steps_with_optimizer,
 )
-from mrnet.training.splits import PROTOCOLS, fingerprints_of, numbered, plan_splits, write_folds
-from mrnet.training.train_state import SELECTIONS, TrainState, is_finished, restore_state
+from mrnet.training.splits import fingerprints_of, numbered, plan_splits, write_folds
+from mrnet.training.train_state import TrainState, is_finished, restore_state
 
 
 def parse_arguments():
-    parser = cli.make_parser(__doc__)  # the recipe's defaults are in recipes/article.toml
-    switch = argparse.BooleanOptionalAction
-    add = parser.add_argument_group("data").add_argument
+    """The options of mrnet/training/config.py, and those that change no result."""
+    parser = cli.make_parser(__doc__)
+    data = parser.add_argument_group("data")
     task = "any NAME with train-NAME.csv in the data folder; MRNet's: abnormal, acl, meniscus. "
     task += "Several, or all: one network for all of them, in the time of one"
-    add("--task", required=True, nargs="+", help=task)
+    data.add_argument("--task", required=True, nargs="+", help=task)
     plane = "axial, coronal, sagittal or a further series' folder such as sagittal-t1; for ACL the "
     plane += "article found sagittal best. Several: one network that joins their features"
-    add("--plane", required=True, nargs="+", type=plane_name, metavar="PLANE", help=plane)
-    add("--data-dir", type=Path, default=Path("data"), help="folder in MRNet's layout")
-    raw = "raw gives the network 0-255 as the article did; it learns worse"
-    add("--intensity", choices=INTENSITIES, help=raw)
-    channels = "neighbours: each slice between the slices beside it, as the three colours (2.5D)"
-    add("--channels", choices=CHANNELS, help=channels)
-    augment = "article flips columns in every plane, anatomical left and right only; strong adds "
-    augment += f"gamma, contrast, blur, noise, cut-outs, {SLICES_OF_STRONG:.0%}% or more of slices"
-    add("--augment", choices=AUGMENTATIONS, help=augment)
-    slices = "train each step on a part of the slices, evenly spaced: 0.5 takes half the time"
-    add("--slices", type=cli.part, help=slices)
-
-    add = parser.add_argument_group("network").add_argument
-    backbone = "others than alexnet and vgg16 need torchvision's host once for their weights"
-    add("--backbone", choices=BACKBONES, help=backbone)
-    imagenet = "start from ImageNet; --no-pretrained starts from random weights, learns far slower"
-    add("--pretrained", action=switch, help=imagenet)
-    freeze = "keep so many of its first convolutions as they are: 2 of AlexNet's 5, 2/3 of the time"
-    add("--freeze", type=cli.count, metavar="N", help=freeze)
-    pooling = "over slices; attention learns which count (Ilse et al. 2018)"
-    add("--pooling", choices=POOLINGS, help=pooling)
-    dropout = "before the classifier; the article's text has it, its code does not"
-    add("--dropout", type=cli.probability, help=dropout)
-    share = "with several planes: one backbone for all of them"
-    add("--share-backbone", action=switch, help=share)
-    auxiliary = "with several planes: weight of the loss of each plane's own logit"
-    add("--plane-weight", type=cli.nonnegative_float, help=auxiliary)
-    drop = "with several planes: leave each out with this probability, so that one may be missing"
-    add("--plane-dropout", type=cli.probability, help=drop)
-
-    add = parser.add_argument_group("recipe").add_argument
-    recipe = "article: as published; best: better; fast, fastest: sooner; phantom, rsna; or a file"
-    add("--recipe", default=ARTICLE, metavar="NAME|FILE", help=recipe)
-    most = "at most; early stopping ends most runs sooner. cosine and one-cycle plan for them"
-    add("--epochs", type=cli.positive_int, help=most)
-    lr = "1e-5 suits MRNet's 1,130 exams; with 200, 3e-5 to 1e-4; higher values are unstable"
-    add("--lr", type=cli.positive_float, help=lr)
-    head = "the classifier's own learning rate, ten times --lr is common; 0: --lr"
-    add("--head-lr", type=cli.nonnegative_float, help=head)
-    add("--optimizer", choices=OPTIMIZERS, help="adamw: weight decay apart from the gradient")
-    l2 = "L2 inside Adam, as in the article; with adamw 0.01 is common"
-    add("--weight-decay", type=cli.nonnegative_float, help=l2)
-    schedule = "plateau and step: the article's, by epochs; cosine, one-cycle: by steps, to 0"
-    add("--lr-scheduler", choices=SCHEDULERS, help=schedule)
-    warmup = "part of all steps in which the rate rises, with cosine, one-cycle (0: 0.3) or none"
-    add("--warmup", type=cli.probability, help=warmup)
-    patience = "stop after this many epochs without a better loss"
-    add("--patience", type=cli.positive_int, help=patience)
-    select = "epoch whose network is saved: best AUC on the exams that select it, or the last"
-    add("--select", choices=SELECTIONS, help=select)
-    weights = "weight positives by negatives/positives, as the article's text asks"
-    add("--class-weights", action=switch, help=weights)
-    accumulate = "exams in one step of the optimizer"
-    add("--accumulate", type=cli.positive_int, help=accumulate)
-    average = "decay of the weights' moving average, which is saved: 0.999; 0.99 below 5,000 steps"
-    add("--average-weights", type=cli.probability, help=average)
-    clip = "largest norm of the gradient, such as 1; 0: any"
-    add("--clip", type=cli.nonnegative_float, help=clip)
-    add("--seed", type=cli.count, help="fixes order, augmentation and initial classifier")
-
-    add = parser.add_argument_group("protocol").add_argument
-    protocol = "what selects the epoch and stops the training: the validation exams themselves "
-    protocol += "(optimistic) or a held-out part of the training exams"
-    add("--protocol", choices=PROTOCOLS, help=protocol)
-    folds = "number of networks, each trained without its fold of the training exams; 3 to 5 for "
-    folds += "honest stacking, 1 is the article's"
-    add("--folds", type=cli.positive_int, help=folds)
-    seeds = "number of seeds, from --seed on; differences below their spread are noise"
-    add("--repeat", type=cli.positive_int, help=seeds)
+    data.add_argument(
+        "--plane", required=True, nargs="+", type=plane_name, metavar="PLANE", help=plane
+    )
+    folder = "folder in MRNet's layout"
+    data.add_argument("--data-dir", type=Path, default=Path("data"), help=folder)
+    groups = {name: parser.add_argument_group(name) for name in GROUPS[1:]}
+    for name, group in ({"data": data} | groups).items():
+        add_options(group, name)
     only = "train only these of the networks of --folds and --repeat, by number from 1"
-    add("--networks", type=cli.positive_int, nargs="+", metavar="N", help=only)
-
+    groups["protocol"].add_argument(
+        "--networks", type=cli.positive_int, nargs="+", metavar="N", help=only
+    )
     machine = parser.add_argument_group("machine")
     cli.add_machine_arguments(machine)
-    cache = "where volumes lie between epochs; auto: on a GPU with room; disk is as fast on a CPU"
+    cache = "where volumes are kept between epochs; auto: on a GPU that has room for them"
     machine.add_argument("--cache", choices=CACHES, default="auto", help=cache)
-    graphs = "steps as CUDA graphs; default where volumes are on a GPU (not with several planes, "
-    graphs += "--augment strong, --lr-scheduler one-cycle)"
-    machine.add_argument("--cuda-graphs", action=switch, help=graphs)
-
+    graphs = "run training steps as CUDA graphs; default where volumes are on a GPU (not with "
+    graphs += "several planes, --augment strong or --lr-scheduler one-cycle)"
+    machine.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, help=graphs)
     add = parser.add_argument_group("files").add_argument
     add("--models-dir", type=Path, default=Path("models"), help="for models and training states")
     add("--logs-dir", type=Path, default=Path("logs"), help="for TensorBoard")
-    add("--log-every", type=cli.positive_int, default=100, help="exams between points of a curve")
+    every = "number of exams between two points of a curve in TensorBoard"
+    add("--log-every", type=cli.positive_int, default=100, help=every)
     resume = "skip trainings that are finished, continue one that was interrupted"
     add("--resume", action="store_true", help=resume)
-    parser.set_defaults(**{f.name: f.default for f in fields(Config) if f.name in THE_ARTICLES})
-    parser.set_defaults(seed=0, protocol="article", folds=1, repeat=1)
     return parse_with_recipe(parser, read_recipe, ["--task", "acl", "--plane", PLANES[0]])
 
 

@@ -102,11 +102,11 @@ def read_own_labels(data_dir):
 def describe_dataset(dataset):
     """A data set in a few words; `dataset` as `description.read_dataset` returns it, or None."""
     if dataset is None:
-        return "not described (no dataset.json)"
+        return "unknown (no dataset.json)"
     words = one_line(f"{dataset['name']}, version {dataset['version']}")
     return words + (", SYNTHETIC exams" if dataset["synthetic"] else "")
 
 
 def describe_datasets(datasets):
-    """Each in a few words, [str]; networks without any have one that is not described."""
+    """Each in a few words, [str]; networks without any have one that is unknown."""
     return [describe_dataset(dataset) for dataset in datasets or [None]]

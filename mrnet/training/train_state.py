@@ -12,10 +12,8 @@ from mrnet.errors import InputError, is_out_of_memory
 from mrnet.evaluation.metrics import mean_of
 from mrnet.networks.saved import STATE_FORMAT, read_checkpoint, write_checkpoint
 from mrnet.training.checkpoint import load_model
-from mrnet.training.config import PLANNED
+from mrnet.training.config import PLANNED, SELECTIONS
 from mrnet.training.optimization import steps_with_optimizer
-
-SELECTIONS = ("auc", "last")  # which epoch's network is saved
 
 
 class TrainState:
