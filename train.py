@@ -18,8 +18,9 @@ learning rate times 0.3 after the fourth epoch without a better validation loss,
 docs/differences.md lists where the article's code differs and why, docs/improvements.md what its
 list of improvements became; mrnet/training/splits.py describes protocols and folds.
 
-run -> train_network (one network) -> train_epochs (its epochs) -> train_model (one pass over the
-training exams, training_step for each) and evaluate_model (one over those that select the epoch).
+run -> train_network (one network) -> start_state (network, optimizer, schedule), train_epochs (its
+epochs) -> train_model (one pass over the training exams, training_step for each), evaluate_model
+(one over the exams that select the epoch).
 """
 
 import argparse
@@ -281,10 +282,12 @@ def train_model(state, step, exams, config, what="train", stop_requested=()):
     logits, losses = torch.empty_like(targets), torch.empty_like(targets)
     for k, i in enumerate(cli.progress(order, what)):
         row = slice(k, k + 1)
-        first = k - k % config.accumulate  # of the exams of this step of the optimizer
+        # The article's optimizer steps after each exam; with --accumulate after several.
+        first = k - k % config.accumulate
         exams_in_step = min(config.accumulate, len(order) - first)
         is_last = k + 1 == first + exams_in_step
         volume = exams.volume(i)  # uint8 (s, H, W)
+        # Forward, class-weighted loss, backward, and after the last exam the optimizer's step.
         logits[row], losses[row] = step(
             exams, volume, views[k], targets[row], weights[row], exams_in_step, is_last
         )
@@ -315,7 +318,7 @@ def training_step(
     model, optimizer, config, exams, volume, view, target, weight, exams_in_step=1, is_last=True
 ):
     """One exam: augmentation, forward, class-weighted loss, backward; after the last exam of a step
-    the update. A GPU replays it as a graph (`as_graphs`).
+    the optimizer's. A GPU replays it as a graph (`as_graphs`).
 
     With one exam a step it is the article's. The losses of several are summed and divided by their
     number, not by their weights: as one batch under torch's mean reduction.
@@ -342,7 +345,7 @@ def training_step(
     loss = losses[:1].mean()
     if has_auxiliary:
         loss = loss + config.plane_weight * losses[1:].mean()
-    (loss / exams_in_step).backward()
+    (loss / exams_in_step).backward()  # gradients add up until the optimizer's step
     if is_last:
         if config.clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
