@@ -10,7 +10,7 @@ A clone does as well: torch.hub.load("path/to/clone", "mrnet", source="local", w
 import sys
 from pathlib import Path
 
-dependencies = ["torch", "torchvision", "numpy", "scipy", "sklearn", "filelock"]
+dependencies = ["torch", "torchvision", "numpy", "scipy", "sklearn", "filelock", "tqdm"]
 
 
 def mrnet(weights, task=None, plane=None):
