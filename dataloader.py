@@ -42,7 +42,7 @@ FLIP = 0.5  # probability; the article
 INTENSITIES = ("standardized", "raw")
 
 
-class Listed(NamedTuple):
+class LabelledExams(NamedTuple):
     """The exams that the CSVs list."""
 
     ids: list
@@ -210,8 +210,8 @@ class MRDataset(Dataset):
         known: {task: ids of the exams whose label is not empty, in the order of its CSV}.
         unknown: {task: number of exams whose label is empty}.
         without_group: one line on exams without a group where others have one, or "".
-        listed: Listed, with the exams that have no volume of this plane. Folds are cut on these, so
-            that they are the same in every plane.
+        listed: LabelledExams, with the exams that have no volume of this plane. Folds are cut on
+            these, so that they are the same in every plane.
         absent: number of exams without a volume of this plane. Only where dataset.json says
             "may_lack_planes": true, as importers write it, are such left out; else they are faults.
 
@@ -242,7 +242,7 @@ class MRDataset(Dataset):
         groups = read_groups(root_dir, self.split)
         self.without_group = compare_groups(root_dir, self.split, groups, self.ids)
         self.groups = [groups.get(exam_id, f"exam {exam_id}") for exam_id in self.ids]
-        self.listed = Listed(self.ids, self.labels, self.groups)
+        self.listed = LabelledExams(self.ids, self.labels, self.groups)
         self.absent = 0
         if (self.description or {}).get("may_lack_planes"):
             self.leave_out_absent()

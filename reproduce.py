@@ -22,7 +22,7 @@ from pathlib import Path
 
 from mrnet.documents import as_json
 from mrnet.errors import Interrupted, RunError, counted
-from mrnet.files import ROOT, check_writable, held, write_text
+from mrnet.files import ROOT, check_writable, file_lock, write_text
 from mrnet.layout.description import read_own_labels
 from mrnet.layout.names import ARTICLE, results_path
 from mrnet.reports.report import read_all, write_report
@@ -141,7 +141,7 @@ def run(args):
     """Train every network, stack each task, write the table."""
     check_writable(args.models_dir)
     busy = f"{args.models_dir}: another reproduce.py runs there; wait for it, or give --models-dir"
-    with held(args.models_dir / ".reproduce.lock", busy):
+    with file_lock(args.models_dir / ".reproduce.lock", busy):
         wanted = args.tasks or all_tasks(args.data_dir)
         words, recipe, count, device, backbone = read_training(args.recipe)
         places = {"data": args.data_dir, "models": args.models_dir, "logs": args.logs_dir}

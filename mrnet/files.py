@@ -85,7 +85,7 @@ def open_zip(file):
 
 
 @contextmanager
-def held(path, busy):
+def file_lock(path, busy):
     """Hold the lock file at `path`, against other processes.
 
     Raises:
@@ -111,7 +111,7 @@ def alone_at(path, busy):
     """
     user = getattr(os, "getuid", getpass.getuser)()  # a container's user may have no name
     whose = hashlib.sha256(f"{user} {Path(path).resolve()}".encode()).hexdigest()[:16]
-    return held(Path(tempfile.gettempdir()) / f"mrnet-{whose}.lock", busy)
+    return file_lock(Path(tempfile.gettempdir()) / f"mrnet-{whose}.lock", busy)
 
 
 def find_target(path):

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its o
 
 from mrnet.documents import as_json
 from mrnet.errors import InputError, RunError, one_line
-from mrnet.files import ROOT, check_writable, held, read_text, remove_leftovers, write_text
+from mrnet.files import ROOT, check_writable, file_lock, read_text, remove_leftovers, write_text
 from mrnet.layout.labels import is_positive
 from mrnet.layout.names import ARTICLE, Run, column_name, list_runs, model_path, state_path
 from mrnet.runtime import cli
@@ -253,7 +253,7 @@ def run(args):
         for folder, option in {out: "--out", models_dir: "--models-dir"}.items():
             check_writable(folder, option)
             busy = f"{folder}: another sweep writes there; wait for it, or give another {option}"
-            locks.enter_context(held(folder / ".sweep.lock", busy))
+            locks.enter_context(file_lock(folder / ".sweep.lock", busy))
         for stem in ("sweep", *sweep.recipes):
             remove_leftovers(out / f"{stem}.json")
         for recipe, values in sweep.recipes.items():

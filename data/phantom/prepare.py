@@ -39,7 +39,7 @@ from data.phantom.rsna import NEEDS, TRUTH, make_study, write_tables  # noqa: E4
 from data.phantom.scanner import Cut, place, scan  # noqa: E402
 from mrnet.errors import InputError  # noqa: E402
 from mrnet.files import write_csv, write_text  # noqa: E402
-from mrnet.layout.planes import ORIENTATION, TARGET  # noqa: E402
+from mrnet.layout.planes import ORIENTATION, SPLITS, TARGET  # noqa: E402
 from mrnet.layout.volumes import write_volume  # noqa: E402
 from mrnet.runtime import cli  # noqa: E402
 from mrnet.runtime.machine import usable_cores  # noqa: E402
@@ -47,7 +47,6 @@ from mrnet.scans.register import write_dataset  # noqa: E402
 
 LESIONS = "lesions.json"
 VERSION = "5"  # of the knees that are drawn; raise it with every change of the pixels
-SPLITS = ("train", "valid")
 
 
 def make_exam(exam_id, split, labels, seed, size, out):

@@ -20,7 +20,7 @@ from mrnet.layout.names import ARTICLE, column_name, model_path, stack_name, sta
 from mrnet.layout.planes import ALL_PLANES, in_order
 from mrnet.layout.volumes import check_side
 from mrnet.networks.backbones import BACKBONES
-from mrnet.networks.saved import Body, body_digest, digest_of
+from mrnet.networks.saved import BackboneKey, body_digest, digest_of
 from mrnet.runtime.devices import autocast
 from mrnet.stacking.stacking import is_combination_name, load_stack, order_of
 from mrnet.training.checkpoint import load_with_digest
@@ -66,8 +66,8 @@ class Network(NamedTuple):
 
         Args:
             volumes: as `prepare` takes them.
-            known: {Body: features} of this exam on this device in this precision, brought up to
-                date: networks that differ in their classifiers alone share the rest.
+            known: {BackboneKey: features} of this exam on this device in this precision, brought up
+                to date: networks that differ in their classifiers alone share the rest.
         """
         body = self.body(volumes)
         with autocast(device, precision):
@@ -76,9 +76,9 @@ class Network(NamedTuple):
             return self.model.classify(known[body]).item()
 
     def body(self, planes):
-        """The Body of an exam with these planes, container."""
+        """The BackboneKey of an exam with these planes, container."""
         ours = tuple(plane for plane in self.planes if plane in planes)
-        return Body(self.body_digest, ours, self.intensity, self.channels)
+        return BackboneKey(self.body_digest, ours, self.intensity, self.channels)
 
     def heat_maps(self, volumes, device, precision, known):
         """{plane: float32 array (s, h, w)}, as `MRNet.heat_maps`, and the logit.

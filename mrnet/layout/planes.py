@@ -7,6 +7,7 @@ SEQUENCES = ("t1", "t2", "pd", "stir", "gre", "dess")  # of further series, as i
 # Every name of a plane's folder, in the order in which planes are joined and printed.
 ALL_PLANES = (*PLANES, *(f"{plane}-{name}" for plane in PLANES for name in SEQUENCES))
 SPLITS = ("train", "valid")
+ALL_SPLITS = (*SPLITS, "test")  # KneeMRI has a test split, too
 # Per plane (patient axis 0 x, 1 y, 2 z; sign) along which slices, rows and columns grow, as in
 # MRNet. x grows to the patient's left, y to posterior, z to superior (LPS; PS3.3 C.7.6.2.1.1).
 TARGET = {

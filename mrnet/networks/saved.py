@@ -110,7 +110,7 @@ def body_digest(model):
     return found.hexdigest()
 
 
-class Body(NamedTuple):
+class BackboneKey(NamedTuple):
     """What the features of an exam depend on, beside the exam, the device and the precision."""
 
     digest: str  # `body_digest`

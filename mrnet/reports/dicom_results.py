@@ -413,7 +413,7 @@ def short_code(code, start, name):
     return code if len(code) <= 16 else f"{start}{digest[: 16 - len(start)]}"
 
 
-def told_of(warning):
+def redact(warning):
     """A warning about an exam without paths and descriptions, which may say whose it is."""
     if named := re.match(r"([a-z0-9-]+: )?(passed over|left out)\b", warning):
         return f"{named[0]} a series"
@@ -441,7 +441,7 @@ def measured(finding, origin):
     parameters = [f"Decided from {fewer} alone"] if fewer else []
     if finding.unusable:  # what the reasons quote may name folders
         parameters.append(f"Scanned, but not usable: {', '.join(sorted(finding.unusable))}")
-    parameters += [f"Warning: {told_of(text)}" for text in [*origin.warnings, *finding.warnings]]
+    parameters += [f"Warning: {redact(text)}" for text in [*origin.warnings, *finding.warnings]]
     return sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=sr.TrackingIdentifier(
             uid=origin.uid("finding", task), identifier=f"{task}, {BURNT_IN.lower()}"

@@ -18,7 +18,7 @@ from mrnet.errors import InputError, RunError, one_line
 from mrnet.files import ROOT
 from mrnet.runtime.devices import pick_device
 from mrnet.runtime.jobs import (
-    Done,
+    JobResult,
     Jobs,
     finish,
     in_order,
@@ -68,7 +68,7 @@ class RayJobs(Jobs):
         return sum(room_of(node, self.threads, self.jobs_per_gpu) for node in self.alive())
 
     def results(self, jobs):
-        """Hand all jobs to Ray, and yield the Done of each, or None, as it ends."""
+        """Hand all jobs to Ray, and yield the JobResult of each, or None, as it ends."""
         options = {"num_cpus": self.threads, "num_gpus": self.share, "max_retries": TRIES}
         run = self.ray.remote(**options)(run_on_node).remote
         self.running = {run(job, self.threads, os.getcwd(), self.flag): job for job in jobs}
@@ -80,7 +80,7 @@ class RayJobs(Jobs):
                     yield self.ray.get(reference)
                 except self.ray.exceptions.RayError as error:  # lost too often, or no such folder
                     note(job, f"Ray: {one_line(error.__cause__ or error)}")
-                    yield Done(job, NEVER_ENDED, None, None, 0)
+                    yield JobResult(job, NEVER_ENDED, None, None, 0)
 
     def map(self, function, items):
         """As Jobs.map, in actors that stay on their nodes."""
@@ -216,7 +216,7 @@ def note(job, text):
 
 
 def run_on_node(job, threads, folder, flag):
-    """Run a job, on a node of the cluster: Done, or None if it did not begin.
+    """Run a job, on a node of the cluster: JobResult, or None if it did not begin.
 
     Args:
         folder: that the job's paths are relative to.
@@ -227,14 +227,14 @@ def run_on_node(job, threads, folder, flag):
 
 
 def run_here(job, threads, flag):
-    """Run a job to its end: Done, or None if the flag was set before."""
+    """Run a job to its end: JobResult, or None if the flag was set before."""
     if is_set(flag):
         return None
     return with_one_retry(partial(try_here, job, threads, flag), partial(is_set, flag))
 
 
 def try_here(job, threads, flag):
-    """Run a job's process: Done. When the flag is set, it gets a SIGTERM and saves its state."""
+    """Run a job's process: JobResult. When the flag is set, it gets SIGTERM and saves its state."""
     began, asked = time.perf_counter(), False
     process = start(job, threads)
     while (done := finish(job, process, began, is_waited_for=False)) is None:

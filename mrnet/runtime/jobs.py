@@ -41,7 +41,7 @@ class Job(NamedTuple):
     work: float = 1.0  # how long it takes, in any unit: the longest begin first
 
 
-class Done(NamedTuple):
+class JobResult(NamedTuple):
     """A job that has ended."""
 
     job: Job
@@ -79,7 +79,7 @@ class Jobs:
             self.free.put(place)
 
     def run(self, jobs):
-        """Run jobs, those with most work first; yields Done as each ends, and says so.
+        """Run jobs, those with most work first; yields JobResult as each ends, and says so.
 
         A job that fails is tried once more, unless its input is bad. A signal is passed on to what
         runs, which stops after its step, and no other job starts.
@@ -122,7 +122,7 @@ class Jobs:
             raise Interrupted(self.stopped_by, "Start it again: what is finished is not repeated")
 
     def results(self, jobs):
-        """Begin jobs in their order, and yield the Done of each, or None, as it ends."""
+        """Begin jobs in their order, and yield the JobResult of each, or None, as it ends."""
         parallel = Parallel(self.at_once, "threading", return_as="generator_unordered")
         return parallel(delayed(self.run_one)(job) for job in jobs)
 
@@ -132,13 +132,13 @@ class Jobs:
             send_signal(process, number)
 
     def run_one(self, job):
-        """Run one job to its end: Done; None if a signal came before it began."""
+        """Run one job to its end: JobResult; None if a signal came before it began."""
         if self.stopped_by:
             return None
         return with_one_retry(partial(self.try_one, job), lambda: self.stopped_by)
 
     def try_one(self, job):
-        """Run a job's process: Done."""
+        """Run a job's process: JobResult."""
         began = time.perf_counter()
         gpu = self.free.get()
         process = start(job, self.threads, gpu)
@@ -236,11 +236,11 @@ def most_at_once(count, bytes_each):
 
 
 def with_one_retry(attempt, is_stopped):
-    """The Done of a job that is tried once more if it fails, unless its input is bad: the status of
-    the second time, and the time of both.
+    """The JobResult of a job that is tried once more if it fails, unless its input is bad: the
+    status of the second time, and the time of both.
 
     Args:
-        attempt: function that runs the job's process: Done.
+        attempt: function that runs the job's process: JobResult.
         is_stopped: function that tells whether jobs shall stop.
     """
     done = attempt()
@@ -291,8 +291,8 @@ def send_signal(process, number):
 
 
 def finish(job, process, began, is_waited_for=True):
-    """Wait for the end of a job's process: Done; or None where it has not ended and is not waited
-    for.
+    """Wait for the end of a job's process: JobResult; or None where it has not ended and is not
+    waited for.
 
     Args:
         began: time.perf_counter() at its start.
@@ -300,13 +300,13 @@ def finish(job, process, began, is_waited_for=True):
     if not hasattr(os, "wait4"):  # Windows, where its time and memory are not known
         if process.poll() is None and not is_waited_for:
             return None
-        return Done(job, process.wait(), time.perf_counter() - began, None, 0)
+        return JobResult(job, process.wait(), time.perf_counter() - began, None, 0)
     pid, status, usage = os.wait4(process.pid, 0 if is_waited_for else os.WNOHANG)
     if pid == 0:
         return None
     process.returncode = os.waitstatus_to_exitcode(status)
     scale = 1 if sys.platform == "darwin" else 1024  # getrusage(2): KiB on Linux
-    return Done(
+    return JobResult(
         job,
         process.returncode,
         time.perf_counter() - began,

@@ -13,10 +13,10 @@ from pathlib import Path
 from mrnet.errors import InputError
 from mrnet.files import open_regular, read_bytes, read_text, write_bytes, write_csv, write_text
 from mrnet.layout.labels import exam_number, is_exam_number
+from mrnet.layout.planes import ALL_SPLITS
 from mrnet.layout.volumes import write_volume
 
 DATASET, EXAMS = "dataset.json", "exams.csv"
-SPLITS = ("train", "valid", "test")
 UNFINISHED = ".unfinished"  # folder of a file for each exam that is being written
 KEY_BYTES = 32
 
@@ -194,7 +194,7 @@ class Register:
 
     def split_of(self, number):
         """The split that has a volume under this number, or None."""
-        found = (split for split in SPLITS if any(self.out.glob(f"{split}/*/{number:04d}.npy")))
+        found = (split for split in ALL_SPLITS if any(self.out.glob(f"{split}/*/{number:04d}.npy")))
         return next(found, None)
 
     def save(self):
@@ -212,7 +212,7 @@ class Register:
 
 def numbers_in(out):
     """Numbers of all exams that a data folder has volumes or labels of, in any split."""
-    for split in SPLITS:
+    for split in ALL_SPLITS:
         for path in out.glob(f"{split}/*/*.npy"):
             if is_exam_number(path.stem):
                 yield int(path.stem)

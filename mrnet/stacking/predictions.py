@@ -9,7 +9,7 @@ import torch
 
 from mrnet.errors import InputError
 from mrnet.layout.names import list_runs, model_path, unfinished_states
-from mrnet.networks.saved import Body, body_digest
+from mrnet.networks.saved import BackboneKey, body_digest
 from mrnet.runtime.cli import progress
 from mrnet.runtime.devices import autocast
 from mrnet.stacking.stacking import combinations_of
@@ -120,7 +120,7 @@ class Predictor:
 
     def __init__(self, device, precision):
         self.device, self.precision = device, precision
-        self.features = {}  # {(split, Body): {exam id: float32 (1, channels)}}
+        self.features = {}  # {(split, BackboneKey): {exam id: float32 (1, channels)}}
 
     def __call__(self, model, exams, what):
         """Logits of the exams that have all planes that are taken of them, or that a
@@ -133,7 +133,7 @@ class Predictor:
         rows = range(len(exams))
         if isinstance(exams, MultiPlaneDataset) and exams.taken != list(exams.plane):
             rows = [row for row in rows if set(exams.taken) <= exams.paths[row].keys()]
-        body = Body(body_digest(model), tuple(exams.taken), exams.intensity, exams.channels)
+        body = BackboneKey(body_digest(model), tuple(exams.taken), exams.intensity, exams.channels)
         known = self.features.setdefault((exams.split, body), {})
         missing = [row for row in rows if exams.ids[row] not in known]
         if missing:

@@ -17,7 +17,7 @@ from dataloader import CHANNELS, INTENSITIES
 from model import POOLINGS, MRNet, MultiPlaneMRNet
 from mrnet.documents import Probability, check
 from mrnet.errors import InputError, is_out_of_memory, one_line
-from mrnet.files import held, remove_leftovers
+from mrnet.files import file_lock, remove_leftovers
 from mrnet.layout.description import Dataset
 from mrnet.layout.names import column_name, state_path
 from mrnet.layout.planes import ALL_PLANES
@@ -109,7 +109,7 @@ def lock(path):
         InputError: another run holds it.
     """
     busy = f"{path}: another run is training it; wait for that one, or give another --models-dir"
-    with held(path.with_name(f".{path.stem}.lock"), busy):
+    with file_lock(path.with_name(f".{path.stem}.lock"), busy):
         for name in (path, state_path(path)):
             remove_leftovers(name)
         yield

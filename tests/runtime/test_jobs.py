@@ -17,7 +17,7 @@ import pytest
 from conftest import QUICK, ROOT, contents, write_exams
 
 from mrnet.runtime import cluster
-from mrnet.runtime.jobs import Done, Job, Jobs, failures, finish, start
+from mrnet.runtime.jobs import Job, JobResult, Jobs, failures, finish, start
 from mrnet.training.memory import bytes_of_a_job
 
 
@@ -140,7 +140,7 @@ class LocalRay:
         job, *_ = reference
         if job.name == "lost":
             raise RuntimeError
-        return Done(job, 0, 1.0, 1.0, 0)
+        return JobResult(job, 0, 1.0, 1.0, 0)
 
 
 def test_no_time_is_known_of_a_job_that_is_lost_with_its_node(tmp_path, monkeypatch):

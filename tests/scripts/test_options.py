@@ -33,7 +33,7 @@ from dataloader import MRDataset, preprocess
 from model import MRNet
 from mrnet.errors import InputError
 from mrnet.evaluation.metrics import metrics_of
-from mrnet.files import held
+from mrnet.files import file_lock
 from mrnet.networks.backbones import BACKBONES
 from mrnet.stacking import predictions
 from mrnet.training import config as configuration
@@ -745,7 +745,7 @@ def test_a_second_run_of_reproduce_in_one_folder_is_refused(tmp_path):
     write_exams(tmp_path / "data")
     models = tmp_path / "models"
     models.mkdir()
-    with held(models / ".reproduce.lock", "busy"):
+    with file_lock(models / ".reproduce.lock", "busy"):
         done = run_script("reproduce.py", *files(tmp_path)[:6])
     assert_one_line_error(done, models, "another reproduce.py runs there")
     assert [path.name for path in models.iterdir()] == [".reproduce.lock"]

@@ -17,8 +17,8 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 from mrnet.errors import InputError, RunError
 from mrnet.evaluation.figures import cost_figure
 from mrnet.evaluation.metrics import Difference, auc_difference, mean_auc_difference
-from mrnet.files import held
-from mrnet.runtime.jobs import Done, Job, Jobs
+from mrnet.files import file_lock
+from mrnet.runtime.jobs import Job, JobResult, Jobs
 from mrnet.training.config import THE_ARTICLES, read_recipe
 from mrnet.training.memory import bytes_of_a_job
 from tools import sweep as sweep_module
@@ -203,7 +203,7 @@ def test_another_recipe_under_the_same_name_is_refused(swept, tmp_path):
 def test_folders_that_another_sweep_writes_are_left_alone(exams, tmp_path, folder):
     sweep_file(tmp_path)
     (tmp_path / folder).mkdir()
-    with held(tmp_path / folder / ".sweep.lock", "busy"):
+    with file_lock(tmp_path / folder / ".sweep.lock", "busy"):
         done = run_sweep(tmp_path)
     option = {"out": "--out", "models": "--models-dir"}[folder]
     assert_one_line_error(done, tmp_path / folder, "another sweep", option)
@@ -246,7 +246,7 @@ class FakeRunner:
 
     def run(self, jobs):
         for job in jobs:
-            yield Done(job, self.status if "fold 2" in job.name else 0, 10.0, 9.0, 10**9)
+            yield JobResult(job, self.status if "fold 2" in job.name else 0, 10.0, 9.0, 10**9)
 
 
 @pytest.fixture
