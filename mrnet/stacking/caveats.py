@@ -37,7 +37,7 @@ def threshold_source(tuning, untuned, decided, folds, repeat):
         )
     return (
         "chosen on exams that the networks were trained on, so not to be trusted on new exams; "
-        "--folds, or --protocol held-out, gives better ones"
+        "folds, or the protocol held-out, give better ones"
     )
 
 
